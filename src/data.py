@@ -1,0 +1,434 @@
+"""Text from files or the hub -> documents -> splits -> tokens -> rows of fixed length. Has never heard of an SAE.
+
+A source is tokenised once into a flat memory-mapped stream (document, EOS, document, EOS ...); rows are cut from the
+stream when they are read, so nothing is padded except the very last row and no text is lost.
+
+Shapes: B rows, S positions per row.
+"""
+
+from __future__ import annotations
+
+import glob as globbing
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from src.files import data_dir, save_json
+
+SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+HUB_TOKENS = 100_000_000  # what a hub data set is cut to where no limit is given: some of them do not end
+
+
+class DataError(ValueError):
+    """Data that cannot be used: nothing there, nothing readable, the wrong key."""
+
+    exit_code = 3
+
+
+class Batch(NamedTuple):
+    """Rows of tokens. `mask` is True where a token counts; a causal LM needs nothing more, since padding is on the right."""
+
+    input_ids: Tensor  # int64 [B,S]
+    mask: Tensor  # bool  [B,S]; False on special tokens, position 0 and padding
+    document: Tensor  # int64 [B,S]; number of the document each token comes from
+    row: Tensor  # int64 [B]
+
+    def to(self, device: str | torch.device) -> Batch:
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+    def token_keys(self) -> Tensor:
+        """A number for every counted token that does not depend on how rows are batched: int64 [N]."""
+        length = self.input_ids.shape[1]
+        keys = self.row[:, None] * length + torch.arange(length, device=self.row.device)
+        return keys[self.mask]
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def find_files(path: str | os.PathLike) -> list[Path]:
+    """The readable files behind a file, folder or glob, sorted by name.
+
+    Raises FileNotFoundError where nothing is there, DataError where nothing there can be read.
+    """
+    text = str(path)
+    if globbing.has_magic(text) and not os.path.exists(text):
+        found = [Path(name) for name in globbing.glob(text, recursive=True)]
+    elif os.path.isfile(text):
+        found = [Path(text)]
+    elif os.path.isdir(text):
+        entries = list(Path(text).iterdir())
+        if not any(entry.name.endswith(SUFFIXES) for entry in entries):
+            entries = list(Path(text).rglob("*"))
+        found = [entry for entry in entries if entry.is_file()]
+    else:
+        raise FileNotFoundError(f"no file, folder or glob at {text}; check --data_path")
+    usable = sorted(f for f in found if f.name.endswith(SUFFIXES) and not f.name.startswith("."))
+    if not usable:
+        kinds = Counter(f.suffix or "no suffix" for f in found)
+        there = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) or "nothing"
+        raise DataError(f"no .jsonl file in {text} (found {there}); readable are {', '.join(SUFFIXES)}")
+    return usable
+
+
+def _split_files(files: list[Path], split: str) -> tuple[list[Path], str]:
+    """Files named train*, eval*, apply* are the splits, if all three are there; else documents are split by hash."""
+    named = {name: [f for f in files if re.match(rf"{name}([._-]|$)", f.name)] for name in ("train", "eval", "apply")}
+    if all(named.values()) and split != "all":
+        return named[split], "all"
+    return files, split
+
+
+def _in_split(text: str, split: str) -> bool:
+    low, high = SPLITS[split]
+    if (low, high) == (0.0, 1.0):
+        return True
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    return low <= int.from_bytes(digest, "big") / 2**64 < high
+
+
+def _zst_lines(path: Path) -> Iterator[bytes]:
+    # decompressobj instead of stream_reader: the latter takes a truncated file for a finished one
+    decoder, open_frame, rest = zstandard.ZstdDecompressor().decompressobj(), False, b""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            while block:
+                open_frame = True
+                pieces = (rest + decoder.decompress(block)).split(b"\n")
+                rest = pieces.pop()
+                yield from pieces
+                block = b""
+                if decoder.eof:
+                    block, open_frame = decoder.unused_data, False
+                    decoder = zstandard.ZstdDecompressor().decompressobj()
+    if rest:
+        yield rest
+    if open_frame:
+        raise EOFError("the compressed file ends in the middle of a frame")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.name.endswith(".zst"):
+        yield from _zst_lines(path)
+    else:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            yield from file
+
+
+class Report:
+    """What was read and what was skipped, by reason; says where the first bad line stands."""
+
+    def __init__(self, text_key: str, max_bad_frac: float) -> None:
+        self.text_key, self.max_bad_frac = text_key, max_bad_frac
+        self.documents = self.tokens = self.lines = 0
+        self.bad: Counter[str] = Counter()
+        self.first_bad = self.keys = ""
+
+    def skip(self, reason: str, place: str) -> None:
+        self.bad[reason] += 1
+        self.first_bad = self.first_bad or f"{place} ({reason})"
+
+    def check(self, final: bool = False) -> None:
+        """Raises DataError once too many lines are damaged; early only where the sample is large enough to tell."""
+        damaged = sum(self.bad.values()) - self.bad["empty"]
+        wrong_key = self.bad[f"no key {self.text_key!r}"]
+        if wrong_key and wrong_key == self.lines and (final or wrong_key >= 1000):
+            raise DataError(f"no line has the text key {self.text_key!r}; the first has {self.keys}; set --text_key")
+        if self.lines and (final or self.lines >= 10_000) and damaged > self.max_bad_frac * self.lines:
+            raise DataError(
+                f"{damaged} of {self.lines} lines are damaged ({self.reasons()}), first at {self.first_bad}; "
+                f"mend them or raise --max_bad_frac (now {self.max_bad_frac})"
+            )
+
+    def reasons(self) -> str:
+        return ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common())
+
+
+def _text_of(record: Any, place: str, report: Report) -> str | None:
+    if not isinstance(record, dict):
+        return report.skip("not an object", place)
+    if report.text_key not in record:
+        report.keys = report.keys or ", ".join(map(str, record)) or "no key at all"
+        return report.skip(f"no key {report.text_key!r}", place)
+    text = record[report.text_key]
+    if not isinstance(text, str):
+        return report.skip("text is not a string", place)
+    if not text.strip():
+        return report.skip("empty", place)
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may spell unpaired surrogates, which no tokenizer takes
+
+
+def _records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
+    """(record, place) of one file; damaged lines are counted and passed over."""
+    if file.suffix == ".parquet":
+        from datasets import load_dataset
+
+        rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        for number, record in enumerate(rows, 1):
+            report.lines += 1
+            yield record, f"{file}:{number}"
+        return
+    number = 0
+    try:
+        for number, line in enumerate(_lines(file), 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            report.lines += 1
+            try:
+                yield json.loads(line.decode("utf-8")), f"{file}:{number}"
+            except UnicodeDecodeError:
+                report.skip("not UTF-8", f"{file}:{number}")
+            except (json.JSONDecodeError, RecursionError):
+                report.skip("not JSON", f"{file}:{number}")
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
+        report.lines += 1
+        report.skip("damaged archive", f"{file}:{number}")
+
+
+def documents(source: str, split: str, report: Report) -> Iterator[str]:
+    """Texts of one split of a source (file, folder, glob, or hub name `owner/name[:config]`), in a fixed order."""
+    if is_local(source):
+        files, split = _split_files(find_files(source), split)
+        records = (pair for file in files for pair in _records(file, report))
+    else:
+        records = _hub_records(source, report)
+    for record, place in records:
+        text = _text_of(record, place, report)
+        report.check()
+        if text is not None and _in_split(text, split):
+            report.documents += 1
+            yield text
+
+
+def is_local(source: str) -> bool:
+    """True for paths and globs; False for what can only be a hub name (`owner/name` without a file behind it)."""
+    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not source.startswith((".", "/"))
+    return os.path.exists(source) or globbing.has_magic(source) or source.endswith(SUFFIXES) or not looks_like_hub
+
+
+def _hub_records(source: str, report: Report) -> Iterator[tuple[Any, str]]:
+    from datasets import load_dataset
+
+    name, _, config = source.partition(":")
+    try:
+        rows = iter(load_dataset(name, config or None, split="train", streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user, and the first line names which
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{source} is no file here and cannot be read from the hub: {reason}") from error
+    for number, record in enumerate([] if first is None else [first], 1):
+        report.lines += 1
+        yield record, f"{source}:{number}"
+    for number, record in enumerate(rows, 2):
+        report.lines += 1
+        yield record, f"{source}:{number}"
+
+
+# --------------------------------------------------------------------------------------------------------- tokens
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Changes when the tokenizer would give other ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.blake2b((text + str(tokenizer.all_special_ids)).encode(), digest_size=8).hexdigest()
+
+
+def _word_pieces(text: str, words: int) -> Iterator[str]:
+    """Pieces of `words` whitespace-separated words; joined they are the text again, whitespace included."""
+    starts = [match.start() for match in re.finditer(r"\S+", text)][::words]
+    starts[:1] = [0]
+    for start, stop in zip(starts, [*starts[1:], len(text)], strict=True):
+        yield text[start:stop]
+
+
+def _tokenise(texts: Iterator[str], tokenizer: Any, row_length: int, chunking: str, limit: int | None, folder: Path, report: Report) -> None:
+    """Writes tokens.bin (uint32 stream), documents.npy and chunks.npy (offsets into it) to folder."""
+    separator = [] if chunking == "words" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    starts, chunks, total = [0], [0], 0
+    encode = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    if getattr(tokenizer, "is_fast", False):
+        encode["split_special_tokens"] = True  # "<|end_of_text|>" written in a text is text, not a command
+    bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, mininterval=1)
+    with open(folder / "tokens.bin", "wb") as file:
+        while batch := list(islice(texts, 256)):
+            split = [list(_word_pieces(text, row_length)) if chunking == "words" else [text] for text in batch]
+            encoded = iter(tokenizer([piece for pieces in split for piece in pieces], **encode)["input_ids"])
+            before = total
+            for pieces in split:
+                for _ in pieces:
+                    ids = next(encoded) + separator
+                    file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+                    if chunking == "words":
+                        chunks += [total + cut for cut in range(row_length, len(ids), row_length)] + [total + len(ids)]
+                    total += len(ids)
+                starts.append(total)
+            bar.update(total - before)
+            if limit is not None and total >= limit:
+                break
+    bar.close()
+    report.check(final=True)
+    report.tokens = total
+    np.save(folder / "documents.npy", np.asarray(starts[:-1], dtype=np.int64))
+    np.save(folder / "chunks.npy", np.asarray(chunks, dtype=np.int64))
+
+
+class Rows(Dataset):
+    """Rows of one split of a source, tokenised on first use and then read from a memory-mapped cache.
+
+    Each row is BOS (where the tokenizer has one) and the next stretch of the stream. `chunking="words"` is the
+    documented form: pieces of `max_length` words, each starting a row of its own, padded on the right.
+
+    Raises FileNotFoundError or DataError (nothing usable, wrong key, too many damaged lines), ValueError (bad options).
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        tokenizer: Any,
+        max_length: int,
+        split: str = "train",
+        *,
+        text_key: str = "text",
+        chunking: str = "pack",
+        max_samples: int | None = None,
+        max_tokens: int | None = None,
+        max_bad_frac: float = 0.01,
+        include_special: bool = False,
+    ) -> None:
+        for name, value in (("max_samples", max_samples), ("max_tokens", max_tokens)):
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} {value}; it must be positive (leave it out to use all)")
+        if max_length < 2:
+            raise ValueError(f"--max_length {max_length}; a row needs at least two positions")
+        if split not in SPLITS or chunking not in ("pack", "words"):
+            raise ValueError(f"split {split!r}, chunking {chunking!r}; known are {', '.join(SPLITS)} and pack, words")
+        self.max_length, self.include_special = max_length, include_special
+        self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self.special = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+        body = max_length - len(self.prefix)  # tokens of the stream per row
+        wanted = [n for n in (max_tokens, max_samples * body if max_samples else None) if n is not None]
+        limit = min(wanted) if wanted else None
+        if limit is None and not is_local(str(source)):
+            limit = HUB_TOKENS
+            print(f"{source}: no --max_tokens given; using the first {limit:,} tokens")
+        key = self._key(str(source), tokenizer, split, text_key, chunking, body, limit)
+        self.fingerprint = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+        folder = self._cached(str(source), tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key)
+        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        self.documents = np.load(folder / "documents.npy", mmap_mode="r")
+        stream = len(self.tokens) if limit is None else min(limit, len(self.tokens))
+        if chunking == "words":
+            self.cuts = np.load(folder / "chunks.npy", mmap_mode="r")
+        else:
+            self.cuts = np.append(np.arange(0, stream, body), stream)
+        self.n_rows = min(len(self.cuts) - 1, max_samples or len(self.cuts))
+
+    @staticmethod
+    def _key(source: str, tokenizer: Any, split: str, text_key: str, chunking: str, body: int, limit: int | None) -> list:
+        files = [source]
+        if is_local(source):
+            stats = [(f, f.stat()) for f in _split_files(find_files(source), split)[0]]
+            files = [[str(f.resolve()), stat.st_size, stat.st_mtime_ns] for f, stat in stats]
+        return [1, files, tokenizer_hash(tokenizer), split, text_key, chunking, body if chunking == "words" else 0, limit]
+
+    def _cached(self, source, tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key) -> Path:
+        folder = data_dir() / "cache" / self.fingerprint
+        if (folder / "report.json").exists():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        try:
+            report = Report(text_key, max_bad_frac)
+            _tokenise(documents(source, split, report), tokenizer, body, chunking, limit, work, report)
+            if not report.tokens:
+                empty = f"{report.lines} lines read, {report.reasons() or 'all in other splits'}"
+                raise DataError(f"no usable text for split {split!r} in {source} ({empty})")
+            if report.bad:
+                print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
+            save_json({"key": key, "documents": report.documents, "tokens": report.tokens, "skipped": report.bad}, work / "report.json")
+            if folder.exists():  # half-written by an older version, or another process was faster
+                shutil.rmtree(folder, ignore_errors=True)
+            os.replace(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return folder
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def batch(self, rows: np.ndarray | list[int]) -> Batch:
+        """The rows with these numbers, as a Batch."""
+        shape = (len(rows), self.max_length)
+        ids, where = np.full(shape, self.pad, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+        offset = len(self.prefix)
+        for i, row in enumerate(rows):
+            start, stop = int(self.cuts[row]), int(self.cuts[row + 1])
+            ids[i, :offset] = self.prefix
+            ids[i, offset : offset + stop - start] = self.tokens[start:stop]
+            where[i, offset : offset + stop - start] = np.arange(start, stop)
+        real = where >= 0
+        mask = real & ~np.isin(ids, self.special)
+        mask[:, 0] = False  # the attention sink, whatever stands there
+        if self.include_special:
+            mask = real.copy()
+            mask[:, :offset] = True
+        document = np.searchsorted(self.documents, where, side="right") - 1
+        return Batch(*(torch.from_numpy(a) for a in (ids, mask, document, np.asarray(rows, dtype=np.int64))))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Row numbers in the order of one epoch: a function of (seed, epoch) alone."""
+        return np.random.default_rng([seed, epoch]).permutation(self.n_rows)
+
+    def batches(self, batch_size: int, order: np.ndarray | None = None, start: int = 0) -> Iterator[Batch]:
+        """Batches of batch_size rows from batch number `start` on; the last may be smaller."""
+        order = np.arange(self.n_rows) if order is None else order
+        for at in range(start * batch_size, self.n_rows, batch_size):
+            yield self.batch(order[at : at + batch_size])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """(input_ids [S], attention_mask [S]), the documented form: 1 on every token that is not padding."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        batch = self.batch([index % len(self)])
+        real = torch.zeros(self.max_length, dtype=torch.long)
+        real[: len(self.prefix) + int(self.cuts[index % len(self) + 1] - self.cuts[index % len(self)])] = 1
+        return batch.input_ids[0], real
+
+
+class OpenWebTextDataset(Rows):
+    """The documented data set: a folder of JSONL, all of it, as (input_ids [S], attention_mask [S]) items."""
+
+    def __init__(self, folder_path: str, tokenizer: Any, max_length: int, max_samples: int | None = None, keyword: str = "text") -> None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if not os.path.exists(folder_path):
+            raise FileNotFoundError(f"no folder {folder_path}; run scripts/download_data.sh or check the path")
+        super().__init__(folder_path, tokenizer, max_length, "all", text_key=keyword, max_samples=max_samples)
+
+
+def create_dataloader(
+    folder_path: str, tokenizer: Any, batch_size: int, max_length: int, max_samples: int | None = None, keyword: str = "text"
+) -> DataLoader:
+    """DataLoader of (input_ids [B,S], attention_mask [B,S]) over OpenWebTextDataset, in order."""
+    return DataLoader(OpenWebTextDataset(folder_path, tokenizer, max_length, max_samples, keyword), batch_size=batch_size)

@@ -1,0 +1,196 @@
+"""The language model: loaded frozen, its blocks found, run no further than needed, its head applied in chunks.
+
+The only importer of transformers besides the recipe of the demo LM. Knows nothing of SAEs.
+
+Shapes: B rows, S positions, D hidden, V vocabulary, N counted tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 128k x 4 bytes = 0.5 GB in float32
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last block that is needed."""
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
+    """`auto`: the checkpoint's own on CUDA; on a CPU bfloat16 where it computes in it, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if str(device).startswith("cuda"):
+        return "auto"
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def get_language_model(model_path: str, device: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
+    """(tokenizer, language model) from a folder or a hub name: frozen, in eval mode, on device.
+
+    Raises ValueError where there is no such model, it is gated, or the hub cannot be reached.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=pick_dtype(dtype, device), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        here = "the folder is there but is not a complete model" if os.path.isdir(model_path) else "no such folder, and the hub gave"
+        raise ValueError(f"cannot load language model {model_path!r} ({here}: {reason}); check --model_path, or run scripts/download_model.sh") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False)
+    return tokenizer, model.eval().to(device)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the text decoder, also inside a multimodal wrapper."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks: the one ModuleList in the decoder as long as the model is deep.
+
+    Raises ValueError where there is none, or more than one.
+    """
+    depth = text_config(model).num_hidden_layers
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise ValueError(f"no list of {depth} decoder blocks in {type(model).__name__}; this architecture is not supported")
+    return lists[0]
+
+
+def block_at(model: nn.Module, site: int) -> nn.Module:
+    """The module whose output is residual-stream site `site` (1 ... n). The one place where a site becomes an index."""
+    found = blocks(model)
+    if not 1 <= site <= len(found):
+        raise ValueError(f"layer {site} of a {len(found)}-block model; sites run from 1 to {len(found)}")
+    return found[site - 1]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a block returned: a tensor, or a tuple that begins with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """`output` with its hidden state replaced, in the dtype it had."""
+    hidden = hidden.to(hidden_of(output).dtype)
+    return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
+
+
+@contextmanager
+def hooked(model: nn.Module, at: dict[int, Callable[[Any], Any]], stop: bool = False) -> Iterator[None]:
+    """Calls at[site](block output) at each site; a returned value replaces the output. Hooks are gone on leaving, whatever happens.
+
+    With `stop`, the forward pass ends after the last of the sites.
+    """
+    handles, last = [], max(at, default=0)
+    try:
+        for site, function in at.items():
+
+            def hook(_module, _args, output, function=function, site=site):
+                changed = function(output)
+                if stop and site == last:
+                    raise _Stop
+                return changed
+
+            handles.append(block_at(model, site).register_forward_hook(hook))
+        yield
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def read_sites(model: nn.Module, input_ids: Tensor, sites: list[int], attention_mask: Tensor | None = None) -> dict[int, Tensor]:
+    """{site: hidden [B,S,D]} from one forward pass that ends after the last site: no later block, no head, no cache."""
+    found: dict[int, Tensor] = {}
+    with hooked(model, {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output))) for site in sites}, stop=True):
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return found
+
+
+@torch.no_grad()
+def final_states(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The decoder's last hidden state, after the final norm: what the head reads. [B,S,D]"""
+    return model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    """Logits in float32 of final states: [N,D] -> [N,V], soft-capped where the model caps them."""
+    logits = model.get_output_embeddings()(states).float()
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
+    scale = getattr(text_config(model), "logit_scale", None) or 1.0
+    logits = logits * scale
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+@contextmanager
+def resumed_at(model: nn.Module, site: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, a forward pass takes `hidden` [B,S,D] for the output of block `site` without computing the blocks up to there."""
+    skipped = list(blocks(model))[:site]
+    originals = [block.forward for block in skipped]
+    probe = {}
+
+    def skip(hidden_states, *args, **kwargs):
+        return probe["like"](hidden_states)
+
+    def last(hidden_states, *args, **kwargs):
+        return probe["like"](hidden)
+
+    probe["like"] = (lambda h: (h,)) if _returns_tuple(model) else (lambda h: h)
+    try:
+        for block in skipped[:-1]:
+            block.forward = skip
+        skipped[-1].forward = last
+        yield
+    finally:
+        for block, original in zip(skipped, originals, strict=True):
+            if "forward" in block.__dict__:
+                del block.__dict__["forward"]
+            if block.forward != original:  # it was an instance attribute before (a compiled or wrapped block)
+                block.forward = original
+
+
+def _returns_tuple(model: nn.Module) -> bool:
+    """Whether this model's blocks return tuples; asked once, of one token, and remembered on the model."""
+    known = getattr(model, "_blocks_return_tuples", None)
+    if known is None:
+        kind = []
+        first = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
+        with torch.no_grad(), hooked(model, {1: lambda output: kind.append(not isinstance(output, Tensor))}, stop=True):
+            model.get_decoder()(input_ids=first, use_cache=False)
+        known = model._blocks_return_tuples = kind[0]
+    return known
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean next-token cross-entropy in nats, number of targets) over counted targets, head in chunks."""
+    states = final_states(model, input_ids)[:, :-1]
+    keep, targets = mask[:, 1:], input_ids[:, 1:]
+    states, targets = states[keep], targets[keep]
+    total = torch.zeros((), dtype=torch.float64)
+    for s, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        total += F.cross_entropy(logits_of(model, s), t, reduction="sum").double().cpu()
+    return total / max(1, len(targets)), keep.sum()
