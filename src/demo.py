@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from src.data import SPLITS, Rows, _in_split
@@ -230,7 +230,8 @@ def train_lm(tokens: int, out: Path) -> None:
             bar.set_postfix(loss=f"{float(loss):.3f}")
         if step % 250 == 0 or step == steps:
             seconds = time.time() - started
-            saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o, _ in peaks], "step": step, "steps": steps, "seconds": seconds}
+            saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o, _ in peaks]}
+            saved |= {"step": step, "steps": steps, "seconds": seconds}
             torch.save(saved, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
             print(f"step {step}  loss {float(loss):.3f}  {seconds:.0f} s", flush=True)

@@ -50,7 +50,8 @@ def get_language_model(model_path: str, device: str, dtype: str = "auto", trust_
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         here = "the folder is there but is not a complete model" if os.path.isdir(model_path) else "no such folder, and the hub gave"
-        raise ValueError(f"cannot load language model {model_path!r} ({here}: {reason}); check --model_path, or run scripts/download_model.sh") from error
+        todo = "check --model_path, or run scripts/download_model.sh"
+        raise ValueError(f"cannot load language model {model_path!r} ({here}: {reason}); {todo}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
