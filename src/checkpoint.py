@@ -1,0 +1,132 @@
+"""Weights and the recipe beside them: `X.pt` holds the state dict alone, `X.json` how it came about. Loading by path.
+
+Also opens bare state dicts of the documented form, which have no recipe, from their parameter names and shapes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pickle
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src import files, model, zoo
+
+FORMAT_VERSION = 1
+
+
+def pick_device(device: str) -> str:
+    """`auto` is CUDA where there is one. Raises ValueError for a device that is not here."""
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0]}); try --device auto") from error
+    return device
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on beside its options: commit, package versions, threads."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=False)
+        commit = asked.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):  # no git here: the recipe then says null
+        commit = None
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "datasets", "numpy", "schedulefree"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"git_commit": commit, "versions": versions, "threads": torch.get_num_threads()}
+
+
+def save(sae: model.SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) -> Path:
+    """Writes <title>.json, then <title>.pt, each atomically; returns the path of the weights."""
+    path = Path(folder) / f"{files.safe_name(title)}.pt"
+    weights = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
+    files.save_json({"format_version": FORMAT_VERSION, "title": title} | dict(recipe), path.with_suffix(".json"))
+    return files.write_atomic(path, lambda file: torch.save(weights, file))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any] | None:
+    """The recipe beside a checkpoint, or None where there is none. Raises ValueError for one this version cannot read."""
+    path = Path(path).with_suffix(".json")
+    if not path.exists():
+        return None
+    recipe = files.load_json(path)
+    if not isinstance(recipe, dict) or not {"model", "config"} <= set(recipe):
+        raise ValueError(f"{path} is no recipe of a checkpoint: it names no model")
+    if recipe.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {recipe['format_version']}, this program reads up to {FORMAT_VERSION}; update it")
+    return recipe
+
+
+def newest(output_dir: str | Path) -> Path:
+    """The most recently written checkpoint under an output folder. Raises ValueError where there is none."""
+    found = files.newest(Path(output_dir) / files.SAE_DIR, "*.pt")
+    if found is None:
+        raise ValueError(f"no checkpoint in {Path(output_dir) / files.SAE_DIR}; run train.py first, or name one with --SAE_path")
+    return found
+
+
+def _weights(path: Path, device: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}; check --SAE_path")
+    try:
+        weights = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no readable checkpoint ({str(error).splitlines()[0][:120] if str(error) else 'damaged'})") from error
+    if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} is not a state dict of tensors")
+    return weights
+
+
+def _guess(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe of a bare state dict: sizes from shapes; the model from `given`, the file name, or the one set of keys that fits."""
+    prefix = "sae." if any(key.startswith("sae.") for key in weights) else ""
+    encoders = [value for key, value in weights.items() if key.startswith(f"{prefix}encoder.") and key.endswith("weight")]
+    if not encoders:
+        raise ValueError(f"{path} holds no encoder (keys: {', '.join(list(weights)[:6])}); it is no SAE of this zoo")
+    latent_size, hidden_size = encoders[0].shape
+    routed = weights["router.weight"].shape[0] if "router.weight" in weights else len(encoders)
+    n_layers = given.get("n_layers") or (2 * (routed - 1) if routed > 1 else 16)
+    options = {"latent_size": latent_size, "k": given.get("k") or min(64, latent_size)} | {k: v for k, v in given.items() if v is not None}
+    named = [name for name in [*zoo.ZOO, *zoo.ALIASES] if path.stem.lower().startswith(name.lower())]
+    order = [given["model"]] if given.get("model") else [*sorted(named, key=len, reverse=True), *zoo.ZOO]
+    for name in dict.fromkeys(zoo.canonical(name) for name in order):
+        candidate = model.build(name, hidden_size, n_layers, options)
+        shapes = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
+        if shapes == {key: tuple(value.shape) for key, value in weights.items()}:
+            assumed = f"{name}, {n_layers} blocks" + (f", k {options['k']}" if "k" in zoo.ZOO[name].options else "")
+            print(f"{path.name}: no recipe beside it; taken for {assumed}")
+            return {"model": name, "config": dict(candidate.config) | {"hidden_size": hidden_size, "n_layers": n_layers}, "options": {}}
+    raise ValueError(f"{path} fits no model of the zoo: {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:8])}")
+
+
+def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None = None) -> tuple[model.SAE, dict[str, Any]]:
+    """(SAE in eval mode on device, recipe). `given` helps bare files along: model, k, layer, n_layers ...
+
+    Raises ValueError for a missing, foreign or damaged file, and for weights that do not fit their recipe.
+    """
+    path = Path(path)
+    weights = _weights(path, device)
+    recipe = read_recipe(path) or _guess(path, weights, given or {})
+    config = dict(recipe["config"])
+    sae = model.build(zoo.canonical(recipe["model"]), config.pop("hidden_size"), config.pop("n_layers", None), config)
+    for key, expected in sae.state_dict().items():
+        there = tuple(weights[key].shape) if key in weights else "missing"
+        if there != tuple(expected.shape):
+            raise ValueError(f"{path}: {key} is {there}, the recipe of {recipe['model']} needs {tuple(expected.shape)}; weights and recipe do not match")
+    extra = sorted(set(weights) - set(sae.state_dict()))
+    if extra:
+        raise ValueError(f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}")
+    sae.load_state_dict(weights)
+    return sae.to(device).eval(), recipe | {"title": recipe.get("title", path.stem)}

@@ -1,0 +1,273 @@
+"""Every option once: its type, default and help; which stage shows it; the order of precedence; how a stage ends.
+
+Precedence: typed > saved recipe of a checkpoint > recipe of the model > declared default. Torch-free, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from src import zoo
+from src.files import DEMO_LM
+
+
+def boolean(text: str) -> bool:
+    """0/1, true/false, yes/no."""
+    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
+    return known[text.lower()]
+
+
+class Option(NamedTuple):
+    """One row of the table. `low` is the smallest accepted value, `above` a value it must exceed; `many` takes several values."""
+
+    group: str
+    type: Callable[[str], Any]
+    default: Any
+    help: str
+    choices: Sequence[str] | None = None
+    low: float | None = None
+    above: float | None = None
+    many: bool = False
+    count: int | None = None
+
+
+_METRICS = ("NormMSE", "KLDiv", "FVU", "L0", "Dead", "Density", "DeltaCE", "Recovered", "Shrinkage", "Routing")
+OPTIONS: dict[str, Option] = {
+    # where things are, what they run on
+    "model_path": Option("common", str, None, "language model: folder or hub name ($MODEL_PATH, else the built-in demo LM)"),
+    "data_path": Option("common", str, None, "text: file, folder, glob or hub name ($DATA_PATH, else the built-in demo text)"),
+    "output_dir": Option("common", str, "outputs", "folder all results go to ($OUTPUT_DIR)"),
+    "device": Option("common", str, "auto", "auto (CUDA where there is one), cpu, cuda:0 ..."),
+    "dtype": Option("common", str, "auto", "number format of the language model; SAEs are float32", ("auto", "float32", "bfloat16", "float16")),
+    "seed": Option("common", int, 42, "seed of initialisation, order and random draws", low=0),
+    "trust_remote_code": Option("common", boolean, False, "run code that comes with the language model"),
+    "deterministic": Option("common", boolean, False, "only reproducible kernels, slower on CUDA"),
+    "debug": Option("common", boolean, False, "show the whole traceback of an error"),
+    # text
+    "batch_size": Option("text", int, None, "rows a step (default: 64; demo LM: 16)", low=1),
+    "max_length": Option("text", int, None, "tokens a row (default: 512; demo LM: 256)", low=2),
+    "max_samples": Option("text", int, None, "rows to use at most (default: all)", low=1),
+    "max_tokens": Option("text", int, None, "tokens of text to use at most (default: all)", low=1),
+    "split": Option("text", str, None, "split to read (default: train for training, eval for evaluation)", ("train", "eval", "apply", "all")),
+    "text_key": Option("text", str, "text", "key of the text in each record"),
+    "chunking": Option("text", str, "pack", "pack: rows are full; words: the documented pieces of max_length words", ("pack", "words")),
+    "max_bad_frac": Option("text", float, 0.01, "share of damaged lines that is accepted", low=0),
+    "include_special": Option("text", boolean, False, "count special tokens and position 0 too (for comparison only)"),
+    # the SAE
+    "hidden_size": Option("sae", int, None, "check: width of the language model (default: read from it)", low=1),
+    "n_layers": Option("sae", int, None, "check: number of its blocks (default: read from it)", low=1),
+    "latent_size": Option("sae", int, None, "latents (default: 16384; demo LM: 2048)", low=1),
+    "k": Option("sae", int, None, "active latents a token; several values train one SAE each (default: 64; demo LM: 16)", low=1, many=True),
+    "layer": Option("sae", int, None, "site of single-layer models, 1 ... n_layers (default: 3/4 of the depth)", low=1),
+    "start_layer": Option("sae", int, None, "first routed site (default: a quarter of the depth)", low=1),
+    "end_layer": Option("sae", int, None, "site after the last routed one (default: three quarters of the depth, plus 1)", low=2),
+    "l1_coeff": Option("sae", float, None, "L1 (JumpReLU: L0) coefficient; several values train one SAE each (default: auto)", low=0, many=True),
+    "threshold": Option("sae", float, None, "initial JumpReLU threshold (default: auto, scaled to the width)", above=0),
+    "bandwidth": Option("sae", float, None, "width of JumpReLU's gradient window (default: auto)", above=0),
+    "target_l0": Option("sae", float, None, "steer the sparsity coefficient to this many active latents (default: off)", above=0),
+    "sparsity_warmup": Option("sae", float, None, "share of the run over which the coefficient rises from 0", low=0),
+    "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
+    "routing": Option("sae", str, None, "one site a token, a mixture, or a random site", ("hard", "soft", "random")),
+    "router_objective": Option("sae", str, None, "what the router is trained by"),
+    "router_balance": Option("sae", str, None, "how routed shares are balanced"),
+    "router_balance_coef": Option("sae", float, None, "weight of the balance term", low=0),
+    "route_scale": Option("sae", str, None, "what the routed state is multiplied by"),
+    "auxk_coeff": Option("sae", float, None, "weight of the auxiliary loss that revives dead latents", low=0),
+    "dead_tokens": Option("sae", int, None, "tokens without activation after which a latent is dead (default: auto)", low=1),
+    "topk_relu": Option("sae", boolean, None, "clip negative values among the k"),
+    "b_pre_init": Option("sae", str, None, "initial pre_bias", ("geom_median", "mean", "zero")),
+    "norm_eps": Option("sae", float, 1e-5, "added to the standard deviation when inputs are standardised", above=0),
+    # training
+    "model": Option("training", str, "TopK", f"SAEs to train on the same batches: {', '.join(zoo.ZOO)}", many=True),
+    "recipe": Option("training", str, "standard", "standard: the right form of each model; published: the documented form", ("standard", "published")),
+    "optimizer": Option("training", str, None, "signum: schedule-free sign of gradient; adam (default: by recipe)", ("signum", "adam")),
+    "lr": Option("training", float, None, "learning rate (default: signum 5e-3/sqrt(latent_size/16384); adam 5e-4)", above=0),
+    "betas": Option("training", float, [0.9, 0.999], "betas of adam", low=0, count=2),
+    "grad_clip": Option("training", float, None, "largest gradient norm; 0: off (default: by recipe)", low=0),
+    "num_epochs": Option("training", int, 1, "passes over the text", low=1),
+    "steps": Option("training", int, None, "decoder columns go back to unit norm every so many steps (default: by recipe)", low=1),
+    "save_every": Option("training", int, 500, "steps between saved states; 0: none", low=0),
+    "resume": Option("training", boolean, True, "continue an unfinished run"),
+    "tag": Option("training", str, None, "added to the names of the results"),
+    "overwrite": Option("training", boolean, False, "replace results of the same name"),
+    "use_wandb": Option("training", boolean, False, "log to Weights & Biases too"),
+    "wandb_project": Option("training", str, "RouteSAE-repro", "project name there"),
+    "max_memory_hint": Option("training", float, None, "GiB the run may take; a larger estimate is refused (default: no check)", above=0),
+    # evaluation
+    "SAE_path": Option("evaluation", str, None, "checkpoints to evaluate (default: the newest)", many=True),
+    "metric": Option("evaluation", str, ["NormMSE"], f"what to measure: {', '.join(_METRICS)}", _METRICS, many=True),
+    "infer_k": Option("evaluation", int, None, "keep this many latents a token instead of the trained rule", low=1),
+    "theta": Option("evaluation", float, None, "keep latents above this value instead"),
+    "route_patch": Option("evaluation", str, None, "scaled: as trained; unscaled: the published form", ("scaled", "unscaled")),
+    "site": Option("evaluation", int, None, "site at which models of several sites are substituted (default: each in turn)", low=1),
+}
+STAGES: dict[str, tuple[str, ...]] = {"train": ("training", "sae", "text", "common"), "evaluate": ("evaluation", "text", "sae", "common")}
+ABOUT = {"train": "Train sparse autoencoders on a language model's residual stream.", "evaluate": "Measure trained sparse autoencoders."}
+ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
+SWEPT = ("k", "l1_coeff")
+# What a recipe sets beside the constructor values in the zoo.
+RECIPES: dict[str, dict[str, Any]] = {
+    "standard": {"optimizer": "signum", "grad_clip": 1.0, "steps": 1},
+    "published": {"optimizer": "adam", "grad_clip": 0.0, "steps": 100, "include_special": True},
+}
+# Options that change nothing about the weights.
+NEUTRAL = frozenset(
+    "output_dir debug save_every resume tag overwrite use_wandb wandb_project max_memory_hint device trust_remote_code typed stage".split()
+)
+SECRET = frozenset({"api_key", "api_key_file"})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """The command line of one stage. Absent options stay absent, so that what was typed is known."""
+    made = _Parser(f"{stage}.py", description=ABOUT[stage], argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for group in STAGES[stage]:
+        section = made.add_argument_group(group)
+        for name, row in OPTIONS.items():
+            if row.group != group:
+                continue
+            shown = f" (default: {row.default})" if row.default is not None and "$" not in row.help and "default" not in row.help else ""
+            extra: dict[str, Any] = {"type": row.type, "help": (row.help + shown).replace("%", "%%")}
+            if row.type is boolean:
+                extra |= {"nargs": "?", "const": True, "metavar": "0|1"}
+            elif row.many or row.count:
+                extra["nargs"] = row.count or "+"
+            if row.choices:
+                extra["choices"] = row.choices
+            elif row.type is not boolean:
+                extra["metavar"] = row.type.__name__.upper()
+            section.add_argument(f"--{name}", **extra)
+    return made
+
+
+def parse(stage: str, argv: Sequence[str] | None = None) -> Namespace:
+    """Options of a stage, checked as far as that goes without a language model. `typed` names those the user gave.
+
+    A bad value ends the program with one line and exit code 2, as argparse does.
+    """
+    made = parser(stage)
+    given = vars(made.parse_args(argv))
+    cfg = Namespace(**{name: row.default for name, row in OPTIONS.items() if row.group in STAGES[stage]})
+    for name, variable in ENVIRONMENT.items():
+        setattr(cfg, name, os.environ.get(variable) or getattr(cfg, name))
+    vars(cfg).update(given)
+    cfg.typed, cfg.stage = set(given), stage
+    try:
+        check(cfg)
+    except ValueError as error:
+        made.error(str(error))
+    return cfg
+
+
+def parse_args() -> Namespace:
+    """Options of the training stage from the command line: the documented name."""
+    return parse("train")
+
+
+def check(cfg: Namespace) -> None:
+    """Raises ValueError for a value out of range, an unknown model or options that exclude each other; mends lists."""
+    for name, row in OPTIONS.items():
+        value = getattr(cfg, name, None)
+        if row.many and value is not None and not isinstance(value, list | tuple):
+            value = [value]
+            setattr(cfg, name, value)
+        if value is None or row.type not in (int, float):
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one != one or abs(one) == float("inf"):
+                raise ValueError(f"--{name} {one}: not a finite number")
+            if row.low is not None and one < row.low:
+                raise ValueError(f"--{name} {one}: must be at least {row.low}")
+            if row.above is not None and one <= row.above:
+                raise ValueError(f"--{name} {one}: must be above {row.above}")
+    if getattr(cfg, "betas", None) and max(cfg.betas) >= 1:
+        raise ValueError(f"--betas {' '.join(map(str, cfg.betas))}: each must be below 1")
+    if getattr(cfg, "model", None):
+        cfg.model = list(dict.fromkeys(zoo.canonical(name) for name in cfg.model))
+    if getattr(cfg, "infer_k", None) is not None and getattr(cfg, "theta", None) is not None:
+        raise ValueError("--infer_k and --theta exclude each other; give one")
+
+
+def complete(cfg: Namespace) -> Namespace:
+    """Fills what depends on the language model's size or the recipe and was not typed. Raises ValueError where k > latent_size."""
+    demo = bool(cfg.model_path) and Path(cfg.model_path).resolve() == DEMO_LM
+    sizes = {"batch_size": (64, 16), "max_length": (512, 256), "latent_size": (16384, 2048), "k": ([64], [16])}
+    for name, (real, small) in sizes.items():
+        if getattr(cfg, name, 0) is None:
+            setattr(cfg, name, small if demo else real)
+    for name, value in RECIPES[getattr(cfg, "recipe", "standard")].items():
+        if name not in cfg.typed and hasattr(cfg, name):
+            setattr(cfg, name, value)
+    if getattr(cfg, "split", 0) is None:
+        cfg.split = {"train": "train", "evaluate": "eval"}[cfg.stage]
+    if cfg.stage == "train":
+        if max(cfg.k) > cfg.latent_size:
+            raise ValueError(f"--k {max(cfg.k)} is more than --latent_size {cfg.latent_size}")
+        if cfg.lr is None:
+            cfg.lr = 5e-3 / (cfg.latent_size / 16384) ** 0.5 if cfg.optimizer == "signum" else 5e-4
+    return cfg
+
+
+def model_options(cfg: Namespace, name: str) -> dict[str, Any]:
+    """Constructor options of one model of the zoo: typed > recipe of the model > default. Swept options keep their lists."""
+    entry = zoo.ZOO[name]
+    recipe = dict(entry.published if getattr(cfg, "recipe", "standard") == "published" else entry.standard)
+    shared = {key: getattr(cfg, key) for key in ("latent_size", "norm_eps", "seed", "start_layer", "end_layer") if getattr(cfg, key, None) is not None}
+    own = {key: getattr(cfg, key) for key in entry.options if getattr(cfg, key, None) is not None}
+    return shared | {k: v for k, v in own.items() if k not in cfg.typed} | recipe | {k: v for k, v in own.items() if k in cfg.typed}
+
+
+def unused(cfg: Namespace) -> list[str]:
+    """One line for each typed option that none of the chosen models uses."""
+    lines = []
+    for name in sorted(cfg.typed):
+        owners = [model for model, entry in zoo.ZOO.items() if name in entry.options]
+        if owners and len(owners) < len(zoo.ZOO) and not set(owners) & set(cfg.model):
+            lines.append(f"--{name} does nothing for {', '.join(cfg.model)}; it belongs to {', '.join(owners)}")
+    return lines
+
+
+def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
+    """Takes over what a checkpoint's recipe says about model, text and language model, for whatever was not typed.
+
+    Neither the split nor sizes of the training run (rows, tokens, device) are taken over.
+    """
+    own = NEUTRAL | {"split", "max_samples", "max_tokens", "dtype", "seed"}
+    saved = dict(recipe.get("options", {})) | {key: recipe[key] for key in ("model_path", "data_path") if recipe.get(key)}
+    for name, value in saved.items():
+        if name in own or name in cfg.typed or name not in OPTIONS or value is None or not hasattr(cfg, name):
+            continue
+        if name in ENVIRONMENT and os.environ.get(ENVIRONMENT[name]):
+            continue
+        setattr(cfg, name, [value] if OPTIONS[name].many and not isinstance(value, list) else value)
+    return cfg
+
+
+def run_stage(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] | None = None) -> int:
+    """Parses, calls function(cfg), and turns what went wrong into one line and an exit code."""
+    cfg = parse(stage, argv)
+    try:
+        function(cfg)
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"{stage}.py: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
+    except (ValueError, OSError) as error:
+        if cfg.debug:
+            traceback.print_exc()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"{stage}.py: error: {' '.join(lines) or type(error).__name__}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)

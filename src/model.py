@@ -1,0 +1,581 @@
+"""The sparse autoencoders, behind one contract: the SAE answers questions, so that nobody need ask its name.
+
+N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are 1-based, indices into routed sites 0-based.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.ops import Jump_func, Step_func, geometric_median, pre_process, random_integers, random_subset, restrict, squared_errors, topk_sparsify
+from src.zoo import canonical
+
+Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
+
+
+class Pass(NamedTuple):
+    """One trip through an SAE."""
+
+    target: Tensor  # what x_hat should equal [N,D] or [N,L,D]
+    latents: Tensor  # sparse code [N,F] or [N,L,F]
+    x_hat: Tensor  # reconstruction, shape of target
+    pre_acts: Tensor | None = None  # before the activation; what penalties read
+    weights: Tensor | None = None  # share of each site (routed models) [N,L]
+    scale: Tensor | None = None  # p of the routed site [N]
+
+
+def routed_sites(n_layers: int, start_layer: int | None = None, end_layer: int | None = None) -> list[int]:
+    """Sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive. Raises ValueError for a model too shallow, or a range outside it."""
+    if n_layers is None or n_layers < 4:
+        raise ValueError(f"{n_layers} blocks; a model over several sites needs a language model of at least 4")
+    start = n_layers // 4 if start_layer is None else start_layer
+    end = 3 * n_layers // 4 + 1 if end_layer is None else end_layer
+    if not 1 <= start < end <= n_layers + 1:
+        raise ValueError(f"routed sites {start} ... {end - 1} of a {n_layers}-block model; sites run from 1 to {n_layers}")
+    return list(range(start, end))
+
+
+class SAE(nn.Module):
+    """The contract. Subclasses say what differs."""
+
+    def __init__(self, hidden_size: int, latent_size: int, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        if hidden_size <= 0 or latent_size <= 0:
+            raise ValueError(f"hidden_size {hidden_size}, latent_size {latent_size}; both must be positive")
+        self.hidden_size, self.latent_size, self.norm_eps = hidden_size, latent_size, norm_eps
+        self.config: dict[str, Any] = {}
+        self.register_buffer("silent", torch.zeros(latent_size), persistent=False)  # tokens since a latent was last active
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def sites(self) -> list[int]:
+        """The residual-stream sites it reads."""
+        raise NotImplementedError
+
+    def standardise(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, mean, std = pre_process(h, self.norm_eps)
+        return x, mean, std + self.norm_eps  # what x has to be multiplied by to get h back exactly
+
+    def gather(self, hidden: Mapping[int, Tensor]) -> Tensor:
+        """{site: [N,D]} -> its standardised input."""
+        return torch.stack([self.standardise(hidden[site])[0] for site in self.sites()], dim=-2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def autoencode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Pass:
+        raise NotImplementedError
+
+    def penalty(self, p: Pass) -> dict[str, Tensor]:
+        """Weighted extra terms of the loss, by name."""
+        return {}
+
+    def loss(self, p: Pass) -> dict[str, Tensor]:
+        """Terms that add up to the training loss."""
+        return {"NormMSE": squared_errors(p.target, p.x_hat).mean(), **self.penalty(p)}
+
+    def strength(self, p: Pass) -> Tensor:
+        """Latents in units that compare between tokens and models."""
+        return p.latents
+
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None) -> Iterator[dict[int, Graft]]:
+        """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.
+
+        With `edit` (latents -> latents) the residual keeps what the SAE misses: only the change is decoded and added.
+        """
+        for site in self.sites():
+            yield {site: lambda h: self._substitute(h, infer_k, theta, edit, token)}
+
+    def _substitute(self, h: Tensor, infer_k, theta, edit, token) -> Tensor:
+        x, mean, std = self.standardise(h)
+        p = self.autoencode(x, infer_k, theta, token)
+        x_hat = p.x_hat if edit is None else x + self.decode(edit(p.latents)) - p.x_hat
+        return x_hat * std + mean
+
+    def decoders(self) -> list[nn.Linear]:
+        """Those whose columns are kept at unit norm."""
+        return []
+
+    def warm_start(self, x: Tensor) -> None:
+        """Initialisation from a first batch of inputs."""
+
+    @torch.no_grad()
+    def after_step(self, p: Pass, progress: float) -> None:
+        """Counters and schedules; progress is the share of the run that is done."""
+        fired = (p.latents != 0).flatten(0, -2)
+        self.seen += len(fired)
+        self.silent += len(fired)
+        self.silent[fired.any(0)] = 0
+
+    def dead_fraction(self) -> float:
+        """Share of latents silent for the last tenth of what was seen."""
+        return float((self.silent > 0.1 * self.seen).float().mean())
+
+    def diagnostics(self, p: Pass) -> dict[str, Any]:
+        """More to log, by name."""
+        return {}
+
+    def title(self, data_name: str) -> str:
+        return f"{self.name}_{data_name}"
+
+
+class _Dictionary(SAE):
+    """An encoder, a decoder and two biases at one site: what TopK, Vanilla, JumpReLU and Gated share."""
+
+    def __init__(self, hidden_size, latent_size, *, layer=12, n_layers=None, norm_eps=1e-5, b_pre_init="geom_median", unit_encoder=True):
+        super().__init__(hidden_size, latent_size, norm_eps)
+        if n_layers is not None and not 1 <= layer <= n_layers:
+            raise ValueError(f"layer {layer} of a {n_layers}-block model; sites run from 1 to {n_layers}")
+        self.layer, self.b_pre_init = layer, b_pre_init
+        self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.latent_bias = nn.Parameter(torch.zeros(latent_size))
+        self.encoder = nn.Linear(hidden_size, latent_size, bias=False)
+        self.decoder = nn.Linear(latent_size, hidden_size, bias=False)
+        with torch.no_grad():
+            unit = F.normalize(torch.randn(latent_size, hidden_size), dim=1) if unit_encoder else self.encoder.weight
+            self.encoder.weight.copy_(unit)
+            self.decoder.weight.copy_(F.normalize(unit, dim=1).T)
+
+    def sites(self):
+        return [self.layer]
+
+    def gather(self, hidden):
+        return self.standardise(hidden[self.layer])[0]
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        return F.linear(x - self.pre_bias, self.encoder.weight, self.latent_bias)
+
+    def activate(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
+        return F.relu(pre_acts)
+
+    def get_latents(self, pre_acts: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Tensor:
+        """Activation, then the cut asked for at inference."""
+        return restrict(self.activate(pre_acts, token), infer_k, theta)
+
+    def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Tensor:
+        return self.get_latents(self.pre_acts(x), infer_k, theta, token)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents) + self.pre_bias
+
+    def forward(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> tuple[Tensor, Tensor]:
+        """(latents, x_hat): the documented form."""
+        p = self.autoencode(x, infer_k, theta)
+        return p.latents, p.x_hat
+
+    def autoencode(self, x, infer_k=None, theta=None, token=None):
+        pre_acts = self.pre_acts(x)
+        latents = self.get_latents(pre_acts, infer_k, theta, token)
+        return Pass(x, latents, self.decode(latents), pre_acts)
+
+    def decoders(self):
+        return [self.decoder]
+
+    @torch.no_grad()
+    def warm_start(self, x):
+        x = x.flatten(0, -2)[:8192]
+        if self.b_pre_init != "zero":
+            self.pre_bias.copy_(x.mean(0) if self.b_pre_init == "mean" else geometric_median(x))
+
+
+class TopK(_Dictionary):
+    """Exactly the k largest pre-activations (Gao et al. 2024), dead latents revived by AuxK (same paper, appendix A.2)."""
+
+    def __init__(self, hidden_size, latent_size, k, *, auxk_coeff=1 / 32, dead_tokens=None, topk_relu=False, **rest):
+        super().__init__(hidden_size, latent_size, **rest)
+        if not 0 < k <= latent_size:
+            raise ValueError(f"k {k} with {latent_size} latents; it must lie between 1 and the latent size")
+        self.k, self.auxk_coeff, self.dead_tokens, self.topk_relu = k, auxk_coeff, dead_tokens, topk_relu
+        self.register_buffer("dead_after", torch.tensor(float("inf")), persistent=False)
+
+    def activate(self, pre_acts, token=None):
+        kept = topk_sparsify(pre_acts, self.k)
+        return F.relu(kept) if self.topk_relu else kept
+
+    def get_latents(self, pre_acts, infer_k=None, theta=None, token=None):
+        if infer_k is None and theta is None:
+            return self.activate(pre_acts, token)
+        return restrict(F.relu(pre_acts) if self.topk_relu else pre_acts, infer_k, theta)  # both take the place of k
+
+    def penalty(self, p):
+        dead = self.silent > self.dead_after
+        count = int(dead.sum()) if self.auxk_coeff else 0
+        if not count:
+            return {}
+        error = (p.target - p.x_hat).detach().flatten(0, -2)
+        pre_acts = p.pre_acts.flatten(0, -2).masked_fill(~dead, float("-inf"))
+        kept = F.relu(topk_sparsify(pre_acts, min(count, self.hidden_size // 2, 512)).nan_to_num(neginf=0.0))
+        missed = (error - self.decoder(kept)).square().sum() / (error - error.mean(0)).square().sum().clamp_min(1e-12)
+        return {"AuxK": self.auxk_coeff * missed}
+
+    @torch.no_grad()
+    def after_step(self, p, progress):
+        super().after_step(p, progress)
+        # a run of 1.5M tokens did best with dead latents called dead after 3 % of it; long runs use the papers' 10M tokens
+        auto = min(1e7, 0.03 * float(self.seen) / max(progress, 1e-9))
+        self.dead_after.fill_(auto if self.dead_tokens is None else self.dead_tokens)
+
+
+class RandomK(TopK):
+    """k latents drawn uniformly per token, values as they come: the control that must lose. A function of (seed, token key)."""
+
+    def __init__(self, hidden_size, latent_size, k, *, seed=42, **rest):
+        super().__init__(hidden_size, latent_size, k, **(rest | {"auxk_coeff": 0.0}))
+        self.seed = seed
+
+    def get_latents(self, pre_acts, infer_k=None, theta=None, token=None):
+        flat = pre_acts.flatten(0, -2)
+        keys = torch.arange(len(flat), device=flat.device) if token is None else token.flatten()
+        chosen = random_subset(keys, self.seed, self.latent_size, self.k)
+        kept = torch.zeros_like(flat).scatter(1, chosen, flat.gather(1, chosen)).view_as(pre_acts)
+        return restrict(kept, infer_k, theta)
+
+
+class MLSAE(TopK):
+    """One TopK for the states of all routed sites, each a sample of one batch (Lawson et al. 2024)."""
+
+    def __init__(self, hidden_size, n_layers, latent_size, k, *, start_layer=None, end_layer=None, **rest):
+        super().__init__(hidden_size, latent_size, k, **rest)
+        self.routed = routed_sites(n_layers, start_layer, end_layer)
+
+    def sites(self):
+        return self.routed
+
+    gather = SAE.gather
+
+
+class _Sparsified:
+    """A sparsity coefficient that warms up from 0 and, with target_l0, steers itself until the last fifth of the run."""
+
+    def _sparsity(self, l1_coeff, l1_mean, target_l0, sparsity_warmup):
+        self.l1_coeff, self.l1_mean, self.target_l0, self.sparsity_warmup = l1_coeff, l1_mean, target_l0, sparsity_warmup
+        self.register_buffer("warm", torch.tensor(0.0 if sparsity_warmup else 1.0), persistent=False)
+        self.register_buffer("gain", torch.ones(()), persistent=False)
+        self.register_buffer("l0", torch.full((), float("nan")), persistent=False)
+
+    def _coefficient(self) -> Tensor:
+        return self.l1_coeff * self.warm * self.gain
+
+    def _l1(self, latents: Tensor, norms: Tensor) -> dict[str, Tensor]:
+        per_token = latents.mean(-1) if self.l1_mean else (latents * norms).sum(-1)
+        return {"L1": self._coefficient() * per_token.mean()}
+
+    @torch.no_grad()
+    def after_step(self, p, progress):
+        super().after_step(p, progress)
+        self.warm.fill_(min(1.0, progress / self.sparsity_warmup) if self.sparsity_warmup else 1.0)
+        if self.target_l0 and progress < 0.8:
+            now = (p.latents != 0).float().sum(-1).mean()
+            self.l0.copy_(now if self.l0.isnan() else 0.9 * self.l0 + 0.1 * now)
+            self.gain *= torch.exp(0.03 * (self.l0 / self.target_l0 - 1).clamp(-1, 1))
+
+
+class Vanilla(_Sparsified, _Dictionary):
+    """ReLU, and L1 summed over latents, weighted by decoder norms (Conerly et al. 2024)."""
+
+    def __init__(self, hidden_size, latent_size, *, l1_coeff=None, l1_mean=False, target_l0=None, sparsity_warmup=0.05, **rest):
+        super().__init__(hidden_size, latent_size, **rest)
+        self._sparsity(0.1 / hidden_size**0.5 if l1_coeff is None else l1_coeff, l1_mean, target_l0, sparsity_warmup)
+
+    def penalty(self, p):
+        return self._l1(p.latents, self.decoder.weight.norm(dim=0))
+
+
+class Gated(_Sparsified, _Dictionary):
+    """Which latents are active is decided apart from how strongly (Rajamanoharan et al. 2024a).
+
+    The gate is a step without gradient; it learns from L1 on ReLU(pi_gate) and from reconstructing through a frozen decoder.
+    """
+
+    def __init__(self, hidden_size, latent_size, *, l1_coeff=None, l1_mean=False, gated_aux=True, target_l0=None, sparsity_warmup=0.05, **rest):
+        super().__init__(hidden_size, latent_size, **rest)
+        self._sparsity(0.1 / hidden_size**0.5 if l1_coeff is None else l1_coeff, l1_mean, target_l0, sparsity_warmup)
+        self.gated_aux = gated_aux
+        del self.latent_bias
+        for name in ("gate_bias", "mag_bias", "r_mag"):
+            setattr(self, name, nn.Parameter(torch.zeros(latent_size)))
+
+    def pre_acts(self, x):
+        return F.linear(x - self.pre_bias, self.encoder.weight)
+
+    def activate(self, pre_acts, token=None):
+        return (pre_acts + self.gate_bias > 0) * F.relu(self.r_mag.exp() * pre_acts + self.mag_bias)
+
+    def penalty(self, p):
+        if not self.gated_aux:
+            return self._l1(p.latents, self.decoder.weight.norm(dim=0))
+        gate = F.relu(p.pre_acts + self.gate_bias)
+        frozen = F.linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
+        return self._l1(gate, self.decoder.weight.norm(dim=0).detach()) | {"GateAux": squared_errors(p.target, frozen).mean()}
+
+
+class JumpReLU(_Sparsified, _Dictionary):
+    """A learned threshold per latent; the penalty counts pre-activations above it (Rajamanoharan et al. 2024b)."""
+
+    def __init__(
+        self, hidden_size, latent_size, threshold=None, bandwidth=None, *, l1_coeff=1e-3, l0_post_jump=False, target_l0=None,
+        sparsity_warmup=0.05, **rest,
+    ):
+        super().__init__(hidden_size, latent_size, **rest)
+        l1_coeff = 1e-3 if l1_coeff is None else l1_coeff
+        self._sparsity(l1_coeff, False, target_l0, sparsity_warmup)
+        self.bandwidth = max(0.05, 1e-3 * hidden_size**0.5) if bandwidth is None else bandwidth
+        start = 0.5 * (l1_coeff * (hidden_size - 1)) ** 0.5 if threshold is None else threshold
+        self.threshold = nn.Parameter(torch.full((latent_size,), float(max(start, 1e-4))))
+        self.l0_post_jump = l0_post_jump
+
+    def activate(self, pre_acts, token=None):
+        return Jump_func.apply(pre_acts, self.threshold, self.bandwidth)
+
+    def penalty(self, p):
+        counted = p.latents if self.l0_post_jump else p.pre_acts
+        return {"L0": self._coefficient() * Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1).mean()}
+
+    @torch.no_grad()
+    def after_step(self, p, progress):
+        super().after_step(p, progress)
+        if not self.l0_post_jump:
+            self.threshold.clamp_(min=1e-4)
+
+
+class Crosscoder(_Sparsified, SAE):
+    """One code read from all routed sites and written back to each (Lindsey et al. 2024). Decoder norms say where a latent lives."""
+
+    def __init__(
+        self, hidden_size, n_layers, latent_size, *, start_layer=None, end_layer=None, l1_coeff=None, l1_mean=False, target_l0=None,
+        sparsity_warmup=0.05, decoder_bias=False, free_norms=False, norm_eps=1e-5,
+    ):
+        super().__init__(hidden_size, latent_size, norm_eps)
+        self.routed = routed_sites(n_layers, start_layer, end_layer)
+        self.n_processed_layers, self.free_norms = len(self.routed), free_norms
+        self._sparsity(0.1 / hidden_size**0.5 if l1_coeff is None else l1_coeff, l1_mean, target_l0, sparsity_warmup)
+        self.latent_bias = nn.Parameter(torch.zeros(latent_size))
+        self.encoder = nn.ModuleList(nn.Linear(hidden_size, latent_size, bias=False) for _ in self.routed)
+        self.decoder = nn.ModuleList(nn.Linear(latent_size, hidden_size, bias=False) for _ in self.routed)
+        self.decoder_bias = nn.Parameter(torch.zeros(self.n_processed_layers, hidden_size)) if decoder_bias else None
+        unit = F.normalize(torch.randn(latent_size, hidden_size), dim=1)  # the same at every site: states of neighbours are alike
+        with torch.no_grad():
+            for encoder, decoder in zip(self.encoder, self.decoder, strict=True):
+                encoder.weight.copy_(unit / self.n_processed_layers)
+                decoder.weight.copy_(unit.T)
+
+    def sites(self):
+        return self.routed
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        total = self.latent_bias  # summed as it goes: [N,L,F] never exists
+        for i, encoder in enumerate(self.encoder):
+            total = total + encoder(x[..., i, :])
+        return total
+
+    def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
+        return restrict(F.relu(self.pre_acts(x)), infer_k, theta)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        x_hat = torch.stack([decoder(latents) for decoder in self.decoder], dim=-2)
+        return x_hat if self.decoder_bias is None else x_hat + self.decoder_bias
+
+    def forward(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> tuple[Tensor, Tensor]:
+        """(latents, x_hat [N,L,D]): the documented form."""
+        p = self.autoencode(x, infer_k, theta)
+        return p.latents, p.x_hat
+
+    def autoencode(self, x, infer_k=None, theta=None, token=None):
+        pre_acts = self.pre_acts(x)
+        latents = restrict(F.relu(pre_acts), infer_k, theta)
+        return Pass(x, latents, self.decode(latents), pre_acts)
+
+    def decoder_norms(self) -> Tensor:
+        """[L,F]: the profile over sites of each latent."""
+        return torch.stack([decoder.weight.norm(dim=0) for decoder in self.decoder])
+
+    def penalty(self, p):
+        return self._l1(p.latents, self.decoder_norms().mean(0))
+
+    def strength(self, p):
+        return p.latents * self.decoder_norms().mean(0)
+
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None):
+        clean = self.autoencode(self.gather(hidden), infer_k, theta)  # its code has read later sites too: no causal comparison
+        change = None if edit is None else self.decode(edit(clean.latents)) - clean.x_hat
+
+        def at(index):
+            def graft(h):
+                x, mean, std = self.standardise(h)
+                return (clean.x_hat[..., index, :] if change is None else x + change[..., index, :]) * std + mean
+
+            return graft
+
+        for index, site in enumerate(self.routed):
+            yield {site: at(index)}
+
+    def decoders(self):
+        return [] if self.free_norms else list(self.decoder)
+
+
+class RouteSAE(SAE):
+    """A router gives each token one of the routed sites; a TopK codes p times the state there (arXiv:2503.08200, eqs 5-12).
+
+    routing: "hard" (argmax), "soft" (the mixture), "random" (a site drawn uniformly per token, scale 1).
+    """
+
+    def __init__(
+        self, hidden_size, n_layers, latent_size, k, *, aggre="sum", routing="hard", route_patch="scaled", start_layer=None, end_layer=None,
+        seed=42, norm_eps=1e-5, **rest,
+    ):
+        super().__init__(hidden_size, latent_size, norm_eps)
+        for what, value, known in (("aggre", aggre, ("sum", "mean")), ("routing", routing, ("hard", "soft", "random"))):
+            if value not in known:
+                raise ValueError(f"{what} {value!r}; known are {', '.join(known)}")
+        self.routed = routed_sites(n_layers, start_layer, end_layer)
+        self.n_layers, self.start_layer, self.end_layer, self.n_routed_layers = n_layers, self.routed[0], self.routed[-1] + 1, len(self.routed)
+        self.aggre, self.routing, self.route_patch, self.seed = aggre, routing, route_patch, seed
+        self.router = nn.Linear(hidden_size, self.n_routed_layers, bias=False)
+        self.sae = TopK(hidden_size, latent_size, k, **rest)
+        self.k = k
+
+    def sites(self):
+        return self.routed
+
+    def get_router_weights(self, x: Tensor, aggre: str = "sum") -> Tensor:
+        """Softmax over sites of the routed states' sum or mean. [...,L,D] -> [...,L]"""
+        if aggre not in ("sum", "mean"):
+            raise ValueError(f"aggre {aggre!r}; known are sum, mean")
+        pooled = x.sum(-2) if aggre == "sum" else x.mean(-2)
+        return self.router(pooled).softmax(-1)
+
+    def route(self, x: Tensor, router_weights: Tensor, routing: str = "hard") -> tuple[Tensor, Tensor]:
+        """(layer_weights [...,L], routed_x [...,D]): p at the argmax and 0 elsewhere for hard, p itself for soft."""
+        if routing not in ("hard", "soft", "random"):
+            raise ValueError(f"routing {routing!r}; known are hard, soft, random")
+        layer_weights = router_weights
+        if routing != "soft":
+            layer_weights = router_weights * F.one_hot(router_weights.argmax(-1), self.n_routed_layers)
+        return layer_weights, (layer_weights[..., None] * x).sum(-2)
+
+    def _weights(self, x: Tensor, token: Tensor | None) -> Tensor:
+        if self.routing != "random":
+            return self.get_router_weights(x, self.aggre)
+        keys = torch.arange(x.shape[:-2].numel(), device=x.device) if token is None else token.flatten()
+        drawn = random_integers(keys, self.seed, self.n_routed_layers)
+        return F.one_hot(drawn, self.n_routed_layers).to(x.dtype).view(x.shape[:-1])
+
+    def _slice(self, x: Tensor) -> Tensor:
+        """The routed sites of an input that holds them, all sites, or all sites and the embedding."""
+        there = x.shape[-2]
+        if there == self.n_routed_layers:
+            return x
+        if there in (self.n_layers, self.n_layers + 1):
+            first = self.start_layer - (there == self.n_layers)
+            return x[..., first : first + self.n_routed_layers, :]
+        raise ValueError(f"{there} layers; expected {self.n_routed_layers} routed ones, or all {self.n_layers} (+1 with the embedding)")
+
+    def forward(self, x: Tensor, aggre: str = "sum", routing: str = "hard", infer_k: int | None = None, theta: float | None = None):
+        """(layer_weights, routed_x, latents, x_hat, router_weights): the documented form."""
+        x = self._slice(x)
+        router_weights = self.get_router_weights(x, aggre)
+        layer_weights, routed_x = self.route(x, router_weights, routing)
+        latents, x_hat = self.sae(routed_x, infer_k, theta)
+        return layer_weights, routed_x, latents, x_hat, router_weights
+
+    def autoencode(self, x, infer_k=None, theta=None, token=None):
+        weights = self._weights(x, token)
+        _, routed = self.route(x, weights, self.routing)
+        inner = self.sae.autoencode(routed, infer_k, theta)
+        return inner._replace(weights=weights, scale=weights.max(-1).values)
+
+    def penalty(self, p):
+        return self.sae.penalty(p)
+
+    def strength(self, p):
+        return p.latents if self.routing == "soft" else p.latents / p.scale[..., None]
+
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, permute=None):
+        x = self.gather(hidden)
+        clean = self.autoencode(x, infer_k, theta, token)
+        site_of = clean.weights.argmax(-1)
+        if permute is not None:  # the control: sites of other tokens, p its own
+            site_of = site_of[permute]
+        scale = torch.ones_like(clean.scale) if self.route_patch == "unscaled" else clean.scale
+
+        def at(index):
+            def graft(h):
+                here = site_of == index
+                if not here.any():
+                    return h
+                x, mean, std = self.standardise(h[here])
+                if self.routing == "soft":  # the mixture's error moved to the strongest site; sum_l p_l (x_l + e) is the mixture's x_hat
+                    p = clean._replace(latents=clean.latents[here], x_hat=clean.x_hat[here], target=clean.target[here])
+                    new = x + p.x_hat - p.target
+                    factor = 1.0
+                else:
+                    factor = scale[here, None]
+                    p = self.sae.autoencode(factor * x, infer_k, theta)
+                    new = p.x_hat / factor
+                if edit is not None:
+                    new = x + (self.sae.decode(edit(p.latents)) - p.x_hat) / factor
+                return h.index_put((here,), (new * std + mean).to(h.dtype))
+
+            return graft
+
+        yield {site: at(index) for index, site in enumerate(self.routed)}
+
+    def decode(self, latents):
+        return self.sae.decode(latents)
+
+    def decoders(self):
+        return self.sae.decoders()
+
+    def warm_start(self, x):
+        self.sae.warm_start(x)
+
+    def after_step(self, p, progress):
+        super().after_step(p, progress)
+        self.sae.after_step(p, progress)
+
+    @torch.no_grad()
+    def diagnostics(self, p):
+        """Share of tokens and mean p per site, entropy of the shares (1: uniform), gradient norm of the router."""
+        share = F.one_hot(p.weights.argmax(-1), self.n_routed_layers).float().flatten(0, -2).mean(0)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.tensor(float(self.n_routed_layers)).log()
+        found = {"share": share, "mean_p": p.weights.flatten(0, -2).mean(0), "p_max": p.scale.mean(), "share_entropy": entropy}
+        grad = self.router.weight.grad
+        return found if grad is None else found | {"router_grad": grad.norm()}
+
+
+CLASSES = {cls.__name__: cls for cls in (TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK)}
+
+
+def build(name: str, hidden_size: int, n_layers: int | None, options: Mapping[str, Any]) -> SAE:
+    """A model of the zoo. Options its constructors do not take are left out; None means its default.
+
+    Raises ValueError for an unknown name, a missing or an impossible value.
+    """
+    cls = CLASSES[canonical(name)]
+    known: set[str] = set()
+    for parent in (*cls.__mro__, *((TopK, _Dictionary) if cls is RouteSAE else ())):
+        if issubclass(parent, SAE):
+            known |= set(inspect.signature(parent.__init__).parameters)
+    config = {key: value for key, value in options.items() if key in known and value is not None}
+    config |= {"hidden_size": hidden_size, "n_layers": n_layers}
+    if cls is not RouteSAE and "layer" in known and n_layers and "routed" not in config:
+        config.setdefault("layer", 3 * n_layers // 4)
+    if "n_layers" not in known:
+        del config["n_layers"]
+    sae = cls(**config)
+    sae.config = config | {"n_layers": n_layers}
+    return sae
+
+
+def get_model(name: str, hidden_size: int, n_layers: int, latent_size: int, k: int = 64, **options: Any) -> SAE:
+    """A model by its documented name."""
+    return build(name, hidden_size, n_layers, {"latent_size": latent_size, "k": k, **options})

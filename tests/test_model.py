@@ -1,0 +1,290 @@
+"""The contract over the whole zoo, then what is particular to each model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src import model
+from src.model import RouteSAE, TopK, build
+from src.ops import Jump_func, Step_func, active, pre_process, project_decoder_grad, random_subset, restrict, topk_sparsify, unit_norm_decoder
+from src.zoo import ZOO, canonical
+
+N, D, FEATURES, LAYERS = 50, 32, 64, 16
+TOKENS = torch.arange(N)
+
+
+@pytest.fixture
+def hidden():
+    generator = torch.Generator().manual_seed(1)
+    return {site: torch.randn(N, D, generator=generator) * 2 + 1 for site in range(1, LAYERS + 1)}
+
+
+def make(name, recipe="standard", **options):
+    torch.manual_seed(0)
+    sae = build(name, D, LAYERS, {"latent_size": FEATURES, "k": 4, "seed": 3, **getattr(ZOO[name], recipe), **options})
+    with torch.no_grad():
+        for key, value in sae.named_parameters():
+            if "bias" in key:
+                value.add_(0.05 * torch.randn_like(value))
+    return sae
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_keeps_the_contract(name, hidden):
+    sae = make(name)
+    x = sae.gather(hidden)
+    sae.warm_start(x)
+    p = sae.autoencode(x, token=TOKENS)
+    assert p.x_hat.shape == p.target.shape and p.latents.shape[-1] == FEATURES
+    sae.after_step(p, 0.5)
+    loss = sum(sae.loss(sae.autoencode(x, token=TOKENS)).values())
+    loss.backward()
+    for key, value in sae.named_parameters():
+        assert value.grad is not None and value.grad.isfinite().all(), key
+        assert value.grad.abs().max() > 0, key
+    unit_norm_decoder(sae)
+    project_decoder_grad(sae)
+    for decoder in sae.decoders():
+        assert torch.allclose(decoder.weight.norm(dim=0), torch.ones(FEATURES))
+        assert (decoder.weight.grad * decoder.weight).sum(0).abs().max() < 1e-5
+    assert sae.strength(p).shape == p.latents.shape
+    other = build(name, D, LAYERS, sae.config)
+    other.load_state_dict(sae.state_dict())
+    assert torch.equal(other.autoencode(x, token=TOKENS).x_hat, sae.autoencode(x, token=TOKENS).x_hat)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_infer_k_and_theta_mean_the_same_everywhere(name, hidden):
+    sae = make(name)
+    x = sae.gather(hidden)
+    assert (sae.autoencode(x, infer_k=2, token=TOKENS).latents != 0).sum(-1).max() <= 2
+    kept = sae.autoencode(x, theta=0.3, token=TOKENS).latents
+    assert kept[kept != 0].min() > 0.3
+    negative = sae.autoencode(x, theta=-1.0, token=TOKENS).latents
+    assert negative.min() >= 0
+    with pytest.raises(ValueError, match="exclude each other"):
+        sae.autoencode(x, infer_k=2, theta=0.1, token=TOKENS)
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n != "Crosscoder"])
+def test_a_perfect_reconstruction_leaves_the_residual_as_it_is(name, hidden, monkeypatch):
+    sae = make(name)
+    inner = getattr(sae, "sae", sae)
+    monkeypatch.setattr(type(inner), "autoencode", lambda self, x, *_, **__: model.Pass(x, x.new_zeros(*x.shape[:-1], FEATURES), x))
+    for grafts in sae.grafts(hidden, token=TOKENS):
+        for site, graft in grafts.items():
+            assert torch.allclose(graft(hidden[site]), hidden[site], atol=1e-5)
+
+
+def test_topk_keeps_exactly_k_and_negatives_only_without_relu(hidden):
+    sae = make("TopK", k=40)
+    x = sae.gather(hidden)
+    latents = sae.autoencode(x).latents
+    assert ((latents != 0).sum(-1) == 40).all() and latents.min() < 0
+    assert make("TopK", k=40, topk_relu=True).autoencode(x).latents.min() >= 0
+
+
+def test_auxk_is_zero_without_dead_latents_and_trains_the_dead(hidden):
+    sae = make("TopK", dead_tokens=10)
+    x = sae.gather(hidden)
+    p = sae.autoencode(x)
+    assert sae.penalty(p) == {}
+    sae.after_step(p, 0.1)
+    dead = sae.silent > 10
+    assert dead.any()
+    sae.penalty(sae.autoencode(x))["AuxK"].backward()
+    assert sae.encoder.weight.grad[dead].abs().sum() > 0 and sae.encoder.weight.grad[~dead].abs().sum() == 0
+
+
+def test_random_routing_and_randomk_do_not_depend_on_batching(hidden):
+    for sae in (make("RandomK"), make("RouteSAE", routing="random")):
+        x = sae.gather(hidden)
+        whole = sae.autoencode(x, token=TOKENS)
+        half = sae.autoencode(x[20:], token=TOKENS[20:])
+        assert torch.equal(whole.latents[20:] != 0, half.latents != 0)
+    subset = random_subset(torch.arange(4000), 7, 10, 3)
+    assert all(len(set(row)) == 3 for row in subset.tolist())
+    share = torch.bincount(subset.flatten(), minlength=10) / 4000
+    assert (share - 0.3).abs().max() < 0.03
+
+
+def test_router_is_untrained_at_the_start_of_the_published_objective(hidden):
+    torch.manual_seed(0)
+    sae = build("RouteSAE", D, LAYERS, {"latent_size": FEATURES, "k": 4}).double()
+    sae.loss(sae.autoencode(sae.gather(hidden).double()))["NormMSE"].backward()
+    assert sae.router.weight.grad.abs().max() < 1e-12 < sae.sae.encoder.weight.grad.abs().max()
+
+
+def test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_training(hidden):
+    sae = make("RouteSAE")
+    x = sae.gather(hidden)
+    p = sae.autoencode(x)
+    site = p.weights.argmax(-1)
+    (grafts,) = sae.grafts(hidden)
+    for index, s in enumerate(sae.sites()):
+        after, here = grafts[s](hidden[s]), site == index
+        assert torch.equal(after[~here], hidden[s][~here])
+        expected = p.x_hat[here] / p.scale[here, None]
+        states, mean, std = sae.standardise(hidden[s][here])
+        assert torch.allclose((after[here] - mean) / std, expected, atol=1e-4)
+    unscaled = next(make("RouteSAE", route_patch="unscaled").grafts(hidden))
+    s = sae.sites()[int(site[0])]
+    assert not torch.allclose(unscaled[s](hidden[s])[0], grafts[s](hidden[s])[0], atol=1e-4)
+
+
+def test_soft_error_transfer_sums_to_the_mixture(hidden):
+    sae = make("RouteSAE", routing="soft")
+    x = sae.gather(hidden)
+    p = sae.autoencode(x)
+    error = p.x_hat - p.target
+    assert torch.allclose((p.weights[..., None] * (x + error[:, None])).sum(1), p.x_hat, atol=1e-5)
+
+
+def test_route_accepts_all_layers_and_slices_the_routed_ones(hidden):
+    sae = make("RouteSAE")
+    every = torch.stack([torch.zeros(N, D), *(pre_process(hidden[s])[0] for s in range(1, LAYERS + 1))], 1)
+    a, b, c = sae(every)[3], sae(every[:, 1:])[3], sae(every[:, 4:13])[3]
+    assert torch.equal(a, c) and torch.equal(b, c)
+    with pytest.raises(ValueError, match="expected 9"):
+        sae(every[:, :5])
+
+
+def test_documented_tuples_and_errors():
+    sae = TopK(8, 16, 2)
+    latents, x_hat = sae(torch.randn(3, 5, 8))
+    assert latents.shape == (3, 5, 16) and x_hat.shape == (3, 5, 8)
+    assert len(RouteSAE(8, 16, 16, 2)(torch.randn(3, 5, 9, 8))) == 5
+    for bad in (lambda: TopK(8, 16, 17), lambda: TopK(8, 16, 0), lambda: TopK(0, 16, 1), lambda: RouteSAE(8, 3, 16, 2), lambda: canonical("TopKK")):
+        with pytest.raises(ValueError):
+            bad()
+    assert canonical("Random") == "RandomK"
+
+
+@pytest.mark.parametrize("n", [7, 11, 15, 16, 6])
+def test_routed_range_is_one_helper_for_any_depth(n):
+    sites = model.routed_sites(n)
+    assert sites == list(range(n // 4, 3 * n // 4 + 1)) and RouteSAE(8, n, 16, 2).n_routed_layers == len(sites)
+
+
+def test_gate_learns_only_with_its_auxiliary_loss(hidden):
+    for aux, learns in ((True, True), (False, False)):
+        sae = make("Gated", gated_aux=aux, sparsity_warmup=0.0)
+        sum(sae.loss(sae.autoencode(sae.gather(hidden))).values()).backward()
+        assert (sae.gate_bias.grad is not None and bool(sae.gate_bias.grad.abs().sum() > 0)) == learns
+    sae = make("Gated")
+    sae.penalty(sae.autoencode(sae.gather(hidden)))["GateAux"].backward()
+    assert sae.decoder.weight.grad is None or sae.decoder.weight.grad.abs().sum() == 0
+
+
+def test_jumprelu_counts_pre_activations_and_keeps_thresholds_positive(hidden):
+    sae = make("JumpReLU", sparsity_warmup=0.0)
+    p = sae.autoencode(sae.gather(hidden))
+    assert torch.isclose(sae.penalty(p)["L0"], 1e-3 * (p.pre_acts > sae.threshold).float().sum(-1).mean())
+    with torch.no_grad():
+        sae.threshold.fill_(-1)
+    sae.after_step(p, 1.0)
+    assert sae.threshold.min() > 0
+
+
+def test_threshold_gradients_equal_finite_differences_of_the_expected_loss():
+    generator = torch.Generator().manual_seed(0)
+    z = 0.3 + torch.randn(2_000_000, generator=generator, dtype=torch.float64)
+    theta = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    Step_func.apply(z, theta, 0.1).mean().backward()
+    density = torch.exp(torch.tensor(-0.5 * 0.7**2)) / (2 * torch.pi) ** 0.5
+    assert abs(theta.grad.item() + density.item()) < 0.01
+    theta.grad = None
+    ((z - Jump_func.apply(z, theta, 0.1)) ** 2).mean().backward()
+    loss = [((z - z * (z > t)) ** 2).mean() for t in (0.95, 1.05)]
+    assert abs(theta.grad.item() - (loss[1] - loss[0]).item() / 0.1) < 0.02
+
+
+def test_l1_is_a_norm_weighted_sum_that_rescaling_cannot_escape(hidden):
+    sae = make("Vanilla", sparsity_warmup=0.0)
+    x = sae.gather(hidden)
+    before = sae.penalty(sae.autoencode(x))["L1"]
+    with torch.no_grad():
+        sae.decoder.weight *= 3
+        sae.encoder.weight /= 3
+        sae.latent_bias /= 3
+    assert torch.isclose(sae.penalty(sae.autoencode(x))["L1"], before)
+    by_hand = 0.1 / D**0.5 * (sae.autoencode(x).latents * 3).sum(-1).mean()
+    assert torch.isclose(before, by_hand, rtol=1e-4)
+
+
+def test_published_crosscoder_keys_and_a_one_site_crosscoder_is_vanilla(hidden):
+    assert sorted(build("Crosscoder", D, 4, {"latent_size": 8}).state_dict())[-1] == "latent_bias"
+    vanilla = make("Vanilla", layer=4)
+    cross = build("Crosscoder", D, LAYERS, {"latent_size": FEATURES, "start_layer": 4, "end_layer": 5, "decoder_bias": True})
+    with torch.no_grad():
+        cross.encoder[0].weight.copy_(vanilla.encoder.weight)
+        cross.decoder[0].weight.copy_(vanilla.decoder.weight)
+        cross.latent_bias.copy_(vanilla.latent_bias - vanilla.encoder.weight @ vanilla.pre_bias)
+        cross.decoder_bias[0].copy_(vanilla.pre_bias)
+    a, b = cross.autoencode(cross.gather(hidden)).x_hat[:, 0], vanilla.autoencode(vanilla.gather(hidden)).x_hat
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_mlsae_at_one_site_is_topk(hidden):
+    topk, mlsae = make("TopK", layer=4), make("MLSAE", start_layer=4, end_layer=5)
+    mlsae.load_state_dict(topk.state_dict())
+    assert torch.allclose(mlsae.autoencode(mlsae.gather(hidden)).x_hat[:, 0], topk.autoencode(topk.gather(hidden)).x_hat, atol=1e-6)
+
+
+def test_target_l0_raises_the_coefficient_where_the_code_is_too_dense(hidden):
+    sae = make("Vanilla", target_l0=2.0, sparsity_warmup=0.0)
+    p = sae.autoencode(sae.gather(hidden))
+    for _ in range(10):
+        sae.after_step(p, 0.5)
+    raised = sae.gain.item()
+    assert raised > 1.2
+    sae.after_step(p, 0.9)
+    assert sae.gain.item() == raised
+
+
+def test_ops_by_hand():
+    x = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
+    assert topk_sparsify(x, 2).tolist() == [[3.0, 0.0, 2.0, 0.0]]
+    assert [t.tolist() for t in active(topk_sparsify(x, 2))] == [[0, 0], [0, 2], [3.0, 2.0]]
+    with pytest.warns(UserWarning, match="all are kept"):
+        assert restrict(x, infer_k=9).tolist() == x.tolist()
+    states, mean, std = pre_process(torch.randn(5, 16).bfloat16() * 100 + 7)
+    assert states.dtype == torch.float32 and torch.allclose(states.square().sum(-1), torch.tensor(15.0), atol=1e-3)
+    sae = TopK(4, 8, 1)
+    with torch.no_grad():
+        sae.decoder.weight[:, 0] = 0
+    unit_norm_decoder(sae)
+    assert sae.decoder.weight.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,options", [("TopK", {"k": 3}), ("Vanilla", {"l1_coeff": 0.05}), ("Gated", {"l1_coeff": 0.1}),
+                                          ("JumpReLU", {"l1_coeff": 0.025, "threshold": 0.1, "bandwidth": 0.1})])
+def test_a_known_dictionary_is_recovered(name, options):
+    torch.manual_seed(0)
+    atoms = torch.nn.Parameter(F.normalize(torch.randn(48, 24), dim=1))
+    spread = torch.optim.Adam([atoms], 0.01)
+    for _ in range(500):  # atoms far apart, so that recovery is well defined
+        unit = F.normalize(atoms, dim=1)
+        spread.zero_grad()
+        (unit @ unit.T).fill_diagonal_(0).pow(8).sum().backward()
+        spread.step()
+    atoms = F.normalize(atoms.detach(), dim=1)
+    sae = build(name, 24, 16, {"latent_size": 64, "sparsity_warmup": 0.0, **options})
+    adam = torch.optim.Adam(sae.parameters(), 3e-3)
+    steps = 1500
+    for step in range(steps):
+        pick = torch.rand(1024, 48).topk(3, dim=1).indices
+        code = torch.zeros(1024, 48).scatter(1, pick, 1 + torch.rand(1024, 3))
+        x = code @ atoms
+        x = x * (24 / x.square().sum(1).mean()) ** 0.5
+        for group in adam.param_groups:
+            group["lr"] = 3e-3 * min(1, (1 - step / steps) / 0.2)
+        p = sae.autoencode(x)
+        adam.zero_grad()
+        sum(sae.loss(p).values()).backward()
+        adam.step()
+        sae.after_step(p, (step + 1) / steps)
+        unit_norm_decoder(sae)
+    cosine = (F.normalize(sae.decoder.weight, dim=0).T @ atoms.T).abs().max(0).values
+    assert cosine.mean() > 0.95 and (p.latents != 0).float().sum(-1).mean() < 8
