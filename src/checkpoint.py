@@ -124,7 +124,8 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
     for key, expected in sae.state_dict().items():
         there = tuple(weights[key].shape) if key in weights else "missing"
         if there != tuple(expected.shape):
-            raise ValueError(f"{path}: {key} is {there}, the recipe of {recipe['model']} needs {tuple(expected.shape)}; weights and recipe do not match")
+            needs = f"the recipe of {recipe['model']} needs {tuple(expected.shape)}"
+            raise ValueError(f"{path}: {key} is {there}, {needs}; weights and recipe do not match")
     extra = sorted(set(weights) - set(sae.state_dict()))
     if extra:
         raise ValueError(f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}")

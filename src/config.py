@@ -40,7 +40,7 @@ class Option(NamedTuple):
     count: int | None = None
 
 
-_METRICS = ("NormMSE", "KLDiv", "FVU", "L0", "Dead", "Density", "DeltaCE", "Recovered", "Shrinkage", "Routing")
+_METRICS = ("NormMSE", "KLDiv", "FVU", "L0", "Dead", "Density", "DeltaCE", "Recovered", "Shrinkage", "Routing", "all")
 OPTIONS: dict[str, Option] = {
     # where things are, what they run on
     "model_path": Option("common", str, None, "language model: folder or hub name ($MODEL_PATH, else the built-in demo LM)"),

@@ -105,6 +105,10 @@ class SAE(nn.Module):
         """Those whose columns are kept at unit norm."""
         return []
 
+    def adam_parameters(self) -> list[Tensor]:
+        """Those that are no part of a dictionary and keep the papers' Adam whatever trains the rest."""
+        return []
+
     def warm_start(self, x: Tensor) -> None:
         """Initialisation from a first batch of inputs."""
 
@@ -338,7 +342,7 @@ class JumpReLU(_Sparsified, _Dictionary):
 
     def penalty(self, p):
         counted = p.latents if self.l0_post_jump else p.pre_acts
-        return {"L0": self._coefficient() * Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1).mean()}
+        return {"L0_penalty": self._coefficient() * Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1).mean()}
 
     @torch.no_grad()
     def after_step(self, p, progress):
@@ -534,6 +538,9 @@ class RouteSAE(SAE):
 
     def decoders(self):
         return self.sae.decoders()
+
+    def adam_parameters(self):
+        return [self.router.weight]  # sign steps of 1e-2 saturate p at 1 within ten steps
 
     def warm_start(self, x):
         self.sae.warm_start(x)

@@ -139,7 +139,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def random_integers(keys: Tensor, seed: int, high: int, draw: int = 0) -> Tensor:
     """One integer in [0, high) per key: a function of (key, seed, draw) alone, so batching changes nothing. int64 [N] -> [N]"""
-    return _mix(_mix(_mix(keys + 1) + seed * 0x9E3779B97F4A7C1) + draw * 0x2545F4914F6CDD1D) % high
+    half = 1 << 62  # Python's integers do not wrap around, int64's do
+    return _mix(_mix(_mix(keys + 1) + seed * 0x9E3779B97F4A7C1 % half) + draw * 0x2545F4914F6CDD1D % half) % high
 
 
 def random_subset(keys: Tensor, seed: int, n: int, k: int) -> Tensor:

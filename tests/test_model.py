@@ -179,7 +179,7 @@ def test_gate_learns_only_with_its_auxiliary_loss(hidden):
 def test_jumprelu_counts_pre_activations_and_keeps_thresholds_positive(hidden):
     sae = make("JumpReLU", sparsity_warmup=0.0)
     p = sae.autoencode(sae.gather(hidden))
-    assert torch.isclose(sae.penalty(p)["L0"], 1e-3 * (p.pre_acts > sae.threshold).float().sum(-1).mean())
+    assert torch.isclose(sae.penalty(p)["L0_penalty"], 1e-3 * (p.pre_acts > sae.threshold).float().sum(-1).mean())
     with torch.no_grad():
         sae.threshold.fill_(-1)
     sae.after_step(p, 1.0)

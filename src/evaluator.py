@@ -1,0 +1,198 @@
+"""Any number of checkpoints measured on the same held-out rows, sharing the language model's clean forward pass."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from src import checkpoint, config, demo, files, hooks, lm, metrics
+from src.data import Batch, Rows
+from src.model import SAE
+
+OF_THE_MODEL = {"KLDiv", "DeltaCE", "Recovered"}  # need the language model patched
+
+
+class Subject:
+    """One checkpoint and what has been measured of it."""
+
+    def __init__(self, path: str, device: str, given: dict[str, Any]) -> None:
+        self.sae, self.recipe = checkpoint.load(path, device, given)
+        self.path, self.title = path, self.recipe["title"]
+        self.reconstruction, self.activity, self.routing = metrics.Reconstruction(), metrics.Activity(), metrics.Routing()
+        self.kl: dict[str, metrics.Mean] = {}
+        self.ce: dict[str, metrics.Mean] = {}
+
+    def note(self, table: dict[str, metrics.Mean], name: str, values: Tensor) -> None:
+        table.setdefault(name, metrics.Mean()).update(values)
+
+
+class Evaluator:
+    """`run()` writes eval/<title>.json per checkpoint, prints a table, and returns a float for one checkpoint and one metric, else a dict."""
+
+    def __init__(self, cfg: Namespace) -> None:
+        self.cfg = cfg
+        if not cfg.SAE_path:
+            cfg.SAE_path = [str(checkpoint.newest(cfg.output_dir))]
+            print(f"evaluating the newest checkpoint: {cfg.SAE_path[0]}")
+        cfg.device = checkpoint.pick_device(cfg.device)
+        given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer")}
+        given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
+        self.subjects = [Subject(path, cfg.device, given) for path in cfg.SAE_path]
+        for subject in self.subjects:
+            for name in ("route_patch",):
+                if name in cfg.typed and hasattr(subject.sae, name):
+                    setattr(subject.sae, name, getattr(cfg, name))
+        recipes = [subject.recipe for subject in self.subjects]
+        models = {recipe.get("model_path") for recipe in recipes} - {None}
+        if len(models) > 1 and not cfg.model_path:
+            raise ValueError(f"the checkpoints belong to different language models ({', '.join(sorted(models))}); evaluate them apart")
+        config.fill_from_recipe(cfg, recipes[0])
+        demo.stand_in(cfg)
+        config.complete(cfg)
+        if cfg.split == "train":
+            print("warning: evaluating on the training split")
+
+    @torch.no_grad()
+    def run(self) -> float | dict[str, dict[str, Any]]:
+        cfg = self.cfg
+        tokenizer, model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
+        width, depth = lm.text_config(model).hidden_size, len(lm.blocks(model))
+        for subject in self.subjects:
+            if subject.sae.hidden_size != width or max(subject.sae.sites()) > depth:
+                there = f"hidden size {subject.sae.hidden_size}, sites up to {max(subject.sae.sites())}"
+                raise ValueError(f"{subject.title} ({there}) does not fit this language model (hidden size {width}, {depth} blocks)")
+        rows = Rows(
+            cfg.data_path, tokenizer, cfg.max_length, cfg.split, text_key=cfg.text_key, chunking=cfg.chunking, max_samples=cfg.max_samples,
+            max_tokens=cfg.max_tokens, max_bad_frac=cfg.max_bad_frac, include_special=cfg.include_special,
+        )
+        sites = sorted({site for subject in self.subjects for site in subject.sae.sites()})
+        patching = bool(OF_THE_MODEL & set(cfg.metric))
+        checked, tokens = False, 0
+        means = self._site_means(model, rows, sites) if "Recovered" in cfg.metric else {}
+        for batch in tqdm(rows.batches(cfg.batch_size), "evaluating", math.ceil(len(rows) / cfg.batch_size), unit=" batches", mininterval=1):
+            batch = batch.to(cfg.device)
+            if not batch.mask.any():
+                continue
+            full = lm.read_sites(model, batch.input_ids, sites)
+            hidden = {site: state[batch.mask].float() for site, state in full.items()}
+            tokens += int(batch.mask.sum())
+            for subject in self.subjects:
+                self._measure_code(subject, hidden, batch)
+            if patching:
+                if not checked:
+                    hooks.self_check(model, batch, sites)
+                    checked = True
+                self._measure_patched(model, batch, full, hidden, means)
+        if not tokens:
+            raise ValueError("no counted token in the evaluation rows")
+        results = {subject.title: self._result(subject, tokens, len(rows), rows.fingerprint) for subject in self.subjects}
+        self._show(results)
+        if len(results) == 1 and len(cfg.metric) == 1 and isinstance(results[self.subjects[0].title].get(cfg.metric[0]), float):
+            return results[self.subjects[0].title][cfg.metric[0]]
+        return results
+
+    def _site_means(self, model: torch.nn.Module, rows: Rows, sites: list[int]) -> dict[int, Tensor]:
+        """Mean raw residual per site over the first rows: what mean ablation puts in place."""
+        sums, count = {site: 0.0 for site in sites}, 0
+        for batch in rows.batches(self.cfg.batch_size):
+            hidden = hooks.read(model, batch.to(self.cfg.device), sites)
+            sums = {site: sums[site] + hidden[site].sum(0) for site in sites}
+            count += len(hidden[sites[0]])
+            if count > 20_000:
+                break
+        return {site: total / count for site, total in sums.items()}
+
+    def _measure_code(self, subject: Subject, hidden: dict[int, Tensor], batch: Batch) -> None:
+        x, keys = subject.sae.gather(hidden), batch.token_keys()
+        p = subject.sae.autoencode(x, self.cfg.infer_k, self.cfg.theta, keys)
+        subject.reconstruction.update(p.target, p.x_hat)
+        subject.activity.update(p.latents)
+        if p.weights is not None:
+            subject.routing.update(p.weights, self._errors_at_each_site(subject.sae, x))
+
+    def _errors_at_each_site(self, sae: SAE, x: Tensor) -> Tensor:
+        """[N,L]: NormMSE of every site's own state, unscaled, had the token been sent there."""
+        inner = [sae.sae.autoencode(x[:, i], self.cfg.infer_k, self.cfg.theta) for i in range(x.shape[1])]
+        return torch.stack([metrics.squared_errors(p.target, p.x_hat) for p in inner], dim=1)
+
+    def _measure_patched(self, model, batch: Batch, full, hidden, means) -> None:
+        clean_states = lm.final_states(model, batch.input_ids)
+        keep = batch.mask[:, 1:]  # predictions of counted tokens, from the position before
+        at = torch.zeros_like(batch.mask)
+        at[:, :-1] = keep
+        at &= batch.mask  # made where the residual may be replaced
+        targets = batch.input_ids.roll(-1, 1)[at]
+        for subject in self.subjects:
+            for number, grafts in enumerate(subject.sae.grafts(hidden, infer_k=self.cfg.infer_k, theta=self.cfg.theta, token=batch.token_keys())):
+                name = f"site_{next(iter(grafts))}" if len(grafts) == 1 else f"run_{number}"
+                runs = {name: grafts}
+                if means:
+                    runs[f"{name}/zero"] = self._ablated(subject.sae, grafts, hidden, batch, None)
+                    runs[f"{name}/mean"] = self._ablated(subject.sae, grafts, hidden, batch, means)
+                for label, run in runs.items():
+                    self._compare(subject, label, model, clean_states[at], hooks.patched_states(model, batch, run, full)[at], targets)
+
+    def _ablated(self, sae: SAE, grafts, hidden, batch: Batch, means):
+        """The same tokens at the same sites, replaced by zero or the site's mean."""
+
+        def at(site, graft):
+            untouched = (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True) if len(grafts) > 1 else False
+            put = torch.zeros(()).to(hidden[site]) if means is None else means[site]
+            return lambda h: torch.where(torch.as_tensor(untouched, device=h.device), h, put.expand_as(h))
+
+        return {site: at(site, graft) for site, graft in grafts.items()}
+
+    def _compare(self, subject: Subject, label: str, model, clean: Tensor, patched: Tensor, targets: Tensor) -> None:
+        for c, q, t in zip(clean.split(lm.HEAD_CHUNK), patched.split(lm.HEAD_CHUNK), targets.split(lm.HEAD_CHUNK), strict=True):
+            a, b = lm.logits_of(model, c), lm.logits_of(model, q)
+            subject.note(subject.kl, label, metrics.token_kl(a, b))
+            if "/" not in label:
+                subject.note(subject.ce, f"{label}/clean", F.cross_entropy(a, t, reduction="none"))
+            subject.note(subject.ce, label, F.cross_entropy(b, t, reduction="none"))
+
+    def _result(self, subject: Subject, tokens: int, n_rows: int, fingerprint: str) -> dict[str, Any]:
+        cfg, sae = self.cfg, subject.sae
+        found: dict[str, Any] = subject.reconstruction.compute() | subject.activity.compute()
+        if subject.routing.chosen.count:
+            found["Routing"] = subject.routing.compute() | {"sites": sae.sites()}
+        runs = [label for label in subject.kl if "/" not in label]
+        if runs:
+            kl = [subject.kl[run].compute() for run in runs]
+            count = subject.kl[runs[0]].count
+            found |= {"KLDiv": sum(kl) / len(kl), "KLDiv_seq": sum(kl) / len(kl) * count / n_rows}
+            delta = [subject.ce[run].compute() - subject.ce[f"{run}/clean"].compute() for run in runs]
+            found |= {"DeltaCE": sum(delta) / len(delta), "CE_clean": subject.ce[f"{runs[0]}/clean"].compute()}
+            if len(runs) > 1:
+                found |= {"KLDiv_per_site": kl, "DeltaCE_per_site": delta}
+            for kind in ("zero", "mean"):
+                if f"{runs[0]}/{kind}" in subject.ce:
+                    worse = [subject.ce[f"{run}/{kind}"].compute() - subject.ce[f"{run}/clean"].compute() for run in runs]
+                    found[f"Recovered_{kind}"] = 1 - sum(delta) / sum(worse)
+                    found[f"KLDiv_{kind}_ablation"] = sum(subject.kl[f"{run}/{kind}"].compute() for run in runs) / len(runs)
+        if hasattr(sae, "decoder_norms"):
+            found["decoder_norms_per_site"] = sae.decoder_norms().mean(1).tolist()
+        target = getattr(sae, "k", None)
+        header = {
+            "title": subject.title, "model": sae.name, "sites": sae.sites(), "tokens": tokens, "rows": n_rows, "split": cfg.split, "k": target,
+            "data_path": str(cfg.data_path), "data_fingerprint": fingerprint, "model_path": str(cfg.model_path), "infer_k": cfg.infer_k,
+            "theta": cfg.theta, "trained_tokens": subject.recipe.get("tokens"), "tokens_per_s": subject.recipe.get("final", {}).get("tokens_per_s"),
+        }
+        units = {name: unit for name, unit in metrics.UNITS.items() if name in found}
+        result = header | found | {"units": units}
+        files.save_json(result | checkpoint.environment(), Path(cfg.output_dir) / files.EVAL_DIR / f"{files.safe_name(subject.title)}.json")
+        return result
+
+    def _show(self, results: dict[str, dict[str, Any]]) -> None:
+        columns = [name for name in metrics.UNITS if any(name in result for result in results.values())]
+        wide = max(len(title) for title in results) + 2
+        print(" " * wide + "".join(f"{name:>16}" for name in columns))
+        for title, result in results.items():
+            print(f"{title:<{wide}}" + "".join(f"{result[name]:>16.4f}" if isinstance(result.get(name), float) else f"{'-':>16}" for name in columns))
+        print("NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, above 0.8 failed. KLDiv: nats per real token.")

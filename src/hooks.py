@@ -1,0 +1,156 @@
+"""The residual stream, read and rewritten at numbered sites. Knows nothing of SAEs' insides.
+
+B rows, S positions, D hidden, L sites, N counted tokens (where the mask is True), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src import lm
+from src.data import Batch
+from src.model import SAE
+
+Triple = tuple[int, float, int]  # (latent, value, mode): mode 0 adds, 1 multiplies
+
+
+def read(model: nn.Module, batch: Batch, sites: list[int]) -> dict[int, Tensor]:
+    """{site: float32 residual [N,D]} of the counted tokens, from one forward pass that ends after the last site."""
+    return {site: hidden[batch.mask].float() for site, hidden in lm.read_sites(model, batch.input_ids, sites).items()}
+
+
+def graft_hooks(grafts: Mapping[int, Callable[[Tensor], Tensor]], mask: Tensor) -> dict[int, Callable[[Any], Any]]:
+    """Hooks for lm.hooked that replace the residual of counted tokens by graft(residual); every other position stays bit for bit."""
+
+    def hook(graft: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+        def replace(output: Any) -> Any:
+            hidden = lm.hidden_of(output)
+            changed = hidden.clone()
+            changed[mask] = graft(hidden[mask].float()).to(hidden.dtype)
+            return lm.with_hidden(output, changed)
+
+        return replace
+
+    return {site: hook(graft) for site, graft in grafts.items()}
+
+
+@torch.no_grad()
+def patched_states(
+    model: nn.Module, batch: Batch, grafts: Mapping[int, Callable[[Tensor], Tensor]], clean: Mapping[int, Tensor] | None = None
+) -> Tensor:
+    """The final states [B,S,D] with the grafts in place. Given clean {site: hidden [B,S,D]}, blocks below the first graft are not run again."""
+    first = min(grafts)
+    if clean is None or first not in clean:
+        with lm.hooked(model, graft_hooks(grafts, batch.mask)):
+            return lm.final_states(model, batch.input_ids)
+    start = graft_hooks({first: grafts[first]}, batch.mask)[first](clean[first])
+    later = {site: graft for site, graft in grafts.items() if site != first}
+    with lm.resumed_at(model, first, start), lm.hooked(model, graft_hooks(later, batch.mask)):
+        return lm.final_states(model, batch.input_ids)
+
+
+def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> None:
+    """Raises ValueError unless, at every site, an identity graft leaves the final states bit-identical and another one changes them.
+
+    Without it a hook that does nothing would pass for a perfect SAE.
+    """
+    small = Batch(batch.input_ids[:1, :32], batch.mask[:1, :32], batch.document[:1, :32], batch.row[:1])
+    clean_sites = lm.read_sites(model, small.input_ids, sites)
+    clean = lm.final_states(model, small.input_ids)
+    for site in sites:
+        if not torch.equal(patched_states(model, small, {site: lambda h: h}), clean):
+            raise ValueError(f"self-check failed: writing site {site} back unchanged changes the language model's output")
+        if not torch.equal(patched_states(model, small, {site: lambda h: h}, clean_sites), clean):
+            raise ValueError(f"self-check failed: resuming from site {site} changes the language model's output")
+        if small.mask.any() and torch.equal(patched_states(model, small, {site: lambda h: -h}, clean_sites), clean):
+            raise ValueError(f"self-check failed: rewriting site {site} does not reach the language model's output")
+
+
+# ------------------------------------------------------------------------------------------- the documented forms
+
+
+def get_outputs(cfg: Namespace, batch: tuple[Tensor, Tensor], language_model: nn.Module, device: str) -> tuple[Tensor, Tensor, Any, Tensor]:
+    """(input_ids, attention_mask, outputs, hidden_states): [B,S,D] where cfg names one layer to read, [B,S,L,D] for models over several.
+
+    cfg.sites lists the sites; without it cfg.layer is read.
+    """
+    input_ids, attention_mask = (part.to(device) for part in batch[:2])
+    sites = list(getattr(cfg, "sites", None) or [cfg.layer])
+    found: dict[int, Tensor] = {}
+    with torch.no_grad(), lm.hooked(language_model, {s: (lambda out, s=s: found.__setitem__(s, lm.hidden_of(out))) for s in sites}):
+        outputs = language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden = torch.stack([found[site] for site in sites], dim=2)
+    return input_ids, attention_mask, outputs, hidden[:, :, 0] if len(sites) == 1 else hidden
+
+
+def edit_of(set_high: list[Triple] | None = None, set_low: list[Triple] | None = None) -> Callable[[Tensor], Tensor] | None:
+    """Function on latents for triples (latent, value, mode): set_high adds or multiplies, set_low subtracts or divides."""
+    if not set_high and not set_low:
+        return None
+
+    def edit(latents: Tensor) -> Tensor:
+        latents = latents.clone()
+        for triples, sign in ((set_high or [], 1), (set_low or [], -1)):
+            for latent, value, mode in triples:
+                old = latents[..., latent]
+                latents[..., latent] = old + sign * value if mode == 0 else old * value**sign
+        return latents
+
+    return edit
+
+
+def hook_SAE(
+    cfg: Namespace, model: SAE, hooked_module: nn.Module, set_high: list[Triple] | None = None, set_low: list[Triple] | None = None,
+    is_zero: bool = False,
+) -> list[Any]:
+    """Hooks a module so that its hidden state becomes the SAE's reconstruction (or zero); returns handles to remove."""
+    edit = edit_of(set_high, set_low)
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = lm.hidden_of(output)
+        (graft,) = next(iter(model.grafts({}, infer_k=getattr(cfg, "infer_k", None), theta=getattr(cfg, "theta", None), edit=edit))).values()
+        new = torch.zeros_like(hidden) if is_zero else graft(hidden.flatten(0, 1).float()).view_as(hidden)
+        return lm.with_hidden(output, new)
+
+    return [hooked_module.register_forward_hook(hook)]
+
+
+class RouteHook:
+    """Substitutes, at one site, the tokens whose weight there is not 0: weight 1 codes the state as it is, weight p codes p x and divides by p."""
+
+    def __init__(self, cfg: Namespace, model: Any, weights: Tensor, set_high=None, set_low=None, is_zero: bool = False) -> None:
+        self.cfg, self.model, self.weights, self.is_zero = cfg, model, weights, is_zero
+        self.edit = edit_of(set_high, set_low)
+
+    @torch.no_grad()
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = lm.hidden_of(output)
+        here = self.weights > 0
+        if not here.any():
+            return output
+        changed = hidden.clone()
+        if self.is_zero:
+            changed[here] = 0
+            return lm.with_hidden(output, changed)
+        x, mean, std = self.model.standardise(hidden[here])
+        p = self.weights[here][:, None].float()
+        latents, x_hat = self.model.sae(p * x, getattr(self.cfg, "infer_k", None), getattr(self.cfg, "theta", None))
+        new = x_hat / p if self.edit is None else x + (self.model.sae.decode(self.edit(latents)) - x_hat) / p
+        changed[here] = (new * std + mean).to(hidden.dtype)
+        return lm.with_hidden(output, changed)
+
+
+def hook_RouteSAE(
+    cfg: Namespace, model: Any, language_model: nn.Module, batch_layer_weights: Tensor, set_high=None, set_low=None, is_zero: bool = False
+) -> list[Any]:
+    """Hooks every routed site; batch_layer_weights [B,S,L] is 0/1 (published, unscaled) or 0/p (as in training). Returns handles."""
+    weights = batch_layer_weights.unbind(-1)
+    return [
+        lm.block_at(language_model, site).register_forward_hook(RouteHook(cfg, model, weight, set_high, set_low, is_zero))
+        for site, weight in zip(model.sites(), weights, strict=True)
+    ]

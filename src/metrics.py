@@ -1,0 +1,133 @@
+"""What is measured, as objects with update and compute: sums over counted tokens in float64, divided once.
+
+N tokens, D hidden, F latents, L sites, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.ops import squared_errors
+
+UNITS = {
+    "NormMSE": "share of squared norm", "FVU": "share of variance", "L0": "latents a token", "Dead": "share of latents",
+    "Density": "share of tokens", "KLDiv": "nats a token", "KLDiv_seq": "nats a sequence", "DeltaCE": "nats a token",
+    "Recovered_zero": "share", "Recovered_mean": "share", "Shrinkage": "1 = none",
+}
+
+
+def token_kl(logits_original: Tensor, logits_reconstruct: Tensor) -> Tensor:
+    """KL(original || reconstruct) of each token, in nats. [...,V] -> [...]"""
+    p, q = logits_original.float().log_softmax(-1), logits_reconstruct.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def KLDiv(logits_original: Tensor, logits_reconstruct: Tensor) -> Tensor:
+    """Mean over tokens of KL(original || reconstruct), in nats."""
+    return token_kl(logits_original, logits_reconstruct).mean()
+
+
+class Mean:
+    """Sum over tokens / number of tokens; a vector where each token has one."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def update(self, values: Tensor) -> None:
+        """values [N] or [N,L]"""
+        self.total = self.total + values.double().sum(0)
+        self.count += len(values)
+
+    def compute(self) -> Any:
+        if not self.count:
+            return None
+        result = torch.as_tensor(self.total) / self.count
+        return result.tolist()
+
+
+class Reconstruction:
+    """NormMSE, FVU and Shrinkage of (target, x_hat), per site where there are several."""
+
+    def __init__(self) -> None:
+        self.norm_mse, self.n = Mean(), 0
+        self.error = self.first = self.second = self.cross = self.hat = 0.0
+
+    def update(self, target: Tensor, x_hat: Tensor) -> None:
+        """[N,D] or [N,L,D]"""
+        self.norm_mse.update(squared_errors(target, x_hat))
+        x, y = target.double(), x_hat.double()
+        self.error = self.error + (x - y).square().sum((0, -1))
+        self.first, self.second = self.first + x.sum(0), self.second + x.square().sum((0, -1))
+        self.cross, self.hat = self.cross + (x * y).sum((0, -1)), self.hat + y.square().sum((0, -1))
+        self.n += len(x)
+
+    def compute(self) -> dict[str, Any]:
+        """FVU: error over variance around the data mean. Shrinkage: E|x_hat|^2 / E<x_hat, x>, below 1 where norms are too small."""
+        variance = self.second - self.first.square().sum(-1) / self.n
+        found = {"NormMSE": self.norm_mse.compute(), "FVU": (self.error / variance).tolist(), "Shrinkage": (self.hat / self.cross).tolist()}
+        result: dict[str, Any] = {}
+        for name, value in found.items():
+            result[name] = sum(value) / len(value) if isinstance(value, list) else value
+            if isinstance(value, list):
+                result[f"{name}_per_site"] = value
+        return result
+
+
+class Activity:
+    """L0, share of latents that never fire, and the histogram of firing rates."""
+
+    EDGES = [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+
+    def __init__(self) -> None:
+        self.fired, self.n = 0, 0
+
+    def update(self, latents: Tensor) -> None:
+        """[N,F] or [N,L,F]; every (token, site) is a sample"""
+        flat = (latents != 0).flatten(0, -2)
+        self.fired = self.fired + flat.sum(0)
+        self.n += len(flat)
+
+    def compute(self) -> dict[str, Any]:
+        density = self.fired.double() / self.n
+        counts = [int(((density > low) & (density <= high)).sum()) for low, high in zip(self.EDGES, self.EDGES[1:], strict=False)]
+        return {
+            "L0": float(density.sum()), "Dead": float((density == 0).double().mean()), "Density": float(density.median()),
+            "Density_histogram": {"edges": self.EDGES, "latents": [int((density == 0).sum()), *counts]},
+            "Density_over_1_percent": float((density > 0.01).double().mean()), "Density_over_10_percent": float((density > 0.1).double().mean()),
+        }
+
+
+class Routing:
+    """What the router does: share and mean p per site, entropy, error per site, regret against the best site."""
+
+    def __init__(self) -> None:
+        self.chosen, self.p, self.p_max, self.error, self.regret, self.best = (Mean() for _ in range(6))
+        self.at_site: Tensor | float = 0.0
+
+    def update(self, weights: Tensor, errors: Tensor) -> None:
+        """weights [N,L] of the router; errors [N,L] NormMSE had the token been sent to that site"""
+        site = weights.argmax(-1)
+        one_hot = F.one_hot(site, weights.shape[-1]).double()
+        mine = errors.gather(1, site[:, None])[:, 0]
+        self.chosen.update(one_hot)
+        self.p.update(weights)
+        self.p_max.update(weights.max(-1).values)
+        self.error.update(errors)
+        self.regret.update(mine - errors.min(-1).values)
+        self.best.update((site == errors.argmin(-1)).double())
+        self.at_site = self.at_site + (one_hot * mine[:, None]).sum(0)
+
+    def compute(self) -> dict[str, Any]:
+        share = torch.tensor(self.chosen.compute(), dtype=torch.float64)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.tensor(float(len(share))).log() if len(share) > 1 else torch.tensor(0.0)
+        per_site = [float(e / n) if n > 0 else None for e, n in zip(self.at_site, share * self.chosen.count, strict=True)]
+        return {
+            "share": share.tolist(), "mean_p": self.p.compute(), "p_max": self.p_max.compute(), "share_entropy": float(entropy),
+            "NormMSE_of_routed": per_site, "NormMSE_if_all_went_there": self.error.compute(), "regret": self.regret.compute(),
+            "agrees_with_best_site": self.best.compute(),
+        }
