@@ -40,7 +40,7 @@ class Option(NamedTuple):
     count: int | None = None
 
 
-_METRICS = ("NormMSE", "KLDiv", "FVU", "L0", "Dead", "Density", "DeltaCE", "Recovered", "Shrinkage", "Routing", "all")
+METRICS = ("NormMSE", "KLDiv", "FVU", "L0", "Dead", "Density", "DeltaCE", "Recovered", "Shrinkage", "Routing", "all")
 OPTIONS: dict[str, Option] = {
     # where things are, what they run on
     "model_path": Option("common", str, None, "language model: folder or hub name ($MODEL_PATH, else the built-in demo LM)"),
@@ -88,7 +88,7 @@ OPTIONS: dict[str, Option] = {
     "norm_eps": Option("sae", float, 1e-5, "added to the standard deviation when inputs are standardised", above=0),
     # training
     "model": Option("training", str, "TopK", f"SAEs to train on the same batches: {', '.join(zoo.ZOO)}", many=True),
-    "recipe": Option("training", str, "standard", "standard: the right form of each model; published: the documented form", ("standard", "published")),
+    "recipe": Option("training", str, "standard", "the right form of each model, or the documented one", ("standard", "published")),
     "optimizer": Option("training", str, None, "signum: schedule-free sign of gradient; adam (default: by recipe)", ("signum", "adam")),
     "lr": Option("training", float, None, "learning rate (default: signum 5e-3/sqrt(latent_size/16384); adam 5e-4)", above=0),
     "betas": Option("training", float, [0.9, 0.999], "betas of adam", low=0, count=2),
@@ -104,7 +104,7 @@ OPTIONS: dict[str, Option] = {
     "max_memory_hint": Option("training", float, None, "GiB the run may take; a larger estimate is refused (default: no check)", above=0),
     # evaluation
     "SAE_path": Option("evaluation", str, None, "checkpoints to evaluate (default: the newest)", many=True),
-    "metric": Option("evaluation", str, ["NormMSE"], f"what to measure: {', '.join(_METRICS)}", _METRICS, many=True),
+    "metric": Option("evaluation", str, ["NormMSE"], f"what to measure: {', '.join(METRICS)}", METRICS, many=True),
     "infer_k": Option("evaluation", int, None, "keep this many latents a token instead of the trained rule", low=1),
     "theta": Option("evaluation", float, None, "keep latents above this value instead"),
     "route_patch": Option("evaluation", str, None, "scaled: as trained; unscaled: the published form", ("scaled", "unscaled")),
@@ -225,7 +225,8 @@ def model_options(cfg: Namespace, name: str) -> dict[str, Any]:
     """Constructor options of one model of the zoo: typed > recipe of the model > default. Swept options keep their lists."""
     entry = zoo.ZOO[name]
     recipe = dict(entry.published if getattr(cfg, "recipe", "standard") == "published" else entry.standard)
-    shared = {key: getattr(cfg, key) for key in ("latent_size", "norm_eps", "seed", "start_layer", "end_layer") if getattr(cfg, key, None) is not None}
+    common = ("latent_size", "norm_eps", "seed", "start_layer", "end_layer")
+    shared = {key: getattr(cfg, key) for key in common if getattr(cfg, key, None) is not None}
     own = {key: getattr(cfg, key) for key in entry.options if getattr(cfg, key, None) is not None}
     return shared | {k: v for k, v in own.items() if k not in cfg.typed} | recipe | {k: v for k, v in own.items() if k in cfg.typed}
 

@@ -203,7 +203,7 @@ def train_lm(tokens: int, out: Path) -> None:
                 optimizer.load_state_dict(s)
             step, seconds = saved["step"], saved["seconds"]
             print(f"continuing at step {step} of {steps}")
-    print(f"{len(data)} rows, {len(data) * CONTEXT / 1e6:.1f}M tokens an epoch, {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps")
+    print(f"{len(data)} rows, {len(data) * CONTEXT / 1e6:.1f}M tokens an epoch, {steps} steps")
     started = time.time() - seconds
     bar = tqdm(total=steps, initial=step, unit=" steps", mininterval=5)
     model.train()

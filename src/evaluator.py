@@ -41,6 +41,8 @@ class Evaluator:
         if not cfg.SAE_path:
             cfg.SAE_path = [str(checkpoint.newest(cfg.output_dir))]
             print(f"evaluating the newest checkpoint: {cfg.SAE_path[0]}")
+        if "all" in cfg.metric:
+            cfg.metric = [name for name in config.METRICS if name != "all"]
         cfg.device = checkpoint.pick_device(cfg.device)
         given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer")}
         given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}

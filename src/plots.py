@@ -1,0 +1,90 @@
+"""Pictures and the comparison table, made from the JSON of evaluations alone: `python -m src.plots EVAL_FOLDER PICTURE.png`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from src.files import load_json, save_text
+
+COLUMNS = ("L0", "NormMSE", "FVU", "KLDiv", "DeltaCE", "Recovered_mean", "Dead")
+
+
+def load(folder: Path, only: str = "") -> list[dict[str, Any]]:
+    """Results of one folder by NormMSE, best first. Raises ValueError where there are none."""
+    found = [load_json(path) for path in sorted(folder.glob(f"*{only}*.json"))]
+    if not found:
+        raise ValueError(f"no evaluation in {folder}; run evaluate.py first")
+    return sorted(found, key=lambda result: result["NormMSE"])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A markdown table; a dash where something was not measured. An L0 more than 10 % off the common one is starred."""
+    lines = ["| SAE | sites | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    targets = [result["k"] for result in results if result.get("k")]
+    for result in results:
+        cells = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in COLUMNS]
+        if targets and abs(result["L0"] / targets[0] - 1) > 0.1:
+            cells[0] += " *"
+        sites = result["sites"]
+        where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]}"
+        lines.append(f"| {result['title']} | {where} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(results: list[dict[str, Any]], path: Path) -> None:
+    """NormMSE and KL against L0, routing shares, firing rates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ((mse, kl), (share, density)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    for axis, name, label in ((mse, "NormMSE", "NormMSE"), (kl, "KLDiv", "KL, nats a token")):
+        for i, result in enumerate(r for r in results if r.get(name) is not None):
+            axis.scatter(result["L0"], result[name], color=f"C{i % 10}", marker="osD^vP"[i // 10], label=result["title"])
+        axis.set(xlabel="L0, active latents a token", ylabel=label)
+        axis.grid(alpha=0.3)
+    mse.legend(fontsize=7)
+    routed = [result for result in results if "Routing" in result]
+    for i, result in enumerate(routed):
+        sites = [site + 0.8 * (i / len(routed)) for site in result["Routing"]["sites"]]
+        share.bar(sites, result["Routing"]["share"], width=0.8 / len(routed), label=result["title"], align="edge")
+    share.set(xlabel="site", ylabel="share of tokens", title="Routing")
+    if routed:
+        share.legend(fontsize=7)
+    for result in results:
+        latents = result["Density_histogram"]["latents"]
+        density.plot(range(len(latents)), [n / sum(latents) for n in latents], marker="o", label=result["title"])
+    density.set_xticks(range(7), ["never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1"])
+    density.set(xlabel="share of tokens a latent is active on", ylabel="share of latents", title="Firing rates")
+    density.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder of evaluation results")
+    parser.add_argument("picture", type=Path, help="PNG to write")
+    parser.add_argument("--table", type=Path, help="markdown file to write as well")
+    parser.add_argument("--only", default="", help="only results whose name holds this")
+    args = parser.parse_args()
+    results = load(args.folder, args.only)
+    picture(results, args.picture)
+    print(table(results))
+    print(f"picture: {args.picture}")
+    if args.table:
+        head = results[0]
+        about = f"{head['tokens']:,} tokens of split {head['split']} of {Path(head['data_path']).name}; commit {str(head['git_commit'])[:10]}; "
+        about += f"torch {head['versions']['torch']}; trained on {head['trained_tokens']:,} tokens each."
+        scale = "NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, above 0.8 failed. KLDiv: nats per real token."
+        star = "\\* L0 is more than 10 % off the common k: not comparable at this row. A Crosscoder's code has read later sites too, "
+        star += "so its KL is no causal comparison. KL follows the depth of the patched site: compare it only between rows patched at the same sites."
+        save_text(f"# Evaluation results\n\n{about}\n\n{table(results)}\n\n{scale}\n\n{star}\n\n![comparison]({args.picture.name})\n", args.table)
+
+
+if __name__ == "__main__":
+    main()

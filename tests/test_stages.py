@@ -1,0 +1,200 @@
+"""Training and evaluation through their entry points, on the demo LM and a small text made here."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from src import checkpoint, hooks, lm
+from src.config import OPTIONS, parse, run_stage
+from src.data import Rows
+from src.evaluator import Evaluator
+from src.files import DEMO_LM
+from src.metrics import KLDiv, Mean, Reconstruction
+from src.trainer import LinearWarmupLR, Trainer
+from src.zoo import ZOO
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = [{"text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger than its size. " * 3} for i in range(120)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def arguments(text, tmp_path, *more):
+    base = ["--model_path", str(DEMO_LM), "--data_path", str(text), "--output_dir", str(tmp_path / "out"), "--dtype", "float32"]
+    return [*base, "--latent_size", "64", "--k", "4", "--max_length", "32", "--batch_size", "4", "--max_samples", "80", *more]
+
+
+def train(text, tmp_path, *more):
+    return Trainer(parse("train", arguments(text, tmp_path, *more))).run()
+
+
+def evaluate(tmp_path, *more):
+    return Evaluator(parse("evaluate", ["--output_dir", str(tmp_path / "out"), "--max_samples", "8", *more])).run()
+
+
+def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, capsys):
+    train(text, tmp_path, "--model", *ZOO)
+    paths = [str(tmp_path / "out" / "SAE_models" / f"{name}_text.pt") for name in ZOO]
+    results = evaluate(tmp_path, "--SAE_path", *paths, "--metric", "all")
+    for name in ZOO:
+        result = results[f"{name}_text"]
+        for metric in ("NormMSE", "FVU", "L0", "Dead", "Density", "KLDiv", "DeltaCE", "Recovered_zero", "Recovered_mean", "Shrinkage"):
+            assert isinstance(result[metric], float) and result[metric] == result[metric], (name, metric)
+        assert result["KLDiv"] > 0
+        assert (tmp_path / "out" / "eval" / f"{name}_text.json").exists()
+    assert results["TopK_text"]["L0"] == 4 and results["RandomK_text"]["NormMSE"] > 1.3 * results["TopK_text"]["NormMSE"]
+    assert len(results["Crosscoder_text"]["KLDiv_per_site"]) == 9 == len(results["RouteSAE_text"]["Routing"]["share"])
+    lines = [json.loads(line) for line in next((tmp_path / "out" / "runs").rglob("metrics.jsonl")).open()]
+    first, last = ([line for line in lines if line["sae"] == "TopK_text"][i] for i in (0, -1))
+    assert last["NormMSE"] < first["NormMSE"]
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_model_trained_alone_or_beside_others_is_bit_identical(text, tmp_path):
+    train(text, tmp_path, "--model", "TopK", "--tag", "alone")
+    train(text, tmp_path, "--model", "Vanilla", "RandomK", "TopK", "--tag", "beside")
+    one, two = (torch.load(tmp_path / "out" / "SAE_models" / f"TopK_text_{tag}.pt") for tag in ("alone", "beside"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_sweep_names_its_values_and_skips_models_without_the_option(text, tmp_path):
+    train(text, tmp_path, "--model", "TopK", "Vanilla", "--k", "2", "4")
+    names = sorted(path.stem for path in (tmp_path / "out" / "SAE_models").glob("*.pt"))
+    assert names == ["TopK_text_k2", "TopK_text_k4", "Vanilla_text"]
+
+
+def test_a_finished_run_says_so_and_another_recipe_is_refused(text, tmp_path, capsys):
+    loss = train(text, tmp_path)
+    before = (tmp_path / "out" / "SAE_models" / "TopK_text.pt").stat().st_mtime_ns
+    assert train(text, tmp_path) == loss
+    assert "already trained" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"trained otherwise \(.*lr"):
+        train(text, tmp_path, "--lr", "0.5")
+    assert (tmp_path / "out" / "SAE_models" / "TopK_text.pt").stat().st_mtime_ns == before
+
+
+def test_evaluation_needs_no_flag_and_takes_everything_from_the_recipe(text, tmp_path, capsys):
+    train(text, tmp_path, "--layer", "5")
+    value = evaluate(tmp_path, "--metric", "KLDiv")
+    assert isinstance(value, float) and value > 0
+    assert "newest checkpoint" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "eval" / "TopK_text.json").read_text())["sites"] == [5]
+
+
+def test_batch_size_changes_no_metric(text, tmp_path):
+    train(text, tmp_path, "--model", "RandomK")
+    one, three = (evaluate(tmp_path, "--metric", "NormMSE", "KLDiv", "--batch_size", size)["RandomK_text"] for size in ("1", "3"))
+    assert one["NormMSE"] == pytest.approx(three["NormMSE"], rel=1e-5) and one["KLDiv"] == pytest.approx(three["KLDiv"], rel=1e-4)
+
+
+def test_published_recipe_trains_and_documented_bare_files_load(text, tmp_path):
+    train(text, tmp_path, "--model", *ZOO, "--recipe", "published")
+    for name in ("RouteSAE", "Vanilla", "Gated", "JumpReLU", "Crosscoder"):
+        bare = tmp_path / f"{name}_openwebtext2.pt"
+        shutil.copy(tmp_path / "out" / "SAE_models" / f"{name}_text.pt", bare)
+        sae, recipe = checkpoint.load(bare, given={"n_layers": 16})
+        assert recipe["model"] == name and sae.sites()
+
+
+def test_the_self_check_passes_here_and_sees_a_hook_that_does_nothing(text, tmp_path, monkeypatch):
+    tokenizer, model = lm.get_language_model(str(DEMO_LM), "cpu", "float32")
+    batch = next(Rows(text, tokenizer, 32, "all").batches(2))
+    hooks.self_check(model, batch, [1, 8, 16])
+    monkeypatch.setattr(lm, "with_hidden", lambda output, hidden: output)
+    with pytest.raises(ValueError, match="does not reach"):
+        hooks.self_check(model, batch, [8])
+
+
+def test_blocks_that_return_tuples_are_patched_too(text):
+    tokenizer, model = lm.get_language_model(str(DEMO_LM), "cpu", "float32")
+    batch = next(Rows(text, tokenizer, 32, "all").batches(2))
+    full = lm.read_sites(model, batch.input_ids, [16])
+    plain = hooks.patched_states(model, batch, {16: lambda h: h + 1}, full)
+    output = (full[16], "cache")
+    hidden, rest = hooks.graft_hooks({16: lambda h: h + 1}, batch.mask)[16](output)
+    assert rest == "cache" and torch.equal(hidden[batch.mask], full[16][batch.mask] + 1) and torch.equal(hidden[~batch.mask], full[16][~batch.mask])
+    assert not torch.equal(plain, lm.final_states(model, batch.input_ids))
+
+
+def test_overwriting_several_sites_is_overwriting_the_last(text):
+    tokenizer, model = lm.get_language_model(str(DEMO_LM), "cpu", "float32")
+    batch = next(Rows(text, tokenizer, 32, "all").batches(1))
+    fixed = torch.randn(int(batch.mask.sum()), 128, generator=torch.Generator().manual_seed(0))
+    every = hooks.patched_states(model, batch, {site: (lambda h: fixed) for site in (4, 8, 12)})
+    assert torch.equal(every, hooks.patched_states(model, batch, {12: lambda h: fixed}))
+
+
+@pytest.mark.parametrize("more,said", [
+    (["--k", "65"], "more than --latent_size 64"),
+    (["--k", "0"], "--k 0: must be at least 1"),
+    (["--layer", "17"], "sites run from 1 to 16"),
+    (["--hidden_size", "64"], "the language model has 128"),
+    (["--model", "TopKK"], "the zoo has TopK"),
+    (["--text_key", "body"], "the first has text"),
+    (["--model_path", "/nowhere/at/all"], "cannot load language model"),
+    (["--data_path", "/nowhere/at/all"], "no file, folder or glob"),
+])
+def test_bad_options_end_with_one_clear_line(text, tmp_path, capsys, more, said):
+    def function(cfg):
+        Trainer(cfg).run()
+
+    try:
+        code = run_stage("train", function, arguments(text, tmp_path, *more))
+    except SystemExit as stop:
+        code = stop.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == (3 if "--text_key" in more else 2) and len(lines) == 1 and said in lines[0]
+
+
+def test_missing_and_foreign_checkpoints_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint"):
+        evaluate(tmp_path)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="no encoder"):
+        evaluate(tmp_path, "--SAE_path", str(tmp_path / "x.pt"))
+
+
+def test_the_schedule_warms_up_stays_and_falls_also_in_tiny_runs():
+    for total in (1, 3, 4, 100):
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = LinearWarmupLR(optimizer, round(0.05 * total), total)
+        rates = []
+        for _ in range(total):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert rates[0] > 0 and optimizer.param_groups[0]["lr"] == 0
+    assert rates[0] == pytest.approx(0.2) and rates[50] == 1 and rates[90] == pytest.approx(0.5)
+
+
+def test_metrics_by_hand():
+    logits = torch.randn(5, 9)
+    assert KLDiv(logits, logits).abs() < 1e-6
+    p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    assert KLDiv(p.log(), q.log()).item() == pytest.approx(0.5 * torch.log(torch.tensor(4 / 3)).item())
+    x = torch.randn(100, 6) + 3
+    for factor, mse in ((0.0, 1.0), (0.5, 0.25), (1.0, 0.0)):
+        measure = Reconstruction()
+        measure.update(x[:30], factor * x[:30])
+        measure.update(x[30:], factor * x[30:])
+        assert measure.compute()["NormMSE"] == pytest.approx(mse)
+    assert Reconstruction().n == 0 and Mean().compute() is None
+    measure = Reconstruction()
+    measure.update(x, x.mean(0).expand_as(x))
+    assert measure.compute()["FVU"] == pytest.approx(1.0, abs=1e-5)
+    measure = Reconstruction()
+    measure.update(x, 0.8 * x)
+    assert measure.compute()["Shrinkage"] == pytest.approx(0.8, abs=1e-5)
+
+
+def test_documented_training_and_evaluation_flags_exist():
+    documented = """model model_path hidden_size latent_size k layer n_layers l1_coeff threshold bandwidth aggre routing data_path batch_size
+    max_length lr betas num_epochs steps max_samples use_wandb wandb_project SAE_path metric infer_k theta output_dir device seed recipe max_tokens
+    chunking text_key max_bad_frac split dtype norm_eps auxk_coeff dead_tokens target_l0 sparsity_warmup topk_relu b_pre_init grad_clip optimizer
+    include_special start_layer end_layer tag overwrite trust_remote_code route_patch debug""".split()
+    assert set(documented) <= set(OPTIONS)
