@@ -13,7 +13,7 @@ COLUMNS = ("L0", "NormMSE", "FVU", "KLDiv", "DeltaCE", "Recovered_mean", "Dead")
 
 def load(folder: Path, only: str = "") -> list[dict[str, Any]]:
     """Results of one folder by NormMSE, best first. Raises ValueError where there are none."""
-    found = [load_json(path) for path in sorted(folder.glob(f"*{only}*.json"))]
+    found = [load_json(path) for path in sorted(folder.glob("*.json")) if only in path.stem]
     if not found:
         raise ValueError(f"no evaluation in {folder}; run evaluate.py first")
     return sorted(found, key=lambda result: result["NormMSE"])

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from src import checkpoint, hooks, lm
+from src import checkpoint, hooks, lm, plots
 from src.config import OPTIONS, parse, run_stage
 from src.data import Rows
 from src.evaluator import Evaluator
@@ -49,6 +49,10 @@ def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, c
         assert (tmp_path / "out" / "eval" / f"{name}_text.json").exists()
     assert results["TopK_text"]["L0"] == 4 and results["RandomK_text"]["NormMSE"] > 1.3 * results["TopK_text"]["NormMSE"]
     assert len(results["Crosscoder_text"]["KLDiv_per_site"]) == 9 == len(results["RouteSAE_text"]["Routing"]["share"])
+    found = plots.load(tmp_path / "out" / "eval")
+    plots.picture(found, tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000 and plots.table(found).count("\n") == len(ZOO) + 1
+    assert [result["model"] for result in plots.load(tmp_path / "out" / "eval", "TopK")] == ["TopK"]
     lines = [json.loads(line) for line in next((tmp_path / "out" / "runs").rglob("metrics.jsonl")).open()]
     first, last = ([line for line in lines if line["sae"] == "TopK_text"][i] for i in (0, -1))
     assert last["NormMSE"] < first["NormMSE"]
