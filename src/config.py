@@ -50,7 +50,6 @@ OPTIONS: dict[str, Option] = {
     "dtype": Option("common", str, "auto", "number format of the language model; SAEs are float32", ("auto", "float32", "bfloat16", "float16")),
     "seed": Option("common", int, 42, "seed of initialisation, order and random draws", low=0),
     "trust_remote_code": Option("common", boolean, False, "run code that comes with the language model"),
-    "deterministic": Option("common", boolean, False, "only reproducible kernels, slower on CUDA"),
     "debug": Option("common", boolean, False, "show the whole traceback of an error"),
     # text
     "batch_size": Option("text", int, None, "rows a step (default: 64; demo LM: 16)", low=1),
@@ -77,10 +76,6 @@ OPTIONS: dict[str, Option] = {
     "sparsity_warmup": Option("sae", float, None, "share of the run over which the coefficient rises from 0", low=0),
     "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
     "routing": Option("sae", str, None, "one site a token, a mixture, or a random site", ("hard", "soft", "random")),
-    "router_objective": Option("sae", str, None, "what the router is trained by"),
-    "router_balance": Option("sae", str, None, "how routed shares are balanced"),
-    "router_balance_coef": Option("sae", float, None, "weight of the balance term", low=0),
-    "route_scale": Option("sae", str, None, "what the routed state is multiplied by"),
     "auxk_coeff": Option("sae", float, None, "weight of the auxiliary loss that revives dead latents", low=0),
     "dead_tokens": Option("sae", int, None, "tokens without activation after which a latent is dead (default: auto)", low=1),
     "topk_relu": Option("sae", boolean, None, "clip negative values among the k"),
@@ -95,20 +90,16 @@ OPTIONS: dict[str, Option] = {
     "grad_clip": Option("training", float, None, "largest gradient norm; 0: off (default: by recipe)", low=0),
     "num_epochs": Option("training", int, 1, "passes over the text", low=1),
     "steps": Option("training", int, None, "decoder columns go back to unit norm every so many steps (default: by recipe)", low=1),
-    "save_every": Option("training", int, 500, "steps between saved states; 0: none", low=0),
-    "resume": Option("training", boolean, True, "continue an unfinished run"),
     "tag": Option("training", str, None, "added to the names of the results"),
     "overwrite": Option("training", boolean, False, "replace results of the same name"),
     "use_wandb": Option("training", boolean, False, "log to Weights & Biases too"),
     "wandb_project": Option("training", str, "RouteSAE-repro", "project name there"),
-    "max_memory_hint": Option("training", float, None, "GiB the run may take; a larger estimate is refused (default: no check)", above=0),
     # evaluation
     "SAE_path": Option("evaluation", str, None, "checkpoints to evaluate (default: the newest)", many=True),
     "metric": Option("evaluation", str, ["NormMSE"], f"what to measure: {', '.join(METRICS)}", METRICS, many=True),
     "infer_k": Option("evaluation", int, None, "keep this many latents a token instead of the trained rule", low=1),
     "theta": Option("evaluation", float, None, "keep latents above this value instead"),
     "route_patch": Option("evaluation", str, None, "scaled: as trained; unscaled: the published form", ("scaled", "unscaled")),
-    "site": Option("evaluation", int, None, "site at which models of several sites are substituted (default: each in turn)", low=1),
 }
 STAGES: dict[str, tuple[str, ...]] = {"train": ("training", "sae", "text", "common"), "evaluate": ("evaluation", "text", "sae", "common")}
 ABOUT = {"train": "Train sparse autoencoders on a language model's residual stream.", "evaluate": "Measure trained sparse autoencoders."}
@@ -121,7 +112,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Options that change nothing about the weights.
 NEUTRAL = frozenset(
-    "output_dir debug save_every resume tag overwrite use_wandb wandb_project max_memory_hint device trust_remote_code typed stage".split()
+    "output_dir debug tag overwrite use_wandb wandb_project device trust_remote_code typed stage".split()
 )
 SECRET = frozenset({"api_key", "api_key_file"})
 
