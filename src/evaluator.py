@@ -46,7 +46,12 @@ class Evaluator:
         cfg.device = checkpoint.pick_device(cfg.device)
         given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer")}
         given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
-        self.subjects = [Subject(path, cfg.device, given) for path in cfg.SAE_path]
+        self.subjects = [Subject(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+        titles = [subject.title for subject in self.subjects]
+        twice = next((title for title in titles if titles.count(title) > 1), None)
+        if twice:  # results are named by title: one would overwrite the other
+            same = ", ".join(subject.path for subject in self.subjects if subject.title == twice)
+            raise ValueError(f"several checkpoints are called {twice} ({same}); evaluate them apart, with their own --output_dir")
         for subject in self.subjects:
             for name in ("route_patch",):
                 if name in cfg.typed and hasattr(subject.sae, name):
@@ -89,11 +94,13 @@ class Evaluator:
                 self._measure_code(subject, hidden, batch)
             if patching:
                 if not checked:
-                    hooks.self_check(model, batch, sites)
-                    checked = True
+                    checked = hooks.self_check(model, batch, sites)
                 self._measure_patched(model, batch, full, hidden, means)
-        if not tokens:
-            raise ValueError("no counted token in the evaluation rows")
+        if not tokens or (patching and not all(subject.kl and all(mean.count for mean in subject.kl.values()) for subject in self.subjects)):
+            what = "prediction between counted tokens" if tokens else "counted token"
+            raise ValueError(f"no {what} in the evaluation rows (--max_length {cfg.max_length}); use longer rows or more text")
+        if patching and not checked:
+            raise ValueError("no evaluation row has a counted token to check the hooks with; use longer rows")
         results = {subject.title: self._result(subject, tokens, len(rows), rows.fingerprint) for subject in self.subjects}
         self._show(results)
         if len(results) == 1 and len(cfg.metric) == 1 and isinstance(results[self.subjects[0].title].get(cfg.metric[0]), float):
@@ -117,7 +124,7 @@ class Evaluator:
         subject.reconstruction.update(p.target, p.x_hat)
         subject.activity.update(p.latents)
         if p.weights is not None:
-            subject.routing.update(p.weights, self._errors_at_each_site(subject.sae, x))
+            subject.routing.update(p.weights, self._errors_at_each_site(subject.sae, x), metrics.squared_errors(p.target, p.x_hat))
 
     def _errors_at_each_site(self, sae: SAE, x: Tensor) -> Tensor:
         """[N,L]: NormMSE of every site's own state, unscaled, had the token been sent there."""

@@ -54,12 +54,16 @@ def patched_states(
         return lm.final_states(model, batch.input_ids)
 
 
-def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> None:
-    """Raises ValueError unless, at every site, an identity graft leaves the final states bit-identical and another one changes them.
+def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> bool:
+    """True once checked: at every site an identity graft leaves the final states bit-identical and another one changes them.
 
-    Without it a hook that does nothing would pass for a perfect SAE.
+    Without it a hook that does nothing would pass for a perfect SAE. False where no token counts, so that nothing could be checked.
+    Raises ValueError where a check fails.
     """
-    small = Batch(batch.input_ids[:1, :32], batch.mask[:1, :32], batch.document[:1, :32], batch.row[:1])
+    if not batch.mask.any():
+        return False
+    row = int(batch.mask.any(1).nonzero()[0])
+    small = Batch(*(part[row : row + 1] for part in batch))
     clean_sites = lm.read_sites(model, small.input_ids, sites)
     clean = lm.final_states(model, small.input_ids)
     for site in sites:
@@ -67,8 +71,9 @@ def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> None:
             raise ValueError(f"self-check failed: writing site {site} back unchanged changes the language model's output")
         if not torch.equal(patched_states(model, small, {site: lambda h: h}, clean_sites), clean):
             raise ValueError(f"self-check failed: resuming from site {site} changes the language model's output")
-        if small.mask.any() and torch.equal(patched_states(model, small, {site: lambda h: -h}, clean_sites), clean):
+        if torch.equal(patched_states(model, small, {site: lambda h: -h}, clean_sites), clean):
             raise ValueError(f"self-check failed: rewriting site {site} does not reach the language model's output")
+    return True
 
 
 # ------------------------------------------------------------------------------------------- the documented forms
@@ -108,7 +113,12 @@ def hook_SAE(
     cfg: Namespace, model: SAE, hooked_module: nn.Module, set_high: list[Triple] | None = None, set_low: list[Triple] | None = None,
     is_zero: bool = False,
 ) -> list[Any]:
-    """Hooks a module so that its hidden state becomes the SAE's reconstruction (or zero); returns handles to remove."""
+    """Hooks a module so that its hidden state becomes the SAE's reconstruction (or zero); returns handles to remove.
+
+    For SAEs of one site. Raises ValueError for one over several sites, whose code needs the other sites' states too.
+    """
+    if len(model.sites()) != 1:
+        raise ValueError(f"{model.name} reads sites {model.sites()}; hook_SAE takes an SAE of one site (hook_RouteSAE a routed one)")
     edit = edit_of(set_high, set_low)
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:

@@ -64,10 +64,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks: the one ModuleList in the decoder as long as the model is deep.
-
-    Raises ValueError where there is none, or more than one.
-    """
+    """The decoder blocks: the outermost ModuleList in the decoder as long as the model is deep. Raises ValueError where there is none."""
     depth = text_config(model).num_hidden_layers
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -141,8 +138,8 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     """Logits in float32 of final states: [N,D] -> [N,V], soft-capped where the model caps them."""
     logits = model.get_output_embeddings()(states).float()
     cap = getattr(text_config(model), "final_logit_softcapping", None)
-    scale = getattr(text_config(model), "logit_scale", None) or 1.0
-    logits = logits * scale
+    logits = logits * (getattr(text_config(model), "logit_scale", None) or 1.0)  # Cohere multiplies
+    logits = logits / (getattr(text_config(model), "logits_scaling", None) or 1.0)  # Granite divides
     return torch.tanh(logits / cap) * cap if cap else logits
 
 

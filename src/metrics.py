@@ -69,7 +69,8 @@ class Reconstruction:
     def compute(self) -> dict[str, Any]:
         """FVU: error over variance around the data mean. Shrinkage: E|x_hat|^2 / E<x_hat, x>, below 1 where norms are too small."""
         variance = self.second - self.first.square().sum(-1) / self.n
-        found = {"NormMSE": self.norm_mse.compute(), "FVU": (self.error / variance).tolist(), "Shrinkage": (self.hat / self.cross).tolist()}
+        shrinkage = (self.hat / self.cross.clamp_min(1e-300)).tolist()  # an SAE that gives only zeros has 0, not 0/0
+        found = {"NormMSE": self.norm_mse.compute(), "FVU": (self.error / variance).tolist(), "Shrinkage": shrinkage}
         result: dict[str, Any] = {}
         for name, value in found.items():
             result[name] = sum(value) / len(value) if isinstance(value, list) else value
@@ -109,8 +110,8 @@ class Routing:
         self.chosen, self.p, self.p_max, self.error, self.regret, self.best = (Mean() for _ in range(6))
         self.at_site: Tensor | float = 0.0
 
-    def update(self, weights: Tensor, errors: Tensor) -> None:
-        """weights [N,L] of the router; errors [N,L] NormMSE had the token been sent to that site"""
+    def update(self, weights: Tensor, errors: Tensor, routed: Tensor) -> None:
+        """weights [N,L] of the router; errors [N,L] NormMSE of each site's state as it is; routed [N] of what was really coded (p x)"""
         site = weights.argmax(-1)
         one_hot = F.one_hot(site, weights.shape[-1]).double()
         mine = errors.gather(1, site[:, None])[:, 0]
@@ -120,7 +121,7 @@ class Routing:
         self.error.update(errors)
         self.regret.update(mine - errors.min(-1).values)
         self.best.update((site == errors.argmin(-1)).double())
-        self.at_site = self.at_site + (one_hot * mine[:, None]).sum(0)
+        self.at_site = self.at_site + (one_hot * routed[:, None]).sum(0)
 
     def compute(self) -> dict[str, Any]:
         share = torch.tensor(self.chosen.compute(), dtype=torch.float64)
@@ -128,6 +129,8 @@ class Routing:
         per_site = [float(e / n) if n > 0 else None for e, n in zip(self.at_site, share * self.chosen.count, strict=True)]
         return {
             "share": share.tolist(), "mean_p": self.p.compute(), "p_max": self.p_max.compute(), "share_entropy": float(entropy),
-            "NormMSE_of_routed": per_site, "NormMSE_if_all_went_there": self.error.compute(), "regret": self.regret.compute(),
-            "agrees_with_best_site": self.best.compute(),
+            "NormMSE_of_routed": per_site,
+            # from here on at scale 1, where sites compare with each other; not the error of p x that the headline reports
+            "NormMSE_unscaled_if_all_went_there": self.error.compute(), "regret_unscaled": self.regret.compute(),
+            "agrees_with_best_site_unscaled": self.best.compute(),
         }

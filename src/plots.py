@@ -20,12 +20,14 @@ def load(folder: Path, only: str = "") -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A markdown table; a dash where something was not measured. An L0 more than 10 % off the common one is starred."""
+    """A markdown table; a dash where nothing was measured. An L0 more than 10 % off the row's own k (else the one k of the table) is starred."""
     lines = ["| SAE | sites | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    targets = [result["k"] for result in results if result.get("k")]
+    targets = {result["k"] for result in results if result.get("k")}
+    common = next(iter(targets)) if len(targets) == 1 else None
     for result in results:
         cells = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in COLUMNS]
-        if targets and abs(result["L0"] / targets[0] - 1) > 0.1:
+        target = result.get("k") or common
+        if target and abs(result["L0"] / target - 1) > 0.1:
             cells[0] += " *"
         sites = result["sites"]
         where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]}"

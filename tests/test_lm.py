@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.files import DEMO_LM
-from src.lm import block_at, blocks, final_states, get_language_model, hooked, read_sites, resumed_at
+from src.lm import block_at, blocks, final_states, get_language_model, hooked, logits_of, read_sites, resumed_at
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +73,30 @@ def test_the_tokenizer_takes_special_tokens_in_text_for_text(demo):
 def test_a_missing_model_is_one_clear_line():
     with pytest.raises(ValueError, match="cannot load language model"):
         get_language_model("/no/such/folder", "cpu")
+
+
+FAMILIES = {
+    "Llama": {}, "GPT2": {"n_head": 4}, "GPTNeoX": {}, "Qwen2": {"num_key_value_heads": 2}, "Gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "Cohere": {"num_key_value_heads": 2}, "Granite": {"logits_scaling": 8.0},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_are_read_resumed_and_given_their_own_logits(family, ids):
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
+    if family == "GPT2":
+        sizes = {"n_embd": 32, "n_layer": 6}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**small, **sizes, **FAMILIES[family])
+    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = ids % 96
+    with torch.no_grad():
+        whole = lm(ids, output_hidden_states=True)
+    assert torch.allclose(logits_of(lm, final_states(lm, ids).flatten(0, 1)), whole.logits.flatten(0, 1), atol=1e-5)
+    read = read_sites(lm, ids, [2, 5])
+    assert torch.equal(read[5], whole.hidden_states[5])
+    full = final_states(lm, ids)
+    with resumed_at(lm, 5, read[5]):
+        assert torch.equal(final_states(lm, ids), full)

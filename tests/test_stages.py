@@ -12,6 +12,7 @@ from src.data import Rows
 from src.evaluator import Evaluator
 from src.files import DEMO_LM
 from src.metrics import KLDiv, Mean, Reconstruction
+from src.model import build
 from src.trainer import LinearWarmupLR, Trainer
 from src.zoo import ZOO
 
@@ -202,3 +203,41 @@ def test_documented_training_and_evaluation_flags_exist():
     chunking text_key max_bad_frac split dtype norm_eps auxk_coeff dead_tokens target_l0 sparsity_warmup topk_relu b_pre_init grad_clip optimizer
     include_special start_layer end_layer tag overwrite trust_remote_code route_patch debug""".split()
     assert set(documented) <= set(OPTIONS)
+
+
+def test_checkpoints_of_one_name_are_not_measured_into_one_file(text, tmp_path):
+    train(text, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "out" / "SAE_models", other)
+    with pytest.raises(ValueError, match="several checkpoints are called TopK_text"):
+        evaluate(tmp_path, "--SAE_path", str(tmp_path / "out" / "SAE_models" / "TopK_text.pt"), str(other / "TopK_text.pt"))
+
+
+def test_rows_without_a_countable_prediction_are_one_clear_line(text, tmp_path):
+    train(text, tmp_path)
+    with pytest.raises(ValueError, match="no prediction between counted tokens"):
+        evaluate(tmp_path, "--metric", "KLDiv", "--max_length", "2")
+
+
+def test_routed_errors_per_site_add_up_to_the_headline(text, tmp_path):
+    train(text, tmp_path, "--model", "RouteSAE")
+    result = evaluate(tmp_path, "--metric", "NormMSE", "Routing")["RouteSAE_text"]
+    routing = result["Routing"]
+    total = sum(share * (error or 0) for share, error in zip(routing["share"], routing["NormMSE_of_routed"], strict=True))
+    assert total == pytest.approx(result["NormMSE"], rel=1e-5)
+
+
+def test_the_self_check_says_when_it_could_check_nothing(text):
+    tokenizer, model = lm.get_language_model(str(DEMO_LM), "cpu", "float32")
+    batch = next(Rows(text, tokenizer, 32, "all").batches(2))
+    assert hooks.self_check(model, batch, [8]) is True
+    assert hooks.self_check(model, batch._replace(mask=torch.zeros_like(batch.mask)), [8]) is False
+    late = batch.mask.clone()
+    late[0] = False  # the first row counts nothing: the check takes the next
+    assert hooks.self_check(model, batch._replace(mask=late), [8]) is True
+
+
+def test_hook_sae_refuses_a_model_over_several_sites():
+    sae = build("Crosscoder", 128, 16, {"latent_size": 8})
+    with pytest.raises(ValueError, match="one site"):
+        hooks.hook_SAE(None, sae, torch.nn.Identity())
