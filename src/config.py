@@ -66,16 +66,16 @@ OPTIONS: dict[str, Option] = {
     "n_layers": Option("sae", int, None, "check: number of its blocks (default: read from it)", low=1),
     "latent_size": Option("sae", int, None, "latents (default: 16384; demo LM: 2048)", low=1),
     "k": Option("sae", int, None, "active latents a token; several values train one SAE each (default: 64; demo LM: 16)", low=1, many=True),
-    "layer": Option("sae", int, None, "site of single-layer models, 1 ... n_layers (default: 3/4 of the depth)", low=1),
+    "layer": Option("sae", int, None, "site of single-layer models, 1 ... n_layers; several train one SAE each (default: 3/4 of the depth)", low=1, many=True),
     "start_layer": Option("sae", int, None, "first routed site (default: a quarter of the depth)", low=1),
     "end_layer": Option("sae", int, None, "site after the last routed one (default: three quarters of the depth, plus 1)", low=2),
     "l1_coeff": Option("sae", float, None, "L1 (JumpReLU: L0) coefficient; several values train one SAE each (default: auto)", low=0, many=True),
     "threshold": Option("sae", float, None, "initial JumpReLU threshold (default: auto, scaled to the width)", above=0),
     "bandwidth": Option("sae", float, None, "width of JumpReLU's gradient window (default: auto)", above=0),
-    "target_l0": Option("sae", float, None, "steer the sparsity coefficient to this many active latents (default: off)", above=0),
+    "target_l0": Option("sae", float, None, "steer the sparsity coefficient to this many active latents; several train one SAE each (default: off)", above=0, many=True),
     "sparsity_warmup": Option("sae", float, None, "share of the run over which the coefficient rises from 0", low=0),
     "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
-    "routing": Option("sae", str, None, "one site a token, a mixture, or a random site", ("hard", "soft", "random")),
+    "routing": Option("sae", str, None, "one site a token, a mixture, a random site, or sites shuffled over tokens", ("hard", "soft", "random", "permuted")),
     "auxk_coeff": Option("sae", float, None, "weight of the auxiliary loss that revives dead latents", low=0),
     "dead_tokens": Option("sae", int, None, "tokens without activation after which a latent is dead (default: auto)", low=1),
     "topk_relu": Option("sae", boolean, None, "clip negative values among the k"),
@@ -104,7 +104,7 @@ OPTIONS: dict[str, Option] = {
 STAGES: dict[str, tuple[str, ...]] = {"train": ("training", "sae", "text", "common"), "evaluate": ("evaluation", "text", "sae", "common")}
 ABOUT = {"train": "Train sparse autoencoders on a language model's residual stream.", "evaluate": "Measure trained sparse autoencoders."}
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
-SWEPT = ("k", "l1_coeff")
+SWEPT = ("k", "l1_coeff", "target_l0", "layer")
 # What a recipe sets beside the constructor values in the zoo.
 RECIPES: dict[str, dict[str, Any]] = {
     "standard": {"optimizer": "signum", "grad_clip": 1.0, "steps": 1},

@@ -47,15 +47,13 @@ class Evaluator:
         given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer")}
         given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
         self.subjects = [Subject(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+        for subject in self.subjects:
+            self._vary(subject)
         titles = [subject.title for subject in self.subjects]
         twice = next((title for title in titles if titles.count(title) > 1), None)
         if twice:  # results are named by title: one would overwrite the other
             same = ", ".join(subject.path for subject in self.subjects if subject.title == twice)
             raise ValueError(f"several checkpoints are called {twice} ({same}); evaluate them apart, with their own --output_dir")
-        for subject in self.subjects:
-            for name in ("route_patch",):
-                if name in cfg.typed and hasattr(subject.sae, name):
-                    setattr(subject.sae, name, getattr(cfg, name))
         recipes = [subject.recipe for subject in self.subjects]
         models = {recipe.get("model_path") for recipe in recipes} - {None}
         if len(models) > 1 and not cfg.model_path:
@@ -65,6 +63,17 @@ class Evaluator:
         config.complete(cfg)
         if cfg.split == "train":
             print("warning: evaluating on the training split")
+
+    def _vary(self, subject: Subject) -> None:
+        """Options that make this another measurement of the same SAE; they join the title, so that no result replaces another."""
+        for name in ("routing", "route_patch"):
+            value = getattr(self.cfg, name)
+            if name in self.cfg.typed and getattr(subject.sae, name, value) != value:
+                setattr(subject.sae, name, value)
+                subject.title += f"_{value}"
+        for name in ("infer_k", "theta"):
+            if getattr(self.cfg, name) is not None:
+                subject.title += f"_{name}{getattr(self.cfg, name):g}"
 
     @torch.no_grad()
     def run(self) -> float | dict[str, dict[str, Any]]:
@@ -191,7 +200,7 @@ class Evaluator:
         header = {
             "title": subject.title, "model": sae.name, "sites": sae.sites(), "tokens": tokens, "rows": n_rows, "split": cfg.split, "k": target,
             "data_path": str(cfg.data_path), "data_fingerprint": fingerprint, "model_path": str(cfg.model_path), "infer_k": cfg.infer_k,
-            "theta": cfg.theta, "trained_tokens": subject.recipe.get("tokens"), "tokens_per_s": subject.recipe.get("final", {}).get("tokens_per_s"),
+            "theta": cfg.theta, "trained_tokens": subject.recipe.get("tokens"), "step_tokens_per_s": subject.recipe.get("final", {}).get("step_tokens_per_s"),
         }
         units = {name: unit for name, unit in metrics.UNITS.items() if name in found}
         result = header | found | {"units": units}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from src.ops import Jump_func, Step_func, geometric_median, pre_process, random_integers, random_subset, restrict, squared_errors, topk_sparsify
 from src.zoo import canonical
 
+ROUTINGS = ("hard", "soft", "random", "permuted")
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 
 
@@ -429,7 +430,8 @@ class Crosscoder(_Sparsified, SAE):
 class RouteSAE(SAE):
     """A router gives each token one of the routed sites; a TopK codes p times the state there (arXiv:2503.08200, eqs 5-12).
 
-    routing: "hard" (argmax), "soft" (the mixture), "random" (a site drawn uniformly per token, scale 1).
+    routing: "hard" (argmax), "soft" (the mixture), "random" (a site drawn uniformly per token, scale 1), "permuted" (the control: hard sites
+    shuffled over the tokens of a batch, so that the shares stay; p stays the token's own).
     """
 
     def __init__(
@@ -437,7 +439,7 @@ class RouteSAE(SAE):
         seed=42, norm_eps=1e-5, **rest,
     ):
         super().__init__(hidden_size, latent_size, norm_eps)
-        for what, value, known in (("aggre", aggre, ("sum", "mean")), ("routing", routing, ("hard", "soft", "random"))):
+        for what, value, known in (("aggre", aggre, ("sum", "mean")), ("routing", routing, ROUTINGS)):
             if value not in known:
                 raise ValueError(f"{what} {value!r}; known are {', '.join(known)}")
         self.routed = routed_sites(n_layers, start_layer, end_layer)
@@ -459,19 +461,24 @@ class RouteSAE(SAE):
 
     def route(self, x: Tensor, router_weights: Tensor, routing: str = "hard") -> tuple[Tensor, Tensor]:
         """(layer_weights [...,L], routed_x [...,D]): p at the argmax and 0 elsewhere for hard, p itself for soft."""
-        if routing not in ("hard", "soft", "random"):
-            raise ValueError(f"routing {routing!r}; known are hard, soft, random")
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing {routing!r}; known are {', '.join(ROUTINGS)}")
         layer_weights = router_weights
         if routing != "soft":
             layer_weights = router_weights * F.one_hot(router_weights.argmax(-1), self.n_routed_layers)
         return layer_weights, (layer_weights[..., None] * x).sum(-2)
 
     def _weights(self, x: Tensor, token: Tensor | None) -> Tensor:
-        if self.routing != "random":
-            return self.get_router_weights(x, self.aggre)
         keys = torch.arange(x.shape[:-2].numel(), device=x.device) if token is None else token.flatten()
-        drawn = random_integers(keys, self.seed, self.n_routed_layers)
-        return F.one_hot(drawn, self.n_routed_layers).to(x.dtype).view(x.shape[:-1])
+        if self.routing == "random":
+            drawn = random_integers(keys, self.seed, self.n_routed_layers)
+            return F.one_hot(drawn, self.n_routed_layers).to(x.dtype).view(x.shape[:-1])
+        weights = self.get_router_weights(x, self.aggre)
+        if self.routing != "permuted":
+            return weights
+        p, site = weights.flatten(0, -2).max(-1)
+        shuffled = site[random_integers(keys, self.seed, 2**62).argsort()]
+        return (p[:, None] * F.one_hot(shuffled, self.n_routed_layers)).view_as(weights)
 
     def _slice(self, x: Tensor) -> Tensor:
         """The routed sites of an input that holds them, all sites, or all sites and the embedding."""
@@ -503,12 +510,10 @@ class RouteSAE(SAE):
     def strength(self, p):
         return p.latents if self.routing == "soft" else p.latents / p.scale[..., None]
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, permute=None):
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None):
         x = self.gather(hidden)
         clean = self.autoencode(x, infer_k, theta, token)
         site_of = clean.weights.argmax(-1)
-        if permute is not None:  # the control: sites of other tokens, p its own
-            site_of = site_of[permute]
         scale = torch.ones_like(clean.scale) if self.route_patch == "unscaled" else clean.scale
 
         def at(index):

@@ -96,7 +96,7 @@ class Run:
         adams = [o for o in self.optimizers if isinstance(o, torch.optim.Adam)]
         self.schedules = [LinearWarmupLR(adam, round(0.05 * total_steps), total_steps) for adam in adams]
         self.clip, self.normalise_every = cfg.grad_clip, cfg.steps
-        self.failed, self.sums, self.count = "", {}, 0
+        self.failed, self.sums, self.count, self.seconds = "", {}, 0, 0.0
 
     def mode(self, training: bool) -> None:
         """Schedule-free optimisers hold two sets of weights: those that get gradients and the average that is kept."""
@@ -108,6 +108,7 @@ class Run:
 
     def step(self, hidden: dict[int, Tensor], token: Tensor, step: int) -> None:
         """One update. A loss that is not finite ends this run before the weights are touched."""
+        started = time.perf_counter()
         p = self.sae.autoencode(self.sae.gather(hidden), token=token)
         terms = self.sae.loss(p)
         loss = torch.stack(list(terms.values())).sum()
@@ -132,6 +133,7 @@ class Run:
             self.sums = {k: self.sums.get(k, 0.0) + v for k, v in now.items()}
             self.count += 1
             self.last = p
+        self.seconds += time.perf_counter() - started
 
     def report(self) -> dict[str, Any]:
         """Means since the last report, dead share, and what the model adds."""
@@ -169,7 +171,7 @@ class Trainer:
         return "_".join(parts + ([files.safe_name(self.cfg.tag)] if self.cfg.tag else []))
 
     def _settings(self) -> dict[str, Any]:
-        neutral = config.NEUTRAL | {"model", "k", "l1_coeff"}
+        neutral = config.NEUTRAL | {"model", *config.SWEPT}
         return {key: value for key, value in sorted(vars(self.cfg).items()) if key not in neutral and key not in config.SECRET}
 
     def _todo(self) -> list[int]:
@@ -248,6 +250,8 @@ class Trainer:
                     speed = tokens / (time.time() - started)
                     for run in [r for r in runs if not r.failed]:
                         line = {"sae": run.title, "step": step + 1, "tokens": tokens, "tokens_per_s": round(speed), "lr": cfg.lr} | run.report()
+                        if cfg.device == "cpu":  # elsewhere a step returns before its work is done
+                            line["step_tokens_per_s"] = round(tokens / run.seconds)
                         finals[run.title] = line
                         lines.write(json.dumps(line) + "\n")
                         if wandb is not None:
