@@ -9,6 +9,7 @@ import importlib.metadata
 import pickle
 import platform
 import subprocess
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import files, model, zoo
+from src import config, files, model, zoo
 
 FORMAT_VERSION = 1
 
@@ -119,8 +120,8 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
     path = Path(path)
     weights = _weights(path, device)
     recipe = read_recipe(path) or _guess(path, weights, given or {})
-    config = dict(recipe["config"])
-    sae = model.build(zoo.canonical(recipe["model"]), config.pop("hidden_size"), config.pop("n_layers", None), config)
+    values = dict(recipe["config"])
+    sae = model.build(zoo.canonical(recipe["model"]), values.pop("hidden_size"), values.pop("n_layers", None), values)
     for key, expected in sae.state_dict().items():
         there = tuple(weights[key].shape) if key in weights else "missing"
         if there != tuple(expected.shape):
@@ -131,3 +132,22 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
         raise ValueError(f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}")
     sae.load_state_dict(weights)
     return sae.to(device).eval(), recipe | {"title": recipe.get("title", path.stem)}
+
+
+def open_all(cfg: Namespace) -> list[tuple[model.SAE, dict[str, Any]]]:
+    """The SAEs a stage is to work on (default: the newest), on cfg.device; what their recipes say fills the options nobody typed.
+
+    Raises ValueError for unusable files and for SAEs of different language models.
+    """
+    if not cfg.SAE_path:
+        cfg.SAE_path = [str(newest(cfg.output_dir))]
+        print(f"taking the newest checkpoint: {cfg.SAE_path[0]}")
+    cfg.device = pick_device(cfg.device)
+    given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer")}
+    given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
+    opened = [load(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+    models = {recipe.get("model_path") for _, recipe in opened} - {None}
+    if len(models) > 1 and not cfg.model_path:
+        raise ValueError(f"the checkpoints belong to different language models ({', '.join(sorted(models))}); take them apart")
+    config.fill_from_recipe(cfg, opened[0][1])
+    return opened

@@ -56,7 +56,7 @@ OPTIONS: dict[str, Option] = {
     "max_length": Option("text", int, None, "tokens a row (default: 512; demo LM: 256)", low=2),
     "max_samples": Option("text", int, None, "rows to use at most (default: all)", low=1),
     "max_tokens": Option("text", int, None, "tokens of text to use at most (default: all)", low=1),
-    "split": Option("text", str, None, "split to read (default: train for training, eval for evaluation)", ("train", "eval", "apply", "all")),
+    "split": Option("text", str, None, "split to read (default: each stage its own)", ("train", "eval", "apply", "all")),
     "text_key": Option("text", str, "text", "key of the text in each record"),
     "chunking": Option("text", str, "pack", "pack: rows are full; words: the documented pieces of max_length words", ("pack", "words")),
     "max_bad_frac": Option("text", float, 0.01, "share of damaged lines that is accepted", low=0),
@@ -66,16 +66,16 @@ OPTIONS: dict[str, Option] = {
     "n_layers": Option("sae", int, None, "check: number of its blocks (default: read from it)", low=1),
     "latent_size": Option("sae", int, None, "latents (default: 16384; demo LM: 2048)", low=1),
     "k": Option("sae", int, None, "active latents a token; several values train one SAE each (default: 64; demo LM: 16)", low=1, many=True),
-    "layer": Option("sae", int, None, "site of single-layer models, 1 ... n_layers; several train one SAE each (default: 3/4 of the depth)", low=1, many=True),
+    "layer": Option("sae", int, None, "site of single-layer models; several train one SAE each (default: 3/4 of the depth)", low=1, many=True),
     "start_layer": Option("sae", int, None, "first routed site (default: a quarter of the depth)", low=1),
     "end_layer": Option("sae", int, None, "site after the last routed one (default: three quarters of the depth, plus 1)", low=2),
     "l1_coeff": Option("sae", float, None, "L1 (JumpReLU: L0) coefficient; several values train one SAE each (default: auto)", low=0, many=True),
     "threshold": Option("sae", float, None, "initial JumpReLU threshold (default: auto, scaled to the width)", above=0),
     "bandwidth": Option("sae", float, None, "width of JumpReLU's gradient window (default: auto)", above=0),
-    "target_l0": Option("sae", float, None, "steer the sparsity coefficient to this many active latents; several train one SAE each (default: off)", above=0, many=True),
+    "target_l0": Option("sae", float, None, "steer the coefficient to this many active latents; several: one SAE each (default: off)", above=0, many=True),
     "sparsity_warmup": Option("sae", float, None, "share of the run over which the coefficient rises from 0", low=0),
     "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
-    "routing": Option("sae", str, None, "one site a token, a mixture, a random site, or sites shuffled over tokens", ("hard", "soft", "random", "permuted")),
+    "routing": Option("sae", str, None, "one site a token, a mixture, a random one, or shuffled", ("hard", "soft", "random", "permuted")),
     "auxk_coeff": Option("sae", float, None, "weight of the auxiliary loss that revives dead latents", low=0),
     "dead_tokens": Option("sae", int, None, "tokens without activation after which a latent is dead (default: auto)", low=1),
     "topk_relu": Option("sae", boolean, None, "clip negative values among the k"),
@@ -94,15 +94,32 @@ OPTIONS: dict[str, Option] = {
     "overwrite": Option("training", boolean, False, "replace results of the same name"),
     "use_wandb": Option("training", boolean, False, "log to Weights & Biases too"),
     "wandb_project": Option("training", str, "RouteSAE-repro", "project name there"),
-    # evaluation
-    "SAE_path": Option("evaluation", str, None, "checkpoints to evaluate (default: the newest)", many=True),
+    # trained SAEs
+    "SAE_path": Option("inference", str, None, "checkpoints (default: the newest)", many=True),
+    "infer_k": Option("inference", int, None, "keep this many latents a token instead of the trained rule", low=1),
+    "theta": Option("inference", float, None, "keep latents above this value instead"),
     "metric": Option("evaluation", str, ["NormMSE"], f"what to measure: {', '.join(METRICS)}", METRICS, many=True),
-    "infer_k": Option("evaluation", int, None, "keep this many latents a token instead of the trained rule", low=1),
-    "theta": Option("evaluation", float, None, "keep latents above this value instead"),
     "route_patch": Option("evaluation", str, None, "scaled: as trained; unscaled: the published form", ("scaled", "unscaled")),
+    "act_threshold": Option("application", float, None, "strength a latent must exceed (default: 0.22 sqrt(hidden), 10 at 2048)", low=0),
+    "threshold_rel": Option("application", float, None, "the same in units of sqrt(hidden)", low=0),
+    "quantile": Option("application", float, None, "instead: above this quantile of each latent's own activations, estimated from a sample", low=0),
+    "context_length": Option("application", int, 64, "tokens shown on each side of the active one", low=1),
+    "max_per_token": Option("application", int, 2, "contexts of one latent at most for one token class (stripped, lower-cased text)", low=1),
+    "lines": Option("application", int, 4, "contexts a latent needs to be kept", low=1),
+    "top_n": Option("application", int, 20, "strongest contexts kept of each latent", low=1),
+    "effect": Option("application", int, 0, "measure for this many latents what removing them does to the next-token distribution", low=0),
+    "gzip": Option("application", boolean, False, "compress the contexts file"),
 }
-STAGES: dict[str, tuple[str, ...]] = {"train": ("training", "sae", "text", "common"), "evaluate": ("evaluation", "text", "sae", "common")}
-ABOUT = {"train": "Train sparse autoencoders on a language model's residual stream.", "evaluate": "Measure trained sparse autoencoders."}
+STAGES: dict[str, tuple[str, ...]] = {
+    "train": ("training", "sae", "text", "common"),
+    "evaluate": ("evaluation", "inference", "text", "sae", "common"),
+    "apply": ("application", "inference", "text", "sae", "common"),
+}
+ABOUT = {
+    "train": "Train sparse autoencoders on a language model's residual stream.",
+    "evaluate": "Measure trained sparse autoencoders.",
+    "apply": "Find the contexts in which each latent of a trained sparse autoencoder is active.",
+}
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
 # What a recipe sets beside the constructor values in the zoo.
@@ -190,6 +207,11 @@ def check(cfg: Namespace) -> None:
         cfg.model = list(dict.fromkeys(zoo.canonical(name) for name in cfg.model))
     if getattr(cfg, "infer_k", None) is not None and getattr(cfg, "theta", None) is not None:
         raise ValueError("--infer_k and --theta exclude each other; give one")
+    thresholds = [name for name in ("act_threshold", "threshold_rel", "quantile") if getattr(cfg, name, None) is not None]
+    if len(thresholds) > 1:
+        raise ValueError(f"--{' and --'.join(thresholds)} exclude each other; give one")
+    if (getattr(cfg, "quantile", None) or 0) >= 1:
+        raise ValueError(f"--quantile {cfg.quantile}: must be below 1")
 
 
 def complete(cfg: Namespace) -> Namespace:
@@ -203,7 +225,7 @@ def complete(cfg: Namespace) -> Namespace:
         if name not in cfg.typed and hasattr(cfg, name):
             setattr(cfg, name, value)
     if getattr(cfg, "split", 0) is None:
-        cfg.split = {"train": "train", "evaluate": "eval"}[cfg.stage]
+        cfg.split = {"train": "train", "evaluate": "eval", "apply": "apply"}[cfg.stage]
     if cfg.stage == "train":
         if max(cfg.k) > cfg.latent_size:
             raise ValueError(f"--k {max(cfg.k)} is more than --latent_size {cfg.latent_size}")

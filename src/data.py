@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -432,3 +433,11 @@ def create_dataloader(
 ) -> DataLoader:
     """DataLoader of (input_ids [B,S], attention_mask [B,S]) over OpenWebTextDataset, in order."""
     return DataLoader(OpenWebTextDataset(folder_path, tokenizer, max_length, max_samples, keyword), batch_size=batch_size)
+
+
+def open_rows(cfg: Namespace, tokenizer: Any) -> Rows:
+    """The rows that a stage's text options name."""
+    return Rows(
+        cfg.data_path, tokenizer, cfg.max_length, cfg.split, text_key=cfg.text_key, chunking=cfg.chunking, max_samples=cfg.max_samples,
+        max_tokens=cfg.max_tokens, max_bad_frac=cfg.max_bad_frac, include_special=cfg.include_special,
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, files, hooks, lm, metrics
-from src.data import Batch, Rows
+from src.data import Batch, Rows, open_rows
 from src.model import SAE
 
 OF_THE_MODEL = {"KLDiv", "DeltaCE", "Recovered"}  # need the language model patched
@@ -22,9 +22,8 @@ OF_THE_MODEL = {"KLDiv", "DeltaCE", "Recovered"}  # need the language model patc
 class Subject:
     """One checkpoint and what has been measured of it."""
 
-    def __init__(self, path: str, device: str, given: dict[str, Any]) -> None:
-        self.sae, self.recipe = checkpoint.load(path, device, given)
-        self.path, self.title = path, self.recipe["title"]
+    def __init__(self, path: str, sae: SAE, recipe: dict[str, Any]) -> None:
+        self.path, self.sae, self.recipe, self.title = path, sae, recipe, recipe["title"]
         self.reconstruction, self.activity, self.routing = metrics.Reconstruction(), metrics.Activity(), metrics.Routing()
         self.kl: dict[str, metrics.Mean] = {}
         self.ce: dict[str, metrics.Mean] = {}
@@ -38,15 +37,9 @@ class Evaluator:
 
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
-        if not cfg.SAE_path:
-            cfg.SAE_path = [str(checkpoint.newest(cfg.output_dir))]
-            print(f"evaluating the newest checkpoint: {cfg.SAE_path[0]}")
         if "all" in cfg.metric:
             cfg.metric = [name for name in config.METRICS if name != "all"]
-        cfg.device = checkpoint.pick_device(cfg.device)
-        given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer")}
-        given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
-        self.subjects = [Subject(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+        self.subjects = [Subject(path, *opened) for opened, path in zip(checkpoint.open_all(cfg), dict.fromkeys(cfg.SAE_path), strict=True)]
         for subject in self.subjects:
             self._vary(subject)
         titles = [subject.title for subject in self.subjects]
@@ -54,11 +47,6 @@ class Evaluator:
         if twice:  # results are named by title: one would overwrite the other
             same = ", ".join(subject.path for subject in self.subjects if subject.title == twice)
             raise ValueError(f"several checkpoints are called {twice} ({same}); evaluate them apart, with their own --output_dir")
-        recipes = [subject.recipe for subject in self.subjects]
-        models = {recipe.get("model_path") for recipe in recipes} - {None}
-        if len(models) > 1 and not cfg.model_path:
-            raise ValueError(f"the checkpoints belong to different language models ({', '.join(sorted(models))}); evaluate them apart")
-        config.fill_from_recipe(cfg, recipes[0])
         demo.stand_in(cfg)
         config.complete(cfg)
         if cfg.split == "train":
@@ -78,16 +66,8 @@ class Evaluator:
     @torch.no_grad()
     def run(self) -> float | dict[str, dict[str, Any]]:
         cfg = self.cfg
-        tokenizer, model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
-        width, depth = lm.text_config(model).hidden_size, len(lm.blocks(model))
-        for subject in self.subjects:
-            if subject.sae.hidden_size != width or max(subject.sae.sites()) > depth:
-                there = f"hidden size {subject.sae.hidden_size}, sites up to {max(subject.sae.sites())}"
-                raise ValueError(f"{subject.title} ({there}) does not fit this language model (hidden size {width}, {depth} blocks)")
-        rows = Rows(
-            cfg.data_path, tokenizer, cfg.max_length, cfg.split, text_key=cfg.text_key, chunking=cfg.chunking, max_samples=cfg.max_samples,
-            max_tokens=cfg.max_tokens, max_bad_frac=cfg.max_bad_frac, include_special=cfg.include_special,
-        )
+        tokenizer, model = hooks.open_language_model(cfg, [subject.sae for subject in self.subjects])
+        rows = open_rows(cfg, tokenizer)
         sites = sorted({site for subject in self.subjects for site in subject.sae.sites()})
         patching = bool(OF_THE_MODEL & set(cfg.metric))
         checked, tokens = False, 0
@@ -200,7 +180,8 @@ class Evaluator:
         header = {
             "title": subject.title, "model": sae.name, "sites": sae.sites(), "tokens": tokens, "rows": n_rows, "split": cfg.split, "k": target,
             "data_path": str(cfg.data_path), "data_fingerprint": fingerprint, "model_path": str(cfg.model_path), "infer_k": cfg.infer_k,
-            "theta": cfg.theta, "trained_tokens": subject.recipe.get("tokens"), "step_tokens_per_s": subject.recipe.get("final", {}).get("step_tokens_per_s"),
+            "theta": cfg.theta, "trained_tokens": subject.recipe.get("tokens"),
+            "step_tokens_per_s": subject.recipe.get("final", {}).get("step_tokens_per_s"),
         }
         units = {name: unit for name, unit in metrics.UNITS.items() if name in found}
         result = header | found | {"units": units}

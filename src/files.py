@@ -68,9 +68,9 @@ def save_text(text: str, path: str | os.PathLike) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
-def save_json(data: Any, path: str | os.PathLike) -> Path:
+def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Path:
     """Writes JSON (UTF-8, two-space indent; `.gz` compresses), atomically. NaN and infinity raise ValueError."""
-    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False).encode("utf-8", "replace") + b"\n"
+    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False).encode("utf-8", "replace") + b"\n"
     if str(path).endswith(".gz"):
         text = gzip.compress(text, mtime=0)
     return write_atomic(path, lambda file: file.write(text))

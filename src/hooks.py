@@ -19,6 +19,17 @@ from src.model import SAE
 Triple = tuple[int, float, int]  # (latent, value, mode): mode 0 adds, 1 multiplies
 
 
+def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module]:
+    """(tokenizer, language model) of a stage. Raises ValueError where one of the SAEs does not fit it."""
+    tokenizer, model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
+    width, depth = lm.text_config(model).hidden_size, len(lm.blocks(model))
+    for sae in saes:
+        if sae.hidden_size != width or max(sae.sites()) > depth:
+            there = f"hidden size {sae.hidden_size}, sites up to {max(sae.sites())}"
+            raise ValueError(f"this {sae.name} ({there}) does not fit the language model (hidden size {width}, {depth} blocks)")
+    return tokenizer, model
+
+
 def read(model: nn.Module, batch: Batch, sites: list[int]) -> dict[int, Tensor]:
     """{site: float32 residual [N,D]} of the counted tokens, from one forward pass that ends after the last site."""
     return {site: hidden[batch.mask].float() for site, hidden in lm.read_sites(model, batch.input_ids, sites).items()}

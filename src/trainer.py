@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, files, hooks, lm, model
-from src.data import Rows
+from src.data import Rows, open_rows
 from src.ops import project_decoder_grad, unit_norm_decoder
 
 
@@ -204,10 +204,7 @@ class Trainer:
         for name, found in sizes.items():
             if getattr(cfg, name) not in (None, found):
                 raise ValueError(f"--{name} {getattr(cfg, name)}, but the language model has {found}; leave the flag out")
-        rows = Rows(
-            cfg.data_path, tokenizer, cfg.max_length, cfg.split, text_key=cfg.text_key, chunking=cfg.chunking, max_samples=cfg.max_samples,
-            max_tokens=cfg.max_tokens, max_bad_frac=cfg.max_bad_frac, include_special=cfg.include_special,
-        )
+        rows = open_rows(cfg, tokenizer)
         per_epoch = math.ceil(len(rows) / cfg.batch_size)
         total = per_epoch * cfg.num_epochs
         runs = []

@@ -1,0 +1,349 @@
+"""The contexts in which each latent is active: one pass over text, the best few kept on the device, only those decoded.
+
+N counted tokens, L sites, F latents, W tokens in a window, E events.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from src import checkpoint, config, demo, files, hooks, lm
+from src.contexts import Events, Table, TokenText, sentence
+from src.data import Batch, Rows, open_rows
+from src.metrics import token_kl
+from src.model import SAE, Pass
+from src.ops import active, random_integers, random_subset
+
+SAMPLE = 20  # activations of each latent drawn uniformly, for its histogram and for testing explanations
+POOL, NEGATIVES = 256, 10  # windows drawn once for all latents; how many of them, without the latent, each one gets
+PROMOTED = 8  # tokens named whose logits a decoder direction raises and lowers most
+BUDGET = 2**28  # numbers in one dense code; longer batches are taken apart
+
+
+def window(rows: Rows, row: int, at: int, reach: int) -> tuple[list[int], int, int]:
+    """(token ids, position of the first, document) of the window around a token, cut where its document or the counted text ends."""
+    batch = rows.batch([row])
+    good = batch.mask[0] & (batch.document[0] == batch.document[0, at])
+    first = last = at
+    while first > max(0, at - reach) and good[first - 1]:
+        first -= 1
+    while last < min(len(good) - 1, at + reach) and good[last + 1]:
+        last += 1
+    return batch.input_ids[0, first : last + 1].tolist(), first, int(batch.document[0, at])
+
+
+def zero(latent: int) -> Callable[[Tensor], Tensor]:
+    """Edit of a code: this latent off."""
+
+    def edit(latents: Tensor) -> Tensor:
+        latents = latents.clone()
+        latents[..., latent] = 0
+        return latents
+
+    return edit
+
+
+class Seen:
+    """What one pass over the text leaves behind: the best events, a sample, counts. Its size does not depend on the length of the text."""
+
+    def __init__(self, sae: SAE, rows: Rows, reach: int, top: Table, sample: Table, seed: int) -> None:
+        size, n_sites, device = sae.latent_size, len(sae.sites()), next(sae.parameters()).device
+        self.top, self.sample, self.reach, self.seed, self.rows = top, sample, reach, seed, rows
+        self.tokens = self.samples = 0
+        self.density = torch.zeros(size, dtype=torch.long, device=device)
+        self.maximum = torch.zeros(size, device=device)
+        self.at_site = torch.zeros(size, n_sites, dtype=torch.long, device=device)
+        self.tokens_at_site = torch.zeros(n_sites, dtype=torch.long, device=device)
+        self.routing: tuple[Tensor, Batch] | None = None
+        drawn = random_subset(torch.tensor([seed]), seed, len(rows), min(POOL, len(rows)))[0].sort().values
+        self.pool = {int(row): i for i, row in enumerate(drawn)}
+        self.windows: list[tuple[list[int], Tensor]] = [([], torch.zeros(size, dtype=torch.bool)) for _ in self.pool]
+
+    @property
+    def largest(self) -> float:
+        return float(self.maximum.max())
+
+    def update(self, batch: Batch, p: Pass, strength: Tensor, groups: Tensor, threshold: float) -> None:
+        """One batch. strength [N,F] or [N,L,F]: of a code per token, or one per token and site."""
+        n, n_sites = int(batch.mask.sum()), self.at_site.shape[1]
+        per_site = strength.dim() == 3
+        per_token = strength.shape[1] if per_site else 1
+        flat = strength.flatten(0, -2)
+        if per_site:
+            site = torch.arange(per_token, device=flat.device).repeat(n)
+        elif p.weights is not None:
+            site = p.weights.argmax(-1)
+        else:
+            site = torch.full((n,), 0 if n_sites == 1 else -1, device=flat.device)
+        weight = p.weights.max(-1).values if p.weights is not None else torch.ones(n, device=flat.device)
+        sample, latent, value = active(flat)
+        token = sample // per_token
+        self.tokens += n
+        self.samples += len(flat)
+        self.density += torch.bincount(latent, minlength=len(self.density))
+        self.maximum = torch.maximum(self.maximum, flat.max(0).values)
+        self.at_site += torch.bincount(latent * n_sites + site[sample].clamp_min(0), minlength=self.at_site.numel()).view_as(self.at_site)
+        self.tokens_at_site += torch.bincount(site.clamp_min(0), minlength=n_sites)
+        if p.weights is not None and self.routing is None:
+            first = int(batch.mask[0].sum())
+            self.routing = p.weights[: min(first, 200)].cpu(), Batch(*(part[:1].cpu() for part in batch))
+        row, position = batch.mask.nonzero(as_tuple=True)
+        lookup = torch.full(batch.mask.shape, -1, dtype=torch.long, device=flat.device)
+        lookup[batch.mask] = torch.arange(n, device=flat.device)
+        inside = F.pad(lookup, (self.reach, self.reach), value=-1)
+        steps = torch.arange(2 * self.reach + 1, device=flat.device)
+        keys = batch.token_keys() * max(1, per_token)
+
+        def events(index: Tensor, score: Tensor) -> Events:
+            where, what, at = token[index], latent[index], site[sample[index]]
+            near = inside[row[where][:, None], position[where][:, None] + steps]  # [E,W] numbers of the tokens around, -1 outside
+            around = flat[near.clamp_min(0) * per_token + (at[:, None] if per_site else 0), what[:, None]] * (near >= 0)
+            return Events(
+                what, value[index], groups[batch.input_ids[row[where], position[where]]], batch.row[row[where]], position[where], at,
+                weight[where], score, around.half(),
+            )
+
+        strong = (value > threshold).nonzero()[:, 0]
+        strong = strong[self.top.candidates(latent[strong], value[strong])]
+        self.top.add(events(strong, value[strong]))
+        key = (keys[token] + (site[sample] if per_site else 0)) * len(self.density) + latent
+        drawn = random_integers(key, self.seed, 2**24).float()
+        chosen = ((value > 0).nonzero()[:, 0])
+        chosen = chosen[self.sample.candidates(latent[chosen], drawn[chosen])]
+        self.sample.add(events(chosen, drawn[chosen]))
+        for i, number in enumerate(batch.row.tolist()):
+            if number in self.pool and batch.mask[i].any():
+                counted = batch.mask[i].nonzero()[:, 0]
+                at = int(counted[int(random_integers(torch.tensor([number]), self.seed, len(counted)))])
+                ids, first, _ = window(self.rows, number, at, self.reach)
+                near = lookup[i, first : first + len(ids)]
+                there = flat.view(n, per_token, -1)[near].ne(0).any(0).any(0)
+                self.windows[self.pool[number]] = ids, there.cpu()
+
+    def without(self, latent: int) -> list[int]:
+        """Numbers of up to NEGATIVES windows in which the latent is silent, another choice for each latent."""
+        silent = [i for i, (ids, there) in enumerate(self.windows) if ids and not there[latent]]
+        order = random_integers(torch.tensor(silent, dtype=torch.long), self.seed, 2**24, latent).argsort().tolist()
+        return [silent[i] for i in order[:NEGATIVES]]
+
+
+class Applier:
+    """`get_context()` writes contexts/<sae>_contexts.json. The language model is loaded at that moment, not before."""
+
+    def __init__(self, cfg: Namespace) -> None:
+        self.cfg = cfg
+        self.tokenizer = self.language_model = None
+        opened = checkpoint.open_all(cfg)
+        if len(opened) != 1:
+            raise ValueError(f"--SAE_path names {len(opened)} checkpoints; contexts are made of one at a time")
+        self.sae, self.recipe = opened[0]
+        demo.stand_in(cfg)
+        config.complete(cfg)
+
+    def run(self) -> tuple[int, Path]:
+        """get_context with the values of the options."""
+        cfg, root = self.cfg, math.sqrt(self.sae.hidden_size)
+        threshold = cfg.act_threshold if cfg.act_threshold is not None else root * (0.22 if cfg.threshold_rel is None else cfg.threshold_rel)
+        return self.get_context(0.0 if cfg.quantile is not None else threshold, cfg.context_length, cfg.max_per_token, cfg.lines)
+
+    @torch.no_grad()
+    def get_context(
+        self, threshold: float = 10.0, max_length: int = 64, max_per_token: int = 2, lines: int = 4, output_path: str | Path | None = None
+    ) -> tuple[int, Path]:
+        """(latents kept, path of the JSON). max_length: tokens shown on each side; lines: contexts a latent needs.
+
+        threshold is in units of `strength`. Raises ValueError where no token counts.
+        """
+        cfg = self.cfg
+        if self.language_model is None:
+            self.tokenizer, self.language_model = hooks.open_language_model(cfg, [self.sae])
+        rows = open_rows(cfg, self.tokenizer)
+        self.text = self._token_text()
+        self.top: Events | None = None
+        seen = self._collect(rows, threshold, max_length, max_per_token)
+        if not seen.tokens:
+            raise ValueError("no counted token in the rows; use more text or longer rows")
+        latents = self._describe(seen, rows, max_length, lines)
+        self._read_out(latents)
+        if cfg.effect:
+            self._effects(latents, rows)
+        header = self._header(seen, rows, len(latents), threshold, max_length, max_per_token, lines)
+        negatives = [{"tokens": self.text.pieces(ids)} for ids, _ in seen.windows]
+        result = header | {"negatives": negatives, "latent_context_map": latents}
+        if output_path is None:
+            name = f"{files.safe_name(self.recipe['title'])}_contexts.json" + (".gz" if cfg.gzip else "")
+            output_path = Path(cfg.output_dir) / files.CONTEXT_DIR / name
+        path = files.save_json(result, output_path, indent=None)
+        if not latents:
+            hint = f"the largest of {int(seen.density.sum())} activations is {seen.largest:.4g}"
+            print(f"nothing kept: {hint}; --act_threshold {0.5 * seen.largest:.3g} --lines 1 would keep some")
+        return len(latents), path
+
+    # ------------------------------------------------------------------------------------------------ one pass
+
+    def _collect(self, rows: Rows, threshold: float, reach: int, max_per_token: int) -> Seen:
+        cfg, sae = self.cfg, self.sae
+        seen = Seen(sae, rows, reach, Table(sae.latent_size, 3 * cfg.top_n, max_per_token), Table(sae.latent_size, SAMPLE), cfg.seed)
+        per_row = cfg.max_length * sae.latent_size * len(sae.sites())
+        part = max(1, min(cfg.batch_size, BUDGET // per_row))
+        for batch in tqdm(rows.batches(cfg.batch_size), "applying", math.ceil(len(rows) / cfg.batch_size), unit=" batches", mininterval=1):
+            batch = batch.to(cfg.device)
+            if not batch.mask.any():
+                continue
+            full = lm.read_sites(self.language_model, batch.input_ids, sae.sites())
+            for start in range(0, len(batch.row), part):
+                some = Batch(*(value[start : start + part] for value in batch))
+                if some.mask.any():
+                    hidden = {site: state[start : start + part][some.mask].float() for site, state in full.items()}
+                    p = sae.autoencode(sae.gather(hidden), cfg.infer_k, cfg.theta, some.token_keys())
+                    seen.update(some, p, sae.strength(p), self.text.group.to(batch.input_ids.device), threshold)
+        return seen
+
+    # ------------------------------------------------------------------------------------------- what was kept
+
+    def _describe(self, seen: Seen, rows: Rows, reach: int, lines: int) -> dict[str, dict[str, Any]]:
+        """{latent: contexts and figures}, for the latents with enough contexts."""
+        top, sample = seen.top.kept, seen.sample.kept
+        if top is None or sample is None:
+            return {}
+        starts = [torch.searchsorted(t.latent, torch.arange(self.sae.latent_size + 1, device=t.latent.device)).tolist() for t in (top, sample)]
+        top, sample = (Events(*(part.cpu() for part in t)) for t in (top, sample))
+        self.top = top
+        profile = self.sae.decoder_norms().T.tolist() if hasattr(self.sae, "decoder_norms") else None
+        found: dict[str, dict[str, Any]] = {}
+        for latent in tqdm(range(self.sae.latent_size), "decoding", unit=" latents", mininterval=1):
+            (a, b), (c, d) = ((s[latent], s[latent + 1]) for s in starts)
+            cut = -math.inf
+            if self.cfg.quantile is not None and d > c:
+                cut = float(sample.value[c:d].quantile(self.cfg.quantile))
+            kept = self._contexts(top, [i for i in range(a, b) if top.value[i] >= cut], rows, reach, self.cfg.top_n)
+            if len(kept) < lines:
+                continue
+            entry: dict[str, Any] = {
+                "activations": [c["activation"] for c in kept], "tokens": [c["tokens"] for c in kept], "position": [c["position"] for c in kept],
+                "token_activations": [c["token_activations"] for c in kept], "token_class": [c["token_class"] for c in kept],
+                "layer": [c["layer"] for c in kept], "router_weight": [c["router_weight"] for c in kept],
+                "document": [c["document"] for c in kept], "contexts": {},
+            }
+            for one in kept:
+                entry["contexts"].setdefault(one["token_class"], []).append({"activation": one["activation"], "context": one["context"]})
+            shown = {tuple(one["tokens"]) for one in kept}
+            others = self._contexts(sample, sorted(range(c, d), key=lambda i: -float(sample.value[i])), rows, reach, SAMPLE)
+            entry |= {
+                "density": float(seen.density[latent] / seen.samples), "max_activation": round(float(seen.maximum[latent]), 4),
+                "site_counts": [int(n) for n in seen.at_site[latent]] if profile is None else None,
+                "decoder_norms": [round(n, 4) for n in profile[latent]] if profile is not None else None,
+                "sample_activations": [round(float(v), 4) for v in sample.value[c:d].sort(descending=True).values],
+                "sample": [one for one in others if tuple(one["tokens"]) not in shown][:NEGATIVES], "negatives": seen.without(latent),
+            }
+            found[str(latent)] = entry
+        return found
+
+    def _contexts(self, events: Events, chosen: list[int], rows: Rows, reach: int, n: int) -> list[dict[str, Any]]:
+        """Up to n of the chosen events with their text; the same text once."""
+        kept: list[dict[str, Any]] = []
+        texts: set[tuple[str, ...]] = set()
+        for i in chosen:
+            if len(kept) == n:
+                break
+            row, at = int(events.row[i]), int(events.position[i])
+            ids, first, document = window(rows, row, at, reach)
+            pieces = self.text.pieces(ids)
+            if tuple(pieces) in texts:
+                continue
+            texts.add(tuple(pieces))
+            around = events.around[i, first - at + reach :][: len(ids)].float()
+            site = int(events.site[i])
+            kept.append({
+                "activation": round(float(events.value[i]), 4), "tokens": pieces, "position": at - first,
+                "token_activations": [[j, round(float(around[j]), 3)] for j in around.nonzero()[:, 0].tolist()],
+                "token_class": self.text.names[int(events.group[i])], "layer": self.sae.sites()[site] if site >= 0 else None,
+                "router_weight": round(float(events.weight[i]), 4), "document": document, "context": sentence(pieces, at - first),
+            })
+        return kept
+
+    def _token_text(self) -> TokenText:
+        size = len(self.tokenizer)
+
+        def decode(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+        ordinary = self.tokenizer.encode("a", add_special_tokens=False)
+        return TokenText(decode, size, ordinary[-1])
+
+    # ------------------------------------------------------------------------------------- what a latent does
+
+    def _directions(self, latents: list[int]) -> Tensor:
+        """[E,D]: what one unit of each latent adds, at the last of the SAE's sites."""
+        one_hot = torch.zeros(len(latents), self.sae.latent_size, device=self.cfg.device)
+        one_hot[torch.arange(len(latents)), torch.tensor(latents)] = 1
+        added = self.sae.decode(one_hot) - self.sae.decode(torch.zeros_like(one_hot[:1]))
+        return added if added.dim() == 2 else added[:, -1]
+
+    def _read_out(self, latents: dict[str, dict[str, Any]]) -> None:
+        """The tokens whose logits each decoder direction raises and lowers most, read directly through the final norm and the head."""
+        model, numbers = self.language_model, [int(latent) for latent in latents]
+        depth, dtype = len(lm.blocks(model)), next(model.parameters()).dtype
+        for start in range(0, len(numbers), lm.HEAD_CHUNK):
+            some = numbers[start : start + lm.HEAD_CHUNK]
+            states = self._directions(some)[:, None].to(dtype)
+            ids = torch.zeros(len(some), 1, dtype=torch.long, device=states.device)
+            with lm.resumed_at(model, depth, states):
+                logits = lm.logits_of(model, lm.final_states(model, ids)[:, 0])
+            for latent, row in zip(some, logits - logits.mean(-1, keepdim=True), strict=True):
+                self._name_tokens(latents[str(latent)], "", row)
+
+    def _name_tokens(self, entry: dict[str, Any], prefix: str, change: Tensor) -> None:
+        for name, sign in (("promoted", 1), ("suppressed", -1)):
+            values, ids = (sign * change[: len(self.text.text)]).topk(min(PROMOTED, len(change)))
+            entry[prefix + name] = [[self.text.text[i], round(sign * v, 4)] for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+
+    def _effects(self, latents: dict[str, dict[str, Any]], rows: Rows) -> None:
+        """For the first latents: KL and the tokens that lose and gain most when the latent is removed at its strongest contexts."""
+        model, sae = self.language_model, self.sae
+        strongest = sorted(latents, key=lambda latent: -latents[latent]["max_activation"])[: self.cfg.effect]
+        for name in tqdm(strongest, "effects", unit=" latents", mininterval=1):
+            latent, entry = int(name), latents[name]
+            index = (self.top.latent == latent).nonzero()[:4, 0]
+            some, at = self.top.row[index].tolist(), self.top.position[index]
+            batch = rows.batch(some).to(self.cfg.device)
+            full = lm.read_sites(model, batch.input_ids, sae.sites())
+            hidden = {site: state[batch.mask].float() for site, state in full.items()}
+            lines = torch.arange(len(some), device=batch.mask.device)
+            clean = lm.logits_of(model, lm.final_states(model, batch.input_ids)[lines, at]).log_softmax(-1)
+            kl, change = 0.0, 0.0
+            runs = list(sae.grafts(hidden, infer_k=self.cfg.infer_k, theta=self.cfg.theta, edit=zero(latent), token=batch.token_keys()))
+            for grafts in runs:
+                without = lm.logits_of(model, hooks.patched_states(model, batch, grafts, full)[lines, at]).log_softmax(-1)
+                kl += float(token_kl(clean, without).mean()) / len(runs)
+                change = change + (clean.exp() - without.exp()).mean(0) / len(runs)
+            entry["effect_KL"] = round(kl, 6)
+            self._name_tokens(entry, "effect_", change)
+
+    def _header(self, seen: Seen, rows: Rows, kept: int, threshold: float, reach: int, max_per_token: int, lines: int) -> dict[str, Any]:
+        cfg = self.cfg
+        header = {
+            "model": self.sae.name, "source_model": str(cfg.model_path), "sae_path": cfg.SAE_path[0], "title": self.recipe["title"],
+            "total_latents": kept, "latent_size": self.sae.latent_size, "threshold": threshold, "quantile": cfg.quantile, "max_length": reach,
+            "max_per_token": max_per_token, "lines": lines, "top_n": cfg.top_n, "sites": self.sae.sites(), "tokens": seen.tokens,
+            "rows": len(rows), "split": cfg.split, "data_path": str(cfg.data_path), "data_fingerprint": rows.fingerprint,
+            "largest_activation": round(seen.largest, 4), "latents_above_threshold": int((seen.maximum > threshold).sum()),
+            "latents_that_fire": int((seen.density > 0).sum()), "seed": cfg.seed, "infer_k": cfg.infer_k, "theta": cfg.theta,
+        }
+        if seen.routing is not None:
+            weights, batch = seen.routing
+            ids = batch.input_ids[0][batch.mask[0]][: len(weights)].tolist()
+            header["routing"] = {
+                "share": [round(float(n) / seen.samples, 5) for n in seen.tokens_at_site],
+                "sample": {"tokens": self.text.pieces(ids), "weights": [[round(w, 3) for w in line] for line in weights.tolist()]},
+            }
+        return header | checkpoint.environment()
