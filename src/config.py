@@ -43,13 +43,13 @@ class Option(NamedTuple):
 METRICS = ("NormMSE", "KLDiv", "FVU", "L0", "Dead", "Density", "DeltaCE", "Recovered", "Shrinkage", "Routing", "all")
 OPTIONS: dict[str, Option] = {
     # where things are, what they run on
-    "model_path": Option("common", str, None, "language model: folder or hub name ($MODEL_PATH, else the built-in demo LM)"),
-    "data_path": Option("common", str, None, "text: file, folder, glob or hub name ($DATA_PATH, else the built-in demo text)"),
+    "model_path": Option("lm", str, None, "language model: folder or hub name ($MODEL_PATH, else the built-in demo LM)"),
+    "data_path": Option("text interpretation", str, None, "text: file, folder, glob, hub name ($DATA_PATH, else demo text); interpret.py: contexts"),
     "output_dir": Option("common", str, "outputs", "folder all results go to ($OUTPUT_DIR)"),
-    "device": Option("common", str, "auto", "auto (CUDA where there is one), cpu, cuda:0 ..."),
-    "dtype": Option("common", str, "auto", "number format of the language model; SAEs are float32", ("auto", "float32", "bfloat16", "float16")),
+    "device": Option("lm", str, "auto", "auto (CUDA where there is one), cpu, cuda:0 ..."),
+    "dtype": Option("lm", str, "auto", "number format of the language model; SAEs are float32", ("auto", "float32", "bfloat16", "float16")),
     "seed": Option("common", int, 42, "seed of initialisation, order and random draws", low=0),
-    "trust_remote_code": Option("common", boolean, False, "run code that comes with the language model"),
+    "trust_remote_code": Option("lm", boolean, False, "run code that comes with the language model"),
     "debug": Option("common", boolean, False, "show the whole traceback of an error"),
     # text
     "batch_size": Option("text", int, None, "rows a step (default: 64; demo LM: 16)", low=1),
@@ -72,7 +72,7 @@ OPTIONS: dict[str, Option] = {
     "l1_coeff": Option("sae", float, None, "L1 (JumpReLU: L0) coefficient; several values train one SAE each (default: auto)", low=0, many=True),
     "threshold": Option("sae", float, None, "initial JumpReLU threshold (default: auto, scaled to the width)", above=0),
     "bandwidth": Option("sae", float, None, "width of JumpReLU's gradient window (default: auto)", above=0),
-    "target_l0": Option("sae", float, None, "steer the coefficient to this many active latents; several: one SAE each (default: off)", above=0, many=True),
+    "target_l0": Option("sae", float, None, "steer sparsity to this many active latents; several: an SAE each (default: off)", above=0, many=True),
     "sparsity_warmup": Option("sae", float, None, "share of the run over which the coefficient rises from 0", low=0),
     "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
     "routing": Option("sae", str, None, "one site a token, a mixture, a random one, or shuffled", ("hard", "soft", "random", "permuted")),
@@ -108,17 +108,33 @@ OPTIONS: dict[str, Option] = {
     "lines": Option("application", int, 4, "contexts a latent needs to be kept", low=1),
     "top_n": Option("application", int, 20, "strongest contexts kept of each latent", low=1),
     "effect": Option("application", int, 0, "measure for this many latents what removing them does to the next-token distribution", low=0),
+    "sample_latents": Option("interpretation", int, 100, "features to label, drawn at random; 0: all", low=0),
+    "engine": Option("interpretation", str, "gpt-4o-mini", "model at the endpoint; `heuristic` labels by rule, without any endpoint"),
+    "api_base": Option("interpretation", str, None, "address of an OpenAI-compatible endpoint (default: OpenAI's)"),
+    "api_type": Option("interpretation", str, "auto", "form of the endpoint", ("auto", "openai", "azure")),
+    "api_version": Option("interpretation", str, None, "Azure's API version"),
+    "api_key": Option("interpretation", str, None, "key; visible to others on this machine (prefer $OPENAI_API_KEY)"),
+    "api_key_file": Option("interpretation", str, None, "file that holds the key"),
+    "concurrency": Option("interpretation", int, 8, "requests at one time", low=1),
+    "requests_per_minute": Option("interpretation", float, None, "send no more than this (default: no limit)", above=0),
+    "timeout": Option("interpretation", float, 60.0, "seconds to wait for one answer", above=0),
+    "budget_usd": Option("interpretation", float, None, "stop once this much is spent", above=0),
+    "budget_tokens": Option("interpretation", int, None, "stop once this many tokens are used", low=1),
+    "dry_run": Option("interpretation", boolean, False, "write the prompts and their size, send nothing"),
+    "score": Option("interpretation", str, None, "test each label on contexts it was not made from", ("detection", "fuzzing"), many=True),
     "gzip": Option("application", boolean, False, "compress the contexts file"),
 }
 STAGES: dict[str, tuple[str, ...]] = {
-    "train": ("training", "sae", "text", "common"),
-    "evaluate": ("evaluation", "inference", "text", "sae", "common"),
-    "apply": ("application", "inference", "text", "sae", "common"),
+    "train": ("training", "sae", "text", "lm", "common"),
+    "evaluate": ("evaluation", "inference", "text", "sae", "lm", "common"),
+    "apply": ("application", "inference", "text", "sae", "lm", "common"),
+    "interpret": ("interpretation", "common"),
 }
 ABOUT = {
     "train": "Train sparse autoencoders on a language model's residual stream.",
     "evaluate": "Measure trained sparse autoencoders.",
     "apply": "Find the contexts in which each latent of a trained sparse autoencoder is active.",
+    "interpret": "Label latents from their contexts, and test the labels.",
 }
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
@@ -145,7 +161,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
     for group in STAGES[stage]:
         section = made.add_argument_group(group)
         for name, row in OPTIONS.items():
-            if row.group != group:
+            if group not in row.group.split():
                 continue
             shown = f" (default: {row.default})" if row.default is not None and "$" not in row.help and "default" not in row.help else ""
             extra: dict[str, Any] = {"type": row.type, "help": (row.help + shown).replace("%", "%%")}
@@ -158,6 +174,8 @@ def parser(stage: str) -> argparse.ArgumentParser:
             elif row.type is not boolean:
                 extra["metavar"] = row.type.__name__.upper()
             section.add_argument(f"--{name}", **extra)
+    if stage == "interpret":
+        made.add_argument("contexts", nargs="?", default=None, help="contexts file (default: the newest)")
     return made
 
 
@@ -168,9 +186,10 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> Namespace:
     """
     made = parser(stage)
     given = vars(made.parse_args(argv))
-    cfg = Namespace(**{name: row.default for name, row in OPTIONS.items() if row.group in STAGES[stage]})
+    cfg = Namespace(**{name: row.default for name, row in OPTIONS.items() if set(row.group.split()) & set(STAGES[stage])})
     for name, variable in ENVIRONMENT.items():
-        setattr(cfg, name, os.environ.get(variable) or getattr(cfg, name))
+        if hasattr(cfg, name):
+            setattr(cfg, name, os.environ.get(variable) or getattr(cfg, name))
     vars(cfg).update(given)
     cfg.typed, cfg.stage = set(given), stage
     try:
