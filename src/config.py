@@ -85,7 +85,7 @@ OPTIONS: dict[str, Option] = {
     "model": Option("training", str, "TopK", f"SAEs to train on the same batches: {', '.join(zoo.ZOO)}", many=True),
     "recipe": Option("training", str, "standard", "the right form of each model, or the documented one", ("standard", "published")),
     "optimizer": Option("training", str, None, "signum: schedule-free sign of gradient; adam (default: by recipe)", ("signum", "adam")),
-    "lr": Option("training", float, None, "learning rate (default: signum 5e-3/sqrt(latent_size/16384); adam 5e-4)", above=0),
+    "lr": Option("training", float, None, "learning rate (default: signum 5e-3/sqrt(latent_size/16384), 0.3 of it for JumpReLU, Crosscoder; adam 5e-4)", above=0),
     "betas": Option("training", float, [0.9, 0.999], "betas of adam", low=0, count=2),
     "grad_clip": Option("training", float, None, "largest gradient norm; 0: off (default: by recipe)", low=0),
     "num_epochs": Option("training", int, 1, "passes over the text", low=1),
@@ -248,8 +248,6 @@ def complete(cfg: Namespace) -> Namespace:
     if cfg.stage == "train":
         if max(cfg.k) > cfg.latent_size:
             raise ValueError(f"--k {max(cfg.k)} is more than --latent_size {cfg.latent_size}")
-        if cfg.lr is None:
-            cfg.lr = 5e-3 / (cfg.latent_size / 16384) ** 0.5 if cfg.optimizer == "signum" else 5e-4
     return cfg
 
 
@@ -261,6 +259,13 @@ def model_options(cfg: Namespace, name: str) -> dict[str, Any]:
     shared = {key: getattr(cfg, key) for key in common if getattr(cfg, key, None) is not None}
     own = {key: getattr(cfg, key) for key in entry.options if getattr(cfg, key, None) is not None}
     return shared | {k: v for k, v in own.items() if k not in cfg.typed} | recipe | {k: v for k, v in own.items() if k in cfg.typed}
+
+
+def learning_rate(cfg: Namespace, name: str) -> float:
+    """The typed one, else the default of the optimiser: for signum one that falls with the dictionary's size, in the model's own units."""
+    if cfg.lr is not None:
+        return cfg.lr
+    return zoo.ZOO[name].lr * 5e-3 / (cfg.latent_size / 16384) ** 0.5 if cfg.optimizer == "signum" else 5e-4
 
 
 def unused(cfg: Namespace) -> list[str]:

@@ -87,10 +87,11 @@ class Run:
     """One SAE in training."""
 
     def __init__(self, sae: model.SAE, title: str, options: dict[str, Any], cfg: Namespace, total_steps: int) -> None:
+        self.lr = config.learning_rate(cfg, sae.name)
         self.sae, self.title, self.options, self.total = sae, title, options, total_steps
         apart = sae.adam_parameters() if cfg.optimizer != "adam" else []
         others = [p for p in sae.parameters() if all(p is not a for a in apart)]
-        self.optimizers = [make_optimizer(cfg.optimizer, others, cfg.lr, cfg.betas)]
+        self.optimizers = [make_optimizer(cfg.optimizer, others, self.lr, cfg.betas)]
         if apart:
             self.optimizers.append(make_optimizer("adam", apart, 5e-4, cfg.betas))
         adams = [o for o in self.optimizers if isinstance(o, torch.optim.Adam)]
@@ -246,7 +247,7 @@ class Trainer:
                 if (step + 1) % every == 0 or step + 1 == total:
                     speed = tokens / (time.time() - started)
                     for run in [r for r in runs if not r.failed]:
-                        line = {"sae": run.title, "step": step + 1, "tokens": tokens, "tokens_per_s": round(speed), "lr": cfg.lr} | run.report()
+                        line = {"sae": run.title, "step": step + 1, "tokens": tokens, "tokens_per_s": round(speed), "lr": run.lr} | run.report()
                         if cfg.device == "cpu":  # elsewhere a step returns before its work is done
                             line["step_tokens_per_s"] = round(tokens / run.seconds)
                         finals[run.title] = line

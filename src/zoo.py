@@ -13,6 +13,7 @@ class Entry(NamedTuple):
     options: tuple[str, ...]
     standard: dict[str, Any] = {}
     published: dict[str, Any] = {}
+    lr: float = 1.0  # of the standard recipe, in units of its default (docs/LOG.md has the sweep)
 
 
 _AUXK = ("auxk_coeff", "dead_tokens", "b_pre_init")
@@ -27,7 +28,7 @@ ZOO: dict[str, Entry] = {
     "Gated": Entry("a gate decides, a magnitude follows", ("layer", *_SPARSE), {}, _OLD_L1 | {"gated_aux": False}),
     "JumpReLU": Entry(
         "a learned threshold per latent", ("layer", "threshold", "bandwidth", *_SPARSE), {},
-        _OLD | {"l1_coeff": 5e-4, "threshold": 1e-3, "bandwidth": 1e-3, "l0_post_jump": True, "sparsity_warmup": 0.0},
+        _OLD | {"l1_coeff": 5e-4, "threshold": 1e-3, "bandwidth": 1e-3, "l0_post_jump": True, "sparsity_warmup": 0.0}, lr=0.3,
     ),
     "RouteSAE": Entry(
         "a router picks the site of each token", ("k", "aggre", "routing", "route_patch", "start_layer", "end_layer", "topk_relu", *_AUXK),
@@ -35,7 +36,7 @@ ZOO: dict[str, Entry] = {
     ),
     "Crosscoder": Entry(
         "one code for all routed sites", ("start_layer", "end_layer", "l1_coeff", "target_l0", "sparsity_warmup"),
-        {"decoder_bias": True, "free_norms": True}, {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0},
+        {"decoder_bias": True, "free_norms": True}, {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0}, lr=0.3,
     ),
     "MLSAE": Entry("one TopK for the states of all routed sites", ("k", "start_layer", "end_layer", "topk_relu", *_AUXK), {}, _OLD_K),
     "RandomK": Entry("k latents drawn at random: the control that must lose", ("k", "layer", "b_pre_init"), {}, _OLD),
