@@ -18,6 +18,15 @@ from src import zoo
 from src.files import DEMO_LM
 
 
+def assignment(text: str) -> tuple[int, float]:
+    """LATENT=VALUE."""
+    latent, _, value = text.partition("=")
+    try:
+        return int(latent), float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LATENT=VALUE, as in 12=5.0") from error
+
+
 def boolean(text: str) -> bool:
     """0/1, true/false, yes/no."""
     known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -85,7 +94,7 @@ OPTIONS: dict[str, Option] = {
     "model": Option("training", str, "TopK", f"SAEs to train on the same batches: {', '.join(zoo.ZOO)}", many=True),
     "recipe": Option("training", str, "standard", "the right form of each model, or the documented one", ("standard", "published")),
     "optimizer": Option("training", str, None, "signum: schedule-free sign of gradient; adam (default: by recipe)", ("signum", "adam")),
-    "lr": Option("training", float, None, "learning rate (default: signum 5e-3/sqrt(latent_size/16384), 0.3 of it for JumpReLU, Crosscoder; adam 5e-4)", above=0),
+    "lr": Option("training", float, None, "learning rate (default: signum 5e-3/sqrt(latents/16384), for some models 0.3 of it; adam 5e-4)", above=0),
     "betas": Option("training", float, [0.9, 0.999], "betas of adam", low=0, count=2),
     "grad_clip": Option("training", float, None, "largest gradient norm; 0: off (default: by recipe)", low=0),
     "num_epochs": Option("training", int, 1, "passes over the text", low=1),
@@ -122,6 +131,16 @@ OPTIONS: dict[str, Option] = {
     "budget_tokens": Option("interpretation", int, None, "stop once this many tokens are used", low=1),
     "dry_run": Option("interpretation", boolean, False, "write the prompts and their size, send nothing"),
     "score": Option("interpretation", str, None, "test each label on contexts it was not made from", ("detection", "fuzzing"), many=True),
+    "set": Option("steering", assignment, None, "latents held at a strength, LATENT=VALUE ...", many=True),
+    "add": Option("steering", assignment, None, "latents raised by a strength", many=True),
+    "multiply": Option("steering", assignment, None, "latents multiplied", many=True),
+    "zero": Option("steering", int, None, "latents switched off", low=0, many=True),
+    "prompt": Option("steering", str, None, "texts to continue", many=True),
+    "prompts": Option("steering", str, None, "file of them: .txt (one a line) or conversations (.json, .jsonl)"),
+    "max_new_tokens": Option("steering", int, 40, "tokens to write", low=1),
+    "temperature": Option("steering", float, 0.0, "0: the likeliest token; above: drawn, seeded alike with and without the edit", low=0),
+    "mode": Option("steering", str, "delta", "add the change alone, or replace the state by the edited code", ("delta", "replace")),
+    "site": Option("steering", int, None, "where an SAE of several sites is edited (default: where the latent is strongest)", low=1),
     "gzip": Option("application", boolean, False, "compress the contexts file"),
 }
 STAGES: dict[str, tuple[str, ...]] = {
@@ -129,12 +148,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluation", "inference", "text", "sae", "lm", "common"),
     "apply": ("application", "inference", "text", "sae", "lm", "common"),
     "interpret": ("interpretation", "common"),
+    "steer": ("steering", "inference", "lm", "common"),
 }
 ABOUT = {
     "train": "Train sparse autoencoders on a language model's residual stream.",
     "evaluate": "Measure trained sparse autoencoders.",
     "apply": "Find the contexts in which each latent of a trained sparse autoencoder is active.",
     "interpret": "Label latents from their contexts, and test the labels.",
+    "steer": "Continue texts with latents set, added to, multiplied or switched off.",
 }
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
@@ -172,7 +193,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
             if row.choices:
                 extra["choices"] = row.choices
             elif row.type is not boolean:
-                extra["metavar"] = row.type.__name__.upper()
+                extra["metavar"] = "LATENT=VALUE" if row.type is assignment else row.type.__name__.upper()
             section.add_argument(f"--{name}", **extra)
     if stage == "interpret":
         made.add_argument("contexts", nargs="?", default=None, help="contexts file (default: the newest)")

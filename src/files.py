@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_LM = ROOT / "assets" / "demo_lm"
 
-SAE_DIR, EVAL_DIR, CONTEXT_DIR, INTERPRET_DIR, RUN_DIR = "SAE_models", "eval", "contexts", "interpret", "runs"
+SAE_DIR, EVAL_DIR, CONTEXT_DIR, INTERPRET_DIR, RUN_DIR, CLAMP_DIR = "SAE_models", "eval", "contexts", "interpret", "runs", "clamp"
 
 
 def data_dir() -> Path:

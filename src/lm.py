@@ -7,6 +7,7 @@ Shapes: B rows, S positions, D hidden, V vocabulary, N counted tokens.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -180,6 +181,22 @@ def _returns_tuple(model: nn.Module) -> bool:
             model.get_decoder()(input_ids=first, use_cache=False)
         known = model._blocks_return_tuples = kind[0]
     return known
+
+
+@torch.no_grad()
+def next_logits(model: nn.Module, input_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """(logits [B,V] after the last token, cache) of new tokens [B,S] that follow what the cache holds (None: nothing)."""
+    out = model.get_decoder()(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    return logits_of(model, out[0][:, -1]), out.past_key_values
+
+
+@torch.no_grad()
+def peek(model: nn.Module, input_ids: Tensor, cache: Any, sites: list[int]) -> dict[int, Tensor]:
+    """{site: hidden [B,S,D]} of new tokens; the cache stays as it is, since the tokens are to be run again."""
+    found: dict[int, Tensor] = {}
+    with hooked(model, {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output))) for site in sites}, stop=True):
+        model.get_decoder()(input_ids=input_ids, past_key_values=copy.deepcopy(cache), use_cache=cache is not None)
+    return found
 
 
 @torch.no_grad()

@@ -88,19 +88,22 @@ class SAE(nn.Module):
         """Latents in units that compare between tokens and models."""
         return p.latents
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None) -> Iterator[dict[int, Graft]]:
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True) -> Iterator[dict[int, Graft]]:
         """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.
 
-        With `edit` (latents -> latents) the residual keeps what the SAE misses: only the change is decoded and added.
+        `edit` maps a code in units of `strength` to the code wanted. The residual then keeps what the SAE misses: only the change is
+        decoded and added, so that an edit without effect is none bit for bit. With keep_error=False the edited code replaces all.
         """
         for site in self.sites():
-            yield {site: lambda h: self._substitute(h, infer_k, theta, edit, token)}
+            yield {site: lambda h: self._substitute(h, infer_k, theta, edit, token, keep_error)}
 
-    def _substitute(self, h: Tensor, infer_k, theta, edit, token) -> Tensor:
+    def _substitute(self, h: Tensor, infer_k, theta, edit, token, keep_error) -> Tensor:
         x, mean, std = self.standardise(h)
         p = self.autoencode(x, infer_k, theta, token)
-        x_hat = p.x_hat if edit is None else x + self.decode(edit(p.latents)) - p.x_hat
-        return x_hat * std + mean
+        if edit is None:
+            return p.x_hat * std + mean
+        x_hat = self.decode(edit(p.latents))
+        return h + (x_hat - self.decode(p.latents)) * std if keep_error else x_hat * std + mean
 
     def decoders(self) -> list[nn.Linear]:
         """Those whose columns are kept at unit norm."""
@@ -409,14 +412,20 @@ class Crosscoder(_Sparsified, SAE):
     def strength(self, p):
         return p.latents * self.decoder_norms().mean(0)
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None):
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True):
         clean = self.autoencode(self.gather(hidden), infer_k, theta)  # its code has read later sites too: no causal comparison
-        change = None if edit is None else self.decode(edit(clean.latents)) - clean.x_hat
+        norms = self.decoder_norms().mean(0).clamp_min(1e-12)
+        new = clean.x_hat
+        if edit is not None:
+            wanted = edit(clean.latents * norms)
+            new = self.decode(torch.where(wanted == clean.latents * norms, clean.latents, wanted / norms))
 
         def at(index):
             def graft(h):
-                x, mean, std = self.standardise(h)
-                return (clean.x_hat[..., index, :] if change is None else x + change[..., index, :]) * std + mean
+                _, mean, std = self.standardise(h)
+                if edit is not None and keep_error:
+                    return h + (new - clean.x_hat)[..., index, :] * std
+                return new[..., index, :] * std + mean
 
             return graft
 
@@ -510,7 +519,7 @@ class RouteSAE(SAE):
     def strength(self, p):
         return p.latents if self.routing == "soft" else p.latents / p.scale[..., None]
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None):
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True):
         x = self.gather(hidden)
         clean = self.autoencode(x, infer_k, theta, token)
         site_of = clean.weights.argmax(-1)
@@ -522,17 +531,17 @@ class RouteSAE(SAE):
                 if not here.any():
                     return h
                 x, mean, std = self.standardise(h[here])
-                if self.routing == "soft":  # the mixture's error moved to the strongest site; sum_l p_l (x_l + e) is the mixture's x_hat
-                    p = clean._replace(latents=clean.latents[here], x_hat=clean.x_hat[here], target=clean.target[here])
-                    new = x + p.x_hat - p.target
-                    factor = 1.0
-                else:
-                    factor = scale[here, None]
-                    p = self.sae.autoencode(factor * x, infer_k, theta)
-                    new = p.x_hat / factor
-                if edit is not None:
-                    new = x + (self.sae.decode(edit(p.latents)) - p.x_hat) / factor
-                return h.index_put((here,), (new * std + mean).to(h.dtype))
+                soft = self.routing == "soft"
+                factor = torch.ones_like(scale[here, None]) if soft else scale[here, None]
+                z = clean.latents[here] if soft else self.sae.autoencode(factor * x, infer_k, theta).latents
+                wanted = z if edit is None else edit(z / factor) * factor
+                wanted = torch.where(wanted / factor == z / factor, z, wanted)
+                if edit is not None and keep_error:
+                    new = h[here] + (self.sae.decode(wanted) - self.sae.decode(z)) / factor * std
+                else:  # soft: the mixture's error moved to the strongest site; sum_l p_l (x_l + e) is the mixture's x_hat
+                    x_hat = self.sae.decode(wanted)
+                    new = (x + x_hat - clean.target[here] if soft else x_hat / factor) * std + mean
+                return h.index_put((here,), new.to(h.dtype))
 
             return graft
 

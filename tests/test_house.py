@@ -46,7 +46,8 @@ def test_documented_names_are_importable():
         "src.data": "OpenWebTextDataset create_dataloader",
         "src.utils": "set_seed parse_args get_language_model get_outputs pre_process Normalized_MSE_loss L1_loss unit_norm_decoder wandb_init "
         "log_layers save_json hook_SAE RouteHook hook_RouteSAE LinearWarmupLR",
-        "src.trainer": "Trainer", "src.evaluator": "Evaluator", "src.applier": "Applier", "src.interpreter": "Interpreter", "src.steerer": "Steerer", "src.metrics": "KLDiv",
+        "src.trainer": "Trainer", "src.evaluator": "Evaluator", "src.applier": "Applier", 
+        "src.interpreter": "Interpreter", "src.steerer": "Steerer", "src.metrics": "KLDiv",
     }
     for module, wanted in names.items():
         for name in wanted.split():

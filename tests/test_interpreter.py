@@ -21,8 +21,10 @@ def one(word, value, text="a <ACTIVATED>fox</ACTIVATED> ran"):
 def contexts(tmp_path):
     sample = [{"tokens": ["a", " fox", f" {i}"], "position": 1, "token_activations": [[1, 2.0]]} for i in range(4)]
     table = {
-        str(i): {"contexts": {f"w{i}": [{"activation": 9.0 - j, "context": f"n{i} <ACTIVATED>x</ACTIVATED> {j}"} for j in range(5)]}, "sample": sample,
-                 "negatives": [0, 1, 2, 3]}
+        str(i): {
+            "contexts": {f"w{i}": [{"activation": 9.0 - j, "context": f"n{i} <ACTIVATED>x</ACTIVATED> {j}"} for j in range(5)]},
+            "sample": sample, "negatives": [0, 1, 2, 3],
+        }
         for i in range(12)
     }
     pool = [{"tokens": ["no", " animal", f" {i}"]} for i in range(4)]

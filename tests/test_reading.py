@@ -1,0 +1,147 @@
+"""Contexts and steering through their entry points, on the demo LM and a small text made here."""
+
+import json
+
+import pytest
+import torch
+
+from src import hooks
+from src.applier import Applier
+from src.config import parse, run_stage
+from src.data import open_rows
+from src.files import DEMO_LM, load_json
+from src.ops import active
+from src.steerer import Steerer, conversations
+from src.trainer import Trainer
+from src.zoo import ZOO
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with every model of the zoo, barely trained, and the text."""
+    folder = tmp_path_factory.mktemp("trained")
+    lines = [{"text": f"The {i}th value: caf\u00e9. Returns {i % 7} if it is larger than its size! " * 3} for i in range(120)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_DIR", str(folder / "data"))
+        argv = ["--model", *ZOO, "--model_path", str(DEMO_LM), "--data_path", str(folder / "text.jsonl"), "--output_dir", str(folder)]
+        sizes = ["--latent_size", "64", "--k", "4", "--max_length", "32", "--batch_size", "4", "--max_samples", "60"]
+        Trainer(parse("train", [*argv, *sizes, "--dtype", "float32"])).run()
+    return folder
+
+
+def applied(trained, tmp_path, name, *more):
+    argv = ["--SAE_path", str(trained / "SAE_models" / f"{name}_text.pt"), "--output_dir", str(tmp_path), "--dtype", "float32"]
+    applier = Applier(parse("apply", [*argv, *([] if "--quantile" in more else ["--act_threshold", "0.01"]), "--lines", "1", "--context_length", "5", "--split", "train", *more]))
+    total, path = applier.run()
+    return applier, total, load_json(path)
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name):
+    applier, total, found = applied(trained, tmp_path, name, "--max_samples", "30")
+    assert total == found["total_latents"] == len(found["latent_context_map"])
+    rows, sae = open_rows(applier.cfg, applier.tokenizer), applier.sae
+    largest: dict[int, float] = {}
+    for batch in rows.batches(7):
+        hidden = hooks.read(applier.language_model, batch, sae.sites())
+        p = sae.autoencode(sae.gather(hidden), token=batch.token_keys())
+        for _, latent, value in zip(*active(sae.strength(p).detach().flatten(0, -2)), strict=True):
+            largest[int(latent)] = max(largest.get(int(latent), 0.0), float(value))
+    expected = {str(latent) for latent, value in largest.items() if value > 0.01}
+    assert set(found["latent_context_map"]) == expected
+    for latent, entry in found["latent_context_map"].items():
+        assert entry["activations"] == sorted(entry["activations"], reverse=True)
+        assert entry["activations"][0] == pytest.approx(largest[int(latent)], abs=2e-3)
+        for tokens, at, value, kinds, near in zip(
+            entry["tokens"], entry["position"], entry["activations"], entry["token_class"], entry["token_activations"], strict=True
+        ):
+            assert tokens[at].strip().lower() in (kinds, "") or "<" in kinds
+            assert dict(near)[at] == pytest.approx(value, rel=0.01, abs=2e-3)
+            assert not any("<|" in t for t in tokens)
+        assert len({tuple(t) for t in entry["tokens"]}) == len(entry["tokens"])
+        assert max(map(entry["token_class"].count, entry["token_class"])) <= 2
+        if entry["layer"][0] is not None:
+            assert set(entry["layer"]) <= set(sae.sites())
+    json.dumps(found, allow_nan=False)
+
+
+def test_batching_changes_no_context(trained, tmp_path):
+    first = applied(trained, tmp_path / "a", "RouteSAE", "--batch_size", "2", "--max_samples", "20")[2]["latent_context_map"]
+    second = applied(trained, tmp_path / "b", "RouteSAE", "--batch_size", "9", "--max_samples", "20")[2]["latent_context_map"]
+    assert {k: (v["position"], v["document"]) for k, v in first.items()} == {k: (v["position"], v["document"]) for k, v in second.items()}
+
+
+def test_nothing_above_the_threshold_is_valid_and_says_what_there_is(trained, tmp_path, capsys):
+    _, total, found = applied(trained, tmp_path, "TopK", "--act_threshold", "1e6")
+    said = capsys.readouterr().out
+    assert total == 0 and found["latent_context_map"] == {} and found["largest_activation"] > 0 and "--act_threshold" in said
+
+
+def test_negatives_are_silent_effects_are_measured_and_quantiles_cut(trained, tmp_path):
+    applier, _, found = applied(trained, tmp_path, "TopK", "--effect", "3", "--quantile", "0.9", "--gzip", "--max_samples", "30")
+    assert found["quantile"] == 0.9 and sum("effect_KL" in e for e in found["latent_context_map"].values()) == 3
+    assert any(e["effect_KL"] > 0 for e in found["latent_context_map"].values() if "effect_KL" in e)
+    for entry in found["latent_context_map"].values():
+        assert len(entry["promoted"]) == 8 and entry["negatives"] == list(dict.fromkeys(entry["negatives"]))
+
+
+def steered(trained, tmp_path, name, *more):
+    argv = ["--SAE_path", str(trained / "SAE_models" / f"{name}_text.pt"), "--output_dir", str(tmp_path), "--dtype", "float32"]
+    made = Steerer(parse("steer", [*argv, "--prompt", "Returns the value", "--max_new_tokens", "6", *more]))
+    return made, made.run()
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_an_edit_without_effect_is_none_bit_for_bit_and_another_changes_the_model(trained, tmp_path, name):
+    made, result = steered(trained, tmp_path, name, "--multiply", "3=1", "--add", "5=0")
+    one = result["outputs"]["0"][0]
+    assert one["KL"] == 0.0 and one["original_output"] == one["clamped_output"]
+    _, result = steered(trained, tmp_path, name, "--set", "3=40")
+    assert result["outputs"]["0"][0]["KL"] > 1e-3
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(trained, tmp_path, name):
+    made, _ = steered(trained, tmp_path, name, "--set", "3=9")
+    ids = made._ids({"prompt": "Returns the value"})
+    site = made._site(ids)
+    if made.sae.name == "RandomK":
+        pytest.skip("its latents are drawn per position of a batch, not of a text")
+    new, logits = made._continue(ids, made.edit, site)
+    whole = made._logits(torch.cat([ids, new], 1), made.edit, site)[0, ids.shape[1] - 1 : -1]
+    assert torch.allclose(logits, whole, atol=2e-3), (logits - whole).abs().max()
+
+
+def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_path):
+    applier, _, found = applied(trained, tmp_path, "TopK")
+    latent, entry = next(iter(found["latent_context_map"].items()))
+    token = next(i for i, text in enumerate(applier.text.text) if text == entry["promoted"][0][0])
+    up, _ = steered(trained, tmp_path, "TopK", "--set", f"{latent}=60")
+    down, _ = steered(trained, tmp_path, "TopK", "--set", f"{latent}=-60")
+    ids = up._ids({"prompt": "Returns the value"})
+    chances = [made._logits(ids, made.edit, None)[0, -1].softmax(-1)[token] for made in (down, up)]
+    plain = up._logits(ids, None, None)[0, -1].softmax(-1)[token]
+    assert chances[0] < plain < chances[1]
+
+
+def test_bad_steering_is_one_clear_line(trained, tmp_path, capsys):
+    path = str(trained / "SAE_models" / "TopK_text.pt")
+    for more, said in (
+        (["--set", "99999=1", "--prompt", "x"], "has latents 0"), (["--set", "3", "--prompt", "x"], "LATENT=VALUE"), (["--set", "3=1"], "--prompt"),
+        (["--prompts", str(tmp_path / "no.txt")], "check --prompts"),
+    ):
+        try:
+            code = run_stage("steer", lambda cfg: Steerer(cfg).run(), ["--SAE_path", path, *more])
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2 and said in capsys.readouterr().err
+
+
+def test_prompts_of_all_documented_forms(tmp_path):
+    hh = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(hh) + "\n" + json.dumps({"prompt": "x"}))
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    found = conversations(tmp_path / "a.jsonl")
+    assert found[0]["messages"] == [{"role": "user", "content": "Hi?"}] and found[0]["chosen"] == "Yes." and found[0]["rejected"] == "No."
+    assert [p["prompt"] for p in conversations(tmp_path / "a.txt")] == ["one", "two"] and found[1]["prompt"] == "x"
