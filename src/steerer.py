@@ -94,15 +94,15 @@ class Steerer:
         for number, given in enumerate(tqdm(self.given, "steering", unit=" texts", mininterval=1)):
             ids = self._ids(given)
             site = self._site(ids)
-            original, clean = self._continue(ids, None, site)
+            original, _ = self._continue(ids, None, site)
             steered, _ = self._continue(ids, self.edit, site)
             whole = torch.cat([ids, original], 1)
-            changed = self._logits(whole, self.edit, site)[:, ids.shape[1] - 1 : -1]
+            clean, changed = (self._logits(whole, edit, site)[0, ids.shape[1] - 1 : -1] for edit in (None, self.edit))
             outputs[str(number)] = [{
                 "Human": given.get("prompt") or given["messages"][-1]["content"], "chosen": given.get("chosen"), "rejected": given.get("rejected"),
                 "original_output": self.tokenizer.decode(original[0], skip_special_tokens=True),
                 "clamped_output": self.tokenizer.decode(steered[0], skip_special_tokens=True),
-                "site": site, "KL": float(token_kl(clean, changed[0]).mean()),
+                "site": site, "KL": float(token_kl(clean, changed).mean()),
                 "perplexity_original": self._perplexity(ids, original), "perplexity_clamped": self._perplexity(ids, steered),
             }]
         low = [(latent, value) for kind, latent, value in self.operations if kind == "set" and value == 0]

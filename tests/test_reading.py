@@ -32,7 +32,8 @@ def trained(tmp_path_factory):
 
 def applied(trained, tmp_path, name, *more):
     argv = ["--SAE_path", str(trained / "SAE_models" / f"{name}_text.pt"), "--output_dir", str(tmp_path), "--dtype", "float32"]
-    applier = Applier(parse("apply", [*argv, *([] if "--quantile" in more else ["--act_threshold", "0.01"]), "--lines", "1", "--context_length", "5", "--split", "train", *more]))
+    threshold = [] if "--quantile" in more else ["--act_threshold", "0.01"]
+    applier = Applier(parse("apply", [*argv, *threshold, "--lines", "1", "--context_length", "5", "--split", "train", *more]))
     total, path = applier.run()
     return applier, total, load_json(path)
 
