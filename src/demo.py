@@ -113,7 +113,7 @@ def build_corpus() -> Path:
 
 def stand_in(cfg: Any) -> None:
     """Fills in the demo LM and text where neither a flag, nor the environment, nor a download names others; says so."""
-    missing = [name for name in ("model_path", "data_path") if not getattr(cfg, name, None)]
+    missing = [name for name in ("model_path", "data_path") if hasattr(cfg, name) and not getattr(cfg, name)]
     if not missing:
         return
     said = []

@@ -536,13 +536,16 @@ class RouteSAE(SAE):
                 x, mean, std = self.standardise(h[here])
                 soft = self.routing == "soft"
                 factor = torch.ones_like(scale[here, None]) if soft else scale[here, None]
-                z = clean.latents[here] if soft else self.sae.autoencode(factor * x, infer_k, theta).latents
-                wanted = z if edit is None else edit(z / factor) * factor
-                wanted = torch.where(wanted / factor == z / factor, z, wanted)
+                inner = None if soft else self.sae.autoencode(factor * x, infer_k, theta)
+                z, x_hat = (clean.latents[here], clean.x_hat[here]) if soft else (inner.latents, inner.x_hat)
+                if edit is not None:
+                    wanted = edit(z / factor)
+                    wanted = torch.where(wanted == z / factor, z, wanted * factor)
+                    change = self.sae.decode(wanted) - self.sae.decode(z)
                 if edit is not None and keep_error:
-                    new = h[here] + (self.sae.decode(wanted) - self.sae.decode(z)) / factor * std
+                    new = h[here] + change / factor * std
                 else:  # soft: the mixture's error moved to the strongest site; sum_l p_l (x_l + e) is the mixture's x_hat
-                    x_hat = self.sae.decode(wanted)
+                    x_hat = x_hat if edit is None else x_hat + change
                     new = (x + x_hat - clean.target[here] if soft else x_hat / factor) * std + mean
                 return h.index_put((here,), new.to(h.dtype))
 
