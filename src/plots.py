@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from src.files import load_json, save_text
 
 COLUMNS = ("L0", "NormMSE", "FVU", "KLDiv", "DeltaCE", "Recovered_mean", "Dead")
+LABEL = {"step_tokens_per_s": "training step, tokens/s"}
+SWEPT = re.compile(r"_(target_l0|l1_coeff)[\d.e+-]+(?=_|$)")
 
 
 def load(folder: Path, only: str = "") -> list[dict[str, Any]]:
@@ -19,13 +23,36 @@ def load(folder: Path, only: str = "") -> list[dict[str, Any]]:
     return sorted(found, key=lambda result: result["NormMSE"])
 
 
+def families(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results by title without the swept sparsity, each family by L0: one point of its frontier after another."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        found.setdefault(SWEPT.sub("", result["title"]), []).append(result)
+    return {name: sorted(family, key=lambda result: result["L0"]) for name, family in found.items()}
+
+
+def between(family: list[dict[str, Any]], l0: float) -> dict[str, Any] | None:
+    """The frontier of a family read off at an L0, linear in log L0; None where no two of its points lie around it."""
+    for low, high in zip(family, family[1:], strict=False):
+        if low["L0"] <= l0 <= high["L0"] and low["L0"] < high["L0"]:
+            t = (math.log(l0) - math.log(low["L0"])) / (math.log(high["L0"]) - math.log(low["L0"]))
+            numbers = {n: low[n] + t * (high[n] - low[n]) for n in COLUMNS if low.get(n) is not None and high.get(n) is not None}
+            return low | numbers | {"title": f"{SWEPT.sub('', low['title'])}, read off its frontier", "L0": l0}
+    return None
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """A markdown table; a dash where nothing was measured. An L0 more than 10 % off the row's own k (else the one k of the table) is starred."""
-    lines = ["| SAE | sites | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    columns = COLUMNS + tuple(name for name in LABEL if any(result.get(name) for result in results))
+    lines = ["| SAE | sites | " + " | ".join(LABEL.get(name, name) for name in columns) + " |", "|---" * (len(columns) + 2) + "|"]
     targets = {result["k"] for result in results if result.get("k")}
     common = next(iter(targets)) if len(targets) == 1 else None
+    if common:
+        read = [between(family, common) for family in families(results).values() if len(family) > 1]
+        results = sorted([*results, *(row for row in read if row)], key=lambda result: result["NormMSE"])
     for result in results:
         cells = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in COLUMNS]
+        cells += [f"{result[name]:,}" if result.get(name) else "-" for name in columns[len(COLUMNS) :]]
         target = result.get("k") or common
         if target and abs(result["L0"] / target - 1) > 0.1:
             cells[0] += " *"
@@ -42,26 +69,32 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, ((mse, kl), (share, density)) = plt.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    figure, ((mse, kl), (share, density)) = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
+    drawn = families(results)
+    looks = {name: {"color": f"C{i % 10}", "marker": "osD^vP"[i // 10]} for i, name in enumerate(drawn)}
     for axis, name, label in ((mse, "NormMSE", "NormMSE"), (kl, "KLDiv", "KL, nats a token")):
-        for i, result in enumerate(r for r in results if r.get(name) is not None):
-            axis.scatter(result["L0"], result[name], color=f"C{i % 10}", marker="osD^vP"[i // 10], label=result["title"])
-        axis.set(xlabel="L0, active latents a token", ylabel=label)
-        axis.grid(alpha=0.3)
-    mse.legend(fontsize=7)
+        for title, family in drawn.items():
+            points = [(result["L0"], result[name]) for result in family if result.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), **looks[title], label=title)
+        axis.set(xlabel="L0, active latents a token", ylabel=label, xscale="log", yscale="log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
     routed = [result for result in results if "Routing" in result]
     for i, result in enumerate(routed):
-        sites = [site + 0.8 * (i / len(routed)) for site in result["Routing"]["sites"]]
+        sites = [site + 0.8 * (i / len(routed) - 0.5) for site in result["Routing"]["sites"]]
         share.bar(sites, result["Routing"]["share"], width=0.8 / len(routed), label=result["title"], align="edge")
     share.set(xlabel="site", ylabel="share of tokens", title="Routing")
     if routed:
-        share.legend(fontsize=7)
-    for result in results:
-        latents = result["Density_histogram"]["latents"]
-        density.plot(range(len(latents)), [n / sum(latents) for n in latents], marker="o", label=result["title"])
+        share.set_xticks(routed[0]["Routing"]["sites"])
+        share.legend(fontsize=8)
+    for title, family in drawn.items():
+        latents = family[len(family) // 2]["Density_histogram"]["latents"]
+        density.plot(range(len(latents)), [n / sum(latents) for n in latents], **looks[title])
     density.set_xticks(range(7), ["never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1"])
     density.set(xlabel="share of tokens a latent is active on", ylabel="share of latents", title="Firing rates")
-    density.legend(fontsize=7)
+    handles, labels = mse.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
