@@ -237,7 +237,7 @@ def test_target_l0_raises_the_coefficient_where_the_code_is_too_dense(hidden):
     for step in range(10):
         sae.after_step(p, 0.05 * step)
     raised = sae.gain.item()
-    assert raised > 2
+    assert raised > 1.2
     sae.after_step(p, 0.97)
     assert sae.gain.item() == raised
 

@@ -10,7 +10,9 @@ import pytest
 from src.page import page
 from src.plots import between, families, table
 
-ATTACKS = ["</script><script>document.title='owned'</script>", "<img src=x onerror=document.title='owned'>", "javascript:alert(1)", "\u2028'\"&lt;", "{{7*7}}"]
+ATTACKS = [
+    "</script><script>document.title='owned'</script>", "<img src=x onerror=document.title='owned'>", "javascript:alert(1)", "\u2028'\"&lt;", "{{7*7}}",
+]
 
 
 def made(labels):
@@ -22,7 +24,8 @@ def made(labels):
     }
     contexts = {
         "latent_context_map": {"7": entry}, "sites": [4, 5], "model": "RouteSAE", "source_model": "x/demo", "title": ATTACKS[0], "latent_size": 8,
-        "total_latents": 1, "tokens": 100, "threshold": 1.0, "routing": {"share": [0.75, 0.25], "sample": {"tokens": ATTACKS, "weights": [[0.9, 0.1]] * 5}},
+        "total_latents": 1, "tokens": 100, "threshold": 1.0,
+        "routing": {"share": [0.75, 0.25], "sample": {"tokens": ATTACKS, "weights": [[0.9, 0.1]] * 5}},
     }
     return page(contexts, labels, [{"title": ATTACKS[1], "L0": 16.0, "NormMSE": 0.1}], b"png")
 
@@ -48,7 +51,8 @@ def test_in_a_browser_the_page_shows_the_text_and_runs_none_of_it(tmp_path):
 
 def test_a_frontier_is_read_off_between_its_points_only():
     rows = [
-        {"title": f"Vanilla_d_target_l0{n}", "L0": float(n), "NormMSE": e, "k": None, "sites": [12], "model": "Vanilla"} for n, e in ((8, 0.3), (32, 0.1))
+        {"title": f"Vanilla_d_target_l0{n}", "L0": float(n), "NormMSE": e, "k": None, "sites": [12], "model": "Vanilla"}
+        for n, e in ((8, 0.3), (32, 0.1))
     ]
     rows.append({"title": "TopK_d", "L0": 16.0, "NormMSE": 0.15, "k": 16, "sites": [12], "model": "TopK"})
     family = families(rows)["Vanilla_d"]
