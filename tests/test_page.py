@@ -11,7 +11,8 @@ from src.page import page
 from src.plots import between, families, table
 
 ATTACKS = [
-    "</script><script>document.title='owned'</script>", "<img src=x onerror=document.title='owned'>", "javascript:alert(1)", "\u2028'\"&lt;", "{{7*7}}",
+    "</script><script>document.title='owned'</script>", "<img src=x onerror=document.title='owned'>", "javascript:alert(1)",
+    "\u2028'\"&lt;", "{{7*7}}",
 ]
 
 
