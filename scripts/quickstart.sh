@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Fresh clone -> RouteSAE, TopK and RandomK trained from one pass of the demo LM, evaluated, compared in a table and a picture.
+# Fresh clone -> RouteSAE, TopK and RandomK trained from one pass of the demo LM, evaluated and compared; RouteSAE's latents read, labelled,
+# steered and put on a page. What is there already and newer than what it was made from is not made again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 python train.py --model RouteSAE TopK RandomK --model_path assets/demo_lm --max_tokens 500000 --tag quickstart
+name=RouteSAE_demo_quickstart
 results=("$OUTPUT_DIR"/eval/{RouteSAE,TopK,RandomK}_demo_quickstart.json)
 saes=("$OUTPUT_DIR"/SAE_models/{RouteSAE,TopK,RandomK}_demo_quickstart.pt)
+contexts="$OUTPUT_DIR/contexts/${name}_contexts.json" labels="$OUTPUT_DIR/interpret/interp_$name.json"
 newer=0
 for i in 0 1 2; do [ "${results[$i]}" -nt "${saes[$i]}" ] || newer=1; done
 if [ $newer = 1 ]; then
@@ -11,5 +14,19 @@ if [ $newer = 1 ]; then
 else
   echo "already evaluated: ${results[*]}"
 fi
-python -m src.plots "$OUTPUT_DIR/eval" "$OUTPUT_DIR/comparison.png"
-echo "next: bash scripts/evaluate_compare.sh   (all eight models), or python train.py --help"
+if [ "$contexts" -nt "${saes[0]}" ]; then
+  echo "already applied: $contexts"
+else
+  python apply.py --SAE_path "${saes[0]}" --max_tokens 200000 --context_length 24
+fi
+python interpret.py "$contexts" --engine heuristic --score detection fuzzing --sample_latents 0
+# the best-tested label's latent, held at one and a half times its largest strength
+pick='import json,sys; c=json.load(open(sys.argv[1]))["latent_context_map"]; r=json.load(open(sys.argv[2]))
+best=max(c, key=lambda i: (((r.get(i) or {}).get("detection") or {}).get("balanced_accuracy") or 0, c[i]["max_activation"]))
+print(best, round(1.5 * c[best]["max_activation"], 2), sep="=")'
+held="$(python -c "$pick" "$contexts" "$labels")"
+echo "steering with latent $held"
+python steer.py --SAE_path "${saes[0]}" --set "$held" --prompt "Returns the number of" "If the file does not exist"
+python -m src.plots "$OUTPUT_DIR/eval" "$OUTPUT_DIR/comparison.png" --only quickstart
+python -m src.page "$contexts" "$OUTPUT_DIR/report.html" --picture "$OUTPUT_DIR/comparison.png" --only quickstart
+echo "open the page above in a browser; next: bash scripts/evaluate_compare.sh   (all models and controls), or python train.py --help"
