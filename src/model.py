@@ -233,6 +233,27 @@ class TopK(_Dictionary):
         self.dead_after.fill_(auto if self.dead_tokens is None else self.dead_tokens)
 
 
+class BatchTopK(TopK):
+    """The k N largest activations of a batch of N tokens; at inference those above the mean of the batches' smallest (Bussmann et al. 2024)."""
+
+    def __init__(self, hidden_size, latent_size, k, **rest):
+        super().__init__(hidden_size, latent_size, k, **rest)
+        self.register_buffer("cut", torch.full((), float("nan")))
+
+    def activate(self, pre_acts, token=None):
+        acts = F.relu(pre_acts)
+        if not self.training and not self.cut.isnan():
+            return acts * (acts > self.cut)
+        values, indices = acts.flatten().topk(self.k * acts.shape[:-1].numel(), sorted=False)
+        return torch.zeros_like(acts).flatten().scatter(0, indices, values).view_as(acts)
+
+    @torch.no_grad()
+    def after_step(self, p, progress):
+        super().after_step(p, progress)
+        smallest = p.latents[p.latents > 0].min() if (p.latents > 0).any() else self.cut
+        self.cut.copy_(smallest if self.cut.isnan() else 0.98 * self.cut + 0.02 * smallest)
+
+
 class RandomK(TopK):
     """k latents drawn uniformly per token, values as they come: the control that must lose. A function of (seed, token key)."""
 
@@ -577,7 +598,7 @@ class RouteSAE(SAE):
         return found if grad is None else found | {"router_grad": grad.norm()}
 
 
-CLASSES = {cls.__name__: cls for cls in (TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK)}
+CLASSES = {cls.__name__: cls for cls in (TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK)}
 
 
 def build(name: str, hidden_size: int, n_layers: int | None, options: Mapping[str, Any]) -> SAE:

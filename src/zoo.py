@@ -40,6 +40,7 @@ ZOO: dict[str, Entry] = {
     ),
     "MLSAE": Entry("one TopK for the states of all routed sites", ("k", "start_layer", "end_layer", "topk_relu", *_AUXK), {}, _OLD_K),
     "RandomK": Entry("k latents drawn at random: the control that must lose", ("k", "layer", "b_pre_init"), {}, _OLD),
+    "BatchTopK": Entry("k active latents a token on average over a batch", ("k", "layer", *_AUXK), {}, _OLD_K),
 }
 ALIASES = {"Random": "RandomK"}
 

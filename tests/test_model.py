@@ -96,6 +96,19 @@ def test_auxk_is_zero_without_dead_latents_and_trains_the_dead(hidden):
     assert sae.encoder.weight.grad[dead].abs().sum() > 0 and sae.encoder.weight.grad[~dead].abs().sum() == 0
 
 
+def test_a_batchs_k_becomes_a_threshold_at_inference(hidden):
+    sae = make("BatchTopK", k=4)
+    x = sae.gather(hidden)
+    p = sae.autoencode(x)
+    assert int((p.latents != 0).sum()) == 4 * len(x) and len(set((p.latents != 0).sum(-1).tolist())) > 1
+    sae.after_step(p, 0.5)
+    sae.eval()
+    assert torch.allclose(sae.autoencode(x[:3]).latents, sae.autoencode(x).latents[:3], atol=1e-5)  # no token depends on the others any more
+    again = make("BatchTopK", k=4)
+    again.load_state_dict(sae.state_dict())
+    assert torch.equal(again.eval().autoencode(x).latents, sae.autoencode(x).latents)
+
+
 def test_random_routing_and_randomk_do_not_depend_on_batching(hidden):
     for sae in (make("RandomK"), make("RouteSAE", routing="random")):
         x = sae.gather(hidden)
@@ -258,7 +271,7 @@ def test_ops_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,options", [("TopK", {"k": 3}), ("Vanilla", {"l1_coeff": 0.05}), ("Gated", {"l1_coeff": 0.1}),
+@pytest.mark.parametrize("name,options", [("TopK", {"k": 3}), ("BatchTopK", {"k": 3}), ("Vanilla", {"l1_coeff": 0.05}), ("Gated", {"l1_coeff": 0.1}),
                                           ("JumpReLU", {"l1_coeff": 0.025, "threshold": 0.1, "bandwidth": 0.1})])
 def test_a_known_dictionary_is_recovered(name, options):
     torch.manual_seed(0)
@@ -287,4 +300,6 @@ def test_a_known_dictionary_is_recovered(name, options):
         sae.after_step(p, (step + 1) / steps)
         unit_norm_decoder(sae)
     cosine = (F.normalize(sae.decoder.weight, dim=0).T @ atoms.T).abs().max(0).values
+    used = (sae.eval().autoencode(x).latents != 0).float().sum(-1).mean()
+    assert abs(used - options.get("k", used)) < 0.2  # also by the threshold that a batch's k becomes at inference
     assert cosine.mean() > 0.95 and (p.latents != 0).float().sum(-1).mean() < 8

@@ -53,7 +53,7 @@ def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, c
     found = plots.load(tmp_path / "out" / "eval")
     plots.picture(found, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000 and plots.table(found).count("\n") == len(ZOO) + 1
-    assert [result["model"] for result in plots.load(tmp_path / "out" / "eval", "TopK")] == ["TopK"]
+    assert [result["model"] for result in plots.load(tmp_path / "out" / "eval", "Gated")] == ["Gated"]
     lines = [json.loads(line) for line in next((tmp_path / "out" / "runs").rglob("metrics.jsonl")).open()]
     first, last = ([line for line in lines if line["sae"] == "TopK_text"][i] for i in (0, -1))
     assert last["NormMSE"] < first["NormMSE"]
