@@ -8,6 +8,8 @@ Shapes: B rows, S positions per row.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import glob as globbing
 import gzip
 import hashlib
@@ -15,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zlib
 from argparse import Namespace
@@ -441,3 +444,54 @@ def open_rows(cfg: Namespace, tokenizer: Any) -> Rows:
         cfg.data_path, tokenizer, cfg.max_length, cfg.split, text_key=cfg.text_key, chunking=cfg.chunking, max_samples=cfg.max_samples,
         max_tokens=cfg.max_tokens, max_bad_frac=cfg.max_bad_frac, include_special=cfg.include_special,
     )
+
+
+def write_splits(source: str, folder: str | os.PathLike, max_bytes: int, text_key: str = "text") -> dict[str, int]:
+    """Writes folder/{train,eval,apply}.jsonl from a source, texts over 100 characters, until max_bytes are written; returns documents by split.
+
+    The files appear when all three are complete. Raises DataError where the source cannot be read or holds no such text.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, counts, written = ("train", "eval", "apply"), dict.fromkeys(("train", "eval", "apply"), 0), 0
+    work = Path(tempfile.mkdtemp(prefix=".downloading-", dir=folder))
+    try:
+        with contextlib.ExitStack() as stack, tqdm(total=max_bytes, desc="downloading", unit="B", unit_scale=True, mininterval=1) as bar:
+            files = {name: stack.enter_context(open(work / f"{name}.jsonl", "w", encoding="utf-8")) for name in names}
+            for text in documents(source, "all", Report(text_key, 0.01)):
+                if len(text) <= 100:
+                    continue
+                split = next(name for name in names if _in_split(text, name))
+                size = files[split].write(json.dumps({"text": text}) + "\n")
+                counts[split] += 1
+                written += size
+                bar.update(size)
+                if written >= max_bytes:
+                    break
+        if not all(counts.values()):
+            raise DataError(f"{source} gave {sum(counts.values())} texts of over 100 characters, too few for three splits")
+        for name in names:
+            os.replace(work / f"{name}.jsonl", folder / f"{name}.jsonl")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m src.data", description="Write a source of text as three disjoint splits.")
+    parser.add_argument("source", help="file, folder, glob, or hub name owner/name[:config]")
+    parser.add_argument("folder", help="where train.jsonl, eval.jsonl and apply.jsonl go")
+    parser.add_argument("--max_mb", type=float, default=2000, help="stop after this much text (default: 2000)")
+    parser.add_argument("--text_key", default="text", help="key of the text in each record")
+    args = parser.parse_args()
+    try:
+        counts = write_splits(args.source, args.folder, int(args.max_mb * 1e6), args.text_key)
+    except (DataError, OSError) as error:
+        print(f"download_data: error: {error}", file=sys.stderr)
+        return 3
+    print(", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items()), f"in {args.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

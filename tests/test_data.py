@@ -8,7 +8,7 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from src.data import DataError, OpenWebTextDataset, Rows, create_dataloader, find_files
+from src.data import DataError, OpenWebTextDataset, Rows, create_dataloader, find_files, write_splits
 from src.files import DEMO_LM
 
 
@@ -132,3 +132,17 @@ def test_the_documented_data_set_gives_ids_and_attention_mask(tmp_path, tokenize
 
 def torch_equal(a, b):
     return a.bool().tolist() == b.bool().tolist()
+
+
+def test_download_writes_three_disjoint_splits_up_to_its_size(tmp_path):
+    texts = [f"text number {i} " + "x" * 120 for i in range(200)] + ["short"]
+    source = tmp_path / "source.jsonl"
+    source.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    counts = write_splits(str(source), tmp_path / "out", 10**9)
+    found = {name: [json.loads(line)["text"] for line in (tmp_path / "out" / f"{name}.jsonl").open()] for name in ("train", "eval", "apply")}
+    assert {name: len(t) for name, t in found.items()} == counts and sorted(sum(found.values(), [])) == sorted(texts[:-1])
+    assert sum(write_splits(str(source), tmp_path / "small", 5000).values()) < 60
+    source.write_text(json.dumps({"text": "y" * 200}))
+    with pytest.raises(DataError, match="too few"):
+        write_splits(str(source), tmp_path / "none", 1000)
+    assert not list((tmp_path / "none").iterdir())
