@@ -108,17 +108,18 @@ class Seen:
             near = inside[row[where][:, None], position[where][:, None] + steps]  # [E,W] numbers of the tokens around, -1 outside
             around = flat[near.clamp_min(0) * per_token + (at[:, None] if per_site else 0), what[:, None]] * (near >= 0)
             return Events(
-                what, value[index], groups[batch.input_ids[row[where], position[where]]], batch.row[row[where]], position[where], at,
+                what, value[index], classes[index], batch.row[row[where]], position[where], at,
                 weight[where], score, around.half(),
             )
 
+        classes = groups[batch.input_ids[batch.mask]][token]
         strong = (value > threshold).nonzero()[:, 0]
-        strong = strong[self.top.candidates(latent[strong], value[strong])]
+        strong = strong[self.top.candidates(latent[strong], classes[strong], value[strong])]
         self.top.add(events(strong, value[strong]))
         key = (keys[token] + (site[sample] if per_site else 0)) * len(self.density) + latent
         drawn = random_integers(key, self.seed, 2**24).float()
-        chosen = ((value > 0).nonzero()[:, 0])
-        chosen = chosen[self.sample.candidates(latent[chosen], drawn[chosen])]
+        chosen = (value > 0).nonzero()[:, 0]
+        chosen = chosen[self.sample.candidates(latent[chosen], classes[chosen], drawn[chosen])]
         self.sample.add(events(chosen, drawn[chosen]))
         for i, number in enumerate(batch.row.tolist()):
             if number in self.pool and batch.mask[i].any():

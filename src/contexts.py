@@ -64,11 +64,10 @@ class Table:
         self.kept: Events | None = None
         self.floor: Tensor | None = None
 
-    def candidates(self, latent: Tensor, score: Tensor) -> Tensor:
-        """Which of new events may still be among the best: those above the last one of a latent that has its full number."""
-        if self.floor is None:
-            return torch.arange(len(latent), device=latent.device)
-        return (score > self.floor[latent]).nonzero()[:, 0]
+    def candidates(self, latent: Tensor, group: Tensor, score: Tensor) -> Tensor:
+        """Which of new events may be kept: those above the last one of a latent that has its full number, and of them the best."""
+        index = torch.arange(len(latent), device=latent.device) if self.floor is None else (score > self.floor[latent]).nonzero()[:, 0]
+        return index[best(latent[index], group[index], score[index], self.per_group, self.per_latent)]
 
     def add(self, new: Events) -> None:
         merged = new if self.kept is None else Events(*(torch.cat(pair) for pair in zip(self.kept, new, strict=True)))

@@ -31,12 +31,12 @@ def test_the_table_over_batches_keeps_what_a_loop_over_everything_keeps(seed):
     events = make(4000, 7, 12, seed)
     table = Table(7, 9, 2)
     for part in torch.arange(4000).split(random.Random(seed).randint(50, 900)):
-        chosen = part[table.candidates(events.latent[part], events.score[part])]
+        chosen = part[table.candidates(events.latent[part], events.group[part], events.score[part])]
         table.add(events.take(chosen))
     kept = table.kept
     found = {latent: sorted(kept.value[kept.latent == latent].tolist()) for latent in range(7)}
     assert found == plain(events, 2, 9)
-    assert len(table.candidates(events.latent, events.score)) < 200  # little is left to look at once the table is full
+    assert len(table.candidates(events.latent, events.group, events.score)) < 200  # little is left to look at once the table is full
 
 
 def test_equal_scores_keep_their_order():
