@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
 tokens="${TOKENS:-1500000}" l0="${TARGET_L0:-16}" sites="${SITES:-4 8 12}"
-k_sparse=(RouteSAE MLSAE RandomK)
+k_sparse=(RouteSAE MLSAE BatchTopK RandomK)
 penalised=(Vanilla Gated JumpReLU Crosscoder)
 common=(--max_tokens "$tokens" --tag compare "$@")
 # shellcheck disable=SC2086  # the sites are a list

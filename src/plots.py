@@ -78,7 +78,9 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), **looks[title], label=title)
         axis.set(xlabel="L0, active latents a token", ylabel=label, xscale="log", yscale="log")
-        axis.xaxis.set_major_formatter("{x:g}")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("{x:.2g}")
         axis.grid(alpha=0.3, which="both")
     routed = [result for result in results if "Routing" in result]
     for i, result in enumerate(routed):
