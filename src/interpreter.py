@@ -44,6 +44,7 @@ SCHEMA = {
         "polysemantic": {"type": "boolean"}, "explanation": {"type": "string"},
     },
 }
+NOTHING = {"prompt_tokens": 0, "completion_tokens": 0, "requests": 0}
 TESTS = {
     "detection": "Some of the numbered texts switch the latent on, the others do not.",
     "fuzzing": f"Some tokens of each numbered text stand between {OPEN} and {CLOSE}: in some texts those the latent is active on, in others not.",
@@ -198,7 +199,8 @@ class Interpreter:
             self.key = "none"  # local servers ask for none, the client for something
         if getattr(cfg, "budget_usd", None) and self.engine not in PRICES:
             raise ValueError(f"--budget_usd: no price is known for {self.engine}; limit it with --budget_tokens")
-        self.used = {"prompt_tokens": 0, "completion_tokens": 0, "requests": 0}
+        self.used = dict(NOTHING)  # of this process; each record keeps its own share
+        self.mine = threading.local()
         self.lock, self.slot, self.variant = threading.Lock(), 0.0, 0
         self.stop = ""
 
@@ -257,12 +259,13 @@ class Interpreter:
                 if i == len(variants) - 1:
                     raise
                 continue
+            spent = NOTHING | {"requests": 1}
+            if response.usage is not None:
+                spent |= {key: getattr(response.usage, key) or 0 for key in ("prompt_tokens", "completion_tokens")}
+            self.mine.used = _sum([getattr(self.mine, "used", NOTHING), spent])
             with self.lock:
                 self.variant = max(self.variant, i)
-                self.used["requests"] += 1
-                if response.usage is not None:
-                    self.used["prompt_tokens"] += response.usage.prompt_tokens or 0
-                    self.used["completion_tokens"] += response.usage.completion_tokens or 0
+                self.used = _sum([self.used, spent])
             if not response.choices:
                 return "", None
             message = response.choices[0].message
@@ -390,10 +393,11 @@ class Interpreter:
                 self.stop = self.stop or self._over_budget()
                 if self.stop:
                     return
+                self.mine.used = NOTHING
                 record = self._guarded(lambda: self._feature(client, latent, found[latent], pool), latent)
                 with self.lock:
                     if record is not None:
-                        records[latent] = record | {"mark": mark}
+                        records[latent] = record | {"mark": mark, "usage": self.mine.used}
                         lines.write(json.dumps(records[latent], ensure_ascii=False) + "\n")
                         lines.flush()
                         os.fsync(lines.fileno())
@@ -442,13 +446,14 @@ class Interpreter:
             scores = [r["score"] for r in results.values() if r["score"] is not None and kind in (None, r["category"])]
             return sum(scores) / len(scores) if scores else None
 
+        used = _sum([r["usage"] for r in results.values()])
         summary: dict[str, Any] = {
             "engine": self.engine, "contexts": str(path), "seed": self.cfg.seed, "features_asked": asked,
             "features_scored": sum(r["score"] is not None for r in results.values()), "average_score": mean(None),
             "low_level_features": sum(r["category"] == "low-level" for r in results.values()), "low_level_score": mean("low-level"),
             "high_level_features": sum(r["category"] == "high-level" for r in results.values()), "high_level_score": mean("high-level"),
-            "status": dict(Counter(r["status"] for r in results.values())), **self.used,
-            "cost": self.calculate_cost(self.used["prompt_tokens"], self.used["completion_tokens"]),
+            "status": dict(Counter(r["status"] for r in results.values())), **used,
+            "cost": self.calculate_cost(used["prompt_tokens"], used["completion_tokens"]),
         }
         for kind in TESTS:
             values = [r[kind]["balanced_accuracy"] for r in results.values() if r.get(kind) and r[kind]["balanced_accuracy"] is not None]
@@ -480,6 +485,10 @@ class Interpreter:
             raise ValueError(f"no contexts in {Path(self.cfg.output_dir) / files.CONTEXT_DIR}; run apply.py first, or name a file")
         print(f"interpreting {newest}")
         return newest
+
+
+def _sum(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(part[key] for part in parts) for key in NOTHING}
 
 
 def _finished(log: Path, mark: str) -> dict[str, dict[str, Any]]:

@@ -140,8 +140,9 @@ def test_a_killed_run_continues_and_a_torn_line_is_passed_over(contexts, tmp_pat
     log = tmp_path / "out" / "interpret" / "interp_S.jsonl"
     log.write_bytes(log.read_bytes()[:-20])
     before = len(server.bodies)
-    code, results, _ = ask(contexts, tmp_path, server)
+    code, results, summary = ask(contexts, tmp_path, server)
     assert code == 0 and len(results) == 12 and len(server.bodies) == before + 1
+    assert summary["prompt_tokens"] == 1200 and summary["requests"] == 12  # what earlier runs paid is still counted
 
 
 def test_wrong_keys_stop_at_once_and_are_shown_nowhere(contexts, tmp_path, serve, capsys, monkeypatch):
