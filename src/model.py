@@ -396,7 +396,7 @@ class Crosscoder(_Sparsified, SAE):
         with torch.no_grad():
             for encoder, decoder in zip(self.encoder, self.decoder, strict=True):
                 encoder.weight.copy_(unit / self.n_processed_layers)
-                decoder.weight.copy_(unit.T)
+                decoder.weight.copy_((0.1 if free_norms else 1.0) * unit.T)  # free norms: L1 falls hard on columns that begin at 1
 
     def sites(self):
         return self.routed
