@@ -11,8 +11,8 @@ common=(--max_tokens "$tokens" --tag compare "$@")
 python train.py --model TopK --layer $sites --k "$l0" "${common[@]}"
 python train.py --model "${k_sparse[@]}" --k "$l0" "${common[@]}"
 python train.py --model RouteSAE --routing random --k "$l0" "${common[@]}" --tag compare_random_routing
-# three sparsities around the common one: the frontier is read off between them
-python train.py --model "${penalised[@]}" --target_l0 $((l0 * 3 / 4)) $((l0 * 3 / 2)) $((l0 * 3)) "${common[@]}"
+# three sparsities: the frontier is read off between them
+python train.py --model "${penalised[@]}" --target_l0 $((l0 * 3 / 4)) "$l0" $((l0 * 3 / 2)) "${common[@]}"
 measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/RouteSAE_*_compare.pt --routing permuted "${measure[@]}"

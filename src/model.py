@@ -251,7 +251,8 @@ class BatchTopK(TopK):
     def after_step(self, p, progress):
         super().after_step(p, progress)
         smallest = p.latents[p.latents > 0].min() if (p.latents > 0).any() else self.cut
-        self.cut.copy_(smallest if self.cut.isnan() else 0.98 * self.cut + 0.02 * smallest)
+        share = p.latents.shape[:-1].numel() / self.seen * progress  # of the run in this step
+        self.cut.copy_(smallest if self.cut.isnan() else self.cut.lerp(smallest, (20 * share).clamp(0.01, 1)))  # memory: 5 % of a short run
 
 
 class RandomK(TopK):
@@ -283,16 +284,18 @@ class MLSAE(TopK):
 
 
 class _Sparsified:
-    """A sparsity coefficient that warms up from 0 and, with target_l0, steers itself until the last fifth of the run."""
+    """A sparsity coefficient that warms up from 0 and, with target_l0, steers itself: L0 falls to its target over the first quarter of the run."""
+
+    approach = 0.25  # share of the run; faster kills latents, slower leaves less time at the target (docs/LOG.md)
 
     def _sparsity(self, l1_coeff, l1_mean, target_l0, sparsity_warmup):
         self.l1_coeff, self.l1_mean, self.target_l0, self.sparsity_warmup = l1_coeff, l1_mean, target_l0, sparsity_warmup
         self.register_buffer("warm", torch.tensor(0.0 if sparsity_warmup else 1.0), persistent=False)
-        self.register_buffer("gain", torch.ones(()), persistent=False)
-        self.register_buffer("l0", torch.full((), float("nan")), persistent=False)
+        for name, start in (("gain", 1.0), ("push", 1.0), ("progress", 0.0), ("log_l0", float("nan")), ("first_l0", float("nan"))):
+            self.register_buffer(name, torch.tensor(start), persistent=False)
 
     def _coefficient(self) -> Tensor:
-        return self.l1_coeff * self.warm * self.gain
+        return self.l1_coeff * self.warm * self.gain * self.push
 
     def _l1(self, latents: Tensor, norms: Tensor) -> dict[str, Tensor]:
         per_token = latents.mean(-1) if self.l1_mean else (latents * norms).sum(-1)
@@ -302,11 +305,25 @@ class _Sparsified:
     def after_step(self, p, progress):
         super().after_step(p, progress)
         self.warm.fill_(min(1.0, progress / self.sparsity_warmup) if self.sparsity_warmup else 1.0)
-        if self.target_l0 and progress < 0.8:
-            now = (p.latents != 0).float().sum(-1).mean()
-            self.l0.copy_(now if self.l0.isnan() else 0.9 * self.l0 + 0.1 * now)
-            # faster steps overshoot: three times this rate drove L0 below 1 in a run of 123 steps (docs/LOG.md)
-            self.gain *= torch.exp(0.03 * (self.l0 / self.target_l0 - 1).clamp(-1, 1))
+        if self.target_l0:
+            self._steer(((p.latents != 0).float().sum(-1).mean() / self.target_l0).clamp_min(1e-3).log(), progress)
+
+    def _steer(self, log_l0: Tensor, progress: float) -> None:
+        """Moves the coefficient by where log(L0 / target) will be a twentieth of the run ahead: at once (push) and for good (gain).
+
+        Between the target and a bound that closes in on it nothing is done. All rates are per run, so that its length changes nothing.
+        """
+        share, before = progress - self.progress, self.log_l0.clone()
+        self.progress.fill_(progress)
+        if before.isnan():
+            self.log_l0.copy_(log_l0)
+            self.first_l0.copy_(log_l0.clamp_min(0))
+            return
+        self.log_l0.lerp_(log_l0, 0.1)
+        bound = self.first_l0 * max(0.0, 1 - progress / self.approach) if self.approach else 0.0
+        off = self.log_l0.clamp(max=0) + (self.log_l0 - bound).clamp(min=0) + 0.05 * (self.log_l0 - before) / share
+        self.gain *= torch.exp(8 * share * off.clamp(-1, 1))
+        self.push.copy_(off.clamp(-1, 1).exp())
 
 
 class Vanilla(_Sparsified, _Dictionary):
@@ -351,6 +368,8 @@ class Gated(_Sparsified, _Dictionary):
 class JumpReLU(_Sparsified, _Dictionary):
     """A learned threshold per latent; the penalty counts pre-activations above it (Rajamanoharan et al. 2024b)."""
 
+    approach = 0.0  # its L0 begins near the target (warm_start), and thresholds are slow to come back
+
     def __init__(
         self, hidden_size, latent_size, threshold=None, bandwidth=None, *, l1_coeff=1e-3, l0_post_jump=False, target_l0=None,
         sparsity_warmup=0.05, **rest,
@@ -359,9 +378,18 @@ class JumpReLU(_Sparsified, _Dictionary):
         l1_coeff = 1e-3 if l1_coeff is None else l1_coeff
         self._sparsity(l1_coeff, False, target_l0, sparsity_warmup)
         self.bandwidth = max(0.05, 1e-3 * hidden_size**0.5) if bandwidth is None else bandwidth
-        start = 0.5 * (l1_coeff * (hidden_size - 1)) ** 0.5 if threshold is None else threshold
+        self.auto_threshold = threshold is None
+        start = 0.5 * (l1_coeff * (hidden_size - 1)) ** 0.5 if self.auto_threshold else threshold
         self.threshold = nn.Parameter(torch.full((latent_size,), float(max(start, 1e-4))))
         self.l0_post_jump = l0_post_jump
+
+    @torch.no_grad()
+    def warm_start(self, x):
+        super().warm_start(x)
+        if self.target_l0 and self.auto_threshold:  # thresholds move by one learning rate a step: in a short run never far enough
+            pre_acts = self.pre_acts(x.flatten(0, -2)[:1024])
+            count = min(round(20 * self.target_l0 * len(pre_acts)), pre_acts.numel() // 2)
+            self.threshold.fill_(float(pre_acts.flatten().topk(max(1, count)).values[-1].clamp_min(1e-4)))
 
     def activate(self, pre_acts, token=None):
         return Jump_func.apply(pre_acts, self.threshold, self.bandwidth)

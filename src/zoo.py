@@ -28,7 +28,7 @@ ZOO: dict[str, Entry] = {
     "Gated": Entry("a gate decides, a magnitude follows", ("layer", *_SPARSE), {}, _OLD_L1 | {"gated_aux": False}),
     "JumpReLU": Entry(
         "a learned threshold per latent", ("layer", "threshold", "bandwidth", *_SPARSE), {},
-        _OLD | {"l1_coeff": 5e-4, "threshold": 1e-3, "bandwidth": 1e-3, "l0_post_jump": True, "sparsity_warmup": 0.0}, lr=0.3,
+        _OLD | {"l1_coeff": 5e-4, "threshold": 1e-3, "bandwidth": 1e-3, "l0_post_jump": True, "sparsity_warmup": 0.0},
     ),
     "RouteSAE": Entry(
         "a router picks the site of each token", ("k", "aggre", "routing", "route_patch", "start_layer", "end_layer", "topk_relu", *_AUXK),

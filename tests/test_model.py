@@ -244,15 +244,15 @@ def test_mlsae_at_one_site_is_topk(hidden):
     assert torch.allclose(mlsae.autoencode(mlsae.gather(hidden)).x_hat[:, 0], topk.autoencode(topk.gather(hidden)).x_hat, atol=1e-6)
 
 
-def test_target_l0_raises_the_coefficient_where_the_code_is_too_dense(hidden):
-    sae = make("Vanilla", target_l0=2.0, sparsity_warmup=0.0)
+@pytest.mark.parametrize("factor, direction", [(0.1, 1), (10, -1)])
+def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_sparse_one(hidden, factor, direction):
+    sae = make("Vanilla", sparsity_warmup=0.0)
     p = sae.autoencode(sae.gather(hidden))
-    for step in range(10):
+    sae.target_l0 = factor * float((p.latents != 0).float().sum(-1).mean())
+    for step in range(1, 21):
         sae.after_step(p, 0.05 * step)
-    raised = sae.gain.item()
-    assert raised > 1.2
-    sae.after_step(p, 0.97)
-    assert sae.gain.item() == raised
+    assert direction * sae.gain.log().item() > 1
+    assert direction * (sae._coefficient() / sae.l1_coeff).log().item() > direction * sae.gain.log().item()
 
 
 def test_ops_by_hand():
