@@ -13,9 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.ops import Jump_func, Step_func, geometric_median, pre_process, random_integers, random_subset, restrict, squared_errors, topk_sparsify
+from src.ops import (
+    Jump_func,
+    SparseCode,
+    Step_func,
+    geometric_median,
+    pre_process,
+    random_integers,
+    random_subset,
+    restrict,
+    squared_errors,
+    topk_sparsify,
+)
 from src.zoo import canonical
 
+SPARSE_FROM = 16  # latents per active one from which sparse sums beat dense products on a CPU (benchmarks/sparse_code.py)
 ROUTINGS = ("hard", "soft", "random", "permuted")
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 
@@ -119,10 +131,10 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, p: Pass, progress: float) -> None:
         """Counters and schedules; progress is the share of the run that is done."""
-        fired = (p.latents != 0).flatten(0, -2)
-        self.seen += len(fired)
-        self.silent += len(fired)
-        self.silent[fired.any(0)] = 0
+        latents = p.latents.flatten(0, -2)
+        self.seen += len(latents)
+        self.silent += len(latents)
+        self.silent[latents.any(0)] = 0
 
     def dead_fraction(self) -> float:
         """Share of latents silent for the last tenth of what was seen."""
@@ -205,24 +217,40 @@ class TopK(_Dictionary):
         self.k, self.auxk_coeff, self.dead_tokens, self.topk_relu = k, auxk_coeff, dead_tokens, topk_relu
         self.register_buffer("dead_after", torch.tensor(float("inf")), persistent=False)
 
+    def choose(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
+        """Which latents stay, token by token: positions in the flat [N,F]."""
+        indices = pre_acts.topk(self.k, dim=-1, sorted=False).indices
+        return (indices + torch.arange(len(pre_acts), device=indices.device)[:, None] * self.latent_size).flatten()
+
     def activate(self, pre_acts, token=None):
-        kept = topk_sparsify(pre_acts, self.k)
-        return F.relu(kept) if self.topk_relu else kept
+        flat = pre_acts.flatten()
+        at = self.choose(pre_acts.flatten(0, -2), token)
+        kept = F.relu(flat[at]) if self.topk_relu else flat[at]
+        return torch.zeros_like(flat).scatter(0, at, kept).view_as(pre_acts)
 
     def get_latents(self, pre_acts, infer_k=None, theta=None, token=None):
         if infer_k is None and theta is None:
             return self.activate(pre_acts, token)
         return restrict(F.relu(pre_acts) if self.topk_relu else pre_acts, infer_k, theta)  # both take the place of k
 
+    def autoencode(self, x, infer_k=None, theta=None, token=None):
+        if infer_k is not None or theta is not None or x.device.type != "cpu" or self.latent_size < SPARSE_FROM * self.k:
+            return super().autoencode(x, infer_k, theta, token)
+        flat = x.flatten(0, -2)
+        latents, x_hat, pre_acts = SparseCode.apply(
+            flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts: self.choose(acts, token), self.topk_relu
+        )
+        shape = (*x.shape[:-1], self.latent_size)
+        return Pass(x, latents.view(shape), x_hat.view_as(x), pre_acts.view(shape))
+
     def penalty(self, p):
-        dead = self.silent > self.dead_after
-        count = int(dead.sum()) if self.auxk_coeff else 0
-        if not count:
+        dead = (self.silent > self.dead_after).nonzero()[:, 0] if self.auxk_coeff else self.silent[:0]
+        if not len(dead):
             return {}
-        error = (p.target - p.x_hat).detach().flatten(0, -2)
-        pre_acts = p.pre_acts.flatten(0, -2).masked_fill(~dead, float("-inf"))
-        kept = F.relu(topk_sparsify(pre_acts, min(count, self.hidden_size // 2, 512)).nan_to_num(neginf=0.0))
-        missed = (error - self.decoder(kept)).square().sum() / (error - error.mean(0)).square().sum().clamp_min(1e-12)
+        x, error = p.target.flatten(0, -2), (p.target - p.x_hat).detach().flatten(0, -2)
+        pre_acts = F.linear(x - self.pre_bias, self.encoder.weight[dead], self.latent_bias[dead])
+        kept = F.relu(topk_sparsify(pre_acts, min(len(dead), self.hidden_size // 2, 512)))
+        missed = (error - F.linear(kept, self.decoder.weight[:, dead])).square().sum() / (error - error.mean(0)).square().sum().clamp_min(1e-12)
         return {"AuxK": self.auxk_coeff * missed}
 
     @torch.no_grad()
@@ -237,15 +265,13 @@ class BatchTopK(TopK):
     """The k N largest activations of a batch of N tokens; at inference those above the mean of the batches' smallest (Bussmann et al. 2024)."""
 
     def __init__(self, hidden_size, latent_size, k, **rest):
-        super().__init__(hidden_size, latent_size, k, **rest)
+        super().__init__(hidden_size, latent_size, k, **(rest | {"topk_relu": True}))
         self.register_buffer("cut", torch.full((), float("nan")))
 
-    def activate(self, pre_acts, token=None):
-        acts = F.relu(pre_acts)
+    def choose(self, pre_acts, token=None):
         if not self.training and not self.cut.isnan():
-            return acts * (acts > self.cut)
-        values, indices = acts.flatten().topk(self.k * acts.shape[:-1].numel(), sorted=False)
-        return torch.zeros_like(acts).flatten().scatter(0, indices, values).view_as(acts)
+            return (pre_acts > self.cut).flatten().nonzero()[:, 0]
+        return pre_acts.flatten().topk(self.k * len(pre_acts), sorted=False).indices.sort().values
 
     @torch.no_grad()
     def after_step(self, p, progress):
@@ -262,12 +288,12 @@ class RandomK(TopK):
         super().__init__(hidden_size, latent_size, k, **(rest | {"auxk_coeff": 0.0}))
         self.seed = seed
 
-    def get_latents(self, pre_acts, infer_k=None, theta=None, token=None):
-        flat = pre_acts.flatten(0, -2)
-        keys = torch.arange(len(flat), device=flat.device) if token is None else token.flatten()
-        chosen = random_subset(keys, self.seed, self.latent_size, self.k)
-        kept = torch.zeros_like(flat).scatter(1, chosen, flat.gather(1, chosen)).view_as(pre_acts)
-        return restrict(kept, infer_k, theta)
+    def choose(self, pre_acts, token=None):
+        rows = torch.arange(len(pre_acts), device=pre_acts.device)
+        chosen = random_subset(rows if token is None else token.flatten(), self.seed, self.latent_size, self.k)
+        return (chosen + rows[:, None] * self.latent_size).flatten()
+
+    get_latents = _Dictionary.get_latents  # infer_k and theta cut among those drawn
 
 
 class MLSAE(TopK):

@@ -137,6 +137,58 @@ def _mix(x: Tensor) -> Tensor:
     return (x ^ ((x >> 31) & 0x1FFFFFFFF)) & 0x7FFFFFFFFFFFFFFF
 
 
+class SparseCode(Function):
+    """A code that keeps few pre-activations, decoded and differentiated over those alone: sums of rows in place of dense products.
+
+    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip) -> (latents [N,F], x_hat [N,D], pre_acts [N,F]).
+    choose maps pre-activations to the flat positions that stay, token by token; clip cuts negative values. Gradients flow through x_hat.
+    """
+
+    @staticmethod
+    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip):
+        centred, rows = x - pre_bias, decoder.T.contiguous()
+        pre_acts = torch.addmm(latent_bias, centred, encoder.T)
+        at = choose(pre_acts)
+        values = pre_acts.view(-1)[at]
+        values = values.clamp_min(0) if clip else values
+        latents = torch.zeros_like(pre_acts)
+        latents.view(-1)[at] = values
+        token, latent = at.div(len(encoder), rounding_mode="floor"), at.remainder(len(encoder))
+        bags = SparseCode.starts(token, len(x))
+        x_hat = nn.functional.embedding_bag(latent, rows, bags, mode="sum", per_sample_weights=values) + pre_bias
+        ctx.save_for_backward(centred, encoder, rows, values, token, latent, bags)
+        ctx.clip = clip
+        ctx.mark_non_differentiable(latents, pre_acts)
+        ctx.set_materialize_grads(False)
+        return latents, x_hat, pre_acts
+
+    @staticmethod
+    def starts(index: Tensor, count: int) -> Tensor:
+        """Where the run of each of 0 ... count-1 begins in a sorted index."""
+        sizes = torch.bincount(index, minlength=count)
+        return sizes.cumsum(0) - sizes
+
+    @staticmethod
+    def backward(ctx, _latents, grad, _pre_acts):
+        if grad is None:
+            return (None,) * 7
+        centred, encoder, rows, values, token, latent, bags = ctx.saved_tensors
+        bag = nn.functional.embedding_bag
+        with torch.enable_grad():  # the library's gradient for weights of a bag: <grad, row> without a [N,k,D] tensor
+            weights = values.detach().requires_grad_()
+            (by_value,) = torch.autograd.grad(bag(latent, rows, bags, mode="sum", per_sample_weights=weights), weights, grad)
+        if ctx.clip:
+            by_value = by_value * (values > 0)
+        order = latent.argsort(stable=True)
+        source, ends = token[order], SparseCode.starts(latent, len(encoder))
+        by_decoder = bag(source, grad, ends, mode="sum", per_sample_weights=values[order]).T
+        by_encoder = bag(source, centred, ends, mode="sum", per_sample_weights=by_value[order])
+        by_bias = torch.zeros_like(encoder[:, 0]).index_add_(0, latent, by_value)
+        by_pre_bias = grad.sum(0) - by_bias @ encoder
+        by_x = bag(latent, encoder, bags, mode="sum", per_sample_weights=by_value) if ctx.needs_input_grad[0] else None
+        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None
+
+
 def random_integers(keys: Tensor, seed: int, high: int, draw: int = 0) -> Tensor:
     """One integer in [0, high) per key: a function of (key, seed, draw) alone, so batching changes nothing. int64 [N] -> [N]"""
     half = 1 << 62  # Python's integers do not wrap around, int64's do

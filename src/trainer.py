@@ -130,7 +130,7 @@ class Run:
             unit_norm_decoder(self.sae)
         self.sae.after_step(p, (step + 1) / self.total)
         with torch.no_grad():
-            now = {"loss": loss.detach()} | {k: v.detach() for k, v in terms.items()} | {"L0": (p.latents != 0).sum(-1).float().mean()}
+            now = {"loss": loss.detach()} | {k: v.detach() for k, v in terms.items()} | {"L0": p.latents.count_nonzero() / p.latents[..., 0].numel()}
             self.sums = {k: self.sums.get(k, 0.0) + v for k, v in now.items()}
             self.count += 1
             self.last = p

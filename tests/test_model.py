@@ -255,6 +255,23 @@ def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_s
     assert direction * (sae._coefficient() / sae.l1_coeff).log().item() > direction * sae.gain.log().item()
 
 
+@pytest.mark.parametrize("name, more", [("TopK", {}), ("TopK", {"topk_relu": True}), ("BatchTopK", {}), ("RandomK", {})])
+def test_sparse_sums_give_the_dense_products_values_and_gradients(name, more):
+    torch.manual_seed(0)
+    sae = build(name, 12, 16, {"latent_size": 64, "k": 3, "layer": 4, **more}).double()
+    with torch.no_grad():
+        for p in (sae.pre_bias, sae.latent_bias):
+            p.normal_()
+    x, weight = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True), torch.randn(2, 5, 12, dtype=torch.double)
+    wanted = (x, *sae.parameters())
+    sparse, dense = sae.autoencode(x), super(TopK, sae).autoencode(x)
+    assert type(sparse.x_hat.grad_fn) is not type(dense.x_hat.grad_fn)
+    for a, b in zip(sparse[1:4], dense[1:4], strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_ops_by_hand():
     x = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
     assert topk_sparsify(x, 2).tolist() == [[3.0, 0.0, 2.0, 0.0]]
