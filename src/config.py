@@ -113,7 +113,7 @@ OPTIONS: dict[str, Option] = {
     "steps": Option("training", int, None, "decoder columns go back to unit norm every so many steps (default: by recipe)", low=1),
     "tag": Option("training", str, None, "added to the names of the results"),
     "overwrite": Option("training", boolean, False, "replace results of the same name"),
-    "save_every": Option("training", interval, (600.0, "s"), "save a state to continue from: steps (500) or time (90s, 10m); 0: on signals only (default: 10m)"),
+    "save_every": Option("training", interval, (600.0, "s"), "save the unfinished run: steps (500) or time (90s, 10m); 0: on signals (default: 10m)"),
     "resume": Option("training", str, "auto", "auto: continue an unfinished run; never: start again (with --overwrite)", ("auto", "never")),
     "deterministic": Option("training", boolean, False, "on CUDA: only algorithms that repeat bit for bit (slower)"),
     "max_memory_hint": Option("training", float, None, "GB a run may need by estimate, more is refused (default: warn above what is free)", above=0),
