@@ -1,13 +1,17 @@
-"""Weights and the recipe beside them: `X.pt` holds the state dict alone, `X.json` how it came about. Loading by path.
+"""Weights and the recipe beside them: `X.pt` holds the state dict alone, `X.json` how it came about. Loading by path. States of a training.
 
 Also opens bare state dicts of the documented form, which have no recipe, from their parameter names and shapes.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import json
 import pickle
 import platform
+import re
+import shutil
 import subprocess
 from argparse import Namespace
 from collections.abc import Mapping
@@ -47,6 +51,63 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {"git_commit": commit, "versions": versions, "threads": torch.get_num_threads()}
+
+
+# ---------------------------------------------------------------------------------------------- states of a training
+
+
+def states(folder: str | Path) -> list[Path]:
+    """Saved states, newest step first, whatever their condition."""
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)  # by step: clocks jump
+
+
+def save_state(folder: str | Path, step: int, meta: Mapping[str, Any], parts: Mapping[str, Any], keep: int = 2) -> Path:
+    """Writes meta (JSON) and parts (name -> tensors and numbers in dicts and lists) of one step; the newest `keep` states stay."""
+    text = json.dumps({"format_version": FORMAT_VERSION, "step": step} | dict(meta)).encode()
+    writers = {"meta.json": lambda file: file.write(text)}
+    writers |= {f"{name}.pt": functools.partial(torch.save, part) for name, part in parts.items()}
+    path = files.write_folder(Path(folder) / f"step-{step:08d}", writers)
+    for old in states(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def find_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, meta) of the newest state whose manifest verifies, with a warning for each newer one; None where none was ever saved.
+
+    Damaged states are renamed, so that they count no more; what was left half written is removed. The caller holds the run's lock.
+    Raises ValueError where there are states and all of them are damaged, or one is of a newer version.
+    """
+    for rest in Path(folder).glob(".tmp-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    damaged = []
+    for path in states(folder):
+        try:
+            files.verify_folder(path)
+        except ValueError as error:
+            damaged.append((path, error))
+            continue
+        meta = files.load_json(path / "meta.json")
+        if meta["format_version"] > FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {meta['format_version']}, this program reads up to {FORMAT_VERSION}; update it")
+        for bad, error in damaged:
+            print(f"warning: the state of {bad.name} is damaged ({error}); taking {path.name}")
+            shutil.rmtree(bad.with_name(f"damaged-{bad.name}"), ignore_errors=True)
+            bad.rename(bad.with_name(f"damaged-{bad.name}"))
+        return path, meta
+    if damaged:
+        found = "; ".join(str(error) for _, error in damaged)
+        raise ValueError(f"every saved state is damaged ({found}); restore one, or start again with --resume never --overwrite")
+    return None
+
+
+def load_part(path: Path, name: str) -> Any:
+    """One part of a verified state, on the CPU. Tensors and plain values only: nothing in it is run."""
+    return torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
+
+
+# --------------------------------------------------------------------------------------------------- trained weights
 
 
 def save(sae: model.SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) -> Path:

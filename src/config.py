@@ -35,6 +35,18 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
+def interval(text: str) -> tuple[float, str]:
+    """500 -> (500.0, "steps"); 90s, 10m, 2h -> (seconds, "s")."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "")
+    try:
+        value = float(number) if unit else int(number)
+        if not 0 <= value < float("inf"):
+            raise ValueError
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither steps (500) nor a time (90s, 10m, 2h)") from error
+    return (value * {"s": 1, "m": 60, "h": 3600}[unit], "s") if unit else (value, "steps")
+
+
 class Option(NamedTuple):
     """One row of the table. `low` is the smallest accepted value, `above` a value it must exceed; `many` takes several values."""
 
@@ -101,6 +113,10 @@ OPTIONS: dict[str, Option] = {
     "steps": Option("training", int, None, "decoder columns go back to unit norm every so many steps (default: by recipe)", low=1),
     "tag": Option("training", str, None, "added to the names of the results"),
     "overwrite": Option("training", boolean, False, "replace results of the same name"),
+    "save_every": Option("training", interval, (600.0, "s"), "save the unfinished run: steps (500) or time (90s, 10m); 0: on signals (default: 10m)"),
+    "resume": Option("training", str, "auto", "auto: continue an unfinished run; never: start again (with --overwrite)", ("auto", "never")),
+    "deterministic": Option("training", boolean, False, "on CUDA: only algorithms that repeat bit for bit (slower)"),
+    "max_memory_hint": Option("training", float, None, "GB a run may need by estimate, more is refused (default: warn above what is free)", above=0),
     "use_wandb": Option("training", boolean, False, "log to Weights & Biases too"),
     "wandb_project": Option("training", str, "RouteSAE-repro", "project name there"),
     # trained SAEs
@@ -166,7 +182,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Options that change nothing about the weights.
 NEUTRAL = frozenset(
-    "output_dir debug tag overwrite use_wandb wandb_project device trust_remote_code typed stage".split()
+    "output_dir debug tag overwrite save_every resume max_memory_hint use_wandb wandb_project device trust_remote_code typed stage".split()
 )
 SECRET = frozenset({"api_key", "api_key_file"})
 

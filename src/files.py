@@ -5,12 +5,17 @@ Standard library only; knows nothing of models or data.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
+import shutil
+import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +38,9 @@ def safe_name(name: str) -> str:
     cleaned = re.sub(r"[^\w.+=-]+", "_", name.strip(), flags=re.UNICODE).strip("._")
     if not cleaned or any(part == ".." for part in re.split(r"[/\\]", name)):
         raise ValueError(f"{name!r} cannot name a file; use letters, digits, '-', '_' or '.'")
-    return cleaned[:120]
+    if len(cleaned.encode()) > 120:  # bytes, as file systems count; the sum keeps long names of different runs apart
+        cleaned = cleaned.encode()[:107].decode("utf-8", "ignore") + "-" + hashlib.sha256(cleaned.encode()).hexdigest()[:12]
+    return cleaned
 
 
 def data_name(path: str | os.PathLike) -> str:
@@ -90,3 +97,158 @@ def newest(folder: str | os.PathLike, pattern: str) -> Path | None:
     """The most recently written file matching pattern in folder, or None."""
     found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
+
+
+# ------------------------------------------------------------------------------------------- folders, all or nothing
+
+
+class _Summed:
+    """A file being written that knows its size and SHA-256. torch.save hides why a write failed; `error` keeps it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum, self.size, self.error = file, hashlib.sha256(), 0, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sum.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_folder(path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]]) -> Path:
+    """Calls write(file) for each name, adds a manifest of sizes and SHA-256 sums, and renames the whole to path: complete or not there.
+
+    What stands at path is replaced; write only where that is damaged or nothing.
+    """
+    path = Path(path)
+    work = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        sums: dict[str, dict[str, Any]] = {}
+
+        def put(name: str, write: Callable[[Any], Any]) -> None:
+            with open(work / name, "wb") as file:
+                summed = _Summed(file)
+                try:
+                    write(summed)
+                except RuntimeError as error:
+                    raise (summed.error or error) from error
+                file.flush()
+                os.fsync(file.fileno())
+            sums[name] = {"size": summed.size, "sha256": summed.sum.hexdigest()}
+
+        for name, write in writers.items():
+            put(name, write)
+        manifest = json.dumps({"folder": path.name, "files": sums}).encode()
+        put("manifest.json", lambda file: file.write(manifest))
+        _sync(work)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(work, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return path
+
+
+def verify_folder(path: str | os.PathLike) -> None:
+    """Raises ValueError, naming the file, where a folder is not what write_folder wrote there."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if manifest["folder"] != path.name:
+            raise ValueError(f"it is the manifest of {manifest['folder']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}/manifest.json: {error if isinstance(error, ValueError) else type(error).__name__}") from error
+    for name, (size, digest) in expected.items():
+        try:
+            with open(path / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{path / name}: {error.strerror}") from error
+        if found != digest or (path / name).stat().st_size != size:
+            raise ValueError(f"{path / name}: not what was written")
+
+
+# ----------------------------------------------------------------------------------------------------- one writer
+
+
+def probe(folder: str | os.PathLike) -> None:
+    """Makes the folder and writes, renames and removes a file there. Raises OSError that says what to check, before hours are spent."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f".probe-{os.getpid()}", lambda file: file.write(b"x" * 4096)).unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror or error}); check --output_dir, its permissions and free space") from error
+
+
+def _running(owner: Mapping[str, Any]) -> bool:
+    """Whether the process a lock names may still run: it does on this host, or cannot be asked."""
+    if owner.get("host") != socket.gethostname():
+        requeued = owner.get("job") is not None and owner["job"] == os.environ.get("SLURM_JOB_ID")  # a requeued job keeps its id
+        return not (requeued and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > int(owner.get("restart") or 0))
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as someone else
+        return True
+    return int(owner["pid"]) != os.getpid()
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """One writer per folder, named in folder/lock by host and process. Raises ValueError naming it where there is another.
+
+    The kernel's lock on the file settles it among processes of one machine and ends with its holder, so that none goes stale; the
+    names settle it among machines and on file systems without such locks.
+    """
+    import fcntl
+
+    path = Path(folder) / "lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            state = "ours"
+        except BlockingIOError:
+            state = "taken"
+        except OSError:
+            state = "unknown"  # a file system without locks
+        file.seek(0)
+        try:
+            owner = dict(json.loads(file.read() or "{}"))
+        except ValueError:  # killed while writing it
+            owner = {}
+        dead = state == "ours" and owner.get("host") == socket.gethostname()
+        if state == "taken" or (owner and not dead and _running(owner)):
+            who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
+            raise ValueError(f"{folder} is being written by {who}; wait for it or use --tag NAME (if it is gone, delete {path})")
+        file.truncate(0)
+        job = {"job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT")}
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")} | job
+        file.write(json.dumps(mine))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)  # kept, empty: a file that vanished could be locked twice, by whoever still has it open

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
+import os
 import random
+import shutil
+import signal
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, files, hooks, lm, model
-from src.data import Rows, open_rows
+from src.data import Batch, Rows, open_rows
 from src.ops import project_decoder_grad, unit_norm_decoder
 
 
@@ -83,6 +88,54 @@ def log_layers(layer_weights: Tensor) -> dict[str, float]:
     return {f"share_{i}": float(s) for i, s in enumerate(share / share.sum())}
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ended by a signal: exit code 130 for SIGINT, 143 for the others."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = 130 if number == signal.SIGINT else 143
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 while it is entered. A first one raises Interrupted, or once `in_loop` is set only says so in `asked`;
+    a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked, self.in_loop, self.before = 0, False, {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # no other thread may set them
+            self.before = {number: signal.signal(number, self._heard) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, _frame: Any) -> None:
+        for every in self.before:
+            signal.signal(every, signal.SIG_DFL)
+        self.asked = number
+        if not self.in_loop:
+            raise Interrupted(number, "nothing was trained yet")
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all global generators, in types that load safely."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what random_state() gave."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():  # else the run has moved to another machine, which was warned of
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state((state["numpy"][0], np.asarray(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
+
+
 class Run:
     """One SAE in training."""
 
@@ -97,7 +150,7 @@ class Run:
         adams = [o for o in self.optimizers if isinstance(o, torch.optim.Adam)]
         self.schedules = [LinearWarmupLR(adam, round(0.05 * total_steps), total_steps) for adam in adams]
         self.clip, self.normalise_every = cfg.grad_clip, cfg.steps
-        self.failed, self.sums, self.count, self.seconds = "", {}, 0, 0.0
+        self.failed, self.sums, self.count, self.seconds, self.parts, self.last = "", {}, 0, 0.0, 1, None
 
     def mode(self, training: bool) -> None:
         """Schedule-free optimisers hold two sets of weights: those that get gradients and the average that is kept."""
@@ -107,41 +160,138 @@ class Run:
             if switch is not None:
                 switch()
 
-    def step(self, hidden: dict[int, Tensor], token: Tensor, step: int) -> None:
-        """One update. A loss that is not finite ends this run before the weights are touched."""
-        started = time.perf_counter()
-        p = self.sae.autoencode(self.sae.gather(hidden), token=token)
-        terms = self.sae.loss(p)
-        loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            self.failed = f"{self.title}: loss is not finite at step {step} ({', '.join(f'{k} {float(v):.4g}' for k, v in terms.items())})"
-            return
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and all buffers: counters and controllers are not in the state dict."""
+        return dict(self.sae.named_parameters()) | dict(self.sae.named_buffers())
+
+    def state(self) -> dict[str, Any]:
+        """All that a step changes."""
+        return {
+            "sae": {name: tensor.detach() for name, tensor in self._tensors().items()},
+            "optimizers": [o.state_dict() for o in self.optimizers], "schedules": [s.state_dict() for s in self.schedules],
+            "plain": {name: getattr(self, name) for name in ("failed", "sums", "count", "seconds", "parts")},
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts back what state() gave. Raises ValueError where it belongs to another SAE."""
+        self.mode(True)  # first: with optimiser states in place it would exchange weights
+        tensors = self._tensors()
+        mine, saved = ({(name, tensor.shape) for name, tensor in named.items()} for named in (tensors, state["sae"]))
+        if mine != saved:
+            odd = ", ".join(sorted({name for name, _ in mine ^ saved})[:4])
+            raise ValueError(f"the saved state of {self.title} does not fit ({odd}); another version of this program wrote it")
+        for name, tensor in tensors.items():
+            tensor.copy_(state["sae"][name])
+        for mine, saved in zip((*self.optimizers, *self.schedules), (*state["optimizers"], *state["schedules"]), strict=True):
+            mine.load_state_dict(saved)
+        vars(self).update(state["plain"])
+        self.sums = {name: value.to(self.sae.silent.device) for name, value in self.sums.items()}
+
+    def _gradients(self, hidden: dict[int, Tensor], token: Tensor) -> tuple[model.Pass, dict[str, Tensor]]:
+        """Forward and backward over `parts` slices of the tokens; (what the whole batch gave, its mean loss terms).
+
+        Terms that look at a batch as a whole (the variance in AuxK, a top-k over the batch) then look at each slice.
+        """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        passes, terms = [], {}
+        for at in torch.arange(len(token), device="cpu").chunk(self.parts):
+            here = slice(int(at[0]), int(at[-1]) + 1)
+            p = self.sae.autoencode(self.sae.gather({site: h[here] for site, h in hidden.items()}), token=token[here])
+            share = len(at) / len(token)
+            own = {name: term if self.parts == 1 else share * term for name, term in self.sae.loss(p).items()}
+            loss = torch.stack(list(own.values())).sum()
+            terms = {name: terms.get(name, 0.0) + term.detach() for name, term in own.items()}
+            if not torch.isfinite(loss):
+                return p, terms
+            loss.backward()
+            passes.append(p if self.parts == 1 else p._replace(**{k: v.detach() for k, v in p._asdict().items() if v is not None}))
+        if self.parts > 1:
+            p = model.Pass(*(None if column[0] is None else torch.cat(column) for column in zip(*passes, strict=True)))
+        return p, terms
+
+    def step(self, hidden: dict[int, Tensor], token: Tensor, step: int, due: bool) -> None:
+        """One update. A loss or gradient that is not finite ends this run before the weights are touched.
+
+        Where memory is short, the batch goes through in twice as many slices, as often as it takes. Raises torch.OutOfMemoryError
+        where slices of one token do not help.
+        """
+        started = time.perf_counter()
+        self.last = None  # two tensors [N,F] that the next forward pass may need the room of
+        while True:
+            try:
+                p, terms = self._gradients(hidden, token)
+                break
+            except torch.OutOfMemoryError:
+                if self.parts >= len(token):
+                    raise
+            self.parts *= 2  # outside the handler, whose traceback holds the tensors
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"{self.title}: out of memory at step {step}; the batch now goes through in {self.parts} parts, with one update as before")
+        loss = torch.stack(list(terms.values())).sum()
+        finite = bool(torch.isfinite(loss))
         normalise = step % self.normalise_every == 0
-        if self.normalise_every == 1:
-            project_decoder_grad(self.sae)
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
+        if finite:
+            if self.normalise_every == 1:
+                project_decoder_grad(self.sae)
+            gradients = [q.grad for q in self.sae.parameters() if q.grad is not None]
+            norm = nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip) if self.clip else nn.utils.get_total_norm(gradients)
+            finite = bool(torch.isfinite(norm))
+        if not finite:
+            what = "gradient" if torch.isfinite(loss) else "loss"
+            self.failed = f"{self.title}: {what} is not finite at step {step} ({', '.join(f'{k} {float(v):.4g}' for k, v in terms.items())})"
+            return
         for changing in (*self.optimizers, *self.schedules):
             changing.step()
         if normalise:
             unit_norm_decoder(self.sae)
         self.sae.after_step(p, (step + 1) / self.total)
         with torch.no_grad():
-            now = {"loss": loss.detach()} | {k: v.detach() for k, v in terms.items()} | {"L0": p.latents.count_nonzero() / p.latents[..., 0].numel()}
+            now = {"loss": loss} | terms | {"L0": p.latents.count_nonzero() / p.latents[..., 0].numel()}
             self.sums = {k: self.sums.get(k, 0.0) + v for k, v in now.items()}
             self.count += 1
-            self.last = p
+            self.last = p if due else None
         self.seconds += time.perf_counter() - started
 
     def report(self) -> dict[str, Any]:
         """Means since the last report, dead share, and what the model adds."""
         line = {k: float(v) / self.count for k, v in self.sums.items()} if self.count else {}
         self.sums, self.count = {}, 0
-        extra = self.sae.diagnostics(self.last)
+        extra = {} if self.last is None else self.sae.diagnostics(self.last)
         return line | {"dead": self.sae.dead_fraction()} | {k: v.tolist() if isinstance(v, Tensor) else v for k, v in extra.items()}
+
+
+def step_bytes(sae: model.SAE, device: str) -> float:
+    """Bytes a token that a forward pass keeps for its backward pass: what 16 tokens keep beyond 8."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*sae.parameters(), *sae.buffers())}
+
+    def kept(n: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.arange(n * sae.hidden_size, dtype=torch.float32, device=device).view(n, -1).sin()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _terms = sae.loss(sae.autoencode(sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device)))
+        return sum(sizes.values())
+
+    return max(0, kept(16) - kept(8)) / 8
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(option, saved value, wanted value) where the two differ; an option that is younger than what was saved had its default then."""
+    before = {key: saved.get(key, config.OPTIONS[key].default if key in config.OPTIONS else None) for key in wanted}
+    return [(key, before[key], value) for key, value in wanted.items() if before[key] != value]
+
+
+def said(value: Any) -> str:
+    """An option's value as one would type it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class Trainer:
@@ -153,10 +303,16 @@ class Trainer:
             print(f"warning: {line}")
         demo.stand_in(cfg)
         config.complete(cfg)
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
         cfg.device = checkpoint.pick_device(cfg.device)
         self.folder = Path(cfg.output_dir) / files.SAE_DIR
         self.combinations = list(self._combine())
         self.titles = [self._title(name, swept) for name, _, swept in self.combinations]
+        self.home = Path(cfg.output_dir) / files.RUN_DIR / files.safe_name(cfg.tag or "+".join(self.titles))
+        self.states, self.log = self.home / "state", self.home / "metrics.jsonl"
 
     def _combine(self) -> Any:
         """(model, options, swept values) of every SAE to train: a model crosses only the lists it uses."""
@@ -184,88 +340,230 @@ class Trainer:
                 missing.append(i)
                 continue
             wanted = json.loads(json.dumps({**self._settings(), **options}))
-            differ = [f"{k} {recipe['options'].get(k)} -> {v}" for k, v in wanted.items() if recipe["options"].get(k) != v]
+            differ = [f"{key} {old} -> {new}" for key, old, new in differences(recipe["options"], wanted)]
             if differ:
                 raise ValueError(f"{self.folder / title}.pt was trained otherwise ({'; '.join(differ[:4])}); give --tag NAME or --overwrite")
             print(f"{title}: already trained ({self.folder / title}.pt)")
         return missing
 
+    def _wanted(self) -> dict[str, Any]:
+        """Every option that decides what this run trains, as JSON gives it back."""
+        lists = {key: getattr(self.cfg, key) for key in ("model", *config.SWEPT)}
+        runs = {title: options for title, (_, options, _) in zip(self.titles, self.combinations, strict=True)}
+        return json.loads(json.dumps({"options": self._settings() | lists, "runs": runs}))
+
+    def _unfinished(self) -> tuple[Path, dict[str, Any]] | None:
+        """The state to continue from. Raises ValueError where one is there that must not be continued or cannot be."""
+        if self.cfg.resume == "never" and checkpoint.states(self.states):
+            if not self.cfg.overwrite:
+                raise ValueError(f"{self.home} holds an unfinished run; leave out --resume never to continue it, or add --overwrite to start again")
+            shutil.rmtree(self.states)
+        found = checkpoint.find_state(self.states)
+        if found is None:
+            if self.log.exists() and self.log.stat().st_size:
+                print(f"{self.home}: no saved state; beginning at step 0")
+            return None
+        path, meta = found
+        wanted = self._wanted()
+        differ = [f"--{key} {said(old)} -> {said(new)}" for key, old, new in differences(meta["options"], wanted["options"])]
+        for title, options in wanted["runs"].items():
+            differ += [f"{title}: {key} {old} -> {new}" for key, old, new in differences(meta["runs"].get(title, options), options)]
+        if differ:
+            again = "give the same options, --tag NAME for another run, or --resume never --overwrite to start again"
+            unfinished = f"{self.home} holds an unfinished run, stopped at step {meta['step']}, with other options"
+            raise ValueError(f"{unfinished} ({'; '.join(differ[:4])}); {again}")
+        here = {"device": self.cfg.device, **checkpoint.environment()}
+        for what in ("device", "threads", "versions"):
+            if meta[what] != here[what]:
+                print(f"warning: saved with {what} {said(meta[what])}, continued with {said(here[what])}; the last bits may differ")
+        return path, meta
+
     def run(self) -> float:
         cfg = self.cfg
         todo = self._todo()
         if not todo:
+            if self.states.exists():
+                with files.locked(self.home):
+                    shutil.rmtree(self.states)
             return float(checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")["final"]["loss"])
         for i in todo:  # impossible sizes are found before the language model is loaded
             name, options, _ = self.combinations[i]
             with torch.device("meta"):
                 model.build(name, cfg.hidden_size or 2**20, cfg.n_layers or 2**10, options)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer, language_model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
-        sizes = {"hidden_size": lm.text_config(language_model).hidden_size, "n_layers": len(lm.blocks(language_model))}
-        for name, found in sizes.items():
-            if getattr(cfg, name) not in (None, found):
-                raise ValueError(f"--{name} {getattr(cfg, name)}, but the language model has {found}; leave the flag out")
-        rows = open_rows(cfg, tokenizer)
-        per_epoch = math.ceil(len(rows) / cfg.batch_size)
-        total = per_epoch * cfg.num_epochs
-        runs = []
-        for i in todo:
-            set_seed(cfg.seed)  # each SAE starts as it would alone
-            name, options, _ = self.combinations[i]
-            sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options).to(cfg.device)
-            runs.append(Run(sae, self.titles[i], options, cfg, total))
-        return self._loop(runs, rows, language_model, per_epoch, total)
+        for folder in (self.folder, self.home):
+            files.probe(folder)
+        with files.locked(self.home), Signals() as self.signals:
+            saved = self._unfinished()
+            if saved is not None:
+                todo = [i for i, title in enumerate(self.titles) if title in saved[1]["training"] or i in todo]
+                new = [self.titles[i] for i in todo if self.titles[i] not in saved[1]["training"]]
+                if new:
+                    raise ValueError(f"the unfinished run in {self.home} does not train {', '.join(new)}; give --tag NAME")
+            tokenizer, language_model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
+            sizes = {"hidden_size": lm.text_config(language_model).hidden_size, "n_layers": len(lm.blocks(language_model))}
+            for name, found in sizes.items():
+                if getattr(cfg, name) not in (None, found):
+                    raise ValueError(f"--{name} {getattr(cfg, name)}, but the language model has {found}; leave the flag out")
+            rows = open_rows(cfg, tokenizer)
+            total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
+            runs = []
+            for i in todo:
+                set_seed(cfg.seed)  # each SAE starts as it would alone
+                name, options, _ = self.combinations[i]
+                sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options).to(cfg.device)
+                runs.append(Run(sae, self.titles[i], options, cfg, total))
+            self._room(runs, language_model)
+            return self._loop(runs, rows, language_model, total, saved)
 
-    def _loop(self, runs: list[Run], rows: Rows, language_model: nn.Module, per_epoch: int, total: int) -> float:
-        cfg = self.cfg
+    def _room(self, runs: list[Run], language_model: nn.Module) -> None:
+        """Says how much memory the run needs by estimate. Raises ValueError where that is above --max_memory_hint, or the disk is too small."""
+        cfg, giga = self.cfg, 1e9
+        states = [sum(p.numel() for p in run.sae.parameters()) * 4 * (3 if cfg.optimizer == "adam" else 2) for run in runs]
+        need = {
+            "language model": sum(p.numel() * p.element_size() for p in language_model.parameters()),
+            "SAEs": sum(states) + sum(p.numel() * 4 for run in runs for p in run.sae.parameters()),  # and their gradients
+            "one step": cfg.batch_size * cfg.max_length * (
+                max(1.5 * step_bytes(run.sae, cfg.device) for run in runs)
+                + 4 * runs[0].sae.hidden_size * len({site for run in runs for site in run.sae.sites()})
+            ),
+        }
+        total = sum(need.values()) / giga
+        print(f"memory by estimate: {', '.join(f'{what} {size / giga:.2f} GB' for what, size in need.items())}; together {total:.2f} GB")
+        if cfg.max_memory_hint is not None and total > cfg.max_memory_hint:
+            raise ValueError(f"the run needs {total:.2f} GB by estimate, above --max_memory_hint {cfg.max_memory_hint:g}; lower --batch_size")
+        if str(cfg.device).startswith("cuda"):
+            free = torch.cuda.mem_get_info(cfg.device)[0] / giga
+            total = need["one step"] / giga + sum(states) / giga  # the rest is there already
+        else:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / giga
+        if total > free:
+            print(f"warning: that is above the {free:.2f} GB here; lower --batch_size or train fewer SAEs at once")
+        disk, want = shutil.disk_usage(self.home).free, 3 * sum(states)  # two states are kept while a third is written
+        if want > disk:
+            room = f"{disk / 1e6:.0f} MB free; the states of this run need {want / 1e6:.0f} MB"
+            raise OSError(f"{self.home} has {room}: make room or change --output_dir")
+
+    def _loop(self, runs: list[Run], rows: Rows, language_model: nn.Module, total: int, saved: tuple[Path, dict[str, Any]] | None) -> float:
+        cfg, signals = self.cfg, self.signals
+        per_epoch = math.ceil(len(rows) / cfg.batch_size)
         sites = sorted({site for run in runs for site in run.sae.sites()})
         print(f"{len(rows)} rows of {cfg.max_length} tokens, {total} steps; sites {sites}; {', '.join(run.title for run in runs)}")
-        log = Path(cfg.output_dir) / files.RUN_DIR / files.safe_name(cfg.tag or "+".join(run.title for run in runs)) / "metrics.jsonl"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        wandb = wandb_init(cfg.wandb_project, self._settings(), log.parent.name) if cfg.use_wandb else None
-        tokens, started, every = 0, time.time(), max(1, total // 50)
-        finals: dict[str, dict[str, Any]] = {}
-        with open(log, "w", encoding="utf-8") as lines, tqdm(total=total, desc="training", unit=" steps", mininterval=1) as bar:
-            for step in range(total):
-                epoch, at = divmod(step, per_epoch)
-                order = rows.order(cfg.seed, epoch)[at * cfg.batch_size : (at + 1) * cfg.batch_size]
+        self.text_sum = hashlib.sha256(np.ascontiguousarray(rows.tokens)).hexdigest()
+        at = Namespace(step=0, tokens=0, seconds=0.0, log_bytes=0, finals={})
+        if saved is not None:
+            path, meta = saved
+            if (meta["text_sum"], meta["rows"]) != (self.text_sum, len(rows)):
+                raise ValueError(f"the text is not the one the run in {self.home} was stopped on ({meta['rows']} rows then, {len(rows)} now)")
+            vars(at).update(meta["at"])
+            for run in runs:
+                run.restore(checkpoint.load_part(path, run.title))
+            set_random_state(checkpoint.load_part(path, "random"))
+            print(f"continuing at step {at.step} of {total} ({path})")
+        wandb = wandb_init(cfg.wandb_project, self._settings(), self.home.name) if cfg.use_wandb else None
+        started, every, saved_at = time.time() - at.seconds, max(1, total // 50), (at.step, time.monotonic())
+        signals.in_loop = True
+        with self._log_from(at.log_bytes) as lines, tqdm(total=total, initial=at.step, desc="training", unit=" steps", mininterval=1) as bar:
+            for step in range(at.step, total):
+                alive = [run for run in runs if not run.failed]
+                if not alive:
+                    break
+                epoch, index = divmod(step, per_epoch)
+                order = rows.order(cfg.seed, epoch)[index * cfg.batch_size : (index + 1) * cfg.batch_size]
                 batch = rows.batch(order).to(cfg.device)
-                hidden = hooks.read(language_model, batch, sites)
-                keys = batch.token_keys() + epoch * len(rows) * cfg.max_length
-                if not len(keys):
-                    continue
-                for run in [r for r in runs if not r.failed]:
-                    if step == 0:
-                        run.sae.warm_start(run.sae.gather(hidden))
-                        unit_norm_decoder(run.sae)
-                        run.mode(True)
-                    run.step(hidden, keys, step)
-                    if run.failed:
-                        bar.write(run.failed)
-                tokens += len(keys)
+                due = (step + 1) % every == 0 or step + 1 == total
+                if batch.mask.any():
+                    hidden = hooks.read(language_model, batch, sites)
+                    keys = batch.token_keys() + epoch * len(rows) * cfg.max_length
+                    for run in alive:
+                        if not at.tokens:
+                            run.sae.warm_start(run.sae.gather(hidden))
+                            unit_norm_decoder(run.sae)
+                            run.mode(True)
+                        self._step(run, hidden, keys, step, due, batch, bar)
+                    at.tokens += len(keys)
                 bar.update()
-                if (step + 1) % every == 0 or step + 1 == total:
-                    speed = tokens / (time.time() - started)
-                    for run in [r for r in runs if not r.failed]:
-                        line = {"sae": run.title, "step": step + 1, "tokens": tokens, "tokens_per_s": round(speed), "lr": run.lr} | run.report()
-                        if cfg.device == "cpu":  # elsewhere a step returns before its work is done
-                            line["step_tokens_per_s"] = round(tokens / run.seconds)
-                        finals[run.title] = line
-                        lines.write(json.dumps(line) + "\n")
-                        if wandb is not None:
-                            wandb.log({f"{run.title}/{k}": v for k, v in line.items() if isinstance(v, int | float)}, step=step + 1)
-                    lines.flush()
-                    if finals:
-                        shown = finals[next(iter(finals))]
-                        bar.set_postfix({k: f"{shown[k]:.3g}" for k in ("NormMSE", "L0", "dead") if k in shown}, tok_s=round(speed))
+                at.step, at.seconds = step + 1, time.time() - started
+                if due:
+                    self._report(runs, at, lines, bar, wandb)
+                amount, unit = cfg.save_every
+                passed = at.step - saved_at[0] if unit == "steps" else time.monotonic() - saved_at[1]
+                if at.step < total and (signals.asked or (amount and passed >= amount)):
+                    path = self._save_state(runs, at, lines, len(rows))
+                    saved_at = at.step, time.monotonic()
+                    if signals.asked:
+                        raise Interrupted(signals.asked, f"step {at.step} of {total} is saved in {path}; the same command continues")
+        return self._finish(runs, rows, at, sites)
+
+    def _step(self, run: Run, hidden: dict[int, Tensor], keys: Tensor, step: int, due: bool, batch: Batch, bar: tqdm) -> None:
+        """One update of one run; where it fails, the batch is kept for whoever wants to know why."""
+        try:
+            run.step(hidden, keys, step, due)
+        except torch.OutOfMemoryError as error:
+            todo = "train fewer SAEs at once, or a smaller one"
+            raise ValueError(f"{run.title}: out of memory at step {step} with one token at a time; {todo}") from error
+        if run.failed:
+            dump = self.home / f"nonfinite-{run.title}-step{step}.json"
+            bad = [site for site, h in hidden.items() if not torch.isfinite(h).all()]
+            where = {"rows": batch.row.tolist(), "input_ids": batch.input_ids.tolist(), "mask": batch.mask.tolist()}
+            files.save_json({"sae": run.title, "step": step, "said": run.failed, "sites_not_finite": bad, **where}, dump, indent=None)
+            run.failed += f", its batch is in {dump}"
+            bar.write(run.failed)
+
+    def _log_from(self, size: int) -> BinaryIO:
+        """metrics.jsonl, cut to what it held when the state was saved: no line twice."""
+        lines = open(self.log, "ab")
+        if lines.tell() < size:
+            print(f"warning: {self.log} is shorter than when the state was saved; lines are missing there")
+        lines.truncate(min(size, lines.tell()))
+        return lines
+
+    def _report(self, runs: list[Run], at: Namespace, lines: BinaryIO, bar: tqdm, wandb: Any) -> None:
+        """One line of metrics.jsonl for each run that goes on."""
+        speed = at.tokens / max(at.seconds, 1e-9)
+        for run in [r for r in runs if not r.failed]:
+            line = {"sae": run.title, "step": at.step, "tokens": at.tokens, "tokens_per_s": round(speed), "lr": run.lr} | run.report()
+            if self.cfg.device == "cpu":  # elsewhere a step returns before its work is done
+                line["step_tokens_per_s"] = round(at.tokens / max(run.seconds, 1e-9))
+            at.finals[run.title] = line
+            lines.write(json.dumps(line).encode() + b"\n")
+            if wandb is not None:
+                wandb.log({f"{run.title}/{k}": v for k, v in line.items() if isinstance(v, int | float)}, step=at.step)
+        lines.flush()
+        if at.finals:
+            shown = at.finals[next(iter(at.finals))]
+            bar.set_postfix({k: f"{shown[k]:.3g}" for k in ("NormMSE", "L0", "dead") if k in shown}, tok_s=round(speed))
+
+    def _save_state(self, runs: list[Run], at: Namespace, lines: BinaryIO, n_rows: int) -> Path:
+        """All that the rest of the run depends on. Raises OSError where it cannot be written; the states before stay as they are."""
+        os.fsync(lines.fileno())
+        at.log_bytes = lines.tell()
+        meta = self._wanted() | {
+            "training": [run.title for run in runs], "at": vars(at), "text_sum": self.text_sum, "rows": n_rows, "device": self.cfg.device,
+            **checkpoint.environment(),
+        }
+        parts = {run.title: run.state() for run in runs} | {"random": random_state()}
+        try:
+            return checkpoint.save_state(self.states, at.step, meta, parts)
+        except OSError as error:
+            there = [path.name for path in checkpoint.states(self.states)]
+            kept = f"{there[0]} is intact" if there else "none was saved before"
+            free = shutil.disk_usage(self.home).free / 1e6
+            raise OSError(
+                f"cannot save the state of step {at.step} in {self.states} ({error.strerror or error}; {free:.0f} MB free); {kept}: mend that and "
+                "run the same command again"
+            ) from error
+
+    def _finish(self, runs: list[Run], rows: Rows, at: Namespace, sites: list[int]) -> float:
+        """Final weights and recipes; then the state to continue from is not needed any more."""
         for run in runs:
             if not run.failed:
                 run.mode(False)
                 unit_norm_decoder(run.sae)
-                self._save(run, finals[run.title], rows, tokens, sites)
+                self._save(run, at.finals[run.title], rows, at.tokens, sites)
+        shutil.rmtree(self.states, ignore_errors=True)
         if any(run.failed for run in runs):
             raise ValueError("; ".join(run.failed for run in runs if run.failed) + "; lower --lr (the other SAEs are saved)")
-        return finals[runs[0].title]["loss"]
+        return at.finals[runs[0].title]["loss"]
 
     def _save(self, run: Run, final: dict[str, Any], rows: Rows, tokens: int, sites: list[int]) -> None:
         cfg = self.cfg
