@@ -11,7 +11,7 @@ import time
 import torch
 
 from src import hooks, lm
-from src.applier import SAMPLE, Applier, Seen
+from src.applier import SAMPLE, Applier, Seen, parts
 from src.config import parse
 from src.contexts import Table
 from src.data import open_rows
@@ -96,12 +96,12 @@ def main():
     }
     for batch in rows.batches(cfg.batch_size):
         full = timed("language model", lambda batch=batch: lm.read_sites(applier.language_model, batch.input_ids, sae.sites()))
-        hidden = {site: state[batch.mask].float() for site, state in full.items()}
-        p = timed("encode", lambda hidden=hidden, batch=batch: sae.autoencode(sae.gather(hidden), token=batch.token_keys()))
-        strength = sae.strength(p)
-        timed("tables", lambda p=p, s=strength, batch=batch: seen.update(batch, p, s, applier.text.group, threshold))
-        for name, loop in loops.items():
-            timed(name, lambda s=strength, b=batch, loop=loop: loop.update(s, b, applier.text.group))
+        for some, hidden in parts(batch, full, sae):
+            p = timed("encode", lambda hidden=hidden, b=some: sae.autoencode(sae.gather(hidden), token=b.token_keys()))
+            strength = sae.strength(p)
+            timed("tables", lambda p=p, s=strength, b=some: seen.update(b, p, s, applier.text.group, threshold))
+            for name, loop in loops.items():
+                timed(name, lambda s=strength, b=some, loop=loop: loop.update(s, b, applier.text.group))
     timed("tables", lambda: (seen.top.kept, seen.sample.kept))  # what waited is merged
     for loop in loops.values():
         check(seen, loop, 3 * cfg.top_n)

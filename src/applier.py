@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ SAMPLE = 64  # activations of each latent drawn uniformly: its histogram, its qu
 QUARTERS, EACH = 4, 3  # contexts shown beside the strongest: so many from each quarter of that sample
 POOL, NEGATIVES = 256, 12  # windows drawn once for all latents; how many of them, without the latent, each one gets
 PROMOTED = 8  # tokens named whose logits a decoder direction raises and lowers most
-BUDGET = 2**28  # numbers in one dense code; longer batches are taken apart
+BUDGET = {"cpu": 2**21}  # numbers in one dense code, longer batches are taken apart: on a CPU what its cache holds (encoding in half the time)
 
 
 class Windows:
@@ -52,6 +52,16 @@ class Windows:
         first = at - int(before.argmax()) if before.any() else first
         last = at + int(after.argmax()) if after.any() else last
         return ids[first:last].tolist(), first, int(document[at])
+
+
+def parts(batch: Batch, full: Mapping[int, Tensor], sae: SAE) -> Iterator[tuple[Batch, dict[int, Tensor]]]:
+    """A batch and its states {site: [B,S,D]} in pieces whose dense codes fit the budget: (rows, {site: states of their counted tokens [N,D]})."""
+    per_row = batch.input_ids.shape[1] * sae.latent_size * len(sae.sites())
+    size = max(1, BUDGET.get(batch.input_ids.device.type, 2**28) // per_row)
+    for start in range(0, len(batch.row), size):
+        some = Batch(*(value[start : start + size] for value in batch))
+        if some.mask.any():
+            yield some, {site: state[start : start + size][some.mask].float() for site, state in full.items()}
 
 
 def zero(latent: int) -> Callable[[Tensor], Tensor]:
@@ -211,19 +221,15 @@ class Applier:
     def _collect(self, rows: Rows, threshold: float, reach: int, max_per_token: int) -> Seen:
         cfg, sae = self.cfg, self.sae
         seen = Seen(sae, rows, reach, Table(sae.latent_size, 3 * cfg.top_n, max_per_token), Table(sae.latent_size, SAMPLE), cfg.seed)
-        per_row = cfg.max_length * sae.latent_size * len(sae.sites())
-        part = max(1, min(cfg.batch_size, BUDGET // per_row))
         for batch in tqdm(rows.batches(cfg.batch_size), "applying", math.ceil(len(rows) / cfg.batch_size), unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue
             full = lm.read_sites(self.language_model, batch.input_ids, sae.sites())
-            for start in range(0, len(batch.row), part):
-                some = Batch(*(value[start : start + part] for value in batch))
-                if some.mask.any():
-                    hidden = {site: state[start : start + part][some.mask].float() for site, state in full.items()}
-                    p = sae.autoencode(sae.gather(hidden), cfg.infer_k, cfg.theta, some.token_keys())
-                    seen.update(some, p, sae.strength(p), self.text.group.to(batch.input_ids.device), threshold)
+            groups = self.text.group.to(batch.input_ids.device)
+            for some, hidden in parts(batch, full, sae):
+                p = sae.autoencode(sae.gather(hidden), cfg.infer_k, cfg.theta, some.token_keys())
+                seen.update(some, p, sae.strength(p), groups, threshold)
         return seen
 
     # ------------------------------------------------------------------------------------------- what was kept
