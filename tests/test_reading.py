@@ -87,7 +87,7 @@ def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(
             assert min(part) - 1e-4 <= one["activation"] <= max(part) + 1e-4 and tuple(one["tokens"]) not in shown
             shown.add(tuple(one["tokens"]))
         quarters |= {one["quarter"] for one in entry["sample"]}
-        assert max(([one["quarter"] for one in entry["sample"]].count(q) for q in (1, 2, 3, 4))) <= 3
+        assert max([one["quarter"] for one in entry["sample"]].count(q) for q in (1, 2, 3, 4)) <= 3
     assert quarters == {1, 2, 3, 4}
 
 
