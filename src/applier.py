@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,22 +25,43 @@ from src.metrics import token_kl
 from src.model import SAE, Pass
 from src.ops import active, random_integers, random_subset
 
-SAMPLE = 20  # activations of each latent drawn uniformly, for its histogram and for testing explanations
-POOL, NEGATIVES = 256, 10  # windows drawn once for all latents; how many of them, without the latent, each one gets
+SAMPLE = 64  # activations of each latent drawn uniformly: its histogram, its quantiles
+QUARTERS, EACH = 4, 3  # contexts shown beside the strongest: so many from each quarter of that sample
+POOL, NEGATIVES = 256, 12  # windows drawn once for all latents; how many of them, without the latent, each one gets
 PROMOTED = 8  # tokens named whose logits a decoder direction raises and lowers most
-BUDGET = 2**28  # numbers in one dense code; longer batches are taken apart
+BUDGET = {"cpu": 2**21}  # numbers in one dense code, longer batches are taken apart: on a CPU what its cache holds (encoding in half the time)
 
 
-def window(rows: Rows, row: int, at: int, reach: int) -> tuple[list[int], int, int]:
-    """(token ids, position of the first, document) of the window around a token, cut where its document or the counted text ends."""
-    batch = rows.batch([row])
-    good = batch.mask[0] & (batch.document[0] == batch.document[0, at])
-    first = last = at
-    while first > max(0, at - reach) and good[first - 1]:
-        first -= 1
-    while last < min(len(good) - 1, at + reach) and good[last + 1]:
-        last += 1
-    return batch.input_ids[0, first : last + 1].tolist(), first, int(batch.document[0, at])
+class Windows:
+    """The text around tokens; the rows read last are kept."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.read = rows, lru_cache(4096)(self._read)
+
+    def _read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [S], document [S], -1 where no token counts)."""
+        batch = self.rows.batch([row])
+        return batch.input_ids[0].numpy(), batch.document[0].masked_fill(~batch.mask[0], -1).numpy()
+
+    def __call__(self, row: int, at: int, reach: int) -> tuple[list[int], int, int]:
+        """(token ids, position of the first, document) of the window around a token, cut where its document or the counted text ends."""
+        ids, document = self.read(row)
+        other = document != document[at]
+        first, last = max(0, at - reach), min(len(ids), at + reach + 1)
+        before, after = other[first:at][::-1], other[at:last]
+        first = at - int(before.argmax()) if before.any() else first
+        last = at + int(after.argmax()) if after.any() else last
+        return ids[first:last].tolist(), first, int(document[at])
+
+
+def parts(batch: Batch, full: Mapping[int, Tensor], sae: SAE) -> Iterator[tuple[Batch, dict[int, Tensor]]]:
+    """A batch and its states {site: [B,S,D]} in pieces whose dense codes fit the budget: (rows, {site: states of their counted tokens [N,D]})."""
+    per_row = batch.input_ids.shape[1] * sae.latent_size * len(sae.sites())
+    size = max(1, BUDGET.get(batch.input_ids.device.type, 2**28) // per_row)
+    for start in range(0, len(batch.row), size):
+        some = Batch(*(value[start : start + size] for value in batch))
+        if some.mask.any():
+            yield some, {site: state[start : start + size][some.mask].float() for site, state in full.items()}
 
 
 def zero(latent: int) -> Callable[[Tensor], Tensor]:
@@ -57,7 +80,7 @@ class Seen:
 
     def __init__(self, sae: SAE, rows: Rows, reach: int, top: Table, sample: Table, seed: int) -> None:
         size, n_sites, device = sae.latent_size, len(sae.sites()), next(sae.parameters()).device
-        self.top, self.sample, self.reach, self.seed, self.rows = top, sample, reach, seed, rows
+        self.top, self.sample, self.reach, self.seed, self.window = top, sample, reach, seed, Windows(rows)
         self.tokens = self.samples = 0
         self.density = torch.zeros(size, dtype=torch.long, device=device)
         self.maximum = torch.zeros(size, device=device)
@@ -78,6 +101,7 @@ class Seen:
         per_site = strength.dim() == 3
         per_token = strength.shape[1] if per_site else 1
         flat = strength.flatten(0, -2)
+        dense = flat.flatten()
         if per_site:
             site = torch.arange(per_token, device=flat.device).repeat(n)
         elif p.weights is not None:
@@ -90,7 +114,7 @@ class Seen:
         self.tokens += n
         self.samples += len(flat)
         self.density += torch.bincount(latent, minlength=len(self.density))
-        self.maximum = torch.maximum(self.maximum, flat.max(0).values)
+        self.maximum.scatter_reduce_(0, latent, value.to(self.maximum.dtype), "amax")
         self.at_site += torch.bincount(latent * n_sites + site[sample].clamp_min(0), minlength=self.at_site.numel()).view_as(self.at_site)
         self.tokens_at_site += torch.bincount(site.clamp_min(0), minlength=n_sites)
         if p.weights is not None and self.routing is None:
@@ -100,13 +124,16 @@ class Seen:
         lookup = torch.full(batch.mask.shape, -1, dtype=torch.long, device=flat.device)
         lookup[batch.mask] = torch.arange(n, device=flat.device)
         inside = F.pad(lookup, (self.reach, self.reach), value=-1)
+        begin = row * inside.shape[1] + position  # of each token's window
+        inside = inside.flatten()
         steps = torch.arange(2 * self.reach + 1, device=flat.device)
         keys = batch.token_keys() * max(1, per_token)
 
         def events(index: Tensor, score: Tensor) -> Events:
             where, what, at = token[index], latent[index], site[sample[index]]
-            near = inside[row[where][:, None], position[where][:, None] + steps]  # [E,W] numbers of the tokens around, -1 outside
-            around = flat[near.clamp_min(0) * per_token + (at[:, None] if per_site else 0), what[:, None]] * (near >= 0)
+            near = inside[begin[where][:, None] + steps]  # [E,W] numbers of the tokens around, -1 outside
+            place = near * per_token + at[:, None] if per_site else near
+            around = dense[(place * flat.shape[1] + what[:, None]).clamp_min_(0)].masked_fill_(near < 0, 0)
             return Events(
                 what, value[index], classes[index], batch.row[row[where]], position[where], at,
                 weight[where], score, around.half(),
@@ -125,7 +152,7 @@ class Seen:
             if number in self.pool and batch.mask[i].any():
                 counted = batch.mask[i].nonzero()[:, 0]
                 at = int(counted[int(random_integers(torch.tensor([number]), self.seed, len(counted)))])
-                ids, first, _ = window(self.rows, number, at, self.reach)
+                ids, first, _ = self.window(number, at, self.reach)
                 near = lookup[i, first : first + len(ids)]
                 there = flat.view(n, per_token, -1)[near].ne(0).any(0).any(0)
                 self.windows[self.pool[number]] = ids, there.cpu()
@@ -173,7 +200,7 @@ class Applier:
         seen = self._collect(rows, threshold, max_length, max_per_token)
         if not seen.tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
-        latents = self._describe(seen, rows, max_length, lines)
+        latents = self._describe(seen, max_length, lines)
         self._read_out(latents)
         if cfg.effect:
             self._effects(latents, rows)
@@ -194,24 +221,20 @@ class Applier:
     def _collect(self, rows: Rows, threshold: float, reach: int, max_per_token: int) -> Seen:
         cfg, sae = self.cfg, self.sae
         seen = Seen(sae, rows, reach, Table(sae.latent_size, 3 * cfg.top_n, max_per_token), Table(sae.latent_size, SAMPLE), cfg.seed)
-        per_row = cfg.max_length * sae.latent_size * len(sae.sites())
-        part = max(1, min(cfg.batch_size, BUDGET // per_row))
         for batch in tqdm(rows.batches(cfg.batch_size), "applying", math.ceil(len(rows) / cfg.batch_size), unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue
             full = lm.read_sites(self.language_model, batch.input_ids, sae.sites())
-            for start in range(0, len(batch.row), part):
-                some = Batch(*(value[start : start + part] for value in batch))
-                if some.mask.any():
-                    hidden = {site: state[start : start + part][some.mask].float() for site, state in full.items()}
-                    p = sae.autoencode(sae.gather(hidden), cfg.infer_k, cfg.theta, some.token_keys())
-                    seen.update(some, p, sae.strength(p), self.text.group.to(batch.input_ids.device), threshold)
+            groups = self.text.group.to(batch.input_ids.device)
+            for some, hidden in parts(batch, full, sae):
+                p = sae.autoencode(sae.gather(hidden), cfg.infer_k, cfg.theta, some.token_keys())
+                seen.update(some, p, sae.strength(p), groups, threshold)
         return seen
 
     # ------------------------------------------------------------------------------------------- what was kept
 
-    def _describe(self, seen: Seen, rows: Rows, reach: int, lines: int) -> dict[str, dict[str, Any]]:
+    def _describe(self, seen: Seen, reach: int, lines: int) -> dict[str, dict[str, Any]]:
         """{latent: contexts and figures}, for the latents with enough contexts."""
         top, sample = seen.top.kept, seen.sample.kept
         if top is None or sample is None:
@@ -226,7 +249,9 @@ class Applier:
             cut = -math.inf
             if self.cfg.quantile is not None and d > c:
                 cut = float(sample.value[c:d].quantile(self.cfg.quantile))
-            kept = self._contexts(top, [i for i in range(a, b) if top.value[i] >= cut], rows, reach, self.cfg.top_n)
+            shown: set[tuple[str, ...]] = set()
+            strong = (top.value[a:b] >= cut).nonzero()[:, 0].add(a).tolist()
+            kept = self._contexts(top, strong, seen.window, reach, self.cfg.top_n, shown)
             if len(kept) < lines:
                 continue
             entry: dict[str, Any] = {
@@ -237,27 +262,33 @@ class Applier:
             }
             for one in kept:
                 entry["contexts"].setdefault(one["token_class"], []).append({"activation": one["activation"], "context": one["context"]})
-            shown = {tuple(one["tokens"]) for one in kept}
-            others = self._contexts(sample, sorted(range(c, d), key=lambda i: -float(sample.value[i])), rows, reach, SAMPLE)
+            values = sample.value[c:d]
+            rank = values.argsort(descending=True, stable=True).argsort()  # 0: the strongest of the sample
+            others = []
+            for quarter in range(QUARTERS):
+                drawn = (rank * QUARTERS // max(1, d - c) == quarter).nonzero()[:, 0].add(c).tolist()  # in random order
+                some = self._contexts(sample, drawn, seen.window, reach, EACH, shown)
+                others += [one | {"quarter": quarter + 1} for one in sorted(some, key=lambda one: -one["activation"])]
             entry |= {
                 "density": float(seen.density[latent] / seen.samples), "max_activation": round(float(seen.maximum[latent]), 4),
                 "site_counts": [int(n) for n in seen.at_site[latent]] if profile is None else None,
                 "decoder_norms": [round(n, 4) for n in profile[latent]] if profile is not None else None,
-                "sample_activations": [round(float(v), 4) for v in sample.value[c:d].sort(descending=True).values],
-                "sample": [one for one in others if tuple(one["tokens"]) not in shown][:NEGATIVES], "negatives": seen.without(latent),
+                "sample_activations": [round(float(v), 4) for v in values.sort(descending=True).values],
+                "sample": others, "negatives": seen.without(latent),
             }
             found[str(latent)] = entry
         return found
 
-    def _contexts(self, events: Events, chosen: list[int], rows: Rows, reach: int, n: int) -> list[dict[str, Any]]:
-        """Up to n of the chosen events with their text; the same text once."""
+    def _contexts(
+        self, events: Events, chosen: list[int], window: Windows, reach: int, n: int, texts: set[tuple[str, ...]]
+    ) -> list[dict[str, Any]]:
+        """Up to n of the chosen events with their text; none of those in `texts`, which grows by them."""
         kept: list[dict[str, Any]] = []
-        texts: set[tuple[str, ...]] = set()
         for i in chosen:
             if len(kept) == n:
                 break
             row, at = int(events.row[i]), int(events.position[i])
-            ids, first, document = window(rows, row, at, reach)
+            ids, first, document = window(row, at, reach)
             pieces = self.text.pieces(ids)
             if tuple(pieces) in texts:
                 continue

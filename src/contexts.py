@@ -48,34 +48,56 @@ def best(latent: Tensor, group: Tensor, score: Tensor, per_group: int | None, pe
     """
     order = score.argsort(descending=True, stable=True)
     if per_group is not None:
-        key = latent * (int(group.max()) + 1 if len(group) else 1) + group
-        order = order[key[order].argsort(stable=True)]
-        order = order[rank_in_group(key[order]) < per_group]
-        order = order[score[order].argsort(descending=True, stable=True)]
+        key = (latent * (int(group.max()) + 1 if len(group) else 1) + group)[order]
+        runs = key.argsort(stable=True)
+        stays = torch.empty_like(key, dtype=torch.bool)
+        stays[runs] = rank_in_group(key[runs]) < per_group
+        order = order[stays]
     order = order[latent[order].argsort(stable=True)]
     return order[rank_in_group(latent[order]) < per_latent]
 
 
 class Table:
-    """The best events of every latent over a stream of batches, in bounded memory: at most per_latent x F entries."""
+    """The best events of every latent over a stream of batches, in bounded memory: per_latent x F kept, as many waiting to be merged.
+
+    Merging sorts, so it is put off until there is enough of it; a latent's floor, what an event has to exceed, is that of the last merge.
+    """
 
     def __init__(self, n_latents: int, per_latent: int, per_group: int | None = None) -> None:
         self.per_latent, self.per_group, self.n_latents = per_latent, per_group, n_latents
-        self.kept: Events | None = None
         self.floor: Tensor | None = None
+        self._kept: Events | None = None
+        self._waiting: list[Events] = []
 
     def candidates(self, latent: Tensor, group: Tensor, score: Tensor) -> Tensor:
-        """Which of new events may be kept: those above the last one of a latent that has its full number, and of them the best."""
+        """Which of new events may be kept: those above the last one of a latent that has its full number; the best of them where they are many."""
         index = torch.arange(len(latent), device=latent.device) if self.floor is None else (score > self.floor[latent]).nonzero()[:, 0]
-        return index[best(latent[index], group[index], score[index], self.per_group, self.per_latent)]
+        if len(index) > self.n_latents * self.per_latent // 4:
+            index = index[best(latent[index], group[index], score[index], self.per_group, self.per_latent)]
+        return index
 
     def add(self, new: Events) -> None:
-        merged = new if self.kept is None else Events(*(torch.cat(pair) for pair in zip(self.kept, new, strict=True)))
-        self.kept = merged.take(best(merged.latent, merged.group, merged.score, self.per_group, self.per_latent))
-        count = torch.bincount(self.kept.latent, minlength=self.n_latents)
-        lowest = torch.full((self.n_latents,), float("inf"), dtype=self.kept.score.dtype, device=count.device)
-        lowest.scatter_reduce_(0, self.kept.latent, self.kept.score, "amin")
-        self.floor = torch.where(count >= self.per_latent, lowest, torch.full_like(lowest, -float("inf")))
+        self._waiting.append(new)
+        if sum(len(events.latent) for events in self._waiting) >= self.n_latents * self.per_latent:
+            self._merge()
+
+    @property
+    def kept(self) -> Events | None:
+        """By latent, then by falling score; None before the first event."""
+        self._merge()
+        return self._kept
+
+    def _merge(self) -> None:
+        if not self._waiting:
+            return
+        parts = [*([self._kept] if self._kept is not None else []), *self._waiting]
+        merged = Events(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        self._waiting = []
+        self._kept = kept = merged.take(best(merged.latent, merged.group, merged.score, self.per_group, self.per_latent))
+        last = torch.bincount(kept.latent, minlength=self.n_latents).cumsum(0) - 1
+        full = torch.diff(last, prepend=last.new_tensor([-1])) >= self.per_latent
+        self.floor = torch.full((self.n_latents,), -float("inf"), dtype=kept.score.dtype, device=kept.score.device)
+        self.floor[full] = kept.score[last[full]]
 
 
 class TokenText:

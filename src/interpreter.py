@@ -314,7 +314,7 @@ class Interpreter:
     def _test(self, kind: str, client: Any, explanation: str, latent: str, entry: dict[str, Any], pool: list[Any]) -> dict[str, Any] | None:
         """Balanced accuracy of the explanation on contexts that were not shown when it was made, half of them false; None without such."""
         draw = random.Random(f"{self.cfg.seed}/{latent}/{kind}")
-        active = list(entry.get("sample", []))[:10]
+        active = list(entry.get("sample", []))
         if kind == "detection":
             silent = [pool[i] for i in entry.get("negatives", []) if i < len(pool)][: len(active)]
             items = [("".join(c["tokens"]), True, c["tokens"]) for c in active] + [("".join(c["tokens"]), False, c["tokens"]) for c in silent]

@@ -17,30 +17,54 @@ from src.files import ROOT, load_json, newest, save_text
 ASSETS = ROOT / "assets" / "page"  # page.css and page.js, put into the page as they are
 
 
-def _context(activation: float, one: dict[str, Any], reach: int) -> dict[str, Any]:
+BINS = 12  # bars of an activation histogram
+
+
+class _Words:
+    """Texts of tokens, each stored once: the page holds their numbers."""
+
+    def __init__(self) -> None:
+        self.number: dict[str, int] = {}
+
+    def __call__(self, words: list[str]) -> list[int]:
+        return [self.number.setdefault(word, len(self.number)) for word in words]
+
+
+def _context(activation: float, one: dict[str, Any], reach: int, words: _Words) -> list[Any]:
+    """[words, place of the active one, strength, [[place, strength], ...], site, router weight, document, quarter]"""
     at = one["position"]
     first, last = max(0, at - reach), at + reach + 1
-    near = [[j - first, value] for j, value in one["token_activations"] if first <= j < last]
-    return {
-        "tokens": one["tokens"][first:last], "at": at - first, "value": activation, "near": near, "site": one["layer"],
-        "weight": one["router_weight"], "document": one["document"],
-    }
+    near = [[j - first, float(f"{value:.3g}")] for j, value in one["token_activations"] if first <= j < last]
+    tokens = words(one["tokens"][first:last])
+    return [tokens, at - first, float(f"{activation:.4g}"), near, one["layer"], one["router_weight"], one["document"], one.get("quarter", 0)]
 
 
-def feature(latent: str, entry: dict[str, Any], label: dict[str, Any], sites: list[int], reach: int, shown: int) -> dict[str, Any]:
+def _histogram(values: list[float]) -> dict[str, Any] | None:
+    """{"from", "to", "counts", "n"} of a sample of activations; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    low, high, counts = min(values), max(values), [0] * BINS
+    for value in values:
+        counts[min(BINS - 1, int(BINS * (value - low) / (high - low or 1)))] += 1
+    return {"from": low, "to": high, "counts": counts, "n": len(values)}
+
+
+def feature(latent: str, entry: dict[str, Any], label: dict[str, Any], sites: list[int], reach: int, shown: int, words: _Words) -> dict[str, Any]:
     """What the page shows of one latent, from its entries in the contexts and the interpretation."""
     keys = ("tokens", "position", "token_activations", "layer", "router_weight", "document")
-    top = [_context(a, {key: entry[key][i] for key in keys}, reach) for i, a in enumerate(entry["activations"][:shown])]
+    top = [_context(a, {key: entry[key][i] for key in keys}, reach, words) for i, a in enumerate(entry["activations"][:shown])]
     by_site = entry.get("site_counts") or entry.get("decoder_norms")
-    return {
+    found = {
         "id": latent, "label": label.get("description"), "category": label.get("category"), "score": label.get("score"),
         "detection": label.get("detection"), "fuzzing": label.get("fuzzing"), "max": entry["max_activation"], "density": entry["density"],
         "classes": list(dict.fromkeys(entry["token_class"]))[:8], "sites": by_site if by_site and len(sites) > 1 else None,
         "norms": entry.get("site_counts") is None, "site": sites[by_site.index(max(by_site))] if by_site else None,
-        "sample": entry["sample_activations"], "promoted": entry.get("promoted", []), "suppressed": entry.get("suppressed", []),
-        "effect": entry.get("effect_promoted", []), "effect_KL": entry.get("effect_KL"), "contexts": top,
-        "others": [_context(one["activation"], one, reach) for one in entry["sample"]],
+        "histogram": _histogram(entry["sample_activations"]), "effect_KL": entry.get("effect_KL"), "contexts": top,
+        "others": [_context(one["activation"], one, reach, words) for one in entry["sample"]],
     }
+    for name in ("promoted", "suppressed", "effect_promoted", "effect_suppressed"):
+        found[name] = [[word, float(f"{value:.3g}")] for word, value in entry.get(name, [])]
+    return found
 
 
 def page(
@@ -54,12 +78,14 @@ def page(
     line = f"{contexts['model']} on {Path(contexts['source_model']).name}, sites {sites[0]}" + (f" to {sites[-1]}" if len(sites) > 1 else "")
     line += f"; {len(chosen)} of {contexts['total_latents']} latents with contexts, {contexts['latent_size']} in all; "
     line += f"{contexts['tokens']:,} tokens, strength above {contexts['threshold']:.3g}"
+    words = _Words()
     data = {
         "about": {"title": contexts["title"], "line": line, "sites": sites},
-        "features": [feature(latent, table[latent], labels.get(latent, {}), sites, reach, shown) for latent in chosen],
+        "features": [feature(latent, table[latent], labels.get(latent, {}), sites, reach, shown, words) for latent in chosen],
         "routing": contexts.get("routing"), "evaluation": evaluation,
         "picture": "data:image/png;base64," + base64.b64encode(picture).decode() if picture else None,
     }
+    data["words"] = list(words.number)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
         text = text.replace(character, escaped)  # inside <script> no text may end it
@@ -69,11 +95,14 @@ def page(
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Features</title>'
-        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><header><h1>Features of a sparse autoencoder</h1></header><main><nav>'
+        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><header><h1>Features of a sparse autoencoder</h1>'
+        '<span><button id="home" type="button">overview</button> <button id="back" type="button" aria-label="previous feature">&larr;</button> '
+        '<button id="next" type="button" aria-label="next feature">&rarr;</button></span></header><main><nav>'
         '<input id="query" type="search" placeholder="search labels, tokens, numbers" aria-label="search">'
-        '<p><button id="home" type="button">overview</button> <label>order <select id="order"><option value="max">strength</option>'
-        '<option value="density">density</option><option value="score">score</option><option value="site">site</option>'
-        '<option value="id">number</option></select></label> <small id="count"></small></p><div id="list"></div></nav><section id="view"></section>'
+        '<p><label>order <select id="order"><option value="max">strength</option><option value="density">density</option>'
+        '<option value="score">score</option><option value="tested">tested score</option><option value="site">site</option>'
+        '<option value="id">number</option></select></label> <label>site <select id="site"><option value="">all</option></select></label> '
+        '<small id="count"></small></p><div id="list"></div></nav><section id="view"><noscript>This page needs its script.</noscript></section>'
         f'</main><script type="application/json" id="data">{text}</script><script>{script}</script></body></html>'
     )
 

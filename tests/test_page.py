@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from src.page import page
 from src.plots import between, families, table
+from tests.browser import CHROMIUM, Browser
 
 ATTACKS = [
     "</script><script>document.title='owned'</script>", "<img src=x onerror=document.title='owned'>", "javascript:alert(1)",
@@ -16,15 +15,16 @@ ATTACKS = [
 ]
 
 
-def made(labels):
-    context = {"tokens": ATTACKS, "position": 1, "token_activations": [[1, 2.0]], "layer": 4, "router_weight": 0.5, "document": 3, "activation": 2.0}
+def made(labels, latents=("7",)):
+    context = {"tokens": ATTACKS, "position": 1, "token_activations": [[1, 2.0]], "layer": 4, "router_weight": 0.5, "document": 3, "activation": 2.0,
+               "quarter": 1}
     entry = {
         "activations": [2.0], "tokens": [ATTACKS], "position": [1], "token_activations": [[[1, 2.0]]], "layer": [4], "router_weight": [0.5],
         "document": [3], "token_class": [ATTACKS[0]], "site_counts": [3, 1], "decoder_norms": None, "max_activation": 2.0, "density": 0.1,
         "sample_activations": [1.0, 2.0], "sample": [context], "promoted": [[ATTACKS[1], 1.0]], "suppressed": [[ATTACKS[0], -1.0]],
     }
     contexts = {
-        "latent_context_map": {"7": entry}, "sites": [4, 5], "model": "RouteSAE", "source_model": "x/demo", "title": ATTACKS[0], "latent_size": 8,
+        "latent_context_map": {name: entry for name in latents}, "sites": [4, 5], "model": "RouteSAE", "source_model": "x/demo", "title": ATTACKS[0], "latent_size": 8,
         "total_latents": 1, "tokens": 100, "threshold": 1.0,
         "routing": {"share": [0.75, 0.25], "sample": {"tokens": ATTACKS, "weights": [[0.9, 0.1]] * 5}},
     }
@@ -35,19 +35,54 @@ def test_hostile_text_cannot_end_the_data_or_add_elements():
     html = made({"7": {"description": ATTACKS[0], "score": 4}})
     assert html.count("</script>") == 2 and html.count("<script") == 2 and "<img src=x" not in html
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))
-    assert data["features"][0]["label"] == ATTACKS[0] and data["features"][0]["contexts"][0]["tokens"] == ATTACKS
+    assert data["features"][0]["label"] == ATTACKS[0] and [data["words"][i] for i in data["features"][0]["contexts"][0][0]] == ATTACKS
     assert "default-src 'none'" in html and not re.search(r"https?://|innerHTML|document\.write|eval\(", html)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-def test_in_a_browser_the_page_shows_the_text_and_runs_none_of_it(tmp_path):
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+
+
+@pytest.fixture
+def browser(tmp_path):
+    opened = Browser(tmp_path / "profile", width=390)
+    yield opened
+    opened.close()
+
+
+@needs_browser
+def test_in_a_browser_the_page_shows_the_text_and_runs_none_of_it(tmp_path, browser):
     (tmp_path / "r.html").write_text(made({"7": {"description": ATTACKS[0], "score": 4}}))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom", f"--user-data-dir={tmp_path}/u"]
-    for anchor, wanted in (("#7", "Strongest contexts"), ("", "Share of tokens by site")):
-        done = subprocess.run([*command, f"file://{tmp_path}/r.html{anchor}"], capture_output=True, text=True, timeout=90)
-        body = done.stdout
-        assert wanted in body and "<title>Features</title>" in body, done.stderr[-500:]
-        assert "<img src=\"x\"" not in body and "<img src=x" not in body
+    for anchor, wanted in (("#7", ["Strongest contexts", *ATTACKS[:2]]), ("", ["Share of tokens by site", ATTACKS[0]])):
+        browser.open(tmp_path / "r.html", anchor)
+        text = browser.run("document.getElementById('view').textContent")
+        assert all(part in text for part in wanted)
+    assert browser.run("document.title") == "Features" and browser.run("document.images.length") == 1  # the picture given, no forged one
+    assert all(address.startswith("data:image/png;base64,") for address in browser.requests)
+    assert not [e for e in browser.errors if "data:image" not in json.dumps(e)]  # the picture of this test is none
+
+
+@needs_browser
+def test_keys_step_permalinks_open_search_and_order_apply(tmp_path, browser):
+    (tmp_path / "r.html").write_text(made({"8": {"description": "a fox"}, "7": {"description": "a hen"}}, ["7", "8", "9"]))
+    browser.open(tmp_path / "r.html", "#8")
+    title = "document.querySelector('h2').textContent"
+    assert browser.run(title) == "Feature 8" and browser.run("document.querySelector('#list a.on').dataset.id") == "8"
+    seen = []
+    for key in ("j", "ArrowRight", "k", "ArrowLeft", "ArrowLeft"):
+        browser.press(key)
+        seen.append(browser.run("location.hash"))
+    assert seen == ["#9", "#9", "#8", "#7", "#7"]  # it stops at both ends
+    browser.press("/")
+    for letter in "fox":
+        browser.press(letter)
+    assert browser.run("[...document.querySelectorAll('#list a')].map(a => a.dataset.id)") == ["8"] and browser.run("location.hash") == "#7"
+    browser.run("document.getElementById('home').click()")
+    browser.run("new Promise(f => setTimeout(f, 50))")
+    assert browser.run(title) == ATTACKS[0]
+    assert browser.run("document.documentElement.scrollWidth") <= 390  # nothing wider than a phone
+    browser.open(tmp_path / "r.html", "#12345")
+    assert "No feature 12345" in browser.run("document.getElementById('view').textContent")
+    assert browser.run("document.getElementById('site').options.length") == 3
 
 
 def test_a_frontier_is_read_off_between_its_points_only():

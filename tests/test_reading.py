@@ -70,7 +70,25 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
 def test_batching_changes_no_context(trained, tmp_path):
     first = applied(trained, tmp_path / "a", "RouteSAE", "--batch_size", "2", "--max_samples", "20")[2]["latent_context_map"]
     second = applied(trained, tmp_path / "b", "RouteSAE", "--batch_size", "9", "--max_samples", "20")[2]["latent_context_map"]
-    assert {k: (v["position"], v["document"]) for k, v in first.items()} == {k: (v["position"], v["document"]) for k, v in second.items()}
+    for latent in first.keys() | second.keys():
+        for entry, other in zip(first[latent]["sample"], second[latent]["sample"], strict=True):
+            assert (entry["tokens"], entry["quarter"]) == (other["tokens"], other["quarter"])
+        assert all(first[latent][key] == second[latent][key] for key in ("position", "document", "density", "site_counts", "negatives"))
+
+
+def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(trained, tmp_path):
+    _, _, found = applied(trained, tmp_path, "TopK", "--max_samples", "60", "--top_n", "2")
+    quarters = set()
+    for entry in found["latent_context_map"].values():
+        values, shown = entry["sample_activations"], {tuple(tokens) for tokens in entry["tokens"]}
+        assert values == sorted(values, reverse=True) and len(values) <= 64
+        for one in entry["sample"]:
+            part = [v for i, v in enumerate(values) if i * 4 // len(values) + 1 == one["quarter"]]
+            assert min(part) - 1e-4 <= one["activation"] <= max(part) + 1e-4 and tuple(one["tokens"]) not in shown
+            shown.add(tuple(one["tokens"]))
+        quarters |= {one["quarter"] for one in entry["sample"]}
+        assert max([one["quarter"] for one in entry["sample"]].count(q) for q in (1, 2, 3, 4)) <= 3
+    assert quarters == {1, 2, 3, 4}
 
 
 def test_nothing_above_the_threshold_is_valid_and_says_what_there_is(trained, tmp_path, capsys):
