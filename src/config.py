@@ -97,6 +97,12 @@ OPTIONS: dict[str, Option] = {
     "sparsity_warmup": Option("sae", float, None, "share of the run over which the coefficient rises from 0", low=0),
     "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
     "routing": Option("sae", str, None, "one site a token, a mixture, a random one, or shuffled", ("hard", "soft", "random", "permuted")),
+    "router_objective": Option(
+        "sae", str, None, "where the router's gradient comes from (src/model.py, RouteSAE)", ("published", "expected", "advantage", "ste")
+    ),
+    "router_balance": Option("sae", str, None, "what keeps the sites' load even", ("none", "switch", "bias")),
+    "router_balance_coef": Option("sae", float, None, "its weight, or the bias's step (default: .02, .001)", low=0),
+    "route_scale": Option("sae", str, None, "what multiplies the chosen state (default: p for published, else one)", ("p", "one", "ste")),
     "auxk_coeff": Option("sae", float, None, "weight of the auxiliary loss that revives dead latents", low=0),
     "dead_tokens": Option("sae", int, None, "tokens without activation after which a latent is dead (default: auto)", low=1),
     "topk_relu": Option("sae", boolean, None, "clip negative values among the k"),

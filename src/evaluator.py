@@ -113,12 +113,8 @@ class Evaluator:
         subject.reconstruction.update(p.target, p.x_hat)
         subject.activity.update(p.latents)
         if p.weights is not None:
-            subject.routing.update(p.weights, self._errors_at_each_site(subject.sae, x), metrics.squared_errors(p.target, p.x_hat))
-
-    def _errors_at_each_site(self, sae: SAE, x: Tensor) -> Tensor:
-        """[N,L]: NormMSE of every site's own state, unscaled, had the token been sent there."""
-        inner = [sae.sae.autoencode(x[:, i], self.cfg.infer_k, self.cfg.theta) for i in range(x.shape[1])]
-        return torch.stack([metrics.squared_errors(p.target, p.x_hat) for p in inner], dim=1)
+            errors = subject.sae.site_errors(x, None, self.cfg.infer_k, self.cfg.theta)
+            subject.routing.update(p.weights, errors, metrics.squared_errors(p.target, p.x_hat))
 
     def _measure_patched(self, model, batch: Batch, full, hidden, means) -> None:
         clean_states = lm.final_states(model, batch.input_ids)

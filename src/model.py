@@ -29,6 +29,7 @@ from src.zoo import canonical
 
 SPARSE_FROM = 16  # latents per active one from which sparse sums beat dense products on a CPU (benchmarks/sparse_code.py)
 ROUTINGS = ("hard", "soft", "random", "permuted")
+OBJECTIVES, BALANCES, SCALES = ("published", "expected", "advantage", "ste"), ("none", "switch", "bias"), ("p", "one", "ste")
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 
 
@@ -40,7 +41,8 @@ class Pass(NamedTuple):
     x_hat: Tensor  # reconstruction, shape of target
     pre_acts: Tensor | None = None  # before the activation; what penalties read
     weights: Tensor | None = None  # share of each site (routed models) [N,L]
-    scale: Tensor | None = None  # p of the routed site [N]
+    scale: Tensor | None = None  # what multiplied the routed site's state: p, or 1 [N]
+    inputs: Tensor | None = None  # the states of all sites (routed models) [N,L,D]
 
 
 def routed_sites(n_layers: int, start_layer: int | None = None, end_layer: int | None = None) -> list[int]:
@@ -517,20 +519,40 @@ class RouteSAE(SAE):
 
     routing: "hard" (argmax), "soft" (the mixture), "random" (a site drawn uniformly per token, scale 1), "permuted" (the control: hard sites
     shuffled over the tokens of a batch, so that the shares stay; p stays the token's own).
+
+    router_objective says where the router's gradient comes from. With e_l(t) the NormMSE of token t's state at site l, a constant here:
+        published  NormMSE(p x, SAE(p x)) alone. Without biases SAE(p x) = p SAE(x), so that p cancels: no gradient. With biases it fits p to
+                   their size; the sites not chosen never enter.
+        expected   also mean over t of sum_l p_l e_l, whose gradient in logit j is p_j (e_j - sum_l p_l e_l): towards sites with less error.
+        advantage  the same with (e_l - E_l) / E_l for e_l, E_l a running mean: towards sites where this token does unusually well.
+        ste        the chosen site's weight is 1, with the gradient of p (straight-through), target included.
+    e_l is measured on one token in L. router_balance: "switch" adds coef L sum_l share_l mean p_l (Fedus et al. 2021), least when the load is
+    even; "bias" moves a bias of each logit by coef against its load, without gradient (Wang et al. 2024; here p feels it too).
+    route_scale: what multiplies the state, "p", "one", or "ste" (1, with the gradient of p); default p for published, else one.
     """
 
     def __init__(
         self, hidden_size, n_layers, latent_size, k, *, aggre="sum", routing="hard", route_patch="scaled", start_layer=None, end_layer=None,
-        seed=42, norm_eps=1e-5, **rest,
+        router_objective="published", router_balance="none", router_balance_coef=None, route_scale=None, seed=42, norm_eps=1e-5, **rest,
     ):
         super().__init__(hidden_size, latent_size, norm_eps)
-        for what, value, known in (("aggre", aggre, ("sum", "mean")), ("routing", routing, ROUTINGS)):
+        for what, value, known in (
+            ("aggre", aggre, ("sum", "mean")), ("routing", routing, ROUTINGS), ("router_objective", router_objective, OBJECTIVES),
+            ("router_balance", router_balance, BALANCES), ("route_scale", route_scale, (None, *SCALES)),
+        ):
             if value not in known:
-                raise ValueError(f"{what} {value!r}; known are {', '.join(known)}")
+                raise ValueError(f"{what} {value!r}; known are {', '.join(map(str, known))}")
+        if router_objective != "published" and routing not in ("hard", "permuted"):
+            raise ValueError(f"router_objective {router_objective} chooses one site a token; it needs routing hard, not {routing}")
         self.routed = routed_sites(n_layers, start_layer, end_layer)
         self.n_layers, self.start_layer, self.end_layer, self.n_routed_layers = n_layers, self.routed[0], self.routed[-1] + 1, len(self.routed)
         self.aggre, self.routing, self.route_patch, self.seed = aggre, routing, route_patch, seed
+        self.objective, self.balance = router_objective, router_balance
+        self.balance_coef = {"none": 0.0, "switch": 0.02, "bias": 1e-3}[router_balance] if router_balance_coef is None else router_balance_coef
+        self.route_scale = route_scale or ("p" if router_objective == "published" else "one")
         self.router = nn.Linear(hidden_size, self.n_routed_layers, bias=False)
+        self.register_buffer("load_bias", torch.zeros(self.n_routed_layers), persistent=router_balance == "bias")
+        self.register_buffer("site_error", torch.full((self.n_routed_layers,), float("nan")), persistent=False)
         self.sae = TopK(hidden_size, latent_size, k, **rest)
         self.k = k
 
@@ -542,7 +564,7 @@ class RouteSAE(SAE):
         if aggre not in ("sum", "mean"):
             raise ValueError(f"aggre {aggre!r}; known are sum, mean")
         pooled = x.sum(-2) if aggre == "sum" else x.mean(-2)
-        return self.router(pooled).softmax(-1)
+        return (self.router(pooled) + self.load_bias).softmax(-1)
 
     def route(self, x: Tensor, router_weights: Tensor, routing: str = "hard") -> tuple[Tensor, Tensor]:
         """(layer_weights [...,L], routed_x [...,D]): p at the argmax and 0 elsewhere for hard, p itself for soft."""
@@ -585,12 +607,50 @@ class RouteSAE(SAE):
 
     def autoencode(self, x, infer_k=None, theta=None, token=None):
         weights = self._weights(x, token)
-        _, routed = self.route(x, weights, self.routing)
+        layer_weights, routed = self.route(x, weights, self.routing)
+        scale = weights.max(-1).values
+        if self.routing != "soft" and (self.objective == "ste" or self.route_scale != "p"):
+            chosen = (layer_weights != 0).to(x.dtype)
+            if self.objective == "ste":
+                chosen = chosen + (weights - weights.detach())
+            routed, scale = (chosen[..., None] * x).sum(-2), torch.ones_like(scale)
+            if self.route_scale == "ste":
+                p = layer_weights.sum(-1, keepdim=True)
+                routed = routed * (p / p.detach())
         inner = self.sae.autoencode(routed, infer_k, theta)
-        return inner._replace(weights=weights, scale=weights.max(-1).values)
+        return inner._replace(weights=weights, scale=scale, inputs=x)
+
+    @torch.no_grad()
+    def site_errors(self, x: Tensor, scale: Tensor | None = None, infer_k: int | None = None, theta: float | None = None) -> Tensor:
+        """NormMSE of every site's state, times scale [N], had the token gone there. [N,L,D] -> [N,L]"""
+        x = x if scale is None else x * scale[:, None, None]
+        found = [self.sae.autoencode(x[:, i], infer_k, theta) for i in range(x.shape[1])]
+        return torch.stack([squared_errors(p.target, p.x_hat) for p in found], dim=1)
+
+    def _sample(self, p: Pass) -> tuple[Tensor, Tensor]:
+        """(errors, weights), both [n,L], of one token in L."""
+        every = slice(int(self.seen) % self.n_routed_layers, None, self.n_routed_layers)
+        x, weights, scale = p.inputs.flatten(0, -3)[every], p.weights.flatten(0, -2)[every], p.scale.flatten()[every]
+        return self.site_errors(x, scale.detach()), weights
 
     def penalty(self, p):
-        return self.sae.penalty(p)
+        terms = self.sae.penalty(p)
+        if self.objective in ("expected", "advantage") and p.weights.requires_grad:
+            errors, weights = self._sample(p)
+            if len(errors):
+                mean = errors.mean(0)
+                self.site_error.copy_(torch.where(self.site_error.isnan(), mean, 0.95 * self.site_error + 0.05 * mean))
+                if self.objective == "advantage":
+                    errors = (errors - self.site_error) / self.site_error.clamp_min(1e-12)
+                terms["Router"] = (weights * errors).sum(-1).mean()
+        if self.balance == "switch" and self.balance_coef:
+            load = self._load(p)
+            terms["Balance"] = self.balance_coef * self.n_routed_layers * (load * p.weights.flatten(0, -2).mean(0)).sum()
+        return terms
+
+    def _load(self, p: Pass) -> Tensor:
+        """Share of tokens of each site [L]."""
+        return F.one_hot(p.weights.argmax(-1), self.n_routed_layers).float().flatten(0, -2).mean(0)
 
     def strength(self, p):
         return p.latents if self.routing == "soft" else p.latents / p.scale[..., None]
@@ -638,16 +698,24 @@ class RouteSAE(SAE):
     def warm_start(self, x):
         self.sae.warm_start(x)
 
+    @torch.no_grad()
     def after_step(self, p, progress):
         super().after_step(p, progress)
         self.sae.after_step(p, progress)
+        if self.balance == "bias":
+            self.load_bias += self.balance_coef * (1 / self.n_routed_layers - self._load(p)).sign()
 
     @torch.no_grad()
     def diagnostics(self, p):
-        """Share of tokens and mean p per site, entropy of the shares (1: uniform), gradient norm of the router."""
-        share = F.one_hot(p.weights.argmax(-1), self.n_routed_layers).float().flatten(0, -2).mean(0)
+        """Share of tokens and mean p per site, entropy of the shares (1: uniform), gradient norm of the router; on one token in L the error
+        of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
+        share, (errors, weights) = self._load(p), self._sample(p)
         entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.tensor(float(self.n_routed_layers)).log()
-        found = {"share": share, "mean_p": p.weights.flatten(0, -2).mean(0), "p_max": p.scale.mean(), "share_entropy": entropy}
+        found = {"share": share, "mean_p": p.weights.flatten(0, -2).mean(0), "p_max": p.weights.max(-1).values.mean(), "share_entropy": entropy}
+        if len(errors):
+            site = weights.argmax(-1)
+            regret = errors.gather(1, site[:, None])[:, 0] - errors.min(-1).values
+            found |= {"NormMSE_per_site": errors.mean(0), "regret": regret.mean(), "agreement": (site == errors.argmin(-1)).float().mean()}
         grad = self.router.weight.grad
         return found if grad is None else found | {"router_grad": grad.norm()}
 

@@ -31,7 +31,11 @@ ZOO: dict[str, Entry] = {
         _OLD | {"l1_coeff": 5e-4, "threshold": 1e-3, "bandwidth": 1e-3, "l0_post_jump": True, "sparsity_warmup": 0.0},
     ),
     "RouteSAE": Entry(
-        "a router picks the site of each token", ("k", "aggre", "routing", "route_patch", "start_layer", "end_layer", "topk_relu", *_AUXK),
+        "a router picks the site of each token",
+        (
+            "k", "aggre", "routing", "route_patch", "start_layer", "end_layer", "router_objective", "router_balance", "router_balance_coef",
+            "route_scale", "topk_relu", *_AUXK,
+        ),
         {}, _OLD_K | {"route_patch": "unscaled"},
     ),
     "Crosscoder": Entry(

@@ -1,0 +1,139 @@
+"""What the router learns from each objective: gradients by formula, and a planted structure that a sound one finds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.model import build
+from src.ops import project_decoder_grad, unit_norm_decoder
+
+D, SITES = 24, 5  # sites 2 ... 6 of 8 blocks
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return build("RouteSAE", D, 8, {"latent_size": 64, "k": 3, "auxk_coeff": 0.0, "b_pre_init": "zero", **options}).train()
+
+
+def router_grad(sae, x, terms=None):
+    loss = sae.loss(sae.autoencode(x))
+    total = sum(value for name, value in loss.items() if terms is None or name in terms)
+    (grad,) = torch.autograd.grad(total, sae.router.weight, allow_unused=True)
+    return grad
+
+
+@pytest.fixture()
+def x():
+    torch.manual_seed(1)
+    return F.layer_norm(torch.randn(45, SITES, D), (D,))
+
+
+def test_the_published_objective_gives_no_gradient_at_initialisation_and_the_others_do(x):
+    assert router_grad(make(), x).abs().max() < 1e-7  # PITFALLS R1
+    for objective in ("expected", "advantage", "ste"):
+        assert router_grad(make(router_objective=objective), x).abs().max() > 1e-4
+
+
+def test_the_published_objective_follows_its_formula_where_there_are_biases(x):
+    sae = make().double()
+    with torch.no_grad():
+        sae.sae.pre_bias.normal_(std=0.3), sae.sae.latent_bias.normal_(std=0.3)
+    x = x.double()
+    pooled, p = x.sum(-2), sae.get_router_weights(x)
+    s, site = p.max(-1)
+    u = x[torch.arange(len(x)), site]
+    latents, x_hat = sae.sae(s[:, None] * u)
+    active = (latents != 0).double()
+    encoder, decoder = sae.sae.encoder.weight, sae.sae.decoder.weight
+    linear = ((s[:, None] * u) @ encoder.T * active) @ decoder.T  # s A u
+    beta, residual = x_hat - linear, s[:, None] * u - x_hat
+    by_s = 2 * (residual * beta).sum(-1) / (s**3 * u.square().sum(-1))
+    by_logit = (by_s * s)[:, None] * (F.one_hot(site, SITES) - p)
+    assert torch.allclose(router_grad(sae, x), by_logit.T @ pooled / len(x), atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", ["expected", "advantage"])
+def test_expected_error_follows_its_formula(x, objective):
+    sae, x = make(router_objective=objective).double(), x.double()
+    seen = x[::SITES]
+    errors = sae.site_errors(seen)
+    if objective == "advantage":
+        sae.site_error.copy_(torch.rand(SITES) + 0.5)
+        mean = 0.95 * sae.site_error + 0.05 * errors.mean(0)
+        errors = (errors - mean) / mean
+    p = sae.get_router_weights(seen)
+    by_logit = p * (errors - (p * errors).sum(-1, keepdim=True))
+    assert torch.allclose(router_grad(sae, x, ["Router"]), by_logit.T @ seen.sum(-2) / len(seen), atol=1e-10)
+    assert router_grad(sae, x, ["NormMSE"]) is None  # scale one: the code's error says nothing about the choice
+
+
+def test_balance_is_least_where_the_load_is_even(x):
+    sae = make(router_objective="expected", router_balance="switch", router_balance_coef=1.0)
+    even = sae.autoencode(x)._replace(weights=torch.eye(SITES).repeat(9, 1))
+    uneven = even._replace(weights=F.one_hot(torch.zeros(45, dtype=torch.long), SITES).float())
+    assert sae.penalty(even)["Balance"] == pytest.approx(1.0)
+    assert sae.penalty(uneven)["Balance"] == pytest.approx(SITES)
+    sae = make(router_balance="bias", router_balance_coef=0.1)
+    sae.after_step(sae.autoencode(x)._replace(weights=uneven.weights), 0.1)
+    assert sae.load_bias.tolist() == pytest.approx([-0.1, 0.1, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("scale", ["p", "one", "ste"])
+def test_a_patch_reproduces_what_was_coded(x, scale):
+    sae = make(route_scale=scale).eval()
+    hidden = {site: x[:, i] * 3 + 1 for i, site in enumerate(sae.sites())}
+    p = sae.autoencode(sae.gather(hidden))
+    (grafts,) = sae.grafts(hidden)
+    site = p.weights.argmax(-1)
+    for i, number in enumerate(sae.sites()):
+        new, (_, mean, std) = grafts[number](hidden[number]), sae.standardise(hidden[number])
+        assert torch.equal(new[site != i], hidden[number][site != i])
+        wanted = (p.x_hat / p.scale[:, None] * std + mean)[site == i]
+        assert torch.allclose(new[site == i], wanted, atol=1e-4)
+    assert torch.all(p.scale == 1) == (scale != "p")
+
+
+def test_unknown_objectives_and_soft_routing_with_one_are_refused():
+    with pytest.raises(ValueError, match="router_objective 'best'; known are published"):
+        make(router_objective="best")
+    with pytest.raises(ValueError, match="needs routing hard, not soft"):
+        make(router_objective="expected", routing="soft")
+
+
+def planted(n, atoms, generator):
+    """Each token's features live at one site, which also decides their atoms; every other site holds faint noise. -> x [n,L,D], site [n]"""
+    site = torch.randint(SITES, (n,), generator=generator)
+    per_site = len(atoms) // SITES
+    picks = torch.rand(n, per_site, generator=generator).argsort(1)[:, :3] + site[:, None] * per_site
+    signal = (atoms[picks] * (1 + torch.rand(n, 3, 1, generator=generator))).sum(1)
+    x = 0.3 * torch.randn(n, SITES, D, generator=generator)
+    x[torch.arange(n), site] = signal * (D**0.5 / signal.norm(dim=1, keepdim=True))
+    return x - x.mean(-1, keepdim=True), site
+
+
+def agreement(objective, steps=400):
+    generator = torch.Generator().manual_seed(0)
+    atoms = F.normalize(torch.randn(40, D, generator=generator), dim=1)
+    sae = make(router_objective=objective)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    for step in range(steps):
+        p = sae.autoencode(planted(512, atoms, generator)[0])
+        optimizer.zero_grad()
+        sum(sae.loss(p).values()).backward()
+        project_decoder_grad(sae)
+        optimizer.step()
+        unit_norm_decoder(sae)
+        sae.after_step(p, (step + 1) / steps)
+    x, site = planted(2000, atoms, generator)
+    with torch.no_grad():
+        chosen, errors = sae.eval().autoencode(x).weights.argmax(-1), sae.site_errors(x)
+    regret = errors.gather(1, chosen[:, None])[:, 0] - errors.min(-1).values
+    return float((chosen == site).float().mean()), float(regret.mean())
+
+
+def test_planted_sites_are_found_by_a_sound_router_and_not_by_the_published_one():
+    for objective in ("expected", "advantage"):
+        found, regret = agreement(objective)
+        assert found > 0.9 and regret < 0.03  # chance is .2
+    found, regret = agreement("published")
+    assert found < 0.5 and regret > 0.08
