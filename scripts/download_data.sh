@@ -3,4 +3,4 @@
 # DATASET (default Skylion007/openwebtext), MAX_MB (default 2000) may be set.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
-python -m src.data "${DATASET:-Skylion007/openwebtext}" "$DATA_DIR" --max_mb "${MAX_MB:-2000}"
+python -m src.data "${DATASET:-Skylion007/openwebtext}" "$DATA_DIR" --max_mb "${MAX_MB:-2000}" "$@"

@@ -35,6 +35,8 @@ class Subject:
 class Evaluator:
     """`run()` writes eval/<title>.json per checkpoint, prints a table, and returns a float for one checkpoint and one metric, else a dict."""
 
+    KLDiv = staticmethod(metrics.KLDiv)
+
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
         if "all" in cfg.metric:
