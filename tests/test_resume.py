@@ -192,20 +192,24 @@ def test_a_manifest_of_another_step_is_noticed_and_states_are_ordered_by_step_no
 
 
 def test_a_full_disk_leaves_the_states_before_intact_and_no_stub(text, monkeypatch):
-    real, written = files._Summed.write, []
+    real, left = files._Summed.__init__, [180_000]  # bytes: the first state fits, the second does not
 
-    def full(self, data):
-        written.append(len(data))
-        if sum(written) > 150_000:  # the first state fits, the second does not
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, data)
+    class Full:
+        def __init__(self, file):
+            self.file, self.flush = file, file.flush
 
-    monkeypatch.setattr(files._Summed, "write", full)
+        def write(self, data):
+            left[0] -= len(data)
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+    monkeypatch.setattr(files._Summed, "__init__", lambda self, file: real(self, Full(file)))
     with pytest.raises(OSError, match=r"cannot save the state of step 4.*No space left.*step-00000002 is intact"):
         train(text, "--save_every", "2")
     states = text.parent / "out" / "runs" / "t" / "state"
     assert [path.name for path in states.iterdir()] == ["step-00000002"]
-    monkeypatch.setattr(files._Summed, "write", real)
+    monkeypatch.setattr(files._Summed, "__init__", real)
     train(text)
     train(text, out="straight")
     assert_same(text, "straight", "out")
@@ -298,7 +302,7 @@ def test_a_state_that_would_run_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "run"),)
 
     path = checkpoint.save_state(tmp_path / "s", 1, {}, {"a": {}})
-    (path / "a.pt").write_bytes(pickle.dumps(Trap()))
+    (path / "a.pt").write_bytes(pickle.dumps(Trap(), 2))
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load_part(path, "a")
     assert not (tmp_path / "run").exists()
