@@ -264,10 +264,15 @@ class Run:
 
 
 def step_bytes(sae: model.SAE, device: str) -> float:
-    """Bytes a token that a forward pass keeps for its backward pass: what 16 tokens keep beyond 8."""
+    """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and five tensors of the code's size.
+
+    The five are codes and their gradients alive at one time; on a CPU three models took 4.6 to 6.6 of such tensors in all (docs/LOG.md).
+    """
+    code = 0
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*sae.parameters(), *sae.buffers())}
 
     def kept(n: int) -> int:
+        nonlocal code
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -277,10 +282,12 @@ def step_bytes(sae: model.SAE, device: str) -> float:
 
         x = torch.arange(n * sae.hidden_size, dtype=torch.float32, device=device).view(n, -1).sin()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _terms = sae.loss(sae.autoencode(sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device)))
+            p = sae.autoencode(sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device))
+            _terms = sae.loss(p)
+        code = p.latents.numel() // n * 4
         return sum(sizes.values())
 
-    return max(0, kept(16) - kept(8)) / 8
+    return max(0, kept(16) - kept(8)) / 8 + 5 * code
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -423,7 +430,7 @@ class Trainer:
             "language model": sum(p.numel() * p.element_size() for p in language_model.parameters()),
             "SAEs": sum(states) + sum(p.numel() * 4 for run in runs for p in run.sae.parameters()),  # and their gradients
             "one step": cfg.batch_size * cfg.max_length * (
-                max(1.5 * step_bytes(run.sae, cfg.device) for run in runs)
+                max(step_bytes(run.sae, cfg.device) for run in runs)
                 + 4 * runs[0].sae.hidden_size * len({site for run in runs for site in run.sae.sites()})
             ),
         }
