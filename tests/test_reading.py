@@ -223,7 +223,7 @@ def test_routed_hooks_rewrite_each_token_at_its_own_site_only(scaled):
     sites, clean = sae.sites(), lm.read_sites(model, ids, sae.sites())
     x = torch.stack([sae.standardise(clean[site])[0] for site in sites], -2)
     weights = torch.zeros(1, ids.shape[1], len(sites))  # the first token of no site stays as it is
-    p, half = float(sae.get_router_weights(x).max()) if scaled else 1.0, ids.shape[1] // 2
+    p, half = float(sae.get_router_weights(x).detach().max()) if scaled else 1.0, ids.shape[1] // 2
     weights[:, 1:half, 0], weights[:, half:, 3] = p, p
     first = slice(1, half)
     for high, low, becomes in TRIPLES:
