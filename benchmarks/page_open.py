@@ -1,4 +1,7 @@
-"""Size of the page and time to open it in headless Chromium, for features made here: `python -m benchmarks.page_open`."""
+"""Size of the page and time to open it in headless Chromium: `python -m benchmarks.page_open`.
+
+1,000 features made here, 22 contexts of 41 tokens each.
+"""
 
 import random
 import tempfile

@@ -20,12 +20,18 @@ else
   python apply.py --SAE_path "${saes[0]}" --max_tokens 200000 --context_length 24
 fi
 python interpret.py "$contexts" --engine heuristic --score detection fuzzing --sample_latents 0
-# the best-tested label's latent, held at one and a half times its largest strength
-pick='import json,sys; c=json.load(open(sys.argv[1]))["latent_context_map"]; r=json.load(open(sys.argv[2]))
-best=max(c, key=lambda i: (((r.get(i) or {}).get("detection") or {}).get("balanced_accuracy") or 0, c[i]["max_activation"]))
-print(best, round(1.5 * c[best]["max_activation"], 2), sep="=")'
-held="$(python -c "$pick" "$contexts" "$labels")"
-echo "steering with latent $held"
+# of the latents whose label stands both tests, the one that promotes the most whole words, held at three quarters of its largest strength:
+# above its maximum, on every token, the text falls apart
+pick='import json,re,sys; c=json.load(open(sys.argv[1]))["latent_context_map"]; r=json.load(open(sys.argv[2]))
+passed=lambda i: min((r[i].get(t) or {}).get("balanced_accuracy") or 0 for t in ("detection", "fuzzing"))
+words=lambda i: sum(bool(re.fullmatch(r" [A-Za-z]{3,}", word)) for word, _ in c[i]["promoted"])
+good=[i for i in c if i in r and (r[i]["score"] or 0) >= 3 and passed(i) >= 0.8] or list(set(c) & set(r))
+best=max(good, key=lambda i: (words(i), passed(i), c[i]["max_activation"]))
+strength=round(0.75 * c[best]["max_activation"], 2)
+print(f"{best}={strength}", r[best]["description"] + "; promotes", ", ".join(word for word, _ in c[best]["promoted"][:5]))'
+picked="$(python -c "$pick" "$contexts" "$labels")"
+held="${picked%% *}"
+echo "steering with latent $picked"
 python steer.py --SAE_path "${saes[0]}" --set "$held" --prompt "Returns the number of" "If the file does not exist"
 python -m src.plots "$OUTPUT_DIR/eval" "$OUTPUT_DIR/comparison.png" --only quickstart
 python -m src.page "$contexts" "$OUTPUT_DIR/report.html" --picture "$OUTPUT_DIR/comparison.png" --only quickstart

@@ -365,11 +365,11 @@ class Interpreter:
         settings = [self.engine, sorted(cfg.score or []), cfg.seed]
         mark = hashlib.blake2b(json.dumps(settings).encode() + path.read_bytes(), digest_size=8).hexdigest()
         log = out.with_suffix(".jsonl")
-        records = _finished(log, mark)
+        records, lost = _finished(log, mark)
         todo = [latent for latent in chosen if latent not in records]
         if len(todo) < len(chosen):
             print(f"{len(chosen) - len(todo)} of {len(chosen)} features were answered before ({log})")
-        self._ask_all(todo, found, pool, log, mark, records)
+        self._ask_all(todo, found, pool, log, mark, records, lost)
         results = {latent: records[latent] for latent in chosen if latent in records}
         summary = self._summary(results, len(chosen), path)
         files.save_json({k: {n: v for n, v in r.items() if n not in ("latent", "mark")} for k, r in results.items()}, out)
@@ -381,7 +381,9 @@ class Interpreter:
             raise Incomplete(f"{left} of {len(chosen)} features are not answered ({why}); run the same command to continue")
         return summary["average_score"], summary["low_level_score"], summary["high_level_score"]
 
-    def _ask_all(self, todo: list[str], found: dict[str, Any], pool: list[Any], log: Path, mark: str, records: dict[str, Any]) -> None:
+    def _ask_all(
+        self, todo: list[str], found: dict[str, Any], pool: list[Any], log: Path, mark: str, records: dict[str, Any], lost: dict[str, Any]
+    ) -> None:
         client = None if self.engine == "heuristic" else self.client()
         log.parent.mkdir(parents=True, exist_ok=True)
         torn = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")
@@ -393,7 +395,7 @@ class Interpreter:
                 self.stop = self.stop or self._over_budget()
                 if self.stop:
                     return
-                self.mine.used = NOTHING
+                self.mine.used = lost.get(latent, NOTHING)  # failed attempts were paid for too
                 record = self._guarded(lambda: self._feature(client, latent, found[latent], pool), latent)
                 with self.lock:
                     if record is not None:
@@ -491,15 +493,21 @@ def _sum(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {key: sum(part[key] for part in parts) for key in NOTHING}
 
 
-def _finished(log: Path, mark: str) -> dict[str, dict[str, Any]]:
-    """Records of an earlier run of the same question that need not be asked again; damaged lines of a killed run are passed over."""
-    found = {}
+def _finished(log: Path, mark: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
+    """({latent: record}, {latent: usage of failed attempts}) of an earlier run of the same question.
+
+    What failed is asked again; damaged lines of a killed run are passed over.
+    """
+    found, lost = {}, {}
     if log.exists():
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(record, dict) and record.get("mark") == mark and record.get("status") != "failed":
-                found[record["latent"]] = record
-    return found
+            if isinstance(record, dict) and record.get("mark") == mark:
+                if record.get("status") == "failed":
+                    lost[record["latent"]] = record["usage"]
+                else:
+                    found[record["latent"]] = record
+    return found, lost

@@ -37,7 +37,7 @@ class Server:
     """An endpoint whose nth answer to a feature follows `plan(feature, nth request)`; keeps the ledger of tokens it billed."""
 
     def __init__(self, plan):
-        self.plan, self.seen, self.billed, self.bodies, self.lock = plan, {}, 0, [], threading.Lock()
+        self.plan, self.seen, self.billed, self.bodies, self.heads, self.lock = plan, {}, 0, [], [], threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,6 +47,7 @@ class Server:
                 name = next((f"{i}" for i in range(12) if f"n{i} <" in prompt), "test")
                 with outer.lock:
                     outer.bodies.append(body)
+                    outer.heads.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
                     outer.seen[name] = outer.seen.get(name, 0) + 1
                     status, content = outer.plan(name, outer.seen[name])
                 if status == "hang":
@@ -153,6 +154,32 @@ def test_wrong_keys_stop_at_once_and_are_shown_nowhere(contexts, tmp_path, serve
     said = capsys.readouterr()
     assert "sk-secret" not in said.out + said.err
     assert not any("sk-secret" in f.read_text() for f in (tmp_path / "out").rglob("*") if f.is_file())
+
+
+def test_what_failed_attempts_cost_stays_counted(contexts, tmp_path, serve):
+    def broken(name, nth):  # the label of feature 0 is answered, the test of it is not
+        return (200, GOOD) if name != "test" else (500, "")
+
+    server = serve(broken)
+    more = ("--score", "detection", "--sample_latents", "1", "--concurrency", "1")
+    code, _, summary = ask(contexts, tmp_path, server, *more)
+    assert code == 4 and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 110
+    ask(contexts, tmp_path, server, *more)
+    server.plan = lambda name, nth: (200, GOOD if name != "test" else "[1, 0, 1, 0, 1, 0, 1, 0]")
+    code, _, summary = ask(contexts, tmp_path, server, *more)
+    assert code == 0 and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 440
+
+
+def test_the_azure_form_has_its_address_version_and_key(contexts, tmp_path, serve, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "secret")
+    server = serve(lambda name, nth: (200, GOOD))
+    server.address = server.address.removesuffix("/v1")
+    code, results, _ = ask(contexts, tmp_path, server, "--api_type", "azure", "--api_version", "2024-06-01")
+    assert code == 0 and len(results) == 12
+    for path, headers in server.heads:
+        assert path == "/openai/deployments/m/chat/completions?api-version=2024-06-01"
+        assert headers["api-key"] == "secret" and "secret" not in headers.get("authorization", "")
 
 
 def test_a_server_without_structured_output_is_asked_more_plainly(contexts, tmp_path, serve):

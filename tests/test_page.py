@@ -24,8 +24,8 @@ def made(labels, latents=("7",)):
         "sample_activations": [1.0, 2.0], "sample": [context], "promoted": [[ATTACKS[1], 1.0]], "suppressed": [[ATTACKS[0], -1.0]],
     }
     contexts = {
-        "latent_context_map": {name: entry for name in latents}, "sites": [4, 5], "model": "RouteSAE", "source_model": "x/demo", "title": ATTACKS[0],
-        "latent_size": 8,
+        "latent_context_map": {name: entry for name in latents},
+        "sites": [4, 5], "model": "RouteSAE", "source_model": "x/demo", "title": ATTACKS[0], "latent_size": 8,
         "total_latents": 1, "tokens": 100, "threshold": 1.0,
         "routing": {"share": [0.75, 0.25], "sample": {"tokens": ATTACKS, "weights": [[0.9, 0.1]] * 5}},
     }

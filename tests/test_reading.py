@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from src import hooks
+from src import hooks, lm
 from src.applier import Applier
 from src.config import parse, run_stage
 from src.data import open_rows
 from src.files import DEMO_LM, load_json
+from src.model import build
 from src.ops import active
 from src.steerer import Steerer, conversations
 from src.trainer import Trainer
@@ -166,3 +167,79 @@ def test_prompts_of_all_documented_forms(tmp_path):
     found = conversations(tmp_path / "a.jsonl")
     assert found[0]["messages"] == [{"role": "user", "content": "Hi?"}] and found[0]["chosen"] == "Yes." and found[0]["rejected"] == "No."
     assert [p["prompt"] for p in conversations(tmp_path / "a.txt")] == ["one", "two"] and found[1]["prompt"] == "x"
+
+
+def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):
+    hh = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
+    (tmp_path / "hh.jsonl").write_text(json.dumps(hh))
+    argv = ["--SAE_path", str(trained / "SAE_models" / "RouteSAE_text.pt"), "--output_dir", str(tmp_path), "--dtype", "float32"]
+    made = Steerer(parse("steer", [*argv, "--prompts", str(tmp_path / "hh.jsonl"), "--max_new_tokens", "4", "--set", "3=20"]))
+    one = made.run()["outputs"]["0"][0]
+    ids = made._ids(made.given[0])[0].tolist()
+    assert ids.count(made.tokenizer.bos_token_id) == 1  # the template writes its own
+    assert made.tokenizer.decode(ids[1:]) == "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:"
+    assert (one["Human"], one["chosen"], one["rejected"]) == ("Why?", "So.", "No.") and one["KL"] > 0
+    made.tokenizer.chat_template = None  # a tokenizer without one gets the plain turns
+    assert made.tokenizer.decode(made._ids(made.given[0])[0, 1:]) == "Hi?\n\nYes.\n\nWhy?"
+
+
+TRIPLES = [  # set_high, set_low, what latent 3 of value z becomes
+    ([(3, 2.5, 0)], None, lambda z: z + 2.5), ([(3, 4.0, 1)], None, lambda z: 4 * z), (None, [(3, 2.5, 0)], lambda z: z - 2.5),
+    (None, [(3, 4.0, 1)], lambda z: z / 4), ([(3, 4.0, 1)], [(3, 1.0, 0)], lambda z: 4 * z - 1),
+]
+
+
+@pytest.mark.parametrize(("high", "low", "becomes"), TRIPLES)
+def test_hooks_apply_triples_to_the_module_they_hook(high, low, becomes):
+    torch.manual_seed(0)
+    sae = build("TopK", 16, 4, {"latent_size": 8, "k": 8, "layer": 1})
+    module, h = torch.nn.Identity(), torch.randn(2, 5, 16)
+    (handle,) = hooks.hook_SAE(None, sae, module, high, low)
+    x, _, std = sae.standardise(h)
+    z = sae.encode(x)[..., 3:4]
+    assert torch.allclose(module(h), h + (becomes(z) - z) * sae.decoder.weight[:, 3] * std, atol=1e-5)
+    handle.remove()
+    assert torch.equal(module(h), h)
+
+
+def test_hooks_without_triples_put_the_reconstruction_or_zero():
+    torch.manual_seed(0)
+    sae = build("TopK", 16, 4, {"latent_size": 8, "k": 2, "layer": 1})
+    module, h = torch.nn.Identity(), torch.randn(2, 5, 16)
+    (handle,) = hooks.hook_SAE(None, sae, module)
+    x, mean, std = sae.standardise(h)
+    assert torch.allclose(module(h), sae(x)[1] * std + mean, atol=1e-5)
+    handle.remove()
+    hooks.hook_SAE(None, sae, module, is_zero=True)
+    assert not module(h).any()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_routed_hooks_rewrite_each_token_at_its_own_site_only(scaled):
+    tokenizer, model = lm.get_language_model(str(DEMO_LM), "cpu", "float32")
+    torch.manual_seed(0)
+    sae = build("RouteSAE", 128, 16, {"latent_size": 64, "k": 64})
+    ids = torch.tensor([tokenizer.encode("Returns the number of items in the list")])
+    sites, clean = sae.sites(), lm.read_sites(model, ids, sae.sites())
+    x = torch.stack([sae.standardise(clean[site])[0] for site in sites], -2)
+    weights = torch.zeros(1, ids.shape[1], len(sites))  # the first token of no site stays as it is
+    p, half = float(sae.get_router_weights(x).detach().max()) if scaled else 1.0, ids.shape[1] // 2
+    weights[:, 1:half, 0], weights[:, half:, 3] = p, p
+    first = slice(1, half)
+    for high, low, becomes in TRIPLES:
+        handles = hooks.hook_RouteSAE(None, sae, model, weights, high, low)
+        changed = lm.read_sites(model, ids, sites)
+        scale = weights[:, first].max(-1, keepdim=True).values
+        h = clean[sites[0]]
+        state, _, std = sae.standardise(h[:, first])
+        z = sae.sae.encode(scale * state)[..., 3:4]
+        wanted = h[:, first] + (becomes(z) - z) / scale * sae.sae.decoder.weight[:, 3] * std
+        assert torch.allclose(changed[sites[0]][:, first], wanted, atol=1e-4)
+        rest = torch.ones(ids.shape[1], dtype=torch.bool)
+        rest[first] = False
+        assert torch.equal(changed[sites[0]][:, rest], h[:, rest])
+        for handle in handles:
+            handle.remove()
+    for handle in hooks.hook_RouteSAE(None, sae, model, weights, is_zero=True):
+        handle.remove()
+    assert torch.equal(lm.read_sites(model, ids, sites)[12], clean[12])

@@ -50,7 +50,8 @@ sample_latents api_type api_key_file concurrency requests_per_minute budget_usd 
 max_new_tokens mode debug""".split()
 FILES = """src/__init__.py src/model.py src/data.py src/utils.py src/applier.py src/trainer.py src/evaluator.py src/interpreter.py
 scripts/env_setup.sh scripts/download_data.sh scripts/download_model.sh scripts/evaluate_compare.sh scripts/apply.sh scripts/interpret.sh
-scripts/steer.sh scripts/quickstart.sh scripts/test.sh scripts/common.sh train.py evaluate.py apply.py interpret.py steer.py requirements.txt constraints.txt
+scripts/steer.sh scripts/quickstart.sh scripts/test.sh scripts/common.sh
+train.py evaluate.py apply.py interpret.py steer.py requirements.txt constraints.txt
 docs/evaluation_results.md docs/LOG.md LICENSE CONTRIBUTING.md README.md""".split()
 
 
