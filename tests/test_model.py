@@ -320,3 +320,31 @@ def test_a_known_dictionary_is_recovered(name, options):
     used = (sae.eval().autoencode(x).latents != 0).float().sum(-1).mean()
     assert abs(used - options.get("k", used)) < 0.2  # also by the threshold that a batch's k becomes at inference
     assert cosine.mean() > 0.95 and (p.latents != 0).float().sum(-1).mean() < 8
+
+
+@pytest.mark.slow
+def test_a_crosscoder_finds_shared_and_local_features_and_their_sites():
+    torch.manual_seed(0)
+    sites, width, shared, local = 3, 16, 32, 8
+    directions = F.normalize(torch.randn(shared + local, sites, width), dim=-1)
+    home = torch.arange(local) % sites
+    directions[shared:] *= F.one_hot(home, sites)[..., None]  # the last ones live at one site
+    sae = build("Crosscoder", width, 4, {"latent_size": 64, "l1_coeff": 0.02, "decoder_bias": True, "free_norms": True, "sparsity_warmup": 0.0})
+    adam = torch.optim.Adam(sae.parameters(), 3e-3)
+    steps = 1500
+    for step in range(steps):
+        code = (torch.rand(512, shared + local) < 0.08) * (1 + torch.rand(512, shared + local))
+        x = torch.einsum("nf,fld->nld", code, directions)
+        for group in adam.param_groups:
+            group["lr"] = 3e-3 * min(1, (1 - step / steps) / 0.2)
+        p = sae.autoencode(x)
+        adam.zero_grad()
+        ((p.target - p.x_hat).square().mean() + sae.penalty(p)["L1"]).backward()
+        adam.step()
+        sae.after_step(p, (step + 1) / steps)
+    found = torch.stack([decoder.weight.T for decoder in sae.decoder], dim=1)  # [F,L,D]
+    cosine = F.normalize(directions.flatten(1), dim=1) @ F.normalize(found.flatten(1), dim=1).T
+    assert cosine.max(1).values.mean() > 0.95
+    best = cosine[shared:].argmax(1)
+    norms = sae.decoder_norms()[:, best]
+    assert (norms[home, torch.arange(local)] / norms.sum(0)).mean() > 0.95

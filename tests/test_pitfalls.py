@@ -1,0 +1,223 @@
+"""Mistakes of the published code that give wrong numbers, each with a test that fails on it. KNOWN names those tested elsewhere."""
+
+import importlib
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from src import checkpoint, config, hooks, lm, metrics
+from src.data import Batch, Rows
+from src.evaluator import Evaluator
+from src.files import DEMO_LM
+from src.model import build
+from src.ops import unit_norm_decoder
+from src.trainer import Trainer
+
+KNOWN = {
+    "D4": "test_data.test_mask_leaves_out_specials_first_position_and_padding", "D6": "test_data.test_no_text_is_lost",
+    "D13": "test_data.test_splits_are_disjoint_and_complete", "D15": "test_data.test_download_writes_three_disjoint_splits_up_to_its_size",
+    "L2": "test_lm.test_sites_equal_hidden_states_below_the_top_and_not_at_the_top", "E6": "test_lm.test_sites_outside_the_model_are_refused",
+    "L5": "test_stages.test_blocks_that_return_tuples_are_patched_too", "L15": "test_model.test_routed_range_is_one_helper_for_any_depth",
+    "L7": "test_model.test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_training",
+    "N5": "test_model.test_l1_is_a_norm_weighted_sum_that_rescaling_cannot_escape",
+    "N10": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
+    "N11": "test_model.test_gate_learns_only_with_its_auxiliary_loss",
+    "N12": "test_model.test_jumprelu_counts_pre_activations_and_keeps_thresholds_positive",
+    "N18": "test_model.test_infer_k_and_theta_mean_the_same_everywhere",
+    "N25": "test_stages.test_the_schedule_warms_up_stays_and_falls_also_in_tiny_runs",
+    "N31": "test_stages.test_evaluation_needs_no_flag_and_takes_everything_from_the_recipe",
+    "R1": "test_routing.test_the_published_objective_gives_no_gradient_at_initialisation_and_the_others_do",
+    "R2": "test_routing.test_expected_error_follows_its_formula", "R4": "test_routing.test_a_patch_reproduces_what_was_coded",
+    "R9": "test_model.test_route_accepts_all_layers_and_slices_the_routed_ones", "E2": "test_stages.test_metrics_by_hand",
+    "E8": "test_model.test_random_routing_and_randomk_do_not_depend_on_batching",
+    "E9": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
+    "E7": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
+}
+
+
+@pytest.mark.parametrize("pitfall", KNOWN)
+def test_the_pitfalls_tested_elsewhere_have_their_test(pitfall):
+    module, name = KNOWN[pitfall].split(".")
+    assert callable(getattr(importlib.import_module(f"tests.{module}" if __package__ else module), name))
+
+
+def tiny(n_layers=6, family=LlamaConfig, **more):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": n_layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return AutoModelForCausalLM.from_config(family(vocab_size=4096, **(sizes | more))).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"Value {i} of the array, or {i * i} where that is larger. " * 4}) for i in range(60)))
+    return path
+
+
+def run(text, model_path, *more, stage="train"):
+    common = ["--model_path", str(model_path), "--data_path", str(text), "--output_dir", str(text.parent / "out"), "--dtype", "float32"]
+    sizes = ["--latent_size", "48", "--k", "4"] if stage == "train" else []
+    cfg = config.parse(stage, [*common, *sizes, "--max_length", "32", "--batch_size", "4", "--max_samples", "24", *more])
+    return {"train": Trainer, "evaluate": Evaluator}[stage](cfg).run()
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_LM).save_pretrained(folder)
+    return folder
+
+
+def test_d1_d2_padding_changes_neither_what_is_coded_nor_a_metric():
+    model, ids = tiny(), torch.randint(3, 4000, (2, 12))
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 0] = False
+    padded = Batch(F.pad(ids, (0, 5)), F.pad(mask, (0, 5)), torch.zeros(2, 17, dtype=torch.long), torch.arange(17).expand(2, 17))
+    plain = Batch(ids, mask, torch.zeros(2, 12, dtype=torch.long), torch.arange(12).expand(2, 12))
+    a, b = hooks.read(model, padded, [4])[4], hooks.read(model, plain, [4])[4]
+    assert a.shape == b.shape == (22, 32) and torch.allclose(a, b, atol=1e-5)
+    grafts = {4: torch.zeros_like}
+    kl = []
+    for batch in (padded, plain):
+        clean, patched = (lm.logits_of(model, states[batch.mask]) for states in (
+            lm.final_states(model, batch.input_ids), hooks.patched_states(model, batch, grafts)))
+        kl.append(float(metrics.KLDiv(clean, patched)))
+    assert kl[0] > 0 and kl[0] == pytest.approx(kl[1], rel=1e-4)
+
+
+def test_d8_a_text_without_spaces_is_kept_whole(tmp_path):
+    tokenizer, words = AutoTokenizer.from_pretrained(DEMO_LM), "模型的每一层都有稀疏特征" * 60
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": words}))
+    rows = Rows(tmp_path / "t.jsonl", tokenizer, 16, "all")
+    kept = torch.cat([batch.input_ids[batch.mask | (batch.document >= 0)] for batch in rows.batches(8)])
+    text = tokenizer.decode([int(i) for i in kept if int(i) not in tokenizer.all_special_ids])
+    assert text.startswith(words[:700])
+
+
+def test_d13_each_stage_reads_its_own_split():
+    assert len({config.parse(stage, []).stage for stage in ("train", "evaluate", "apply")}) == 3
+    splits = []
+    for stage in ("train", "evaluate", "apply"):
+        cfg = config.parse(stage, ["--model_path", str(DEMO_LM), "--data_path", "x"])
+        config.complete(cfg)
+        splits.append(cfg.split)
+    assert splits == ["train", "eval", "apply"]
+
+
+def test_l6_a_tensor_and_a_tuple_are_both_read_and_rewritten():
+    hidden, other = torch.randn(2, 3, 4), torch.randn(2, 3)
+    for output in (hidden, (hidden, other)):
+        assert torch.equal(lm.hidden_of(output), hidden)
+        new = lm.with_hidden(output, hidden + 1)
+        assert type(new) is type(output) and torch.equal(lm.hidden_of(new), hidden + 1)
+
+
+def test_l14_sizes_that_contradict_the_language_model_are_refused(text):
+    for flag, value in (("--n_layers", "12"), ("--hidden_size", "64")):
+        with pytest.raises(ValueError, match=f"{flag} {value}, but the language model has"):
+            run(text, DEMO_LM, flag, value)
+
+
+@pytest.mark.parametrize("name", ["TopK", "MLSAE", "RouteSAE", "Crosscoder"])
+def test_e4_l2_a_site_is_patched_where_it_was_read(name):
+    """The state a graft is given in the patched run is, at its first site, the one that was read there."""
+    model, ids = tiny(), torch.randint(3, 4000, (2, 12))
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), torch.arange(12).expand(2, 12))
+    sae = build(name, 32, 6, {"latent_size": 48, "k": 4})
+    hidden = hooks.read(model, batch, sae.sites())
+    for grafts in sae.grafts(hidden):
+        seen = {}
+        watch = {site: (lambda h, site=site, seen=seen: seen.setdefault(site, h)) for site in grafts}
+        hooks.patched_states(model, batch, watch)
+        for site in grafts:
+            assert torch.equal(seen[site], hidden[site])
+
+
+def test_n7_a_crosscoders_norms_are_free_and_published_ones_are_not():
+    sae = build("Crosscoder", 32, 6, {"latent_size": 48, "free_norms": True})
+    with torch.no_grad():
+        sae.decoder[0].weight.mul_(3)
+    before = sae.decoder_norms().clone()
+    unit_norm_decoder(sae)
+    assert torch.equal(sae.decoder_norms(), before)
+    bound = build("Crosscoder", 32, 6, {"latent_size": 48})
+    with torch.no_grad():
+        bound.decoder[0].weight.mul_(3)
+    unit_norm_decoder(bound)
+    assert torch.allclose(bound.decoder_norms(), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [128, 2048])
+def test_n13_jumprelus_defaults_scale_with_the_width(width):
+    torch.manual_seed(0)
+    sae = build("JumpReLU", width, 16, {"latent_size": 256})
+    x = F.layer_norm(torch.randn(512, width), (width,))
+    near = (sae.pre_acts(x) - sae.threshold).abs() < sae.bandwidth / 2
+    assert near.float().mean() > 0.01  # published: 0.07 % of pre-activations can move a threshold
+    assert sae.threshold[0] > sae.bandwidth / 2
+
+
+def test_n23_a_decoder_column_of_zeros_stays_finite():
+    sae = build("TopK", 32, 6, {"latent_size": 48, "k": 4})
+    with torch.no_grad():
+        sae.decoder.weight[:, 3] = 0
+    unit_norm_decoder(sae)
+    assert sae.decoder.weight.isfinite().all()
+
+
+def test_n33_random_is_randomk_in_every_stage(text):
+    run(text, DEMO_LM, "--model", "Random")
+    assert run(text, DEMO_LM, "--metric", "NormMSE", stage="evaluate") > 0
+    assert checkpoint.read_recipe(text.parent / "out" / "SAE_models" / "RandomK_t.pt")["model"] == "RandomK"
+
+
+def test_e1_kl_is_per_token_and_the_published_figure_its_sum_over_a_sequence():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 7, 50), torch.randn(2, 7, 50)
+    published = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert float(metrics.KLDiv(a.flatten(0, 1), b.flatten(0, 1))) == pytest.approx(float(published) / 7, rel=1e-5)
+
+
+def test_e11_an_unknown_metric_ends_before_anything_is_loaded(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse("evaluate", ["--metric", "Quality"])
+    assert stop.value.code == 2 and "NormMSE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_layers", [4, 5, 7, 11])
+def test_models_over_several_sites_work_at_any_depth(text, tmp_path, n_layers):
+    folder = save(tiny(n_layers), tmp_path / "lm")
+    names = ["RouteSAE", "MLSAE", "Crosscoder"]
+    run(text, folder, "--model", *names, "--tag", "d")
+    paths = [str(text.parent / "out" / "SAE_models" / f"{name}_t_d.pt") for name in names]
+    results = run(text, folder, "--SAE_path", *paths, "--metric", "KLDiv", "Routing", stage="evaluate")
+    assert all(result["KLDiv"] > 0 for result in results.values())
+    assert len(results["RouteSAE_t_d"]["Routing"]["share"]) == 3 * n_layers // 4 + 1 - n_layers // 4
+
+
+def test_models_over_several_sites_refuse_a_shallow_language_model(text, tmp_path):
+    folder = save(tiny(3), tmp_path / "lm")
+    with pytest.raises(ValueError, match="3 blocks; a model over several sites needs a language model of at least 4"):
+        run(text, folder, "--model", "RouteSAE")
+    assert run(text, folder, "--model", "TopK") > 0
+
+
+FAMILIES = {
+    "GPT2": {"n_embd": 32, "n_layer": 5, "n_head": 4}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Gemma2": {"head_dim": 8}, "GPTNeoX": {},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}, "Phi3": {"pad_token_id": 0}, "Mistral": {"head_dim": 8},
+    "Olmo2": {},
+    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_are_trained_on_and_evaluated(text, tmp_path, family):
+    transformers = importlib.import_module("transformers")
+    folder = save(tiny(5, getattr(transformers, f"{family}Config"), **FAMILIES[family]), tmp_path / "lm")
+    names = ["RouteSAE", "TopK", "Crosscoder"]
+    run(text, folder, "--model", *names)
+    paths = [str(text.parent / "out" / "SAE_models" / f"{name}_t.pt") for name in names]
+    results = run(text, folder, "--SAE_path", *paths, "--metric", "NormMSE", "KLDiv", stage="evaluate")
+    assert all(0 < result["NormMSE"] < 2 and result["KLDiv"] > 0 for result in results.values())
