@@ -27,7 +27,7 @@ from src.ops import (
 )
 from src.zoo import canonical
 
-SPARSE_FROM = 16  # latents per active one from which sparse sums beat dense products on a CPU (benchmarks/sparse_code.py)
+SPARSE_FROM = 8  # latents per active one from which sums of rows beat dense products on a CPU (benchmarks/sparse_code.py)
 ROUTINGS = ("hard", "soft", "random", "permuted")
 OBJECTIVES, BALANCES, SCALES = ("published", "expected", "advantage", "ste"), ("none", "switch", "bias"), ("p", "one", "ste")
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
