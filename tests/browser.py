@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -34,6 +35,7 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self.rest:
+            assert select.select([self.read], [], [], 60)[0], "the browser has said nothing for a minute"
             piece = os.read(self.read, 1 << 20)
             assert piece, "the browser has gone"
             self.rest += piece
@@ -70,7 +72,7 @@ class Browser:
         self.send("Page.navigate", url=f"file://{path}{anchor}")
         while "Page.loadEventFired" not in self.events and "Page.navigatedWithinDocument" not in self.events:
             self._note(self._message())
-        self.run("new Promise(f => requestAnimationFrame(() => setTimeout(f, 0)))")  # drawn
+        self.run("new Promise(f => { requestAnimationFrame(() => setTimeout(f, 0)); setTimeout(f, 5000) })")  # drawn
         return time.perf_counter() - started
 
     def run(self, script):
@@ -89,7 +91,7 @@ class Browser:
             file.write(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
     def close(self):
-        self.process.terminate()
-        self.process.wait()
         os.close(self.write)
         os.close(self.read)
+        self.process.kill()
+        self.process.wait()
