@@ -206,7 +206,8 @@ def parser(stage: str) -> argparse.ArgumentParser:
         for name, row in OPTIONS.items():
             if group not in row.group.split():
                 continue
-            shown = f" (default: {row.default})" if row.default is not None and "$" not in row.help and "default" not in row.help else ""
+            default = " ".join(map(str, row.default)) if isinstance(row.default, list) else row.default
+            shown = f" (default: {default})" if row.default is not None and "$" not in row.help and "default" not in row.help else ""
             extra: dict[str, Any] = {"type": row.type, "help": (row.help + shown).replace("%", "%%")}
             if row.type is boolean:
                 extra |= {"nargs": "?", "const": True, "metavar": "0|1"}

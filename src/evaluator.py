@@ -94,8 +94,11 @@ class Evaluator:
             raise ValueError("no evaluation row has a counted token to check the hooks with; use longer rows")
         results = {subject.title: self._result(subject, tokens, len(rows), rows.fingerprint) for subject in self.subjects}
         self._show(results)
-        if len(results) == 1 and len(cfg.metric) == 1 and isinstance(results[self.subjects[0].title].get(cfg.metric[0]), float):
-            return results[self.subjects[0].title][cfg.metric[0]]
+        if len(results) == 1 and len(cfg.metric) == 1:
+            (result,) = results.values()
+            value = result.get(cfg.metric[0], result.get(f"{cfg.metric[0]}_mean"))  # Recovered: against mean ablation
+            if isinstance(value, float):
+                return value
         return results
 
     def _site_means(self, model: torch.nn.Module, rows: Rows, sites: list[int]) -> dict[int, Tensor]:

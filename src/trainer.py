@@ -71,12 +71,12 @@ def make_optimizer(name: str, params: list[Tensor], lr: float, betas: tuple[floa
     return schedulefree.ScheduleFreeWrapper(SignSGD(params, lr), momentum=0.95, weight_decay_at_y=0.0)
 
 
-def wandb_init(project: str, config: dict[str, Any], name: str) -> Any:
+def wandb_init(project: str, config: dict[str, Any], name: str, folder: str | Path | None = None) -> Any:
     """A Weights & Biases run, or None with the reason printed: logging there never stops a training."""
     try:
         import wandb
 
-        return wandb.init(project=project, config=config, name=name)
+        return wandb.init(project=project, config=config, name=name, dir=folder)
     except Exception as error:  # optional service: network, login and version errors of every kind end here, printed
         print(f"no wandb logging ({type(error).__name__}: {error}); metrics.jsonl has every line")
         return None
@@ -466,7 +466,7 @@ class Trainer:
                 run.restore(checkpoint.load_part(path, run.title))
             set_random_state(checkpoint.load_part(path, "random"))
             print(f"continuing at step {at.step} of {total} ({path})")
-        wandb = wandb_init(cfg.wandb_project, self._settings(), self.home.name) if cfg.use_wandb else None
+        wandb = wandb_init(cfg.wandb_project, self._settings(), self.home.name, self.home) if cfg.use_wandb else None
         started, every, saved_at = time.time() - at.seconds, max(1, total // 50), (at.step, time.monotonic())
         signals.in_loop = True
         with self._log_from(at.log_bytes) as lines, tqdm(total=total, initial=at.step, desc="training", unit=" steps", mininterval=1) as bar:

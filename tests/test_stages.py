@@ -91,6 +91,12 @@ def test_evaluation_needs_no_flag_and_takes_everything_from_the_recipe(text, tmp
     assert json.loads((tmp_path / "out" / "eval" / "TopK_text.json").read_text())["sites"] == [5]
 
 
+def test_one_metric_of_one_checkpoint_is_a_number(text, tmp_path):
+    train(text, tmp_path)
+    for metric in ("NormMSE", "Recovered", "Dead"):
+        assert isinstance(evaluate(tmp_path, "--metric", metric), float)
+
+
 def test_batch_size_changes_no_metric(text, tmp_path):
     train(text, tmp_path, "--model", "RandomK")
     one, three = (evaluate(tmp_path, "--metric", "NormMSE", "KLDiv", "--batch_size", size)["RandomK_text"] for size in ("1", "3"))
