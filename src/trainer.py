@@ -393,10 +393,7 @@ class Trainer:
                 with files.locked(self.home):
                     shutil.rmtree(self.states)
             return float(checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")["final"]["loss"])
-        for i in todo:  # impossible sizes are found before the language model is loaded
-            name, options, _ = self.combinations[i]
-            with torch.device("meta"):
-                model.build(name, cfg.hidden_size or 2**20, cfg.n_layers or 2**10, options)
+        self._try_to_build(todo, cfg.hidden_size or 2**20, cfg.n_layers or 2**10)  # before the language model is loaded
         for folder in (self.folder, self.home):
             files.probe(folder)
         with files.locked(self.home), Signals() as self.signals:
@@ -411,6 +408,7 @@ class Trainer:
             for name, found in sizes.items():
                 if getattr(cfg, name) not in (None, found):
                     raise ValueError(f"--{name} {getattr(cfg, name)}, but the language model has {found}; leave the flag out")
+            self._try_to_build(todo, **sizes)  # before a long text is tokenised
             rows = open_rows(cfg, tokenizer)
             total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
             runs = []
@@ -421,6 +419,13 @@ class Trainer:
                 runs.append(Run(sae, self.titles[i], options, cfg, total))
             self._room(runs, language_model)
             return self._loop(runs, rows, language_model, total, saved)
+
+    def _try_to_build(self, todo: list[int], hidden_size: int, n_layers: int) -> None:
+        """Raises ValueError for values that cannot be."""
+        for i in todo:
+            name, options, _ = self.combinations[i]
+            with torch.device("meta"):
+                model.build(name, hidden_size, n_layers, options)
 
     def _room(self, runs: list[Run], language_model: nn.Module) -> None:
         """Says how much memory the run needs by estimate. Raises ValueError where that is above --max_memory_hint, or the disk is too small."""

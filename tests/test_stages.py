@@ -162,6 +162,12 @@ def test_bad_options_end_with_one_clear_line(text, tmp_path, capsys, more, said)
     assert code == (3 if "--text_key" in more else 2) and len(lines) == 1 and said in lines[0]
 
 
+def test_values_that_cannot_be_are_found_before_the_text_is_read(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.trainer.open_rows", lambda *_: pytest.fail("text read"))
+    with pytest.raises(ValueError, match="layer 17 of a 16-block model"):
+        train(text, tmp_path, "--layer", "17")
+
+
 def test_missing_and_foreign_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint"):
         evaluate(tmp_path)
