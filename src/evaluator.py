@@ -176,7 +176,9 @@ class Evaluator:
                     found[f"Recovered_{kind}"] = 1 - sum(delta) / sum(worse)
                     found[f"KLDiv_{kind}_ablation"] = sum(subject.kl[f"{run}/{kind}"].compute() for run in runs) / len(runs)
         if hasattr(sae, "decoder_norms"):
-            found["decoder_norms_per_site"] = sae.decoder_norms().mean(1).tolist()
+            norms = sae.decoder_norms()
+            found["decoder_norms_per_site"] = norms.mean(1).tolist()
+            found["decoder_norms_per_latent"] = [[round(float(norm), 4) for norm in latent] for latent in norms.T.tolist()]  # [F][L]
         target = getattr(sae, "k", None)
         header = {
             "title": subject.title, "model": sae.name, "sites": sae.sites(), "tokens": tokens, "rows": n_rows, "split": cfg.split, "k": target,

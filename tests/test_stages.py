@@ -50,6 +50,7 @@ def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, c
         assert (tmp_path / "out" / "eval" / f"{name}_text.json").exists()
     assert results["TopK_text"]["L0"] == 4 and results["RandomK_text"]["NormMSE"] > 1.3 * results["TopK_text"]["NormMSE"]
     assert len(results["Crosscoder_text"]["KLDiv_per_site"]) == 9 == len(results["RouteSAE_text"]["Routing"]["share"])
+    assert torch.tensor(results["Crosscoder_text"]["decoder_norms_per_latent"]).shape == (64, 9)
     found = plots.load(tmp_path / "out" / "eval")
     plots.picture(found, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000 and plots.table(found).count("\n") == len(ZOO) + 1
