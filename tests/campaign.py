@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from src import checkpoint, files
@@ -116,7 +117,8 @@ class Campaign:
         self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.work = Path(tempfile.mkdtemp(prefix="campaign-"))
         os.environ |= {"DATA_DIR": str(self.work / "data"), "TOKENIZERS_PARALLELISM": "false"}
-        torch.set_num_threads(1)  # children are forked: no thread pool may exist before
+        torch.set_num_threads(1)  # children are forked: no thread may exist here, its locks would stay locked in them
+        tqdm.tqdm.monitor_interval = 0
         torch.manual_seed(0)
         tokenizer = AutoTokenizer.from_pretrained(files.DEMO_LM)
         shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -163,8 +165,17 @@ class Campaign:
                 os._exit(code)
         os._exit(98)
 
-    def wait(self, pid):
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def wait(self, pid, limit=120):
+        """Exit code of a child; one that hangs for `limit` seconds ends the campaign."""
+        started = time.monotonic()
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() - started > limit:
+                os.kill(pid, signal.SIGKILL)
+                raise RuntimeError(f"a training hung for {limit} s")
+            time.sleep(0.002)
 
     def result(self, out):
         """SHA-256 over the final weights and the metrics without what a clock says."""
