@@ -147,6 +147,22 @@ def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_
     assert chances[0] < plain < chances[1]
 
 
+def test_switching_latents_off_lowers_the_tokens_their_directions_promote(trained, tmp_path):
+    applier, _, found = applied(trained, tmp_path, "TopK")
+    made, _ = steered(trained, tmp_path, "TopK", "--zero", "0")
+    ids = made._ids({"prompt": "The 3th value: Returns 4 if it is larger than its size! The 5th value"})
+    state = lm.read_sites(made.model, ids, made.sae.sites())
+    latents = made.sae.autoencode(made.sae.gather({site: hidden[0].float() for site, hidden in state.items()})).latents
+    plain, changes = made._logits(ids, None, None)[0].log_softmax(-1), []
+    for latent, entry in found["latent_context_map"].items():
+        at = (latents[1:, int(latent)] > 0).nonzero()[:, 0] + 1
+        if len(at):
+            made.operations = [("set", int(latent), 0.0)]
+            token = next(i for i, text in enumerate(applier.text.text) if text == entry["promoted"][0][0])
+            changes += (made._logits(ids, made.edit, None)[0].log_softmax(-1) - plain)[at, token].tolist()
+    assert len(changes) > 20 and sum(changes) / len(changes) < 0
+
+
 def test_bad_steering_is_one_clear_line(trained, tmp_path, capsys):
     path = str(trained / "SAE_models" / "TopK_text.pt")
     for more, said in (
