@@ -266,7 +266,7 @@ class Run:
 def step_bytes(sae: model.SAE, device: str) -> float:
     """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and five tensors of the code's size.
 
-    The five are codes and their gradients alive at one time; on a CPU three models took 4.6 to 6.6 of such tensors in all (docs/LOG.md).
+    The five are codes and their gradients alive at one time. An upper estimate: measured growth was .56 to .88 of it (docs/LOG.md).
     """
     code = 0
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*sae.parameters(), *sae.buffers())}

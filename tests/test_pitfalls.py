@@ -97,7 +97,6 @@ def test_d8_a_text_without_spaces_is_kept_whole(tmp_path):
 
 
 def test_d13_each_stage_reads_its_own_split():
-    assert len({config.parse(stage, []).stage for stage in ("train", "evaluate", "apply")}) == 3
     splits = []
     for stage in ("train", "evaluate", "apply"):
         cfg = config.parse(stage, ["--model_path", str(DEMO_LM), "--data_path", "x"])
