@@ -123,17 +123,17 @@ class Seen:
         row, position = batch.mask.nonzero(as_tuple=True)
         lookup = torch.full(batch.mask.shape, -1, dtype=torch.long, device=flat.device)
         lookup[batch.mask] = torch.arange(n, device=flat.device)
-        inside = F.pad(lookup, (self.reach, self.reach), value=-1)
-        begin = row * inside.shape[1] + position  # of each token's window
-        inside = inside.flatten()
-        steps = torch.arange(2 * self.reach + 1, device=flat.device)
+        # where the codes of the tokens in each token's window begin in `dense`; negative outside
+        around_at = F.pad(lookup, (self.reach, self.reach), value=-1) * (per_token * flat.shape[1])
+        begin = row * around_at.shape[1] + position
+        windows = around_at.flatten().unfold(0, 2 * self.reach + 1, 1)
         keys = batch.token_keys() * max(1, per_token)
 
         def events(index: Tensor, score: Tensor) -> Events:
             where, what, at = token[index], latent[index], site[sample[index]]
-            near = inside[begin[where][:, None] + steps]  # [E,W] numbers of the tokens around, -1 outside
-            place = near * per_token + at[:, None] if per_site else near
-            around = dense[(place * flat.shape[1] + what[:, None]).clamp_min_(0)].masked_fill_(near < 0, 0)
+            near = windows[begin[where]]  # [E,W]
+            offset = (at * flat.shape[1] if per_site else 0) + what
+            around = dense.take((near + offset[:, None]).clamp_min_(0)).masked_fill_(near < 0, 0)
             return Events(
                 what, value[index], classes[index], batch.row[row[where]], position[where], at,
                 weight[where], score, around.half(),
