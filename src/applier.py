@@ -22,8 +22,8 @@ from src import checkpoint, config, demo, files, hooks, lm
 from src.contexts import Events, Table, TokenText, sentence
 from src.data import Batch, Rows, open_rows
 from src.metrics import token_kl
-from src.model import SAE, Pass
 from src.ops import active, random_integers, random_subset
+from src.sae import SAE, Pass
 
 SAMPLE = 64  # activations of each latent drawn uniformly: its histogram, its quantiles
 QUARTERS, EACH = 4, 3  # contexts shown beside the strongest: so many from each quarter of that sample

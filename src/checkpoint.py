@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from src import config, files, model, zoo
+from src.sae import SAE
 
 FORMAT_VERSION = 1
 
@@ -110,7 +111,7 @@ def load_part(path: Path, name: str) -> Any:
 # --------------------------------------------------------------------------------------------------- trained weights
 
 
-def save(sae: model.SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) -> Path:
+def save(sae: SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) -> Path:
     """Writes <title>.json, then <title>.pt, each atomically; returns the path of the weights."""
     path = Path(folder) / f"{files.safe_name(title)}.pt"
     weights = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
@@ -173,7 +174,7 @@ def _guess(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) 
     raise ValueError(f"{path} fits no model of the zoo: {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:8])}")
 
 
-def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None = None) -> tuple[model.SAE, dict[str, Any]]:
+def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None = None) -> tuple[SAE, dict[str, Any]]:
     """(SAE in eval mode on device, recipe). `given` helps bare files along: model, k, layer, n_layers ...
 
     Raises ValueError for a missing, foreign or damaged file, and for weights that do not fit their recipe.
@@ -195,7 +196,7 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
     return sae.to(device).eval(), recipe | {"title": recipe.get("title", path.stem)}
 
 
-def open_all(cfg: Namespace) -> list[tuple[model.SAE, dict[str, Any]]]:
+def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
     """The SAEs a stage is to work on (default: the newest), on cfg.device; what their recipes say fills the options nobody typed.
 
     Raises ValueError for unusable files and for SAEs of different language models.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from src import checkpoint, config, demo, files, hooks, lm, metrics
 from src.data import Batch, Rows, open_rows
-from src.model import SAE
+from src.sae import SAE
 
 OF_THE_MODEL = {"KLDiv", "DeltaCE", "Recovered"}  # need the language model patched
 

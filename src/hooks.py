@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from src import lm
 from src.data import Batch
-from src.model import SAE
+from src.sae import SAE
 
 Triple = tuple[int, float, int]  # (latent, value, mode): mode 0 adds, 1 multiplies
 

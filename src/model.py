@@ -1,4 +1,4 @@
-"""The sparse autoencoders, behind one contract: the SAE answers questions, so that nobody need ask its name.
+"""The sparse autoencoders of the zoo, each a class that answers the contract's questions (src/sae.py).
 
 N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are 1-based, indices into routed sites 0-based.
 """
@@ -6,210 +6,23 @@ N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are 1-bas
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.ops import (
-    Jump_func,
-    SparseCode,
-    Step_func,
-    geometric_median,
-    pre_process,
-    random_integers,
-    random_subset,
-    restrict,
-    squared_errors,
-    topk_sparsify,
-)
+from src.ops import Jump_func, SparseCode, Step_func, random_integers, random_subset, restrict, squared_errors, topk_sparsify
+from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
 SPARSE_FROM = 8  # latents per active one from which sums of rows beat dense products on a CPU (benchmarks/sparse_code.py)
 ROUTINGS = ("hard", "soft", "random", "permuted")
 OBJECTIVES, BALANCES, SCALES = ("published", "expected", "advantage", "ste"), ("none", "switch", "bias"), ("p", "one", "ste")
-Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 
 
-class Pass(NamedTuple):
-    """One trip through an SAE."""
-
-    target: Tensor  # what x_hat should equal [N,D] or [N,L,D]
-    latents: Tensor  # sparse code [N,F] or [N,L,F]
-    x_hat: Tensor  # reconstruction, shape of target
-    pre_acts: Tensor | None = None  # before the activation; what penalties read
-    weights: Tensor | None = None  # share of each site (routed models) [N,L]
-    scale: Tensor | None = None  # what multiplied the routed site's state: p, or 1 [N]
-    inputs: Tensor | None = None  # the states of all sites (routed models) [N,L,D]
-
-
-def routed_sites(n_layers: int, start_layer: int | None = None, end_layer: int | None = None) -> list[int]:
-    """Sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive. Raises ValueError for a model too shallow, or a range outside it."""
-    if n_layers is None or n_layers < 4:
-        raise ValueError(f"{n_layers} blocks; a model over several sites needs a language model of at least 4")
-    start = n_layers // 4 if start_layer is None else start_layer
-    end = 3 * n_layers // 4 + 1 if end_layer is None else end_layer
-    if not 1 <= start < end <= n_layers + 1:
-        raise ValueError(f"routed sites {start} ... {end - 1} of a {n_layers}-block model; sites run from 1 to {n_layers}")
-    return list(range(start, end))
-
-
-class SAE(nn.Module):
-    """The contract. Subclasses say what differs."""
-
-    def __init__(self, hidden_size: int, latent_size: int, norm_eps: float = 1e-5) -> None:
-        super().__init__()
-        if hidden_size <= 0 or latent_size <= 0:
-            raise ValueError(f"hidden_size {hidden_size}, latent_size {latent_size}; both must be positive")
-        self.hidden_size, self.latent_size, self.norm_eps = hidden_size, latent_size, norm_eps
-        self.config: dict[str, Any] = {}
-        self.register_buffer("silent", torch.zeros(latent_size), persistent=False)  # tokens since a latent was last active
-        self.register_buffer("seen", torch.zeros(()), persistent=False)
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
-    def sites(self) -> list[int]:
-        """The residual-stream sites it reads."""
-        raise NotImplementedError
-
-    def standardise(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, mean, std = pre_process(h, self.norm_eps)
-        return x, mean, std + self.norm_eps  # what x has to be multiplied by to get h back exactly
-
-    def gather(self, hidden: Mapping[int, Tensor]) -> Tensor:
-        """{site: [N,D]} -> its standardised input."""
-        return torch.stack([self.standardise(hidden[site])[0] for site in self.sites()], dim=-2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def autoencode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Pass:
-        raise NotImplementedError
-
-    def penalty(self, p: Pass) -> dict[str, Tensor]:
-        """Weighted extra terms of the loss, by name."""
-        return {}
-
-    def loss(self, p: Pass) -> dict[str, Tensor]:
-        """Terms that add up to the training loss."""
-        return {"NormMSE": squared_errors(p.target, p.x_hat).mean(), **self.penalty(p)}
-
-    def strength(self, p: Pass) -> Tensor:
-        """Latents in units that compare between tokens and models."""
-        return p.latents
-
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True) -> Iterator[dict[int, Graft]]:
-        """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.
-
-        `edit` maps a code in units of `strength` to the code wanted. The residual then keeps what the SAE misses: only the change is
-        decoded and added, so that an edit without effect is none bit for bit. With keep_error=False the edited code replaces all.
-        """
-        for site in self.sites():
-            yield {site: lambda h: self._substitute(h, infer_k, theta, edit, token, keep_error)}
-
-    def _substitute(self, h: Tensor, infer_k, theta, edit, token, keep_error) -> Tensor:
-        x, mean, std = self.standardise(h)
-        p = self.autoencode(x, infer_k, theta, token)
-        if edit is None:
-            return p.x_hat * std + mean
-        x_hat = self.decode(edit(p.latents))
-        return h + (x_hat - self.decode(p.latents)) * std if keep_error else x_hat * std + mean
-
-    def decoders(self) -> list[nn.Linear]:
-        """Those whose columns are kept at unit norm."""
-        return []
-
-    def adam_parameters(self) -> list[Tensor]:
-        """Those that are no part of a dictionary and keep the papers' Adam whatever trains the rest."""
-        return []
-
-    def warm_start(self, x: Tensor) -> None:
-        """Initialisation from a first batch of inputs."""
-
-    @torch.no_grad()
-    def after_step(self, p: Pass, progress: float) -> None:
-        """Counters and schedules; progress is the share of the run that is done."""
-        latents = p.latents.flatten(0, -2)
-        self.seen += len(latents)
-        self.silent += len(latents)
-        self.silent[latents.any(0)] = 0
-
-    def dead_fraction(self) -> float:
-        """Share of latents silent for the last tenth of what was seen."""
-        return float((self.silent > 0.1 * self.seen).float().mean())
-
-    def diagnostics(self, p: Pass) -> dict[str, Any]:
-        """More to log, by name."""
-        return {}
-
-    def title(self, data_name: str) -> str:
-        return f"{self.name}_{data_name}"
-
-
-class _Dictionary(SAE):
-    """An encoder, a decoder and two biases at one site: what TopK, Vanilla, JumpReLU and Gated share."""
-
-    def __init__(self, hidden_size, latent_size, *, layer=12, n_layers=None, norm_eps=1e-5, b_pre_init="geom_median", unit_encoder=True):
-        super().__init__(hidden_size, latent_size, norm_eps)
-        if n_layers is not None and not 1 <= layer <= n_layers:
-            raise ValueError(f"layer {layer} of a {n_layers}-block model; sites run from 1 to {n_layers}")
-        self.layer, self.b_pre_init = layer, b_pre_init
-        self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
-        self.latent_bias = nn.Parameter(torch.zeros(latent_size))
-        self.encoder = nn.Linear(hidden_size, latent_size, bias=False)
-        self.decoder = nn.Linear(latent_size, hidden_size, bias=False)
-        with torch.no_grad():
-            unit = F.normalize(torch.randn(latent_size, hidden_size), dim=1) if unit_encoder else self.encoder.weight
-            self.encoder.weight.copy_(unit)
-            self.decoder.weight.copy_(F.normalize(unit, dim=1).T)
-
-    def sites(self):
-        return [self.layer]
-
-    def gather(self, hidden):
-        return self.standardise(hidden[self.layer])[0]
-
-    def pre_acts(self, x: Tensor) -> Tensor:
-        return F.linear(x - self.pre_bias, self.encoder.weight, self.latent_bias)
-
-    def activate(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
-        return F.relu(pre_acts)
-
-    def get_latents(self, pre_acts: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Tensor:
-        """Activation, then the cut asked for at inference."""
-        return restrict(self.activate(pre_acts, token), infer_k, theta)
-
-    def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Tensor:
-        return self.get_latents(self.pre_acts(x), infer_k, theta, token)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents) + self.pre_bias
-
-    def forward(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> tuple[Tensor, Tensor]:
-        """(latents, x_hat): the documented form."""
-        p = self.autoencode(x, infer_k, theta)
-        return p.latents, p.x_hat
-
-    def autoencode(self, x, infer_k=None, theta=None, token=None):
-        pre_acts = self.pre_acts(x)
-        latents = self.get_latents(pre_acts, infer_k, theta, token)
-        return Pass(x, latents, self.decode(latents), pre_acts)
-
-    def decoders(self):
-        return [self.decoder]
-
-    @torch.no_grad()
-    def warm_start(self, x):
-        x = x.flatten(0, -2)[:8192]
-        if self.b_pre_init != "zero":
-            self.pre_bias.copy_(x.mean(0) if self.b_pre_init == "mean" else geometric_median(x))
-
-
-class TopK(_Dictionary):
+class TopK(Dictionary):
     """Exactly the k largest pre-activations (Gao et al. 2024), dead latents revived by AuxK (same paper, appendix A.2)."""
 
     def __init__(self, hidden_size, latent_size, k, *, auxk_coeff=1 / 32, dead_tokens=None, topk_relu=False, **rest):
@@ -295,7 +108,7 @@ class RandomK(TopK):
         chosen = random_subset(rows if token is None else token.flatten(), self.seed, self.latent_size, self.k)
         return (chosen + rows[:, None] * self.latent_size).flatten()
 
-    get_latents = _Dictionary.get_latents  # infer_k and theta cut among those drawn
+    get_latents = Dictionary.get_latents  # infer_k and theta cut among those drawn
 
 
 class MLSAE(TopK):
@@ -354,7 +167,7 @@ class _Sparsified:
         self.push.copy_(off.clamp(-1, 1).exp())
 
 
-class Vanilla(_Sparsified, _Dictionary):
+class Vanilla(_Sparsified, Dictionary):
     """ReLU, and L1 summed over latents, weighted by decoder norms (Conerly et al. 2024)."""
 
     def __init__(self, hidden_size, latent_size, *, l1_coeff=None, l1_mean=False, target_l0=None, sparsity_warmup=0.05, **rest):
@@ -365,7 +178,7 @@ class Vanilla(_Sparsified, _Dictionary):
         return self._l1(p.latents, self.decoder.weight.norm(dim=0))
 
 
-class Gated(_Sparsified, _Dictionary):
+class Gated(_Sparsified, Dictionary):
     """Which latents are active is decided apart from how strongly (Rajamanoharan et al. 2024a).
 
     The gate is a step without gradient; it learns from L1 on ReLU(pi_gate) and from reconstructing through a frozen decoder.
@@ -393,7 +206,7 @@ class Gated(_Sparsified, _Dictionary):
         return self._l1(gate, self.decoder.weight.norm(dim=0).detach()) | {"GateAux": squared_errors(p.target, frozen).mean()}
 
 
-class JumpReLU(_Sparsified, _Dictionary):
+class JumpReLU(_Sparsified, Dictionary):
     """A learned threshold per latent; the penalty counts pre-activations above it (Rajamanoharan et al. 2024b)."""
 
     approach = 0.0  # its L0 begins near the target (warm_start), and thresholds are slow to come back
@@ -730,7 +543,7 @@ def build(name: str, hidden_size: int, n_layers: int | None, options: Mapping[st
     """
     cls = CLASSES[canonical(name)]
     known: set[str] = set()
-    for parent in (*cls.__mro__, *((TopK, _Dictionary) if cls is RouteSAE else ())):
+    for parent in (*cls.__mro__, *((TopK, Dictionary) if cls is RouteSAE else ())):
         if issubclass(parent, SAE):
             known |= set(inspect.signature(parent.__init__).parameters)
     config = {key: value for key, value in options.items() if key in known and value is not None}

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from src import checkpoint, config, demo, files, hooks, lm, model
 from src.data import Batch, Rows, open_rows
 from src.ops import project_decoder_grad, unit_norm_decoder
+from src.sae import SAE, Pass
 
 
 def set_seed(seed: int) -> None:
@@ -139,7 +140,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 class Run:
     """One SAE in training."""
 
-    def __init__(self, sae: model.SAE, title: str, options: dict[str, Any], cfg: Namespace, total_steps: int) -> None:
+    def __init__(self, sae: SAE, title: str, options: dict[str, Any], cfg: Namespace, total_steps: int) -> None:
         self.lr = config.learning_rate(cfg, sae.name)
         self.sae, self.title, self.options, self.total = sae, title, options, total_steps
         apart = sae.adam_parameters() if cfg.optimizer != "adam" else []
@@ -188,7 +189,7 @@ class Run:
         vars(self).update(state["plain"])
         self.sums = {name: value.to(self.sae.silent.device) for name, value in self.sums.items()}
 
-    def _gradients(self, hidden: dict[int, Tensor], token: Tensor) -> tuple[model.Pass, dict[str, Tensor]]:
+    def _gradients(self, hidden: dict[int, Tensor], token: Tensor) -> tuple[Pass, dict[str, Tensor]]:
         """Forward and backward over `parts` slices of the tokens; (what the whole batch gave, its mean loss terms).
 
         Terms that look at a batch as a whole (the variance in AuxK, a top-k over the batch) then look at each slice.
@@ -208,7 +209,7 @@ class Run:
             loss.backward()
             passes.append(p if self.parts == 1 else p._replace(**{k: v.detach() for k, v in p._asdict().items() if v is not None}))
         if self.parts > 1:
-            p = model.Pass(*(None if column[0] is None else torch.cat(column) for column in zip(*passes, strict=True)))
+            p = Pass(*(None if column[0] is None else torch.cat(column) for column in zip(*passes, strict=True)))
         return p, terms
 
     def step(self, hidden: dict[int, Tensor], token: Tensor, step: int, due: bool) -> None:
@@ -263,7 +264,7 @@ class Run:
         return line | {"dead": self.sae.dead_fraction()} | {k: v.tolist() if isinstance(v, Tensor) else v for k, v in extra.items()}
 
 
-def step_bytes(sae: model.SAE, device: str) -> float:
+def step_bytes(sae: SAE, device: str) -> float:
     """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and five tensors of the code's size.
 
     The five are codes and their gradients alive at one time. An upper estimate: measured growth was .56 to .88 of it (docs/LOG.md).
