@@ -3,5 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 select="not gpu"
 if [ "${1:-}" = fast ]; then select="not gpu and not slow"; shift; fi
-ruff check src tests ./*.py
+ruff check src tests benchmarks examples ./*.py
 python -m pytest -q -m "$select" tests "$@"
