@@ -25,6 +25,7 @@ from src import config, files, model, zoo
 from src.sae import SAE
 
 FORMAT_VERSION = 1
+RECIPE = {"model": str, "config": dict, "options": dict, "final": dict, "title": str, "model_path": str, "data_path": str, "format_version": int}
 
 
 def pick_device(device: str) -> str:
@@ -127,6 +128,10 @@ def read_recipe(path: str | Path) -> dict[str, Any] | None:
     recipe = files.load_json(path)
     if not isinstance(recipe, dict) or not {"model", "config"} <= set(recipe):
         raise ValueError(f"{path} is no recipe of a checkpoint: it names no model")
+    odd = [key for key, kind in RECIPE.items() if key in recipe and not isinstance(recipe[key], kind)]
+    if odd or not isinstance(recipe["config"].get("hidden_size"), int):
+        raise ValueError(f"{path} is no recipe of a checkpoint: {odd[0] if odd else 'its hidden_size'} is missing or of the wrong kind")
+    files.safe_name(recipe.get("title", "none"))  # others name files by it
     if recipe.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {recipe['format_version']}, this program reads up to {FORMAT_VERSION}; update it")
     return recipe
@@ -145,7 +150,9 @@ def _weights(path: Path, device: str) -> dict[str, Tensor]:
         raise ValueError(f"no checkpoint at {path}; check --SAE_path")
     try:
         weights = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds other things than tensors, or is damaged; nothing in it was run") from error
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is no readable checkpoint ({str(error).splitlines()[0][:120] if str(error) else 'damaged'})") from error
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors")
@@ -183,7 +190,10 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
     weights = _weights(path, device)
     recipe = read_recipe(path) or _guess(path, weights, given or {})
     values = dict(recipe["config"])
-    sae = model.build(zoo.canonical(recipe["model"]), values.pop("hidden_size"), values.pop("n_layers", None), values)
+    try:
+        sae = model.build(zoo.canonical(recipe["model"]), values.pop("hidden_size"), values.pop("n_layers", None), values)
+    except TypeError as error:
+        raise ValueError(f"{path.with_suffix('.json')}: its config makes no {recipe['model']} ({error})") from error
     for key, expected in sae.state_dict().items():
         there = tuple(weights[key].shape) if key in weights else "missing"
         if there != tuple(expected.shape):

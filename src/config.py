@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src import zoo
-from src.files import DEMO_LM
+from src.files import DEMO_LM, printable, redacted
 
 
 def assignment(text: str) -> tuple[int, float]:
@@ -334,12 +334,23 @@ def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
             continue
         if name in ENVIRONMENT and os.environ.get(ENVIRONMENT[name]):
             continue
+        kind = {float: (int, float), boolean: (bool, int)}.get(OPTIONS[name].type, OPTIONS[name].type)
+        many = OPTIONS[name].many or OPTIONS[name].count
+        if isinstance(kind, type | tuple) and not all(isinstance(one, kind) for one in (value if many and isinstance(value, list) else [value])):
+            raise ValueError(f"the checkpoint's recipe says {name} {value!r}; give --{name}")
         setattr(cfg, name, [value] if OPTIONS[name].many and not isinstance(value, list) else value)
+    check(cfg)
     return cfg
 
 
 def run_stage(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] | None = None) -> int:
-    """Parses, calls function(cfg), and turns what went wrong into one line and an exit code."""
+    """Parses, calls function(cfg), and turns what went wrong into one line and an exit code.
+
+    The line may quote files, servers and language models: secrets and what a terminal would obey are taken out.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter ends no run
     cfg = parse(stage, argv)
     try:
         function(cfg)
@@ -349,7 +360,8 @@ def run_stage(stage: str, function: Callable[[Namespace], Any], argv: Sequence[s
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError) as error:
         if cfg.debug:
-            traceback.print_exc()
+            print(printable(redacted(traceback.format_exc(), getattr(cfg, "api_key", None))), file=sys.stderr)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print(f"{stage}.py: error: {' '.join(lines) or type(error).__name__}", file=sys.stderr)
+        said = redacted(" ".join(lines) or type(error).__name__, getattr(cfg, "api_key", None))
+        print(f"{stage}.py: error: {printable(said)}", file=sys.stderr)
         return getattr(error, "exit_code", 2)

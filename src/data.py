@@ -34,10 +34,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from src.files import data_dir, save_json
+from src.files import data_dir, save_json, umask
 
 SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+DAMAGED = "damaged archive"
+LONGEST = 2**20  # characters tokenised at one time: about 150 bytes of memory each
 HUB_TOKENS = 100_000_000  # what a hub data set is cut to where no limit is given: some of them do not end
 
 
@@ -143,12 +145,15 @@ class Report:
     def __init__(self, text_key: str, max_bad_frac: float) -> None:
         self.text_key, self.max_bad_frac = text_key, max_bad_frac
         self.documents = self.tokens = self.lines = 0
+        self.files = 1
         self.bad: Counter[str] = Counter()
-        self.first_bad = self.keys = ""
+        self.first_bad = self.first_damaged = self.keys = ""
 
     def skip(self, reason: str, place: str) -> None:
         self.bad[reason] += 1
         self.first_bad = self.first_bad or f"{place} ({reason})"
+        if reason == DAMAGED:
+            self.first_damaged = self.first_damaged or place
 
     def check(self, final: bool = False) -> None:
         """Raises DataError once too many lines are damaged; early only where the sample is large enough to tell."""
@@ -156,6 +161,9 @@ class Report:
         wrong_key = self.bad[f"no key {self.text_key!r}"]
         if wrong_key and wrong_key == self.lines and (final or wrong_key >= 1000):
             raise DataError(f"no line has the text key {self.text_key!r}; the first has {self.keys}; set --text_key")
+        if final and self.bad[DAMAGED] > self.max_bad_frac * self.files:  # nobody knows how many lines such a file has lost
+            raise DataError(f"{self.bad[DAMAGED]} of {self.files} files cannot be read to their end, first {self.first_damaged}; "
+                            f"fetch them again or raise --max_bad_frac (now {self.max_bad_frac})")
         if self.lines and (final or self.lines >= 10_000) and damaged > self.max_bad_frac * self.lines:
             raise DataError(
                 f"{damaged} of {self.lines} lines are damaged ({self.reasons()}), first at {self.first_bad}; "
@@ -185,10 +193,14 @@ def _records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
     if file.suffix == ".parquet":
         from datasets import load_dataset
 
-        rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        for number, record in enumerate(rows, 1):
+        number = 0
+        try:
+            for number, record in enumerate(load_dataset("parquet", data_files=str(file), split="train", streaming=True), 1):
+                report.lines += 1
+                yield record, f"{file}:{number}"
+        except ValueError:  # pyarrow's kinds are of it
             report.lines += 1
-            yield record, f"{file}:{number}"
+            report.skip(DAMAGED, f"{file}:{number}")
         return
     number = 0
     try:
@@ -205,13 +217,14 @@ def _records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
                 report.skip("not JSON", f"{file}:{number}")
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
         report.lines += 1
-        report.skip("damaged archive", f"{file}:{number}")
+        report.skip(DAMAGED, f"{file}:{number}")
 
 
 def documents(source: str, split: str, report: Report) -> Iterator[str]:
     """Texts of one split of a source (file, folder, glob, or hub name `owner/name[:config]`), in a fixed order."""
     if is_local(source):
         files, split = _split_files(find_files(source), split)
+        report.files = len(files)
         records = (pair for file in files for pair in _records(file, report))
     else:
         records = _hub_records(source, report)
@@ -259,10 +272,32 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def _word_pieces(text: str, words: int) -> Iterator[str]:
     """Pieces of `words` whitespace-separated words; joined they are the text again, whitespace included."""
-    starts = [match.start() for match in re.finditer(r"\S+", text)][::words]
-    starts[:1] = [0]
-    for start, stop in zip(starts, [*starts[1:], len(text)], strict=True):
-        yield text[start:stop]
+    start = 0
+    for match in islice(re.finditer(r"\S+", text), words, None, words):
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str, bool]]]:
+    """(piece of a document, whether it is its last), in lists of up to 256 pieces and about LONGEST characters: what is tokenised at one time.
+
+    Pieces are of `words` words, or where that is None whole documents; longer ones are cut, as one line of 100 MB would fill the memory.
+    """
+    gathered, size = [], 0
+    for text in texts:
+        pieces = _word_pieces(text, words) if words else (text[at : at + LONGEST] for at in range(0, len(text), LONGEST))
+        piece = next(pieces)
+        while piece is not None:
+            following = next(pieces, None)
+            gathered.append((piece, following is None))
+            size += len(piece)
+            if len(gathered) == 256 or size >= LONGEST:
+                yield gathered
+                gathered, size = [], 0
+            piece = following
+    if gathered:
+        yield gathered
 
 
 def _tokenise(texts: Iterator[str], tokenizer: Any, row_length: int, chunking: str, limit: int | None, folder: Path, report: Report) -> None:
@@ -274,25 +309,25 @@ def _tokenise(texts: Iterator[str], tokenizer: Any, row_length: int, chunking: s
         encode["split_special_tokens"] = True  # "<|end_of_text|>" written in a text is text, not a command
     bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, mininterval=1)
     with open(folder / "tokens.bin", "wb") as file:
-        while batch := list(islice(texts, 256)):
-            split = [list(_word_pieces(text, row_length)) if chunking == "words" else [text] for text in batch]
-            encoded = iter(tokenizer([piece for pieces in split for piece in pieces], **encode)["input_ids"])
+        for pieces in _pieces(texts, row_length if chunking == "words" else None):
             before = total
-            for pieces in split:
-                for _ in pieces:
-                    ids = next(encoded) + separator
-                    file.write(np.asarray(ids, dtype=np.uint32).tobytes())
-                    if chunking == "words":
-                        chunks += [total + cut for cut in range(row_length, len(ids), row_length)] + [total + len(ids)]
-                    total += len(ids)
-                starts.append(total)
+            encoded = tokenizer([piece for piece, _ in pieces], **encode)["input_ids"]
+            for ids, (_, last) in zip(encoded, pieces, strict=True):
+                ids = ids + separator if last else ids
+                file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+                if chunking == "words":
+                    chunks += [total + cut for cut in range(row_length, len(ids), row_length)] + [total + len(ids)]
+                total += len(ids)
+                if last:
+                    starts.append(total)
             bar.update(total - before)
             if limit is not None and total >= limit:
                 break
     bar.close()
     report.check(final=True)
     report.tokens = total
-    np.save(folder / "documents.npy", np.asarray(starts[:-1], dtype=np.int64))
+    starts = starts[:-1] if starts[-1] == total else starts  # the limit can come in the middle of a document
+    np.save(folder / "documents.npy", np.asarray(starts, dtype=np.int64))
     np.save(folder / "chunks.npy", np.asarray(chunks, dtype=np.int64))
 
 
@@ -360,13 +395,17 @@ class Rows(Dataset):
         folder = data_dir() / "cache" / self.fingerprint
         if (folder / "report.json").exists():
             return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+            os.chmod(work, 0o777 & ~umask())  # mkdtemp's 0700 would lock out those who share the cache
+        except OSError as error:
+            raise OSError(f"cannot write the token cache in {folder.parent} ({error.strerror}); set DATA_DIR to a folder that can be") from error
         try:
             report = Report(text_key, max_bad_frac)
             _tokenise(documents(source, split, report), tokenizer, body, chunking, limit, work, report)
             if not report.tokens:
-                empty = f"{report.lines} lines read, {report.reasons() or 'all in other splits'}"
+                empty = f"{report.lines} lines read, {report.reasons() or ('all in other splits' if report.lines else 'nothing in it')}"
                 raise DataError(f"no usable text for split {split!r} in {source} ({empty})")
             if report.bad:
                 print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")

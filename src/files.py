@@ -6,6 +6,7 @@ Standard library only; knows nothing of models or data.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ import shutil
 import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +24,14 @@ from typing import Any, BinaryIO
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_LM = ROOT / "assets" / "demo_lm"
 
+SECRETS = ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
 SAE_DIR, EVAL_DIR, CONTEXT_DIR, INTERPRET_DIR, RUN_DIR, CLAMP_DIR = "SAE_models", "eval", "contexts", "interpret", "runs", "clamp"
+
+
+class Unusable(ValueError):
+    """A file that was found but cannot be used."""
+
+    exit_code = 3
 
 
 def data_dir() -> Path:
@@ -31,16 +40,30 @@ def data_dir() -> Path:
 
 
 def safe_name(name: str) -> str:
-    """A file name without path parts or control characters; raises ValueError where nothing usable is left.
+    """A file name; raises ValueError for path parts and control characters, and where nothing usable is left.
 
-    Names of models, data sets and runs come from users; none of them may leave the output folder.
+    Names of models, data sets and runs come from users and from files of others; none of them may leave the output folder.
     """
     cleaned = re.sub(r"[^\w.+=-]+", "_", name.strip(), flags=re.UNICODE).strip("._")
-    if not cleaned or any(part == ".." for part in re.split(r"[/\\]", name)):
-        raise ValueError(f"{name!r} cannot name a file; use letters, digits, '-', '_' or '.'")
+    if not cleaned or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        shown = name if len(name) < 80 else name[:80] + "..."
+        raise ValueError(f"{shown!r} cannot name a file; use letters, digits, '-', '_' or '.'")
     if len(cleaned.encode()) > 120:  # bytes, as file systems count; the sum keeps long names of different runs apart
         cleaned = cleaned.encode()[:107].decode("utf-8", "ignore") + "-" + hashlib.sha256(cleaned.encode()).hexdigest()[:12]
     return cleaned
+
+
+def redacted(text: str, *secrets: str | None) -> str:
+    """Text without the given secrets and those of the environment."""
+    for secret in (*secrets, *(os.environ.get(name) for name in SECRETS)):
+        if secret and len(secret) > 5:  # shorter ones are placeholders, and parts of words
+            text = text.replace(secret, "[key]")
+    return text
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: characters that could move its cursor, colour or retitle it are spelt out; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def data_name(path: str | os.PathLike) -> str:
@@ -48,6 +71,13 @@ def data_name(path: str | os.PathLike) -> str:
     name = os.path.basename(str(path).rstrip("/\\")) or "data"
     name = re.sub(r"(\.(jsonl|json|parquet|gz|zst))+$", "", name)
     return safe_name(re.sub(r"[*?\[\]]+", "_", name) or "data")
+
+
+def umask() -> int:
+    """The permissions that new files of this process lack."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> Path:
@@ -60,9 +90,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which locks out a shared cluster's group
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp gives 0600, which locks out a shared cluster's group
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -84,13 +112,34 @@ def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Pat
 
 
 def load_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file (`.gz` too); a damaged file raises ValueError naming it."""
+    """Reads a JSON file (`.gz` too). Raises Unusable, naming it, for a damaged one."""
     opened = gzip.open if str(path).endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
             return json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, RecursionError, zlib.error) as error:
+        raise Unusable(f"{path} is not readable JSON ({error})") from error
+
+
+def open_to_append(path: str | os.PathLike, mode: str = "a", **more: Any) -> Any:
+    """Opens a file that grows. Raises ValueError for a symbolic link in its place: it may lead out of the output folder."""
+    try:
+        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666), **more)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a symbolic link; remove it") from error
+        raise
+
+
+def append(file: BinaryIO, data: bytes) -> None:
+    """Adds data to an unbuffered file, all of it or nothing. Raises OSError that names the file."""
+    size = file.tell()
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        file.truncate(size)
+        raise OSError(f"cannot write {file.name} ({error.strerror or error}); mend that and run the same command again") from error
 
 
 def newest(folder: str | os.PathLike, pattern: str) -> Path | None:
@@ -217,7 +266,7 @@ def _running(owner: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def locked(folder: str | os.PathLike, name: str = "lock", instead: str = "use --tag NAME") -> Iterator[None]:
     """One writer per folder, named in folder/lock by host and process. Raises ValueError naming it where there is another.
 
     The kernel's lock on the file settles it among processes of one machine and ends with its holder, so that none goes stale; the
@@ -225,8 +274,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     """
     import fcntl
 
-    path = Path(folder) / "lock"
-    with open(path, "a+", encoding="utf-8") as file:
+    path = Path(folder) / name
+    with open_to_append(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             state = "ours"
@@ -237,12 +286,12 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         file.seek(0)
         try:
             owner = dict(json.loads(file.read() or "{}"))
-        except ValueError:  # killed while writing it
+        except (ValueError, TypeError):  # killed while writing it
             owner = {}
         dead = state == "ours" and owner.get("host") == socket.gethostname()
         if state == "taken" or (owner and not dead and _running(owner)):
             who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
-            raise ValueError(f"{folder} is being written by {who}; wait for it or use --tag NAME (if it is gone, delete {path})")
+            raise ValueError(f"{folder} is being written by {who}; wait for it or {instead} (if it is gone, delete {path})")
         file.truncate(0)
         job = {"job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT")}
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")} | job

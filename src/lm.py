@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ def get_language_model(model_path: str, device: str, dtype: str = "auto", trust_
     Raises ValueError where there is no such model, it is gated, or the hub cannot be reached.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -48,10 +50,14 @@ def get_language_model(model_path: str, device: str, dtype: str = "auto", trust_
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=pick_dtype(dtype, device), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "its weights hold other things than tensors, or are damaged; nothing in them was run"
         here = "the folder is there but is not a complete model" if os.path.isdir(model_path) else "no such folder, and the hub gave"
         todo = "check --model_path, or run scripts/download_model.sh"
+        if "custom code" in reason:
+            todo = "add --trust_remote_code if you trust it to run code of its own here"
         raise ValueError(f"cannot load language model {model_path!r} ({here}: {reason}); {todo}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

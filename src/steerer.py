@@ -114,7 +114,7 @@ class Steerer:
         path = Path(cfg.output_dir) / files.CLAMP_DIR / f"clamp_{files.safe_name(self.recipe['title'])}.json"
         files.save_json(result | checkpoint.environment(), path)
         for one in (entry[0] for entry in outputs.values()):
-            print(f"\n{one['Human']}\n  as it is: {one['original_output']!r}\n  steered:  {one['clamped_output']!r}")
+            print(f"\n{files.printable(one['Human'])}\n  as it is: {one['original_output']!r}\n  steered:  {one['clamped_output']!r}")
             print(f"  KL {one['KL']:.3f} nats a token; perplexity {one['perplexity_original']:.1f} -> {one['perplexity_clamped']:.1f}")
         print(f"\n{path}")
         return result

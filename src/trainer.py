@@ -83,6 +83,14 @@ def wandb_init(project: str, config: dict[str, Any], name: str, folder: str | Pa
         return None
 
 
+def wandb_log(run: Any, values: dict[str, Any], step: int) -> None:
+    """Logs there too; a failure is printed and stops nothing."""
+    try:
+        run.log(values, step=step)
+    except Exception as error:  # as above: an optional service
+        print(f"warning: wandb does not take step {step} ({type(error).__name__}: {error}); metrics.jsonl has it")
+
+
 def log_layers(layer_weights: Tensor) -> dict[str, float]:
     """Share of tokens per site of [...,L] routing weights."""
     share = torch.bincount(layer_weights.argmax(-1).flatten(), minlength=layer_weights.shape[-1]).float()
@@ -524,7 +532,7 @@ class Trainer:
 
     def _log_from(self, size: int) -> BinaryIO:
         """metrics.jsonl, cut to what it held when the state was saved: no line twice."""
-        lines = open(self.log, "ab")
+        lines = files.open_to_append(self.log, "ab", buffering=0)
         if lines.tell() < size:
             print(f"warning: {self.log} is shorter than when the state was saved; lines are missing there")
         lines.truncate(min(size, lines.tell()))
@@ -538,10 +546,9 @@ class Trainer:
             if self.cfg.device == "cpu":  # elsewhere a step returns before its work is done
                 line["step_tokens_per_s"] = round(at.tokens / max(run.seconds, 1e-9))
             at.finals[run.title] = line
-            lines.write(json.dumps(line).encode() + b"\n")
+            files.append(lines, json.dumps(line).encode() + b"\n")
             if wandb is not None:
-                wandb.log({f"{run.title}/{k}": v for k, v in line.items() if isinstance(v, int | float)}, step=at.step)
-        lines.flush()
+                wandb_log(wandb, {f"{run.title}/{k}": v for k, v in line.items() if isinstance(v, int | float)}, at.step)
         if at.finals:
             shown = at.finals[next(iter(at.finals))]
             bar.set_postfix({k: f"{shown[k]:.3g}" for k in ("NormMSE", "L0", "dead") if k in shown}, tok_s=round(speed))
