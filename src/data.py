@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from argparse import Namespace
 from collections import Counter
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from src.files import data_dir, save_json, umask
+from src.files import data_dir, save_json, seal, umask, verify_folder
 
 SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -251,7 +252,8 @@ def _hub_records(source: str, report: Report) -> Iterator[tuple[Any, str]]:
         first = next(rows, None)
     except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user, and the first line names which
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{source} is no file here and cannot be read from the hub: {reason}") from error
+        todo = "; take a copy of it in parquet or JSONL" if "scripts are no longer supported" in reason else ""
+        raise DataError(f"{source} is no file here and cannot be read from the hub: {reason}{todo}") from error
     for number, record in enumerate([] if first is None else [first], 1):
         report.lines += 1
         yield record, f"{source}:{number}"
@@ -393,10 +395,17 @@ class Rows(Dataset):
 
     def _cached(self, source, tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key) -> Path:
         folder = data_dir() / "cache" / self.fingerprint
-        if (folder / "report.json").exists():
-            return folder
+        if folder.exists():
+            try:
+                verify_folder(folder)
+                return folder
+            except ValueError as error:
+                print(f"warning: the token cache is damaged ({error}); tokenising again")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            for rest in folder.parent.glob(".building-*"):  # of killed processes; one at work writes every few seconds
+                if time.time() - max(path.stat().st_mtime for path in (rest, *rest.iterdir())) > 86_400:
+                    shutil.rmtree(rest, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
             os.chmod(work, 0o777 & ~umask())  # mkdtemp's 0700 would lock out those who share the cache
         except OSError as error:
@@ -410,7 +419,8 @@ class Rows(Dataset):
             if report.bad:
                 print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
             save_json({"key": key, "documents": report.documents, "tokens": report.tokens, "skipped": report.bad}, work / "report.json")
-            if folder.exists():  # half-written by an older version, or another process was faster
+            seal(work, folder.name)
+            if folder.exists():  # damaged, or another process was faster
                 shutil.rmtree(folder, ignore_errors=True)
             os.replace(work, folder)
         finally:

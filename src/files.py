@@ -68,9 +68,11 @@ def printable(text: str) -> str:
 
 def data_name(path: str | os.PathLike) -> str:
     """Short name of a data source for titles: `data/openwebtext2/` -> `openwebtext2`, `x/train.jsonl.gz` -> `train`."""
-    name = os.path.basename(str(path).rstrip("/\\")) or "data"
-    name = re.sub(r"(\.(jsonl|json|parquet|gz|zst))+$", "", name)
-    return safe_name(re.sub(r"[*?\[\]]+", "_", name) or "data")
+    for part in reversed(re.split(r"[/\\]", str(path))):  # a glob such as `texts/*.jsonl` is named by its folder
+        name = re.sub(r"[*?\[\]\x00-\x1f\x7f]+", "_", re.sub(r"(\.(jsonl|json|parquet|gz|zst))+$", "", part)).strip("_")
+        if re.search(r"[^\W_]", name):
+            return safe_name(name)
+    return "data"
 
 
 def umask() -> int:
@@ -216,6 +218,17 @@ def write_folder(path: str | os.PathLike, writers: Mapping[str, Callable[[Any], 
         shutil.rmtree(work, ignore_errors=True)
         raise
     return path
+
+
+def seal(folder: str | os.PathLike, name: str) -> None:
+    """Adds the manifest to a folder that is going to be renamed to `name`, for files too long to be written twice."""
+    sums = {}
+    for path in sorted(Path(folder).iterdir()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            sums[path.name] = {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    save_json({"folder": name, "files": sums}, Path(folder) / "manifest.json")
+    _sync(Path(folder))
 
 
 def verify_folder(path: str | os.PathLike) -> None:

@@ -574,7 +574,9 @@ class Trainer:
             ) from error
 
     def _finish(self, runs: list[Run], rows: Rows, at: Namespace, sites: list[int]) -> float:
-        """Final weights and recipes; then the state to continue from is not needed any more."""
+        """Final weights and recipes; then the state to continue from is not needed any more. Raises ValueError where no token counted."""
+        if not at.tokens:
+            raise ValueError("no counted token in the rows; use more text or longer rows")
         for run in runs:
             if not run.failed:
                 run.mode(False)

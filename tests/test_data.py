@@ -72,7 +72,6 @@ def test_a_truncated_archive_is_not_taken_for_a_finished_one(tmp_path, tokenizer
     path.write_bytes(data[: len(data) - 40])
     with pytest.raises(DataError, match="1 of 1 files cannot be read to their end, first .*cut"):
         Rows(path, tokenizer, 32, "all")
-    assert stream_text(Rows(path, tokenizer, 32, "all", max_bad_frac=1.0), tokenizer).startswith("".join(TEXTS[:20]))
 
 
 def test_damaged_lines_are_skipped_counted_and_then_refused(tmp_path, tokenizer, capsys):
