@@ -134,14 +134,14 @@ def parse_answer(text: str) -> dict[str, Any] | None:
             if match:
                 found[name] = match.group(1).strip().strip("*[]\"',")
     category = re.search(r"(low|high)[\s_-]*level|undiscernible", str(found.get("category", "")), flags=re.I)
-    score = re.search(r"[1-5](?![\d.]*\d)", str(found.get("score", "")).split("/")[0])
+    score = re.search(r"(?<![\d.-])[1-5](?:\.0+)?(?![\d.]*\d)", str(found.get("score", "")).split("/")[0])
     explanation = str(found.get("explanation", "")).strip()[: LONGEST["explanation"]]
     if score is None or not explanation:
         return None
     kind = "undiscernible" if category is None or category.group(1) is None else f"{category.group(1).lower()}-level"
     poly = found.get("polysemantic", False)
     poly = poly if isinstance(poly, bool) else str(poly).lower().startswith(("t", "y"))
-    return {"category": kind, "score": int(score.group()), "polysemantic": poly or kind == "undiscernible", "explanation": explanation}
+    return {"category": kind, "score": int(score.group()[0]), "polysemantic": poly or kind == "undiscernible", "explanation": explanation}
 
 
 def parse_labels(text: str, n: int) -> list[bool] | None:

@@ -1,12 +1,15 @@
 """Labels from contexts: against a local endpoint that misbehaves, and by rule."""
 
 import json
+import os
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from src import files
 from src.config import parse, run_stage
 from src.interpreter import Interpreter, balanced_accuracy, choose, entries, heuristic, parse_answer, parse_labels, safe
 
@@ -37,6 +40,7 @@ class Server:
     """An endpoint whose nth answer to a feature follows `plan(feature, nth request)`; keeps the ledger of tokens it billed."""
 
     def __init__(self, plan):
+        self.pause = ""
         self.plan, self.seen, self.billed, self.bodies, self.heads, self.lock = plan, {}, 0, [], [], threading.Lock()
         outer = self
 
@@ -66,7 +70,7 @@ class Server:
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
-                    self.send_header("Retry-After-Ms", "5")
+                    self.send_header(*(("Retry-After", outer.pause) if outer.pause else ("Retry-After-Ms", "5")))
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data)
@@ -154,6 +158,73 @@ def test_wrong_keys_stop_at_once_and_are_shown_nowhere(contexts, tmp_path, serve
     said = capsys.readouterr()
     assert "sk-secret" not in said.out + said.err
     assert not any("sk-secret" in f.read_text() for f in (tmp_path / "out").rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("status, body, said", [
+    (429, {"message": "no money", "code": "insufficient_quota"}, "no money"), (404, {"message": "no model m"}, "no model m"),
+    (403, {"message": "not for you"}, "not for you"),
+])
+def test_what_no_retry_mends_stops_after_the_first_answers(contexts, tmp_path, serve, capsys, status, body, said):
+    server = serve(lambda name, nth: (status, json.dumps({"error": body})))
+    code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
+    assert code == 4 and results == {} and len(server.bodies) <= 4 and said in capsys.readouterr().err  # the client tries a 429 four times
+
+
+def test_a_server_that_wants_a_long_pause_is_not_asked_on(contexts, tmp_path, serve, capsys):
+    server = serve(lambda name, nth: (200, GOOD) if len(server.bodies) < 4 else (429, ""))
+    server.pause = "3600"
+    code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
+    assert code == 4 and len(results) == 3 and len(server.bodies) == 4 and "9 of 12 features are not answered" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_what_is_answered_and_the_next_run_asks_the_rest(contexts, tmp_path, serve):
+    server = serve(lambda name, nth: (200, GOOD) if len(server.bodies) != 5 else (os.kill(os.getpid(), signal.SIGINT), (200, GOOD))[1])
+    argv = [str(contexts), "--api_base", server.address, "--output_dir", str(tmp_path / "out"), "--engine", "m", "--concurrency", "2"]
+    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 130
+    kept = len((tmp_path / "out" / "interpret" / "interp_S.jsonl").read_text().splitlines())
+    assert 4 <= kept == len(server.bodies) < 12
+    code, results, summary = ask(contexts, tmp_path, server)
+    assert code == 0 and len(results) == 12 == len(server.bodies) and summary["requests"] == 12
+
+
+def test_a_second_interpreter_of_one_output_is_refused_and_asks_nothing(contexts, tmp_path, serve, capsys):
+    server = serve(lambda name, nth: (200, GOOD))
+    (tmp_path / "out" / "interpret").mkdir(parents=True)
+    argv = [str(contexts), "--api_base", server.address, "--output_dir", str(tmp_path / "out"), "--engine", "m"]
+    with files.locked(tmp_path / "out" / "interpret", ".interp_S.lock"):
+        assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 2
+    assert "is being written by process" in capsys.readouterr().err and not server.bodies
+
+
+def test_the_reason_of_a_connection_that_fails_is_said(contexts, tmp_path, capsys):
+    argv = [str(contexts), "--api_base", "http://127.0.0.1:9/v1", "--output_dir", str(tmp_path / "out"), "--engine", "m", "--sample_latents", "1"]
+    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 4
+    assert "Connection refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, kept", [
+    (lambda t: t.update(x=t.pop("3"), **{"-1": t["4"], "1.5": t["4"]}), 11), (lambda t: t["3"].update(contexts={"w": []}), 11),
+    (lambda t: t["3"]["contexts"]["w3"][0].update(activation="9"), 12), (lambda t: t["3"]["contexts"].update(w3=[{"activation": None}, 5]), 11),
+    (lambda t: [one.update(context=7) for one in t["3"]["contexts"]["w3"]], 11), (lambda t: t["3"]["contexts"]["w3"][0].update(activation=1e999), 12),
+    (lambda t: t.clear(), None), (lambda t: t.update({"3": 5}), None),
+])
+def test_damaged_entries_of_a_contexts_file_are_passed_over_and_counted(contexts, tmp_path, capsys, change, kept):
+    content = json.loads(contexts.read_text())
+    change(content["latent_context_map"])
+    contexts.write_text(json.dumps(content))
+    argv = [str(contexts), "--engine", "heuristic", "--output_dir", str(tmp_path / "out")]
+    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == (0 if kept else 3)
+    said = capsys.readouterr()
+    assert f"{kept} features in" in said.out if kept else "contexts" in said.err
+    assert kept in (12, None) or "are passed over" in said.out
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": [', "[" * 10**5, '{"latent_context_map": []}', "\x00"])
+def test_a_contexts_file_that_is_none_is_exit_3_and_named(tmp_path, capsys, content):
+    path = tmp_path / "S_contexts.json"
+    path.write_text(content)
+    argv = [str(path), "--engine", "heuristic", "--output_dir", str(tmp_path / "out")]
+    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 3 and str(path) in capsys.readouterr().err
 
 
 def test_what_failed_attempts_cost_stays_counted(contexts, tmp_path, serve):
