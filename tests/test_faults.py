@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -542,3 +543,9 @@ def test_wrappers_pass_paths_with_spaces_on_and_the_exit_code_back(tmp_path):
     for script in ("train_topk", "apply", "interpret", "steer"):
         done = subprocess.run(["bash", f"scripts/{script}.sh", "--data_path", "x y/z"], cwd=root, capture_output=True, text=True)
         assert done.returncode == 7 and "|--data_path|x y/z|" in done.stdout, (script, done.stderr)
+
+
+def test_every_test_the_page_of_faults_names_exists():
+    named = set(re.findall(r"(test_\w+)\.(test_\w+)", (files.ROOT / "docs" / "faults.md").read_text()))
+    sources = {module: (files.ROOT / "tests" / f"{module}.py").read_text() for module, _ in named}
+    assert len(named) > 70 and not [name for module, name in named if f"def {name}(" not in sources[module]]
