@@ -62,13 +62,19 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """NormMSE and KL against L0, routing shares, firing rates."""
+def pyplot() -> Any:
+    """matplotlib's, for files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def picture(results: list[dict[str, Any]], path: Path) -> None:
+    """NormMSE and KL against L0, routing shares, firing rates."""
+    plt = pyplot()
     figure, ((mse, kl), (share, density)) = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
     drawn = families(results)
     looks = {name: {"color": f"C{i % 10}", "marker": "osD^vP"[i // 10]} for i, name in enumerate(drawn)}
