@@ -1,6 +1,6 @@
-"""Weights and the recipe beside them: `X.pt` holds the state dict alone, `X.json` how it came about. Loading by path. States of a training.
+"""Weights and the recipe beside them: `X.pt` holds the state dict alone, `X.json` how it came about. Loading by path or hub name. Training states.
 
-Also opens bare state dicts of the documented form, which have no recipe, from their parameter names and shapes.
+Also opens bare state dicts of the documented form, which have no recipe, from their names, parameter names and shapes; folders: formats.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import config, files, model, zoo
+from src import config, files, formats, model, zoo
 from src.sae import SAE
 
 FORMAT_VERSION = 1
@@ -123,9 +123,10 @@ def save(sae: SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) ->
 def read_recipe(path: str | Path) -> dict[str, Any] | None:
     """The recipe beside a checkpoint, or None where there is none. Raises ValueError for one this version cannot read."""
     path = Path(path).with_suffix(".json")
-    if not path.exists():
-        return None
-    recipe = files.load_json(path)
+    return _readable(files.load_json(path), path) if path.exists() else None
+
+
+def _readable(recipe: Any, path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not {"model", "config"} <= set(recipe):
         raise ValueError(f"{path} is no recipe of a checkpoint: it names no model")
     odd = [key for key, kind in RECIPE.items() if key in recipe and not isinstance(recipe[key], kind)]
@@ -159,6 +160,22 @@ def _weights(path: Path, device: str) -> dict[str, Tensor]:
     return weights
 
 
+PUBLISHED_EPS = 1e-6  # of the standardisation in both public RouteSAE repositories; a bare file does not say
+TITLES = {  # how swei2001/RouteSAEs names its files, and what the names say; beauefui/RouteSAE-repro begins them with the model's name
+    r"L(?P<layer>\d+)_K(?P<k>\d+)_": "TopK", r"L(?P<layer>\d+)_VL": "Vanilla", r"L(?P<layer>\d+)_GL": "Gated", r"L(?P<layer>\d+)_JL": "JumpReLU",
+    r"(?P<aggre>sum|mean)_(?P<routing>hard|soft)_K(?P<k>\d+)_": "RouteSAE", r"ML_K(?P<k>\d+)_": "MLSAE", r"RDM_K(?P<k>\d+)_": "TopK",
+    r"Cross_CL": "Crosscoder",
+}
+
+
+def _title(stem: str) -> tuple[list[str], dict[str, Any]]:
+    """(models a file's name may mean, likeliest first; what else it says)."""
+    for pattern, name in TITLES.items():
+        if found := re.match(pattern, stem):
+            return [name], {key: int(value) if value.isdigit() else value for key, value in found.groupdict().items()}
+    return sorted((name for name in [*zoo.ZOO, *zoo.ALIASES] if stem.lower().startswith(name.lower())), key=len, reverse=True), {}
+
+
 def _guess(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe of a bare state dict: sizes from shapes; the model from `given`, the file name, or the one set of keys that fits."""
     prefix = "sae." if any(key.startswith("sae.") for key in weights) else ""
@@ -168,27 +185,33 @@ def _guess(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) 
     latent_size, hidden_size = encoders[0].shape
     routed = weights["router.weight"].shape[0] if "router.weight" in weights else len(encoders)
     n_layers = given.get("n_layers") or (2 * (routed - 1) if routed > 1 else 16)
-    options = {"latent_size": latent_size, "k": given.get("k") or min(64, latent_size)} | {k: v for k, v in given.items() if v is not None}
-    named = [name for name in [*zoo.ZOO, *zoo.ALIASES] if path.stem.lower().startswith(name.lower())]
-    order = [given["model"]] if given.get("model") else [*sorted(named, key=len, reverse=True), *zoo.ZOO]
+    named, told = _title(path.stem)
+    typed = {key: value for key, value in given.items() if value is not None}
+    options = {"latent_size": latent_size, "k": min(64, latent_size), "norm_eps": PUBLISHED_EPS} | told | typed
+    order = [given["model"]] if given.get("model") else [*named, *zoo.ZOO]
     for name in dict.fromkeys(zoo.canonical(name) for name in order):
         candidate = model.build(name, hidden_size, n_layers, options)
         shapes = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
         if shapes == {key: tuple(value.shape) for key, value in weights.items()}:
-            assumed = f"{name}, {n_layers} blocks" + (f", k {options['k']}" if "k" in zoo.ZOO[name].options else "")
-            print(f"{path.name}: no recipe beside it; taken for {assumed}")
+            used = {key: value for key, value in candidate.config.items() if key not in ("hidden_size", "latent_size")}
+            print(f"{path.name}: no recipe beside it; taken for {name} with {', '.join(f'{key} {value}' for key, value in used.items())}")
             return {"model": name, "config": dict(candidate.config) | {"hidden_size": hidden_size, "n_layers": n_layers}, "options": {}}
     raise ValueError(f"{path} fits no model of the zoo: {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:8])}")
 
 
 def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None = None) -> tuple[SAE, dict[str, Any]]:
-    """(SAE in eval mode on device, recipe). `given` helps bare files along: model, k, layer, n_layers ...
+    """(SAE in eval mode on device, recipe) of a checkpoint file, a folder of export.py or SAELens, or a hub name (formats.locate).
 
-    Raises ValueError for a missing, foreign or damaged file, and for weights that do not fit their recipe.
+    `given` helps bare files along: model, k, layer, n_layers ... Raises ValueError for a missing, foreign or damaged file, for a repository that
+    cannot be had, and for weights that do not fit their recipe.
     """
-    path = Path(path)
-    weights = _weights(path, device)
-    recipe = read_recipe(path) or _guess(path, weights, given or {})
+    name, path = str(path), formats.locate(path)
+    if path.is_dir():
+        weights, recipe = formats.read_folder(path)
+        _readable(recipe, path)
+    else:
+        weights = _weights(path, device)
+        recipe = read_recipe(path) or _guess(path, weights, given or {})
     values = dict(recipe["config"])
     try:
         sae = model.build(zoo.canonical(recipe["model"]), values.pop("hidden_size"), values.pop("n_layers", None), values)
@@ -203,21 +226,24 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
     if extra:
         raise ValueError(f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}")
     sae.load_state_dict(weights)
-    return sae.to(device).eval(), recipe | {"title": recipe.get("title", path.stem)}
+    title = path.stem if path.is_file() else files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
+    return sae.to(device).eval(), recipe | {"title": recipe.get("title", title)}
 
 
-def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
-    """The SAEs a stage is to work on (default: the newest), on cfg.device; what their recipes say fills the options nobody typed.
-
-    Raises ValueError for unusable files and for SAEs of different language models.
-    """
+def open_saes(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
+    """The SAEs that cfg.SAE_path names (default: the newest) and their recipes, on cfg.device (default: CPU). Raises ValueError for unusable ones."""
     if not cfg.SAE_path:
         cfg.SAE_path = [str(newest(cfg.output_dir))]
         print(f"taking the newest checkpoint: {cfg.SAE_path[0]}")
-    cfg.device = pick_device(cfg.device)
-    given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer")}
+    cfg.device = pick_device(getattr(cfg, "device", "cpu"))
+    given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer", "norm_eps")}
     given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
-    opened = [load(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+    return [load(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+
+
+def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
+    """The SAEs a stage is to work on; what their recipes say fills the options nobody typed. Raises ValueError for SAEs of different LMs too."""
+    opened = open_saes(cfg)
     models = {recipe.get("model_path") for _, recipe in opened} - {None}
     if len(models) > 1 and not cfg.model_path:
         raise ValueError(f"the checkpoints belong to different language models ({', '.join(sorted(models))}); take them apart")

@@ -84,10 +84,10 @@ OPTIONS: dict[str, Option] = {
     "include_special": Option("text", boolean, False, "count special tokens and position 0 too (for comparison only)"),
     # the SAE
     "hidden_size": Option("sae", int, None, "check: width of the language model (default: read from it)", low=1),
-    "n_layers": Option("sae", int, None, "check: number of its blocks (default: read from it)", low=1),
+    "n_layers": Option("sae export", int, None, "check: number of its blocks (default: read from it)", low=1),
     "latent_size": Option("sae", int, None, "latents (default: 16384; demo LM: 2048)", low=1),
-    "k": Option("sae", int, None, "active latents a token; several values train one SAE each (default: 64; demo LM: 16)", low=1, many=True),
-    "layer": Option("sae", int, None, "site of single-layer models; several train one SAE each (default: 3/4 of the depth)", low=1, many=True),
+    "k": Option("sae export", int, None, "active latents a token; several values train one SAE each (default: 64; demo LM: 16)", low=1, many=True),
+    "layer": Option("sae export", int, None, "site of single-layer models; several train one SAE each (default: 3/4 of the depth)", low=1, many=True),
     "start_layer": Option("sae", int, None, "first routed site (default: a quarter of the depth)", low=1),
     "end_layer": Option("sae", int, None, "site after the last routed one (default: three quarters of the depth, plus 1)", low=2),
     "l1_coeff": Option("sae", float, None, "L1 (JumpReLU: L0) coefficient; several values train one SAE each (default: auto)", low=0, many=True),
@@ -107,7 +107,7 @@ OPTIONS: dict[str, Option] = {
     "dead_tokens": Option("sae", int, None, "tokens without activation after which a latent is dead (default: auto)", low=1),
     "topk_relu": Option("sae", boolean, None, "clip negative values among the k"),
     "b_pre_init": Option("sae", str, None, "initial pre_bias", ("geom_median", "mean", "zero")),
-    "norm_eps": Option("sae", float, 1e-5, "added to the standard deviation when inputs are standardised", above=0),
+    "norm_eps": Option("sae export", float, 1e-5, "added to the standard deviation when inputs are standardised", above=0),
     # training
     "model": Option("training", str, "TopK", f"SAEs to train on the same batches: {', '.join(zoo.ZOO)}", many=True),
     "recipe": Option("training", str, "standard", "the right form of each model, or the documented one", ("standard", "published")),
@@ -118,7 +118,7 @@ OPTIONS: dict[str, Option] = {
     "num_epochs": Option("training", int, 1, "passes over the text", low=1),
     "steps": Option("training", int, None, "decoder columns go back to unit norm every so many steps (default: by recipe)", low=1),
     "tag": Option("training", str, None, "added to the names of the results"),
-    "overwrite": Option("training", boolean, False, "replace results of the same name"),
+    "overwrite": Option("training export", boolean, False, "replace results of the same name"),
     "save_every": Option("training", interval, (600.0, "s"), "save the unfinished run: steps (500) or time (90s, 10m); 0: on signals (default: 10m)"),
     "resume": Option("training", str, "auto", "auto: continue an unfinished run; never: start again (with --overwrite)", ("auto", "never")),
     "deterministic": Option("training", boolean, False, "on CUDA: only algorithms that repeat bit for bit (slower)"),
@@ -126,7 +126,8 @@ OPTIONS: dict[str, Option] = {
     "use_wandb": Option("training", boolean, False, "log to Weights & Biases too"),
     "wandb_project": Option("training", str, "RouteSAE-repro", "project name there"),
     # trained SAEs
-    "SAE_path": Option("inference", str, None, "checkpoints (default: the newest)", many=True),
+    "SAE_path": Option("inference export", str, None, "checkpoints, folders or hub names (default: the newest)", many=True),
+    "format": Option("export", str, "hf", "hf: a Hugging Face folder with its card; saelens: one SAELens folder per site", ("hf", "saelens")),
     "infer_k": Option("inference", int, None, "keep this many latents a token instead of the trained rule", low=1),
     "theta": Option("inference", float, None, "keep latents above this value instead"),
     "metric": Option("evaluation", str, ["NormMSE"], f"what to measure: {', '.join(METRICS)}", METRICS, many=True),
@@ -171,12 +172,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "apply": ("application", "inference", "text", "sae", "lm", "common"),
     "interpret": ("interpretation", "common"),
     "steer": ("steering", "inference", "lm", "common"),
+    "export": ("export", "common"),
 }
 ABOUT = {
     "train": "Train sparse autoencoders on a language model's residual stream.",
     "evaluate": "Measure trained sparse autoencoders.",
     "apply": "Find the contexts in which each latent of a trained sparse autoencoder is active.",
     "interpret": "Label latents from their contexts, and test the labels.",
+    "export": "Write trained sparse autoencoders in the formats of other libraries.",
     "steer": "Continue texts with latents set, added to, multiplied or switched off.",
 }
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}

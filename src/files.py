@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO_LM = ROOT / "assets" / "demo_lm"
 
 SECRETS = ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
-SAE_DIR, EVAL_DIR, CONTEXT_DIR, INTERPRET_DIR, RUN_DIR, CLAMP_DIR = "SAE_models", "eval", "contexts", "interpret", "runs", "clamp"
+SAE_DIR, EVAL_DIR, CONTEXT_DIR, INTERPRET_DIR, RUN_DIR, CLAMP_DIR, EXPORT_DIR = (
+    "SAE_models", "eval", "contexts", "interpret", "runs", "clamp", "export"
+)
 
 
 class Unusable(ValueError):
@@ -182,8 +184,9 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def write_folder(path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]]) -> Path:
-    """Calls write(file) for each name, adds a manifest of sizes and SHA-256 sums, and renames the whole to path: complete or not there.
+def write_folder(path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]], manifest: bool = True) -> Path:
+    """Calls write(file) for each name, adds a manifest of sizes and SHA-256 sums (unless told not to), and renames the whole to path: complete or
+    not there.
 
     What stands at path is replaced; write only where that is damaged or nothing.
     """
@@ -195,6 +198,7 @@ def write_folder(path: str | os.PathLike, writers: Mapping[str, Callable[[Any], 
         sums: dict[str, dict[str, Any]] = {}
 
         def put(name: str, write: Callable[[Any], Any]) -> None:
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
             with open(work / name, "wb") as file:
                 summed = _Summed(file)
                 try:
@@ -207,8 +211,9 @@ def write_folder(path: str | os.PathLike, writers: Mapping[str, Callable[[Any], 
 
         for name, write in writers.items():
             put(name, write)
-        manifest = json.dumps({"folder": path.name, "files": sums}).encode()
-        put("manifest.json", lambda file: file.write(manifest))
+        if manifest:
+            listed = json.dumps({"folder": path.name, "files": sums}).encode()
+            put("manifest.json", lambda file: file.write(listed))
         _sync(work)
         if path.exists():
             shutil.rmtree(path)

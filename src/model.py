@@ -25,6 +25,8 @@ OBJECTIVES, BALANCES, SCALES = ("published", "expected", "advantage", "ste"), ("
 class TopK(Dictionary):
     """Exactly the k largest pre-activations (Gao et al. 2024), dead latents revived by AuxK (same paper, appendix A.2)."""
 
+    architecture = "topk"
+
     def __init__(self, hidden_size, latent_size, k, *, auxk_coeff=1 / 32, dead_tokens=None, topk_relu=False, **rest):
         super().__init__(hidden_size, latent_size, **rest)
         if not 0 < k <= latent_size:
@@ -88,6 +90,12 @@ class BatchTopK(TopK):
             return (pre_acts > self.cut).flatten().nonzero()[:, 0]
         return pre_acts.flatten().topk(self.k * len(pre_acts), sorted=False).indices.sort().values
 
+    def plain(self):
+        if self.cut.isnan():
+            raise ValueError("this BatchTopK has no threshold for inference; it gets one in training")
+        threshold = {"threshold": self.cut.clamp_min(0).expand(self.latent_size)}  # negative values are clipped either way
+        return {site: form._replace(architecture="jumprelu", tensors=form.tensors | threshold, k=None) for site, form in super().plain().items()}
+
     @torch.no_grad()
     def after_step(self, p, progress):
         super().after_step(p, progress)
@@ -109,6 +117,9 @@ class RandomK(TopK):
         return (chosen + rows[:, None] * self.latent_size).flatten()
 
     get_latents = Dictionary.get_latents  # infer_k and theta cut among those drawn
+
+    def plain(self):
+        raise ValueError("the latents of a RandomK are drawn, not computed from the state; no other library holds that")
 
 
 class MLSAE(TopK):
@@ -170,6 +181,8 @@ class _Sparsified:
 class Vanilla(_Sparsified, Dictionary):
     """ReLU, and L1 summed over latents, weighted by decoder norms (Conerly et al. 2024)."""
 
+    architecture = "standard"
+
     def __init__(self, hidden_size, latent_size, *, l1_coeff=None, l1_mean=False, target_l0=None, sparsity_warmup=0.05, **rest):
         super().__init__(hidden_size, latent_size, **rest)
         self._sparsity(0.1 / hidden_size**0.5 if l1_coeff is None else l1_coeff, l1_mean, target_l0, sparsity_warmup)
@@ -183,6 +196,8 @@ class Gated(_Sparsified, Dictionary):
 
     The gate is a step without gradient; it learns from L1 on ReLU(pi_gate) and from reconstructing through a frozen decoder.
     """
+
+    architecture = "gated"
 
     def __init__(self, hidden_size, latent_size, *, l1_coeff=None, l1_mean=False, gated_aux=True, target_l0=None, sparsity_warmup=0.05, **rest):
         super().__init__(hidden_size, latent_size, **rest)
@@ -209,6 +224,7 @@ class Gated(_Sparsified, Dictionary):
 class JumpReLU(_Sparsified, Dictionary):
     """A learned threshold per latent; the penalty counts pre-activations above it (Rajamanoharan et al. 2024b)."""
 
+    architecture = "jumprelu"
     approach = 0.0  # its L0 begins near the target (warm_start), and thresholds are slow to come back
 
     def __init__(
@@ -501,6 +517,15 @@ class RouteSAE(SAE):
 
     def decode(self, latents):
         return self.sae.decode(latents)
+
+    def plain(self):
+        if self.routing == "soft":
+            raise ValueError("soft routing codes a mixture of sites, which is the state of no site; an SAE of one site cannot hold it")
+        (form,) = self.sae.plain().values()
+        caveat = "The router is left out: this is the shared dictionary, here on every token of the site, routed there or not."
+        if self.route_scale == "p":
+            caveat += " It was trained on p x, p the router's weight; here it codes x, so values stand for z/p (alike where biases are small)."
+        return {site: form._replace(caveat=caveat) for site in self.routed}
 
     def decoders(self):
         return self.sae.decoders()

@@ -29,6 +29,22 @@ class Pass(NamedTuple):
     inputs: Tensor | None = None  # the states of all sites (routed models) [N,L,D]
 
 
+class Plain(NamedTuple):
+    """An SAE at one site in the terms libraries share: ReLU, TopK, JumpReLU or gate over (input - b_dec) W_enc, and W_dec back."""
+
+    architecture: str  # "standard", "topk" (negative values among the k clipped), "jumprelu" or "gated"
+    tensors: dict[str, Tensor]  # W_enc [D,F], W_dec [F,D], b_dec [D]; by architecture b_enc, threshold, b_gate, b_mag, r_mag [F]
+    code: Callable[[Tensor], Tensor]  # the SAE's own code of a standardised state [N,D] -> [N,F], to compare with
+    k: int | None = None
+    caveat: str = ""  # what the plain form leaves out
+
+
+PLAIN_NAMES = {  # of the tensors -> of our parameters; matrices are transposed
+    "W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_dec": "pre_bias", "b_enc": "latent_bias", "threshold": "threshold",
+    "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag",
+}
+
+
 def routed_sites(n_layers: int, start_layer: int | None = None, end_layer: int | None = None) -> list[int]:
     """Sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive. Raises ValueError for a model too shallow, or a range outside it."""
     if n_layers is None or n_layers < 4:
@@ -42,6 +58,9 @@ def routed_sites(n_layers: int, start_layer: int | None = None, end_layer: int |
 
 class SAE(nn.Module):
     """The contract. Subclasses say what differs."""
+
+    architecture = ""  # of the plain form
+    input_norm = "token"  # each token's state standardised, or "none": taken as it is
 
     def __init__(self, hidden_size: int, latent_size: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
@@ -61,6 +80,10 @@ class SAE(nn.Module):
         raise NotImplementedError
 
     def standardise(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, mean, std) of raw states: h = x * std + mean. [...,D] -> [...,D], [...,1], [...,1]"""
+        if self.input_norm == "none":
+            h = h.float()
+            return h, torch.zeros_like(h[..., :1]), torch.ones_like(h[..., :1])
         x, mean, std = pre_process(h, self.norm_eps)
         return x, mean, std + self.norm_eps  # what x has to be multiplied by to get h back exactly
 
@@ -133,12 +156,21 @@ class SAE(nn.Module):
     def title(self, data_name: str) -> str:
         return f"{self.name}_{data_name}"
 
+    def plain(self) -> dict[int, Plain]:
+        """{site: plain form}. Raises ValueError with the reason where it has none."""
+        raise ValueError(f"the code of a {self.name} is read from sites {self.sites()} together; an SAE of one site cannot hold it")
+
 
 class Dictionary(SAE):
     """An encoder, a decoder and two biases at one site: what TopK, Vanilla, JumpReLU and Gated share."""
 
-    def __init__(self, hidden_size, latent_size, *, layer=12, n_layers=None, norm_eps=1e-5, b_pre_init="geom_median", unit_encoder=True):
+    def __init__(
+        self, hidden_size, latent_size, *, layer=12, n_layers=None, norm_eps=1e-5, b_pre_init="geom_median", unit_encoder=True, input_norm="token",
+    ):
         super().__init__(hidden_size, latent_size, norm_eps)
+        if input_norm not in ("token", "none"):
+            raise ValueError(f"input_norm {input_norm!r}; known are token, none")
+        self.input_norm = input_norm
         if n_layers is not None and not 1 <= layer <= n_layers:
             raise ValueError(f"layer {layer} of a {n_layers}-block model; sites run from 1 to {n_layers}")
         self.layer, self.b_pre_init = layer, b_pre_init
@@ -182,6 +214,11 @@ class Dictionary(SAE):
         pre_acts = self.pre_acts(x)
         latents = self.get_latents(pre_acts, infer_k, theta, token)
         return Pass(x, latents, self.decode(latents), pre_acts)
+
+    def plain(self):
+        state = self.state_dict()
+        tensors = {theirs: state[ours].T if state[ours].dim() == 2 else state[ours] for theirs, ours in PLAIN_NAMES.items() if ours in state}
+        return {site: Plain(self.architecture, tensors, self.encode, getattr(self, "k", None)) for site in self.sites()}
 
     def decoders(self):
         return [self.decoder]

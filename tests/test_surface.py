@@ -47,11 +47,11 @@ recipe max_tokens chunking text_key max_bad_frac split dtype norm_eps auxk_coeff
 optimizer include_special start_layer end_layer router_objective router_balance router_balance_coef route_scale save_every resume deterministic tag
 overwrite trust_remote_code max_memory_hint route_patch site act_threshold threshold_rel quantile context_length max_per_token lines top_n effect gzip
 sample_latents api_type api_key_file concurrency requests_per_minute budget_usd budget_tokens dry_run score set add multiply zero prompt prompts
-max_new_tokens mode debug""".split()
+max_new_tokens mode format debug""".split()
 FILES = """src/__init__.py src/model.py src/data.py src/utils.py src/applier.py src/trainer.py src/evaluator.py src/interpreter.py
 scripts/env_setup.sh scripts/download_data.sh scripts/download_model.sh scripts/evaluate_compare.sh scripts/apply.sh scripts/interpret.sh
 scripts/steer.sh scripts/quickstart.sh scripts/test.sh scripts/common.sh
-train.py evaluate.py apply.py interpret.py steer.py requirements.txt constraints.txt
+train.py evaluate.py apply.py interpret.py steer.py export.py requirements.txt constraints.txt
 docs/evaluation_results.md docs/LOG.md LICENSE CONTRIBUTING.md README.md""".split()
 
 
