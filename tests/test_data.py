@@ -9,7 +9,7 @@ import zstandard
 from transformers import AutoTokenizer
 
 from src.data import DataError, OpenWebTextDataset, Rows, create_dataloader, find_files, write_splits
-from src.files import DEMO_LM
+from src.files import DEMO_LM, data_name
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,14 @@ def test_download_writes_three_disjoint_splits_up_to_its_size(tmp_path):
     with pytest.raises(DataError, match="too few"):
         write_splits(str(source), tmp_path / "none", 1000)
     assert not list((tmp_path / "none").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("data/openwebtext2/", "openwebtext2"), ("x/train.jsonl.gz", "train"), ("x/*.jsonl", "x"), ("*.jsonl", "data"),
+        ("owner/name:part", "name_part"), ("..", "data"),
+    ],
+)
+def test_a_source_has_a_name_for_titles(source, name):
+    assert data_name(source) == name
