@@ -1,0 +1,53 @@
+"""SAELens as a contender, from its own environment: its training runner with its defaults, TopK, on tokens cut before.
+
+fast: the language model in bfloat16 and autocast for the SAE, the flags its configuration names for speed beside torch.compile, which takes
+minutes on a CPU.
+"""
+
+import torch
+from datasets import Dataset
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, TopKTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from benchmarks import gate
+
+
+def main():
+    job, turns, done, coder = gate.job(), gate.Gate(), 0, None
+    rows = torch.load(job["rows"])
+    step_tokens = job["batch"] * job["length"]
+    fast = {"autocast": True, "model_from_pretrained_kwargs": {"dtype": torch.bfloat16}} if job.get("fast") else {}
+    cfg = LanguageModelSAERunnerConfig(
+        sae=TopKTrainingSAEConfig(d_in=job["hidden"], d_sae=job["latents"], k=job["k"]), model_name=job["model_path"],
+        model_class_name=job["class"], hook_name=job["hook"], context_size=job["length"], is_dataset_tokenized=True, streaming=False,
+        exclude_special_tokens=True, training_tokens=job["tokens"], train_batch_size_tokens=step_tokens, store_batch_size_prompts=job["batch"],
+        n_batches_in_buffer=16, device=job["device"], logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None, output_path=None, **fast,
+    )
+    inner = SAETrainer.step
+
+    def step(self, batch):
+        nonlocal done, coder
+        coder = self.sae
+        turns.step(done)
+        done += len(batch)
+        return inner(self, batch)
+
+    SAETrainer.step = step
+
+    def measure(path):
+        def reconstruct(h):
+            code = coder.encode(h)
+            return coder.decode(code), (code.to_dense() != 0).sum(0)
+
+        return gate.score(torch.load(path)[job["site"]], reconstruct)
+
+    turns.measure = measure
+    try:
+        LanguageModelSAETrainingRunner(cfg, override_dataset=Dataset.from_dict({"input_ids": rows.tolist()})).run()
+        turns.finished(done)
+    except gate.Enough:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The benchmark: `python -m benchmarks.run`. Rates beside quality, floors and targets, of this project, its plain path and its peers.
+
+On a CPU the built-in language model; where there is a CUDA device Llama-3.2-1B's shapes with random weights (--shape says otherwise). Peers run from
+environments made by benchmarks/requirements-*.txt and found at --peers DIR (DIR/saelens, DIR/sparsify); absent ones are left out.
+Results: benchmark.json, benchmark.md and pictures in --output_dir.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import floors, report
+from benchmarks.runner import Contender, Failed, play, ratios
+from src import checkpoint, demo, lm
+from src.data import Rows
+from src.files import DEMO_LM, ROOT, save_json, save_text
+from src.sae import routed_sites
+
+SHAPES = {  # language model (None: the demo's), latents, k, rows a step, tokens a row
+    "demo": (None, 2048, 16, 16, 256),
+    "llama": ({"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+               "intermediate_size": 8192, "vocab_size": 128256}, 16384, 64, 64, 512),
+    "tiny": ({"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+              "intermediate_size": 64, "vocab_size": 4096}, 64, 4, 4, 32),
+}
+
+
+class Bench:
+    """One benchmark: its shapes, text, held-out states, and what was found."""
+
+    def __init__(self, cfg):
+        self.cfg, self.folder = cfg, Path(cfg.output_dir).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config, self.latents, self.k, self.batch, self.length = SHAPES[cfg.shape]
+        self.device = cfg.device
+        self.model_path = str(DEMO_LM if config is None else self._random_model(config))
+        self.data_path = str(cfg.data_path or demo.build_corpus())
+        self.tokenizer, model = lm.get_language_model(self.model_path, "cpu", "float32" if cfg.shape != "llama" else "auto")
+        self.config = lm.text_config(model)
+        self.depth = self.config.num_hidden_layers
+        self.site, self.sites = 3 * self.depth // 4, routed_sites(self.depth)
+        self.rows_file, self.held_out = self.folder / "rows.pt", self.folder / "held_out.pt"
+        self._prepare(model)
+        self.found = {
+            "shape": cfg.shape, "device": self._device_name(), "commit": checkpoint.environment(), "tokens": cfg.tokens, "started": time.ctime(),
+            "latents": self.latents, "k": self.k, "rows_a_step": self.batch, "tokens_a_row": self.length, "load_before": _load(), "groups": {},
+            "targets": [], "left_out": [],
+        }
+        self.machine = floors.measured(self.device)
+        self.found["machine"] = self.machine._asdict()
+
+    def _device_name(self):
+        if self.device == "cuda":
+            return torch.cuda.get_device_name()
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "CPU")
+        return f"{torch.get_num_threads()} threads of {name}"
+
+    def _random_model(self, config):
+        """A Llama of random weights with the demo's tokenizer, saved once."""
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        path = self.folder / f"random_{self.cfg.shape}"
+        if not (path / "config.json").exists():
+            torch.manual_seed(0)
+            with torch.device(self.device):
+                model = LlamaForCausalLM(LlamaConfig(**config, max_position_embeddings=512, tie_word_embeddings=True)).to(torch.bfloat16)
+            AutoTokenizer.from_pretrained(DEMO_LM).save_pretrained(path)
+            model.save_pretrained(path)
+        return path
+
+    @torch.no_grad()
+    def _prepare(self, model):
+        """Training rows in the order that train.py takes them, and held-out raw states, for contenders that are not ours."""
+        rows = Rows(self.data_path, self.tokenizer, self.length, "train", max_tokens=self.cfg.tokens)
+        torch.save(rows.batch(rows.order(42, 0)).input_ids.int(), self.rows_file)
+        if self.cfg.shape == "llama":  # random weights: quality says nothing
+            self.held_out = None
+            return
+        found = {site: [] for site in self.sites}
+        for batch in Rows(self.data_path, self.tokenizer, self.length, "eval", max_tokens=self.cfg.held_out).batches(self.batch):
+            for site, state in lm.read_sites(model, batch.input_ids, self.sites).items():
+                found[site].append(state[batch.mask].float())
+        torch.save({site: torch.cat(states) for site, states in found.items()}, self.held_out)
+
+    def argv(self, *models, k=None, **more):
+        """Options of train.py."""
+        chosen = {
+            "model_path": self.model_path, "data_path": self.data_path, "latent_size": self.latents, "batch_size": self.batch,
+            "max_length": self.length, "max_tokens": self.cfg.tokens, "device": self.device, "save_every": 0, **more,
+        }
+        flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+        return ["--model", *models, "--k", *map(str, k or [self.k]), *flags]
+
+    def ours(self, name, *models, **more):
+        argv = self.argv(*models, **more)
+        return Contender(name, {"kind": "ours", "argv": argv, "stages": len(models) == 1}, self.folder)
+
+    def published(self, name, model, **more):
+        job = self.published_job() | {
+            "kind": "published", "model": model, "argv": self.argv(model, recipe="published"), "split": "train", "tokens": self.cfg.tokens,
+            "rows": math.ceil(2 * self.cfg.tokens / self.length) + 64, **more,
+        }
+        return Contender(name, job, self.folder)
+
+    def published_job(self):
+        return {
+            "model_path": self.model_path, "data_path": self.data_path, "batch": self.batch, "length": self.length, "device": self.device,
+            "packed": False,
+        }
+
+    def peer(self, folder, name, **options):
+        """A contender from a peer's environment, or None where that is not there."""
+        python = Path(self.cfg.peers or "/nonexistent") / folder / "bin" / "python"
+        if not python.exists():
+            self.found["left_out"].append(f"{name}: no environment at {python.parent.parent}" if self.cfg.peers else f"{name}: no --peers DIR given")
+            return None
+        job = {
+            "model_path": self.model_path, "rows": str(self.rows_file), "site": self.site, "latents": self.latents, "k": self.k, "batch": self.batch,
+            "length": self.length, "tokens": self.cfg.tokens, "device": self.device, "special": self.tokenizer.all_special_ids,
+            "folder": str(self.folder / folder), **options,
+        }
+        return Contender(name, job, self.folder, str(python), f"peer_{folder}")
+
+    def target(self, what, must, goal, found, unit="x", more_is_better=True):
+        """A row of the table; found: {"median", "low", "high"} or None where nothing was measured."""
+        row = {"target": what, "must": must, "goal": goal, "unit": unit, "measured": found, "more_is_better": more_is_better}
+        if found is not None:
+            sign = 1 if more_is_better else -1
+            row["met"] = next((word for word, limit in (("goal", goal), ("must", must)) if limit and sign * found["median"] >= sign * limit), "no")
+        self.found["targets"].append(row)
+
+    def group(self, name, start, tokens, rounds, **more):
+        """Starts the contenders that `start` lists, gives them their turns, ends them. Returns {name: result}."""
+        print(f"{name} ...", flush=True)
+        contenders = []
+        try:
+            for make in start:
+                contender = make()
+                if contender is not None:
+                    contenders.append(contender)
+                    print(f"  {contender.name}: loaded in {contender.loading:.1f} s", flush=True)
+            results = play(contenders, tokens, rounds, **more)
+        finally:
+            for contender in contenders:
+                contender.end()
+        self.found["groups"][name] = results
+        for one in results:
+            quality = f"  NormMSE {one['NormMSE']:.4f}  dead {one['dead']:.3f}" if one["NormMSE"] is not None else ""
+            print(f"  {one['name']}: {one['tokens_per_s']:,.0f} tokens/s ({one['spread'][0]:,.0f} to {one['spread'][1]:,.0f}){quality}", flush=True)
+        return {contender.name: contender for contender in contenders}
+
+    def floor(self, model, number=None):
+        """{stage: seconds a token} of one training step."""
+        shape = floors.shape_of(self.config, self.length, self.batch * self.length)
+        routed = model in ("RouteSAE", "MLSAE", "Crosscoder")
+        bf16 = self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16
+        number = number or ("bf16" if bf16 else "fp32")
+        one = floors.sae(model, self.config.hidden_size, self.latents, self.k, len(self.sites) if routed else 1, self.batch * self.length, adam=False)
+        return floors.step_floor([one], floors.blocks(shape, self.site, 2 if number == "bf16" else 4), self.machine, number, number)
+
+
+def _load():
+    with open("/proc/loadavg") as file:
+        return file.read().split()[0]
+
+
+def training(bench):
+    """Train against the method as published and against the peers; time to quality."""
+    tokens, rounds = bench.cfg.tokens, bench.cfg.rounds
+    start = [
+        lambda: bench.ours("ours TopK", "TopK"), lambda: bench.ours("ours RouteSAE", "RouteSAE", output_dir=bench.folder / "ours"),
+        lambda: bench.ours("ours TopK, float32 LM", "TopK", dtype="float32"),
+        lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", dtype="float32"),
+        lambda: bench.published("published TopK", "TopK"), lambda: bench.published("published RouteSAE", "RouteSAE"),
+        lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("sparsify", "sparsify, float32 LM", dtype="float32"),
+        lambda: bench.peer("saelens", "sae-lens"), lambda: bench.peer("saelens", "sae-lens, fast", fast=True),
+    ]
+    curves = ("ours TopK", "sparsify")
+    done = bench.group("training", start, tokens, rounds, held_out=bench.held_out, curves=curves, profiled=3 * bench.batch * bench.length)
+
+    def against(slow, fast):
+        return ratios(done[slow].costs(), done[fast].costs()) if slow in done and fast in done else None
+
+    for model in ("RouteSAE", "TopK"):
+        bench.target(f"train {model}, useful tokens/s against the method as published", 3, 5, against(f"published {model}", f"ours {model}"))
+        fp32 = against(f"published {model}", f"ours {model}, float32 LM")
+        bench.target(f"the same with a float32 LM, {model}", 2.2, 2.6, fp32)
+    for peer in ("sae-lens", "sparsify"):
+        names = [name for name in done if name.startswith(peer)]
+        quickest = max(names, key=lambda name: done[name].result()["tokens_per_s"]) if names else peer
+        bench.target(f"train TopK against {peer} ({quickest})", 2, 3, against(quickest, "ours TopK"))
+    bench.target("tokens to the NormMSE that sparsify's default ends with", 1, 0.5, to_quality(done, "tokens"), "of its tokens", False)
+    bench.target("seconds to the same", None, None, to_quality(done, "seconds"), "of its seconds", False)
+
+
+def to_quality(done, unit):
+    """Share of sparsify's tokens (or seconds) after which ours reaches the NormMSE that sparsify reached; at each of the later rounds."""
+    if not {"ours TopK", "sparsify"} <= set(done) or not done["sparsify"].qualities:
+        return None
+    mine, found = done["ours TopK"].qualities, []
+    for point in done["sparsify"].qualities[1:]:
+        for before, after in zip(mine, mine[1:], strict=False):
+            if after["NormMSE"] <= point["NormMSE"]:
+                part = min(1.0, max(0.0, (before["NormMSE"] - point["NormMSE"]) / (before["NormMSE"] - after["NormMSE"])))
+                found.append((before[unit] + part * (after[unit] - before[unit])) / point[unit])
+                break
+    return {"median": found[-1], "low": min(found), "high": max(found), "turns": len(found)} if found else None
+
+
+def six(bench):
+    """Six SAEs from one forward pass against six runs."""
+    combinations = [(model, k) for model in ("TopK", "RouteSAE") for k in (bench.k // 2, bench.k, 2 * bench.k)]
+    start = [lambda: bench.ours("six from one forward", "TopK", "RouteSAE", k=sorted({k for _, k in combinations}))]
+    start += [lambda model=model, k=k: bench.ours(f"{model} k {k}", model, k=[k]) for model, k in combinations]
+    rounds = min(bench.cfg.rounds, 6)
+    done = bench.group("six SAEs", start, bench.batch * bench.length * 4 * rounds, rounds)
+    together = done.pop("six from one forward").costs()
+    apart = [sum(costs) for costs in zip(*(one.costs() for one in done.values()), strict=False)]
+    bench.target("six SAEs (2 models x 3 k) from one forward against six runs", 2.5, 3.3, ratios(apart, together))
+
+
+def evaluating(bench):
+    """NormMSE, KL and CE of the trained RouteSAE from one process against one process per metric with complete runs."""
+    path = next((bench.folder / "ours" / "SAE_models").glob("RouteSAE_*.pt"))
+    tokens = bench.cfg.evaluate
+    rows = math.ceil(tokens / (bench.length - 1))
+    argv = ["--SAE_path", str(path), "--metric", "NormMSE", "KLDiv", "DeltaCE", "--max_samples", str(rows), "--batch_size", str(bench.batch)]
+    argv += ["--output_dir", str(bench.folder / "ours"), "--model_path", bench.model_path, "--device", bench.device]
+    start = [lambda: Contender("ours, all metrics", {"kind": "evaluate", "argv": argv}, bench.folder)]
+    for metric in ("NormMSE", "KLDiv", "DeltaCE"):
+        job = bench.published_job() | {"kind": "evaluate_published", "metric": metric, "SAE_path": str(path), "split": "eval", "tokens": tokens}
+        job["rows"] = 2 * rows
+        start.append(lambda job=job, metric=metric: Contender(f"published, {metric}", job, bench.folder))
+    done = bench.group("evaluation", start, tokens, bench.cfg.rounds)
+    mine = done.pop("ours, all metrics").costs()
+    apart = [sum(costs) for costs in zip(*(one.costs() for one in done.values()), strict=False)]
+    bench.target("evaluate NormMSE + KL + CE of RouteSAE against one process per metric", 3.5, 6, ratios(apart, mine))
+
+
+def applying(bench):
+    """Extraction of contexts after encoding against a per-activation loop (benchmarks/apply_extraction.py)."""
+    path = next((bench.folder / "ours" / "SAE_models").glob("RouteSAE_*.pt"))
+    print("apply ...", flush=True)
+    options = {"SAE_path": path, "max_tokens": bench.cfg.apply, "output_dir": bench.folder / "ours", "device": bench.device}
+    command = [sys.executable, "-m", "benchmarks.apply_extraction", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"apply_extraction ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    print("  " + done.stdout.strip().replace("\n", "\n  "))
+    times = float(next(line for line in done.stdout.splitlines() if line.endswith("published loop")).split()[1])
+    bench.found["groups"]["apply"] = done.stdout.splitlines()
+    once = {"median": times, "low": times, "high": times, "turns": 1}
+    bench.target("apply: extraction after encoding against a per-activation loop", 30, 100, once)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--shape", choices=SHAPES, default="llama" if cuda else "demo", help="which language model and SAE sizes")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny shapes, few tokens")
+    parser.add_argument("--peers", help="folder of the peers' environments")
+    parser.add_argument("--tokens", type=int, default=300_000, help="training tokens of each contender")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each contender")
+    parser.add_argument("--held_out", type=int, default=16_000, help="tokens quality is measured on")
+    parser.add_argument("--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders")
+    parser.add_argument("--apply", type=int, default=20_000, help="tokens contexts are extracted from")
+    parser.add_argument("--data_path", help="text (default: the demo's)")
+    parser.add_argument("--only", nargs="+", choices=("training", "six", "evaluate", "apply"), default=["training", "six", "evaluate", "apply"])
+    parser.add_argument("--output_dir", default="outputs/benchmark")
+    cfg = parser.parse_args(argv)
+    if cfg.quick:
+        cfg.shape, cfg.tokens, cfg.rounds, cfg.held_out, cfg.evaluate, cfg.apply = "tiny", 3000, 3, 500, 1000, 500
+    started = time.perf_counter()
+    bench = Bench(cfg)
+    parts = {"training": training, "six": six, "evaluate": evaluating, "apply": applying}
+    for name in cfg.only:
+        parts[name](bench)
+    bench.found["seconds"], bench.found["load_after"] = time.perf_counter() - started, _load()
+    bench.found["floors"] = {model: bench.floor(model) for model in ("TopK", "RouteSAE")}
+    save_json(bench.found, bench.folder / "benchmark.json")
+    text = report.markdown(bench.found)
+    save_text(text, bench.folder / "benchmark.md")
+    print(text)
+    report.pictures(json.loads(json.dumps(bench.found)), bench.folder)
+    return bench.found
+
+
+if __name__ == "__main__":
+    main()
