@@ -1,7 +1,7 @@
 """SAELens as a contender, from its own environment: its training runner with its defaults, TopK, on tokens cut before.
 
-fast: the language model in bfloat16 and autocast for the SAE, the flags its configuration names for speed beside torch.compile, which takes
-minutes on a CPU.
+The language model comes through its AutoModelForCausalLM class, as stored, and ends after the hooked block. Of the flags that its
+configuration names for speed, autocast is tried; torch.compile takes minutes on a CPU, and sparse activations fail there (aten::view).
 """
 
 import torch
@@ -16,12 +16,13 @@ def main():
     job, turns, done, coder = gate.job(), gate.Gate(), 0, None
     rows = torch.load(job["rows"])
     step_tokens = job["batch"] * job["length"]
-    fast = {"autocast": True, "model_from_pretrained_kwargs": {"dtype": torch.bfloat16}} if job.get("fast") else {}
     cfg = LanguageModelSAERunnerConfig(
         sae=TopKTrainingSAEConfig(d_in=job["hidden"], d_sae=job["latents"], k=job["k"]), model_name=job["model_path"],
-        model_class_name=job["class"], hook_name=job["hook"], context_size=job["length"], is_dataset_tokenized=True, streaming=False,
-        exclude_special_tokens=True, training_tokens=job["tokens"], train_batch_size_tokens=step_tokens, store_batch_size_prompts=job["batch"],
-        n_batches_in_buffer=16, device=job["device"], logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None, output_path=None, **fast,
+        model_class_name="AutoModelForCausalLM", hook_name=f"model.layers.{job['site'] - 1}", context_size=job["length"],
+        is_dataset_tokenized=True, streaming=False, exclude_special_tokens=True, training_tokens=job["tokens"],
+        train_batch_size_tokens=step_tokens, store_batch_size_prompts=job["batch"],
+        n_batches_in_buffer=16, device=job["device"], autocast=job.get("autocast", False), logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None, output_path=None,
     )
     inner = SAETrainer.step
 

@@ -122,8 +122,8 @@ class Bench:
             self.found["left_out"].append(f"{name}: no environment at {python.parent.parent}" if self.cfg.peers else f"{name}: no --peers DIR given")
             return None
         job = {
-            "model_path": self.model_path, "rows": str(self.rows_file), "site": self.site, "latents": self.latents, "k": self.k, "batch": self.batch,
-            "length": self.length, "tokens": self.cfg.tokens, "device": self.device, "special": self.tokenizer.all_special_ids,
+            "model_path": self.model_path, "rows": str(self.rows_file), "site": self.site, "hidden": self.config.hidden_size,
+            "latents": self.latents, "k": self.k, "batch": self.batch, "length": self.length, "tokens": self.cfg.tokens, "device": self.device, "special": self.tokenizer.all_special_ids,
             "folder": str(self.folder / folder), **options,
         }
         return Contender(name, job, self.folder, str(python), f"peer_{folder}")
@@ -180,7 +180,7 @@ def training(bench):
         lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", dtype="float32"),
         lambda: bench.published("published TopK", "TopK"), lambda: bench.published("published RouteSAE", "RouteSAE"),
         lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("sparsify", "sparsify, float32 LM", dtype="float32"),
-        lambda: bench.peer("saelens", "sae-lens"), lambda: bench.peer("saelens", "sae-lens, fast", fast=True),
+        lambda: bench.peer("saelens", "sae-lens"), lambda: bench.peer("saelens", "sae-lens, autocast", autocast=True),
     ]
     curves = ("ours TopK", "sparsify")
     done = bench.group("training", start, tokens, rounds, held_out=bench.held_out, curves=curves, profiled=3 * bench.batch * bench.length)
