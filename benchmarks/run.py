@@ -123,8 +123,8 @@ class Bench:
             return None
         job = {
             "model_path": self.model_path, "rows": str(self.rows_file), "site": self.site, "hidden": self.config.hidden_size,
-            "latents": self.latents, "k": self.k, "batch": self.batch, "length": self.length, "tokens": self.cfg.tokens, "device": self.device, "special": self.tokenizer.all_special_ids,
-            "folder": str(self.folder / folder), **options,
+            "latents": self.latents, "k": self.k, "batch": self.batch, "length": self.length, "tokens": self.cfg.tokens, "device": self.device,
+            "special": self.tokenizer.all_special_ids, "folder": str(self.folder / folder), **options,
         }
         return Contender(name, job, self.folder, str(python), f"peer_{folder}")
 
