@@ -96,9 +96,12 @@ OPTIONS: dict[str, Option] = {
     "target_l0": Option("sae", float, None, "steer sparsity to this many active latents; several: an SAE each (default: off)", above=0, many=True),
     "sparsity_warmup": Option("sae", float, None, "share of the run over which the coefficient rises from 0", low=0),
     "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
-    "routing": Option("sae", str, None, "one site a token, a mixture, a random one, or shuffled", ("hard", "soft", "random", "permuted")),
+    "routing": Option(
+        "sae", str, None, "one site a token, a mixture, a random one, shuffled, or the best", ("hard", "soft", "random", "permuted", "oracle")
+    ),
+    "route_shares": Option("sae", float, None, "share of each routed site under random routing (default: uniform)", low=0, many=True),
     "router_objective": Option(
-        "sae", str, None, "where the router's gradient comes from (src/model.py, RouteSAE)", ("published", "expected", "advantage", "ste")
+        "sae", str, None, "where the router's gradient comes from (src/router.py)", ("published", "expected", "advantage", "ste", "frozen")
     ),
     "router_balance": Option("sae", str, None, "what keeps the sites' load even", ("none", "switch", "bias")),
     "router_balance_coef": Option("sae", float, None, "its weight, or the bias's step (default: .02, .001)", low=0),

@@ -119,7 +119,7 @@ class Evaluator:
         subject.activity.update(p.latents)
         if p.weights is not None:
             errors = subject.sae.site_errors(x, None, self.cfg.infer_k, self.cfg.theta)
-            subject.routing.update(p.weights, errors, metrics.squared_errors(p.target, p.x_hat))
+            subject.routing.update(p.weights, errors, metrics.squared_errors(p.target, p.x_hat), batch.input_ids[batch.mask])
 
     def _measure_patched(self, model, batch: Batch, full, hidden, means) -> None:
         clean_states = lm.final_states(model, batch.input_ids)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src import router
 from src.ops import squared_errors
 
 UNITS = {
@@ -104,32 +105,47 @@ class Activity:
 
 
 class Routing:
-    """What the router does: share and mean p per site, entropy, error per site, regret against the best site."""
+    """What the router does: share and mean p per site, entropies, error per site, regret against the best site, what a token says about its site."""
 
     def __init__(self) -> None:
-        self.chosen, self.p, self.p_max, self.error, self.regret, self.best = (Mean() for _ in range(6))
+        self.chosen, self.p, self.p_max, self.p_entropy, self.error, self.regret, self.best = (Mean() for _ in range(7))
         self.at_site: Tensor | float = 0.0
+        self.counts, self.shuffled = (torch.zeros(0, dtype=torch.long) for _ in range(2))
 
-    def update(self, weights: Tensor, errors: Tensor, routed: Tensor) -> None:
-        """weights [N,L] of the router; errors [N,L] NormMSE of each site's state as it is; routed [N] of what was really coded (p x)"""
-        site = weights.argmax(-1)
-        one_hot = F.one_hot(site, weights.shape[-1]).double()
-        mine = errors.gather(1, site[:, None])[:, 0]
-        self.chosen.update(one_hot)
+    def update(self, weights: Tensor, errors: Tensor, routed: Tensor, token_ids: Tensor) -> None:
+        """weights [N,L] of the router; errors [N,L] NormMSE of each site's state as it is; routed [N] of what was coded (p x); token_ids [N]"""
+        site, n_sites = weights.argmax(-1), weights.shape[-1]
+        one_hot = F.one_hot(site, n_sites).double()
         self.p.update(weights)
         self.p_max.update(weights.max(-1).values)
+        self.p_entropy.update(router.entropy(weights))
         self.error.update(errors)
-        self.regret.update(mine - errors.min(-1).values)
+        self.regret.update(router.regret(site, errors))
         self.best.update((site == errors.argmin(-1)).double())
         self.at_site = self.at_site + (one_hot * routed[:, None]).sum(0)
+        others = router.shuffled(site, torch.arange(len(site), device=site.device), self.chosen.count)
+        self.chosen.update(one_hot)
+        self.counts = self._counted(self.counts, token_ids * n_sites + site)
+        self.shuffled = self._counted(self.shuffled, token_ids * n_sites + others)
+
+    @staticmethod
+    def _counted(counts: Tensor, cells: Tensor) -> Tensor:
+        added = torch.bincount(cells, minlength=len(counts)).cpu()
+        added[: len(counts)] += counts
+        return added
+
+    def _information(self, counts: Tensor, n_sites: int) -> float:
+        return router.information(F.pad(counts, (0, -len(counts) % n_sites)).view(-1, n_sites))
 
     def compute(self) -> dict[str, Any]:
         share = torch.tensor(self.chosen.compute(), dtype=torch.float64)
-        entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.tensor(float(len(share))).log() if len(share) > 1 else torch.tensor(0.0)
         per_site = [float(e / n) if n > 0 else None for e, n in zip(self.at_site, share * self.chosen.count, strict=True)]
         return {
-            "share": share.tolist(), "mean_p": self.p.compute(), "p_max": self.p_max.compute(), "share_entropy": float(entropy),
-            "NormMSE_of_routed": per_site,
+            "share": share.tolist(), "mean_p": self.p.compute(), "p_max": self.p_max.compute(), "p_entropy": self.p_entropy.compute(),
+            "share_entropy": float(router.entropy(share)), "NormMSE_of_routed": per_site,
+            # nats; the estimate is too high by what it finds where the sites are shuffled over the tokens
+            "site_token_information": self._information(self.counts, len(share)),
+            "site_token_information_shuffled": self._information(self.shuffled, len(share)),
             # from here on at scale 1, where sites compare with each other; not the error of p x that the headline reports
             "NormMSE_unscaled_if_all_went_there": self.error.compute(), "regret_unscaled": self.regret.compute(),
             "agrees_with_best_site_unscaled": self.best.compute(),

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.ops import Jump_func, SparseCode, Step_func, random_integers, random_subset, restrict, squared_errors, topk_sparsify
+from src import router
+from src.ops import Jump_func, SparseCode, Step_func, random_subset, restrict, squared_errors, topk_sparsify
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
 SPARSE_FROM = 8  # latents per active one from which sums of rows beat dense products on a CPU (benchmarks/sparse_code.py)
-ROUTINGS = ("hard", "soft", "random", "permuted")
-OBJECTIVES, BALANCES, SCALES = ("published", "expected", "advantage", "ste"), ("none", "switch", "bias"), ("p", "one", "ste")
 
 
 class TopK(Dictionary):
@@ -346,28 +345,24 @@ class Crosscoder(_Sparsified, SAE):
 class RouteSAE(SAE):
     """A router gives each token one of the routed sites; a TopK codes p times the state there (arXiv:2503.08200, eqs 5-12).
 
-    routing: "hard" (argmax), "soft" (the mixture), "random" (a site drawn uniformly per token, scale 1), "permuted" (the control: hard sites
-    shuffled over the tokens of a batch, so that the shares stay; p stays the token's own).
-
-    router_objective says where the router's gradient comes from. With e_l(t) the NormMSE of token t's state at site l, a constant here:
-        published  NormMSE(p x, SAE(p x)) alone. Without biases SAE(p x) = p SAE(x), so that p cancels: no gradient. With biases it fits p to
-                   their size; the sites not chosen never enter.
-        expected   also mean over t of sum_l p_l e_l, whose gradient in logit j is p_j (e_j - sum_l p_l e_l): towards sites with less error.
-        advantage  the same with (e_l - E_l) / E_l for e_l, E_l a running mean: towards sites where this token does unusually well.
-        ste        the chosen site's weight is 1, with the gradient of p (straight-through), target included.
-    e_l is measured on one token in L. router_balance: "switch" adds coef L sum_l share_l mean p_l (Fedus et al. 2021), least when the load is
-    even; "bias" moves a bias of each logit by coef against its load, without gradient (Wang et al. 2024; here p feels it too).
+    routing: "hard" (argmax); "soft" (the mixture); and controls. At scale 1, "random": a site drawn for each token, with route_shares where given,
+    else uniformly. At the token's own p, "permuted": hard sites shuffled over the tokens of a batch, so that the shares stay; "oracle": the site with
+    the least error.
+    router_objective: where the router's gradient comes from (src/router.py); errors of all sites are measured on one token in L.
+    router_balance: "switch" adds coef times router.switch; "bias" moves a bias of each logit by coef against its load, without gradient
+    (Wang et al. 2024; here p feels it too).
     route_scale: what multiplies the state, "p", "one", or "ste" (1, with the gradient of p); default p for published, else one.
     """
 
     def __init__(
         self, hidden_size, n_layers, latent_size, k, *, aggre="sum", routing="hard", route_patch="scaled", start_layer=None, end_layer=None,
-        router_objective="published", router_balance="none", router_balance_coef=None, route_scale=None, seed=42, norm_eps=1e-5, **rest,
+        router_objective="published", router_balance="none", router_balance_coef=None, route_scale=None, route_shares=None, seed=42, norm_eps=1e-5,
+        **rest,
     ):
         super().__init__(hidden_size, latent_size, norm_eps)
         for what, value, known in (
-            ("aggre", aggre, ("sum", "mean")), ("routing", routing, ROUTINGS), ("router_objective", router_objective, OBJECTIVES),
-            ("router_balance", router_balance, BALANCES), ("route_scale", route_scale, (None, *SCALES)),
+            ("aggre", aggre, ("sum", "mean")), ("routing", routing, router.ROUTINGS), ("router_objective", router_objective, router.OBJECTIVES),
+            ("router_balance", router_balance, router.BALANCES), ("route_scale", route_scale, (None, *router.SCALES)),
         ):
             if value not in known:
                 raise ValueError(f"{what} {value!r}; known are {', '.join(map(str, known))}")
@@ -379,7 +374,11 @@ class RouteSAE(SAE):
         self.objective, self.balance = router_objective, router_balance
         self.balance_coef = {"none": 0.0, "switch": 0.02, "bias": 1e-3}[router_balance] if router_balance_coef is None else router_balance_coef
         self.route_scale = route_scale or ("p" if router_objective == "published" else "one")
-        self.router = nn.Linear(hidden_size, self.n_routed_layers, bias=False)
+        if route_shares and (routing != "random" or not min(route_shares) >= 0 < sum(route_shares)):
+            what = f"route_shares {', '.join(map(str, route_shares))} with routing {routing}"
+            raise ValueError(f"{what}; it needs routing random and numbers of which none is negative and one is not 0")
+        self.shares = torch.tensor(route_shares) if route_shares else None
+        self.router = nn.Linear(hidden_size, self.n_routed_layers, bias=False).requires_grad_(router_objective != "frozen")
         self.register_buffer("load_bias", torch.zeros(self.n_routed_layers), persistent=router_balance == "bias")
         self.register_buffer("site_error", torch.full((self.n_routed_layers,), float("nan")), persistent=False)
         self.sae = TopK(hidden_size, latent_size, k, **rest)
@@ -397,24 +396,25 @@ class RouteSAE(SAE):
 
     def route(self, x: Tensor, router_weights: Tensor, routing: str = "hard") -> tuple[Tensor, Tensor]:
         """(layer_weights [...,L], routed_x [...,D]): p at the argmax and 0 elsewhere for hard, p itself for soft."""
-        if routing not in ROUTINGS:
-            raise ValueError(f"routing {routing!r}; known are {', '.join(ROUTINGS)}")
-        layer_weights = router_weights
-        if routing != "soft":
-            layer_weights = router_weights * F.one_hot(router_weights.argmax(-1), self.n_routed_layers)
+        if routing not in router.ROUTINGS:
+            raise ValueError(f"routing {routing!r}; known are {', '.join(router.ROUTINGS)}")
+        layer_weights = router_weights if routing == "soft" else router_weights * router.one_hot(router_weights.argmax(-1), router_weights)
         return layer_weights, (layer_weights[..., None] * x).sum(-2)
 
-    def _weights(self, x: Tensor, token: Tensor | None) -> Tensor:
+    def _weights(self, x: Tensor, token: Tensor | None, infer_k: int | None, theta: float | None) -> Tensor:
         keys = torch.arange(x.shape[:-2].numel(), device=x.device) if token is None else token.flatten()
         if self.routing == "random":
-            drawn = random_integers(keys, self.seed, self.n_routed_layers)
-            return F.one_hot(drawn, self.n_routed_layers).to(x.dtype).view(x.shape[:-1])
+            site = router.drawn(keys, self.seed, self.n_routed_layers, None if self.shares is None else self.shares.to(x.device))
+            return router.one_hot(site.view(x.shape[:-2]), x[..., 0])
         weights = self.get_router_weights(x, self.aggre)
-        if self.routing != "permuted":
+        if self.routing in ("hard", "soft"):
             return weights
         p, site = weights.flatten(0, -2).max(-1)
-        shuffled = site[random_integers(keys, self.seed, 2**62).argsort()]
-        return (p[:, None] * F.one_hot(shuffled, self.n_routed_layers)).view_as(weights)
+        if self.routing == "permuted":
+            site = router.shuffled(site, keys, self.seed)
+        else:
+            site = self.site_errors(x.flatten(0, -3), p if self.route_scale == "p" else None, infer_k, theta).argmin(-1)
+        return (p[:, None] * F.one_hot(site, self.n_routed_layers)).view_as(weights)
 
     def _slice(self, x: Tensor) -> Tensor:
         """The routed sites of an input that holds them, all sites, or all sites and the embedding."""
@@ -435,13 +435,11 @@ class RouteSAE(SAE):
         return layer_weights, routed_x, latents, x_hat, router_weights
 
     def autoencode(self, x, infer_k=None, theta=None, token=None):
-        weights = self._weights(x, token)
+        weights = self._weights(x, token, infer_k, theta)
         layer_weights, routed = self.route(x, weights, self.routing)
         scale = weights.max(-1).values
         if self.routing != "soft" and (self.objective == "ste" or self.route_scale != "p"):
-            chosen = (layer_weights != 0).to(x.dtype)
-            if self.objective == "ste":
-                chosen = chosen + (weights - weights.detach())
+            chosen = router.straight_through(weights) if self.objective == "ste" else (layer_weights != 0).to(x.dtype)
             routed, scale = (chosen[..., None] * x).sum(-2), torch.ones_like(scale)
             if self.route_scale == "ste":
                 p = layer_weights.sum(-1, keepdim=True)
@@ -469,17 +467,11 @@ class RouteSAE(SAE):
             if len(errors):
                 mean = errors.mean(0)
                 self.site_error.copy_(torch.where(self.site_error.isnan(), mean, 0.95 * self.site_error + 0.05 * mean))
-                if self.objective == "advantage":
-                    errors = (errors - self.site_error) / self.site_error.clamp_min(1e-12)
-                terms["Router"] = (weights * errors).sum(-1).mean()
+                against_usual = self.objective == "advantage"
+                terms["Router"] = router.advantage(weights, errors, self.site_error) if against_usual else router.expected(weights, errors)
         if self.balance == "switch" and self.balance_coef:
-            load = self._load(p)
-            terms["Balance"] = self.balance_coef * self.n_routed_layers * (load * p.weights.flatten(0, -2).mean(0)).sum()
+            terms["Balance"] = self.balance_coef * router.switch(p.weights, router.load(p.weights))
         return terms
-
-    def _load(self, p: Pass) -> Tensor:
-        """Share of tokens of each site [L]."""
-        return F.one_hot(p.weights.argmax(-1), self.n_routed_layers).float().flatten(0, -2).mean(0)
 
     def strength(self, p):
         return p.latents if self.routing == "soft" else p.latents / p.scale[..., None]
@@ -541,19 +533,19 @@ class RouteSAE(SAE):
         super().after_step(p, progress)
         self.sae.after_step(p, progress)
         if self.balance == "bias":
-            self.load_bias += self.balance_coef * (1 / self.n_routed_layers - self._load(p)).sign()
+            self.load_bias += self.balance_coef * (1 / self.n_routed_layers - router.load(p.weights)).sign()
 
     @torch.no_grad()
     def diagnostics(self, p):
-        """Share of tokens and mean p per site, entropy of the shares (1: uniform), gradient norm of the router; on one token in L the error
-        of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
-        share, (errors, weights) = self._load(p), self._sample(p)
-        entropy = -(share * share.clamp_min(1e-12).log()).sum() / torch.tensor(float(self.n_routed_layers)).log()
-        found = {"share": share, "mean_p": p.weights.flatten(0, -2).mean(0), "p_max": p.weights.max(-1).values.mean(), "share_entropy": entropy}
+        """Share of tokens and mean p per site, largest p, entropy of the shares and mean entropy of p (1: uniform), gradient norm of the router; on
+        one token in L the error of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
+        share, (errors, weights) = router.load(p.weights), self._sample(p)
+        found = {"share": share, "mean_p": p.weights.flatten(0, -2).mean(0), "p_max": p.weights.max(-1).values.mean()}
+        found |= {"share_entropy": router.entropy(share), "p_entropy": router.entropy(p.weights).mean()}
         if len(errors):
             site = weights.argmax(-1)
-            regret = errors.gather(1, site[:, None])[:, 0] - errors.min(-1).values
-            found |= {"NormMSE_per_site": errors.mean(0), "regret": regret.mean(), "agreement": (site == errors.argmin(-1)).float().mean()}
+            found |= {"NormMSE_per_site": errors.mean(0), "regret": router.regret(site, errors).mean()}
+            found |= {"agreement": (site == errors.argmin(-1)).float().mean()}
         grad = self.router.weight.grad
         return found if grad is None else found | {"router_grad": grad.norm()}
 

@@ -34,7 +34,7 @@ ZOO: dict[str, Entry] = {
         "a router picks the site of each token",
         (
             "k", "aggre", "routing", "route_patch", "start_layer", "end_layer", "router_objective", "router_balance", "router_balance_coef",
-            "route_scale", "topk_relu", *_AUXK,
+            "route_scale", "route_shares", "topk_relu", *_AUXK,
         ),
         {}, _OLD_K | {"route_patch": "unscaled"},
     ),
