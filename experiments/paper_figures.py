@@ -49,7 +49,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "smoke": Scale(10_000, 2_000, 2_000, (4, 8), 8, (42, 43), 8, 1, 6),
-    "demo": Scale(250_000, 20_000, 50_000, (8, 16, 32), 16, (42, 43, 44), 16, 3, 24),
+    "demo": Scale(250_000, 20_000, 30_000, (8, 16, 32), 16, (42, 43, 44), 16, 3, 24),
     "paper": Scale(100_000_000, 10_000_000, 10_000_000, (48, 56, 64, 72), 64, (42, 43, 44), 64, 5, 60),
 }
 
@@ -124,8 +124,7 @@ class Figures:
         for seed in others:
             found.append(Group("zoo", seed, ["--model", "TopK", "RouteSAE", "--k", middle]))
             found.append(Group("frozen", seed, ["--model", "RouteSAE", *frozen, "--k", middle], ", untrained router"))
-        known = config.OPTIONS["router_objective"].choices or ()
-        return [group for group in found if group.name != "frozen" or "frozen" in known]
+        return found
 
     def train(self, group: Group) -> dict[str, Any]:
         """{"saes": what was trained, "history": routing in training, by title}"""

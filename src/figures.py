@@ -130,10 +130,12 @@ def features(data: dict[str, Any], caption: str, path: Path) -> None:
     points = data["points"]
     figure, ((every, labelled),) = _sheet(2, 11, 5)
     styles, asked = looks([point["label"] for point in points]), sorted({point["asked"] for point in points})
-    titles = f"Latents with {data['lines']} or more contexts above {data['threshold']}", f"of them scored 3 or more, {data['scored_by']}"
+    counted = f"Latents with {data['lines']} or more contexts above {data['threshold']} sqrt(hidden / 2048)"
+    titles = counted, f"of them scored 3 or more, {data['scored_by']}"
     for axis, name, title in zip((every, labelled), ("features", "labelled"), titles, strict=True):
         _points(axis, points, name, styles, asked)
         axis.set(ylabel="latents", ylim=(0, None))
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_title(title, fontsize=10)
     _legend(figure, every)
     _finish(figure, caption, path)

@@ -145,10 +145,10 @@ def test_one_command_makes_every_figure_and_a_second_one_repeats_nothing(tmp_pat
         assert about["trained_tokens"] and about["evaluated_tokens"]
         assert name == "fig10_steering" or (folder / f"{name}.png").stat().st_size > 10_000
     points = load_json(folder / "fig4_kl.json")["points"]
-    assert {p["label"] for p in points} >= {*ZOO, "TopK at site 2", claims.RANDOM}
+    assert {p["label"] for p in points} >= {*ZOO, "TopK at site 2", claims.RANDOM, claims.UNTRAINED}
     assert {p["asked"] for p in points if p["label"] == "MLSAE"} == set(SCALES["smoke"].sweep)
     routing = load_json(folder / "fig9_routing.json")
-    assert [run["seed"] for run in routing["training"]] == [42, 43] and len(routing["inference"]) >= 2
+    assert [run["seed"] for run in routing["training"]] == [42, 43] and len(routing["inference"]) == 4
     assert all(sum(run["share"]) == pytest.approx(1) for run in routing["inference"])
     assert load_json(folder / "table.json")["claims"] and "| steered |" in (folder / "fig10_steering.md").read_text()
     assert main(given) == 0
