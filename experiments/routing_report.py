@@ -1,0 +1,1 @@
+def write(cfg, paths, folder): print("report: later", folder)
