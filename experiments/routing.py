@@ -23,17 +23,17 @@ def rows_of(cfg: argparse.Namespace, tokenizer: object, split: str, max_tokens: 
     )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.routing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each SAE (default: 1M)")
     parser.add_argument("--eval_tokens", type=int, default=200_000, help="tokens measured (default: 200k)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="one matrix of SAEs each (default: 42 43 44)")
     parser.add_argument("--output_dir", default="outputs/routing", help="folder of weights and measurements (default: outputs/routing)")
     parser.add_argument("--docs", type=Path, default=None, help="folder of the tables and pictures (default: the output folder)")
-    parser.add_argument("--smoke", action="store_true", help="40k training tokens, 8k measured, two seeds, 256 latents: does everything run?")
-    own, rest = parser.parse_known_args()
+    parser.add_argument("--smoke", action="store_true", help="40k training tokens, 2k measured, two seeds, 256 latents: does everything run?")
+    own, rest = parser.parse_known_args(argv)
     if own.smoke:
-        own.tokens, own.eval_tokens, own.seeds, rest = 40_000, 8_000, own.seeds[:2], ["--latent_size", "256", "--k", "8", *rest]
+        own.tokens, own.eval_tokens, own.seeds, rest = 40_000, 2_000, own.seeds[:2], ["--latent_size", "256", "--k", "8", *rest]
     argv = ["--max_tokens", str(own.tokens), "--output_dir", own.output_dir, *rest]
     try:
         paths = {}

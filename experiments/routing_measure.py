@@ -27,7 +27,7 @@ from src.sae import SAE, routed_sites
 # of each run and document: counted tokens and their summed NormMSE; predictions made at them with summed KL and rise of cross-entropy; and on a part
 # of the rows the same KL beside that of putting each site's mean, and an error of equal size and random direction, at the same tokens and sites
 QUANTITIES = ("tokens", "NormMSE", "predictions", "KL", "DeltaCE", "cost_predictions", "KL_here", "KL_mean", "KL_noise")
-PART_ROWS, COST_EVERY = 80, 4  # rows a part, of which every fourth batch measures costs
+PART_ROWS, COST_EVERY = 80, 5  # rows a part, of which every fifth batch measures costs
 
 
 class Run(NamedTuple):
@@ -165,7 +165,7 @@ def _measure_batch(
     states: dict[tuple[str, str], Tensor] = {}
     generator = torch.Generator().manual_seed(int(batch.row[0]))
     ablated: dict[int, Tensor] = {}  # one site for all tokens: the same whatever the SAE
-    ids = batch.input_ids[batch.mask]
+    ids, chosen = batch.input_ids[batch.mask], {}
     for run in runs_of(arms, hidden, batch.token_keys(), sites):
         sums.per_document(run.name, "tokens", of_tokens, torch.ones(len(of_tokens)))
         sums.per_document(run.name, "NormMSE", of_tokens, run.errors)
@@ -176,6 +176,7 @@ def _measure_batch(
         if len(run.grafts) > 1:
             cells = torch.bincount(ids * len(sites) + run.site, minlength=lm.text_config(language_model).vocab_size * len(sites))
             sums.per_run(run.name, site_of_token=cells.view(-1, len(sites)).int())
+            chosen[run.name] = run.site
         states[run.name, "KL"] = hooks.patched_states(language_model, batch, run.grafts, full)[at]
         if costs and run.costs:
             noisy = {site: with_noise(graft, generator) for site, graft in run.grafts.items()}
@@ -187,6 +188,8 @@ def _measure_batch(
                 if only is not None:
                     ablated[only] = patched
             states[run.name, "KL_mean"] = ablated[only] if only is not None else patched
+    for name in ROUTERS:
+        sums.per_run(name, agreed=(chosen[name] == chosen[f"{name}_oracle"]).sum())
     _compare(sums, language_model, lm.final_states(language_model, batch.input_ids)[at], states, targets, of_predictions)
 
 
@@ -197,15 +200,15 @@ def _compare(
     for start in range(0, len(clean), lm.HEAD_CHUNK):
         here = slice(start, start + lm.HEAD_CHUNK)
         log_p = lm.logits_of(language_model, clean[here]).log_softmax(-1)
-        p, ones, where = log_p.exp(), torch.ones(len(log_p)), document[here]
-        right = targets[here, None]
+        p, ones, where, right = log_p.exp(), torch.ones(len(log_p)), document[here], targets[here, None]
+        certainty = torch.linalg.vecdot(p, log_p)
         for (name, quantity), patched in states.items():
             log_q = lm.logits_of(language_model, patched[here]).log_softmax(-1)
-            kl = (p * (log_p - log_q)).sum(-1)
+            kl = certainty - torch.linalg.vecdot(p, log_q)
             sums.per_document(name, quantity, where, kl)
             if quantity == "KL":
                 sums.per_document(name, "predictions", where, ones)
-                sums.per_document(name, "DeltaCE", where, (log_p - log_q).gather(1, right)[:, 0])
+                sums.per_document(name, "DeltaCE", where, (log_p.gather(1, right) - log_q.gather(1, right))[:, 0])
             if quantity == "KL_noise":
                 sums.per_document(name, "cost_predictions", where, ones)
             if quantity == "KL" and (name, "KL_noise") in states:
@@ -213,7 +216,7 @@ def _compare(
 
 
 def load(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """{kind: {run: sum over parts}} with kinds documents [O,Q], site_tokens [L], site_errors [L], fired [L,F], site_of_token [V,L]."""
+    """{kind: {run: sum over parts}} with kinds documents [O,Q], site_tokens [L], site_errors [L], fired [L,F], site_of_token [V,L], agreed."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         with np.load(path) as part:

@@ -145,8 +145,8 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     """Logits in float32 of final states: [N,D] -> [N,V], soft-capped where the model caps them."""
     logits = model.get_output_embeddings()(states).float()
     cap = getattr(text_config(model), "final_logit_softcapping", None)
-    logits = logits * (getattr(text_config(model), "logit_scale", None) or 1.0)  # Cohere multiplies
-    logits = logits / (getattr(text_config(model), "logits_scaling", None) or 1.0)  # Granite divides
+    scale = (getattr(text_config(model), "logit_scale", None) or 1.0) / (getattr(text_config(model), "logits_scaling", None) or 1.0)
+    logits = logits if scale == 1 else logits * scale  # Cohere multiplies, Granite divides
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
