@@ -130,8 +130,9 @@ def site_means(language_model: nn.Module, rows: Rows, order: np.ndarray, sites: 
 @torch.no_grad()
 def measure(cfg: Namespace, seed: int, language_model: nn.Module, rows: Rows, order: np.ndarray, folder: Path) -> list[Path]:
     """Parts of one seed's measurements, each written once; what is there already is not measured again."""
-    parts = [order[at : at + PART_ROWS] for at in range(0, len(order), PART_ROWS)]
-    paths = [folder / f"seed{seed}_part{number:03d}.npz" for number in range(len(parts))]
+    starts = range(0, len(order), PART_ROWS)
+    parts = [order[at : at + PART_ROWS] for at in starts]
+    paths = [folder / f"seed{seed}_rows{at}-{at + len(part)}.npz" for at, part in zip(starts, parts, strict=True)]
     if all(path.exists() for path in paths):
         return paths
     sites = routed_sites(cfg.n_layers, cfg.start_layer, cfg.end_layer)
