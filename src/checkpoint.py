@@ -41,6 +41,11 @@ def pick_device(device: str) -> str:
 
 def environment() -> dict[str, Any]:
     """What a result may depend on beside its options: commit, package versions, threads."""
+    return {**_program(), "threads": torch.get_num_threads()}
+
+
+@functools.cache
+def _program() -> dict[str, Any]:
     try:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=False)
         commit = asked.stdout.strip() or None
@@ -52,7 +57,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"git_commit": commit, "versions": versions, "threads": torch.get_num_threads()}
+    return {"git_commit": commit, "versions": versions}
 
 
 # ---------------------------------------------------------------------------------------------- states of a training
