@@ -318,7 +318,7 @@ def bad(path):
 
 
 def tasks(trainings, stages, trials):
-    """{kind: (trial(folder, key), keys)}, what matters most first."""
+    """{kind: (trial(folder, key), keys)}"""
     return {
         "kills": (trainings.kill, range(trials)),
         "boundaries": (trainings.boundary, range(trainings.boundaries[False])),
@@ -457,8 +457,8 @@ def main():
     trainings, stages = Trainings(work), Stages(work, args.out)
     print(f"one training takes {trainings.seconds:.2f} s; boundaries {list(trainings.boundaries.values())}", flush=True)
     table, finished = tasks(trainings, stages, args.trials), done(args.out)
-    todo = [(kind, key) for kind, (_, keys) in table.items() for key in keys if key not in finished.get(kind, {})]
-    todo = [one for one in todo if not args.only or one[0] in args.only]
+    parts = [(i / len(keys), kind, key) for kind, (_, keys) in table.items() for i, key in enumerate(keys)]  # of each kind an equal share at any time
+    todo = [(kind, key) for _, kind, key in sorted(parts) if key not in finished.get(kind, {}) and (not args.only or kind in args.only)]
     workers = []
     for i in range(args.jobs):
         def work_on(i=i):
