@@ -11,7 +11,8 @@ from tests.browser import CHROMIUM, Browser
 
 ATTACKS = [
     "</script><script>document.title='owned'</script>", "<img src=x onerror=document.title='owned'>", "javascript:alert(1)",
-    "\u2028'\"&lt;", "{{7*7}}",
+    "\u2028'\"&lt;", "{{7*7}}", "<!--<script>", "<svg/onload=document.title='owned'>",
+    "\u202e\u200b\u2066e\u0301\U0001f9d1\u200d\U0001f680", "w" * 10**5,
 ]
 
 
@@ -38,6 +39,11 @@ def test_hostile_text_cannot_end_the_data_or_add_elements():
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))
     assert data["features"][0]["label"] == ATTACKS[0] and [data["words"][i] for i in data["features"][0]["contexts"][0][0]] == ATTACKS
     assert "default-src 'none'" in html and not re.search(r"https?://|innerHTML|document\.write|eval\(", html)
+
+
+def test_a_page_without_features_is_a_page():
+    html = made({}, ())
+    assert json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))["features"] == []
 
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

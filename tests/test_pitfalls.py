@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from src import checkpoint, config, hooks, lm, metrics
+from src.applier import Applier
 from src.data import Batch, Rows
 from src.evaluator import Evaluator
-from src.files import DEMO_LM
+from src.files import DEMO_LM, ROOT
 from src.model import build
 from src.ops import unit_norm_decoder
 from src.trainer import Trainer
@@ -35,6 +37,13 @@ KNOWN = {
     "E8": "test_model.test_random_routing_and_randomk_do_not_depend_on_batching",
     "E9": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
     "E7": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
+    "P1": "test_reading.test_every_models_contexts_are_those_of_a_plain_loop", "P2": "test_faults.test_a_recipe_that_cannot_be_is_one_line",
+    "P3": "test_reading.test_every_models_contexts_are_those_of_a_plain_loop",
+    "P5": "test_contexts.test_sentences_are_cut_in_the_text_and_the_token_marked",
+    "I2": "test_interpreter.test_every_feature_ends_in_one_record_whatever_the_server_does",
+    "I4": "test_interpreter.test_the_azure_form_has_its_address_version_and_key",
+    "C2": "test_model.test_route_accepts_all_layers_and_slices_the_routed_ones",
+    "C3": "test_reading.test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass",
 }
 
 
@@ -85,6 +94,27 @@ def test_d1_d2_padding_changes_neither_what_is_coded_nor_a_metric():
             lm.final_states(model, batch.input_ids), hooks.patched_states(model, batch, grafts)))
         kl.append(float(metrics.KLDiv(clean, patched)))
     assert kl[0] > 0 and kl[0] == pytest.approx(kl[1], rel=1e-4)
+
+
+def test_d3_padding_is_in_no_context(text):
+    run(text, DEMO_LM, "--chunking", "words")
+    argv = ["--output_dir", str(text.parent / "out"), "--chunking", "words", "--max_length", "24", "--max_samples", "12", "--split", "train"]
+    total, path = Applier(config.parse("apply", [*argv, "--act_threshold", "0", "--lines", "1"])).run()
+    found = json.loads(path.read_text())
+    pieces = {piece for entry in found["latent_context_map"].values() for tokens in entry["tokens"] for piece in tokens}
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
+    rows = Rows(text, tokenizer, 24, "train", chunking="words", max_samples=12)
+    assert total and any((batch.document < 0).any() for batch in rows.batches(4)) and not pieces & set(tokenizer.all_special_tokens)
+    assert found["tokens"] == sum(int(batch.mask.sum()) for batch in rows.batches(4))
+
+
+def test_g3_sourcing_the_environment_overwrites_nothing_and_leaves_no_option_on(tmp_path):
+    given = {"HF_TOKEN": "mine", "OPENAI_API_KEY": "mine", "OUTPUT_DIR": "mine", "CUDA_VISIBLE_DEVICES": "5", "HOME": str(tmp_path)}
+    script = f"source '{ROOT}/scripts/env_setup.sh'; false; for name in {' '.join(given)}; do echo ${{!name}}; done; echo $-"
+    for environment, wanted in ((given, list(given.values())), ({"HOME": str(tmp_path)}, ["", "", str(ROOT / "outputs"), "", str(tmp_path)])):
+        done = subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin"} | environment, capture_output=True, text=True, cwd=tmp_path)
+        lines = done.stdout.splitlines()
+        assert lines[: len(wanted)] == wanted and not set("eu") & set(lines[-1]), done.stderr
 
 
 def test_d8_a_text_without_spaces_is_kept_whole(tmp_path):
