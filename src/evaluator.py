@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, files, hooks, lm, metrics
 from src.data import Batch, Rows, open_rows
-from src.sae import SAE
+from src.sae import SAE, Graft, Pass
 
 OF_THE_MODEL = {"KLDiv", "DeltaCE", "Recovered"}  # need the language model patched
 
@@ -30,6 +30,37 @@ class Subject:
 
     def note(self, table: dict[str, metrics.Mean], name: str, values: Tensor) -> None:
         table.setdefault(name, metrics.Mean()).update(values)
+
+
+class Head:
+    """The language model's head over one batch: final states of patched runs wait here, so that those of the clean run go through it once."""
+
+    HELD = 16  # states [N,D] that wait at most
+
+    def __init__(self, model: torch.nn.Module, clean: Tensor, batch: Batch) -> None:
+        self.at = torch.zeros_like(batch.mask)
+        self.at[:, :-1] = batch.mask[:, 1:]  # predictions of counted tokens, from the position before
+        self.at &= batch.mask  # made where the residual may be replaced
+        self.model, self.clean, self.targets = model, clean[self.at], batch.input_ids.roll(-1, 1)[self.at]
+        self.waiting: list[tuple[Subject, str, Tensor]] = []
+
+    def add(self, subject: Subject, label: str, states: Tensor) -> None:
+        """states: [B,S,D] of one patched run."""
+        self.waiting.append((subject, label, states[self.at]))
+        if len(self.waiting) == self.HELD:
+            self.measure()
+
+    def measure(self) -> None:
+        for start in range(0, len(self.targets), lm.HEAD_CHUNK):
+            here = slice(start, start + lm.HEAD_CHUNK)
+            clean = metrics.Prediction(lm.logits_of(self.model, self.clean[here]), self.targets[here])
+            for subject, label, states in self.waiting:
+                kl, ce = clean.compare(lm.logits_of(self.model, states[here]))
+                subject.note(subject.kl, label, kl)
+                subject.note(subject.ce, label, ce)
+                if "/" not in label:
+                    subject.note(subject.ce, f"{label}/clean", clean.ce)
+        self.waiting = []
 
 
 class Evaluator:
@@ -78,15 +109,17 @@ class Evaluator:
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue
-            full = lm.read_sites(model, batch.input_ids, sites)
+            checked = checked or (patching and hooks.self_check(model, batch, sites))
+            full, final = lm.read_through(model, batch.input_ids, sites) if patching else (lm.read_sites(model, batch.input_ids, sites), None)
             hidden = {site: state[batch.mask].float() for site, state in full.items()}
             tokens += int(batch.mask.sum())
+            head = None if final is None else Head(model, final, batch)
             for subject in self.subjects:
-                self._measure_code(subject, hidden, batch)
-            if patching:
-                if not checked:
-                    checked = hooks.self_check(model, batch, sites)
-                self._measure_patched(model, batch, full, hidden, means)
+                p = self._measure_code(subject, hidden, batch)
+                if head is not None:
+                    self._measure_patched(subject, p, model, batch, full, hidden, means, head)
+            if head is not None:
+                head.measure()
         if not tokens or (patching and not all(subject.kl and all(mean.count for mean in subject.kl.values()) for subject in self.subjects)):
             what = "prediction between counted tokens" if tokens else "counted token"
             raise ValueError(f"no {what} in the evaluation rows (--max_length {cfg.max_length}); use longer rows or more text")
@@ -112,49 +145,30 @@ class Evaluator:
                 break
         return {site: total / count for site, total in sums.items()}
 
-    def _measure_code(self, subject: Subject, hidden: dict[int, Tensor], batch: Batch) -> None:
+    def _measure_code(self, subject: Subject, hidden: dict[int, Tensor], batch: Batch) -> Pass:
         x, keys = subject.sae.gather(hidden), batch.token_keys()
         p = subject.sae.autoencode(x, self.cfg.infer_k, self.cfg.theta, keys)
         subject.reconstruction.update(p.target, p.x_hat)
-        subject.activity.update(p.latents)
-        if p.weights is not None:
-            errors = subject.sae.site_errors(x, None, self.cfg.infer_k, self.cfg.theta)
+        subject.activity.update(p.latents, p.kept)
+        if p.weights is not None and "Routing" in self.cfg.metric:
+            errors = subject.sae.site_errors(x, None, self.cfg.infer_k, self.cfg.theta)  # codes the states of all sites
             subject.routing.update(p.weights, errors, metrics.squared_errors(p.target, p.x_hat), batch.input_ids[batch.mask])
+        return p
 
-    def _measure_patched(self, model, batch: Batch, full, hidden, means) -> None:
-        clean_states = lm.final_states(model, batch.input_ids)
-        keep = batch.mask[:, 1:]  # predictions of counted tokens, from the position before
-        at = torch.zeros_like(batch.mask)
-        at[:, :-1] = keep
-        at &= batch.mask  # made where the residual may be replaced
-        targets = batch.input_ids.roll(-1, 1)[at]
-        for subject in self.subjects:
-            for number, grafts in enumerate(subject.sae.grafts(hidden, infer_k=self.cfg.infer_k, theta=self.cfg.theta, token=batch.token_keys())):
-                name = f"site_{next(iter(grafts))}" if len(grafts) == 1 else f"run_{number}"
-                runs = {name: grafts}
-                if means:
-                    runs[f"{name}/zero"] = self._ablated(subject.sae, grafts, hidden, batch, None)
-                    runs[f"{name}/mean"] = self._ablated(subject.sae, grafts, hidden, batch, means)
-                for label, run in runs.items():
-                    self._compare(subject, label, model, clean_states[at], hooks.patched_states(model, batch, run, full)[at], targets)
+    def _measure_patched(self, subject: Subject, p: Pass, model, batch: Batch, full, hidden, means, head: Head) -> None:
+        cfg = self.cfg
+        for number, grafts in enumerate(subject.sae.grafts(hidden, infer_k=cfg.infer_k, theta=cfg.theta, token=batch.token_keys(), clean=p)):
+            runs = {f"run_{number}": grafts}
+            if means:
+                kept = {site: (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True) for site, graft in grafts.items() if len(grafts) > 1}
+                runs[f"run_{number}/zero"] = self._ablated(grafts, kept, {site: torch.zeros_like(mean) for site, mean in means.items()})
+                runs[f"run_{number}/mean"] = self._ablated(grafts, kept, means)
+            for label, run in runs.items():
+                head.add(subject, label, hooks.patched_states(model, batch, run, full))
 
-    def _ablated(self, sae: SAE, grafts, hidden, batch: Batch, means):
-        """The same tokens at the same sites, replaced by zero or the site's mean."""
-
-        def at(site, graft):
-            untouched = (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True) if len(grafts) > 1 else False
-            put = torch.zeros(()).to(hidden[site]) if means is None else means[site]
-            return lambda h: torch.where(torch.as_tensor(untouched, device=h.device), h, put.expand_as(h))
-
-        return {site: at(site, graft) for site, graft in grafts.items()}
-
-    def _compare(self, subject: Subject, label: str, model, clean: Tensor, patched: Tensor, targets: Tensor) -> None:
-        for c, q, t in zip(clean.split(lm.HEAD_CHUNK), patched.split(lm.HEAD_CHUNK), targets.split(lm.HEAD_CHUNK), strict=True):
-            a, b = lm.logits_of(model, c), lm.logits_of(model, q)
-            subject.note(subject.kl, label, metrics.token_kl(a, b))
-            if "/" not in label:
-                subject.note(subject.ce, f"{label}/clean", F.cross_entropy(a, t, reduction="none"))
-            subject.note(subject.ce, label, F.cross_entropy(b, t, reduction="none"))
+    def _ablated(self, sites: Iterable[int], kept: dict[int, Tensor], put: dict[int, Tensor]) -> dict[int, Graft]:
+        """The same tokens at the same sites, replaced by put[site]; kept[site] [N,1] says which tokens stay as they are."""
+        return {site: lambda h, s=site: torch.where(kept[s], h, put[s]) if s in kept else put[s].expand_as(h) for site in sites}
 
     def _result(self, subject: Subject, tokens: int, n_rows: int, fingerprint: str) -> dict[str, Any]:
         cfg, sae = self.cfg, subject.sae

@@ -135,6 +135,14 @@ def read_sites(model: nn.Module, input_ids: Tensor, sites: list[int], attention_
 
 
 @torch.no_grad()
+def read_through(model: nn.Module, input_ids: Tensor, sites: list[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """What read_sites and final_states give, from one forward pass."""
+    found: dict[int, Tensor] = {}
+    with hooked(model, {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output))) for site in sites}):
+        return found, final_states(model, input_ids)
+
+
+@torch.no_grad()
 def final_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The decoder's last hidden state, after the final norm: what the head reads. [B,S,D]"""
     return model.get_decoder()(input_ids=input_ids, use_cache=False)[0]

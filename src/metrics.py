@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import router
-from src.ops import squared_errors
+from src.ops import firings, squared_errors
 
 UNITS = {
     "NormMSE": "share of squared norm", "FVU": "share of variance", "L0": "latents a token", "Dead": "share of latents",
@@ -30,6 +30,23 @@ def token_kl(logits_original: Tensor, logits_reconstruct: Tensor) -> Tensor:
 def KLDiv(logits_original: Tensor, logits_reconstruct: Tensor) -> Tensor:
     """Mean over tokens of KL(original || reconstruct), in nats."""
     return token_kl(logits_original, logits_reconstruct).mean()
+
+
+class Prediction:
+    """What the language model predicts at some positions, for others to be compared with. Logits [N,V], targets int64 [N]."""
+
+    def __init__(self, logits: Tensor, targets: Tensor) -> None:
+        self.log_p, self.targets = logits.float().log_softmax(-1), targets
+        self.p = self.log_p.exp()
+        self.ce = self._ce(self.log_p)
+
+    def _ce(self, log_q: Tensor) -> Tensor:
+        return -log_q.gather(-1, self.targets[:, None])[:, 0]
+
+    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(KL(this || other), cross-entropy of the other) of each token, in nats [N]."""
+        log_q = logits.float().log_softmax(-1)
+        return (self.p * (self.log_p - log_q)).sum(-1), self._ce(log_q)
 
 
 class Mean:
@@ -88,11 +105,10 @@ class Activity:
     def __init__(self) -> None:
         self.fired, self.n = 0, 0
 
-    def update(self, latents: Tensor) -> None:
-        """[N,F] or [N,L,F]; every (token, site) is a sample"""
-        flat = (latents != 0).flatten(0, -2)
-        self.fired = self.fired + flat.sum(0)
-        self.n += len(flat)
+    def update(self, latents: Tensor, kept: Tensor | None = None) -> None:
+        """[N,F] or [N,L,F]; every (token, site) is a sample. kept: positions of those that are not 0, where they are known"""
+        self.fired = self.fired + firings(latents, kept)
+        self.n += latents.shape[:-1].numel()
 
     def compute(self) -> dict[str, Any]:
         density = self.fired.double() / self.n

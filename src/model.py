@@ -53,11 +53,10 @@ class TopK(Dictionary):
         if infer_k is not None or theta is not None or x.device.type != "cpu" or self.latent_size < SPARSE_FROM * self.k:
             return super().autoencode(x, infer_k, theta, token)
         flat = x.flatten(0, -2)
-        latents, x_hat, pre_acts = SparseCode.apply(
+        latents, x_hat, kept = SparseCode.apply(
             flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts: self.choose(acts, token), self.topk_relu
         )
-        shape = (*x.shape[:-1], self.latent_size)
-        return Pass(x, latents.view(shape), x_hat.view_as(x), pre_acts.view(shape))
+        return Pass(x, latents.view(*x.shape[:-1], self.latent_size), x_hat.view_as(x), kept=kept)
 
     def penalty(self, p):
         dead = (self.silent > self.dead_after).nonzero()[:, 0] if self.auxk_coeff else self.silent[:0]
@@ -98,7 +97,8 @@ class BatchTopK(TopK):
     @torch.no_grad()
     def after_step(self, p, progress):
         super().after_step(p, progress)
-        smallest = p.latents[p.latents > 0].min() if (p.latents > 0).any() else self.cut
+        values = p.latents[p.latents > 0] if p.kept is None else p.latents.flatten()[p.kept]
+        smallest = values.min() if len(values) else self.cut
         share = p.latents.shape[:-1].numel() / self.seen * progress  # of the run in this step
         self.cut.copy_(smallest if self.cut.isnan() else self.cut.lerp(smallest, (20 * share).clamp(0.01, 1)))  # memory: 5 % of a short run
 
@@ -318,8 +318,8 @@ class Crosscoder(_Sparsified, SAE):
     def strength(self, p):
         return p.latents * self.decoder_norms().mean(0)
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True):
-        clean = self.autoencode(self.gather(hidden), infer_k, theta)  # its code has read later sites too: no causal comparison
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True, clean=None):
+        clean = clean or self.autoencode(self.gather(hidden), infer_k, theta)  # its code has read later sites too: no causal comparison
         norms = self.decoder_norms().mean(0).clamp_min(1e-12)
         new = clean.x_hat
         if edit is not None:
@@ -398,8 +398,11 @@ class RouteSAE(SAE):
         """(layer_weights [...,L], routed_x [...,D]): p at the argmax and 0 elsewhere for hard, p itself for soft."""
         if routing not in router.ROUTINGS:
             raise ValueError(f"routing {routing!r}; known are {', '.join(router.ROUTINGS)}")
-        layer_weights = router_weights if routing == "soft" else router_weights * router.one_hot(router_weights.argmax(-1), router_weights)
-        return layer_weights, (layer_weights[..., None] * x).sum(-2)
+        if routing == "soft":
+            return router_weights, (router_weights[..., None] * x).sum(-2)
+        p, site = router_weights.max(-1, keepdim=True)
+        there = x.take_along_dim(site[..., None], -2).squeeze(-2)  # one site's state, not a sum over L products of which L-1 are 0
+        return torch.zeros_like(router_weights).scatter(-1, site, p), p * there
 
     def _weights(self, x: Tensor, token: Tensor | None, infer_k: int | None, theta: float | None) -> Tensor:
         keys = torch.arange(x.shape[:-2].numel(), device=x.device) if token is None else token.flatten()
@@ -476,9 +479,8 @@ class RouteSAE(SAE):
     def strength(self, p):
         return p.latents if self.routing == "soft" else p.latents / p.scale[..., None]
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True):
-        x = self.gather(hidden)
-        clean = self.autoencode(x, infer_k, theta, token)
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True, clean=None):
+        clean = clean or self.autoencode(self.gather(hidden), infer_k, theta, token)
         site_of = clean.weights.argmax(-1)
         scale = torch.ones_like(clean.scale) if self.route_patch == "unscaled" else clean.scale
 
@@ -505,7 +507,8 @@ class RouteSAE(SAE):
 
             return graft
 
-        yield {site: at(index) for index, site in enumerate(self.routed)}
+        used = site_of.unique().tolist() or [0]  # the first in use is where the language model resumes
+        yield {self.routed[index]: at(index) for index in used}
 
     def decode(self, latents):
         return self.sae.decode(latents)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.ops import geometric_median, pre_process, restrict, squared_errors
+from src.ops import firings, geometric_median, pre_process, restrict, squared_errors
 
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 
@@ -27,6 +27,7 @@ class Pass(NamedTuple):
     weights: Tensor | None = None  # share of each site (routed models) [N,L]
     scale: Tensor | None = None  # what multiplied the routed site's state: p, or 1 [N]
     inputs: Tensor | None = None  # the states of all sites (routed models) [N,L,D]
+    kept: Tensor | None = None  # positions in the flat latents of those that are not 0, by token, where they are known [E]
 
 
 class Plain(NamedTuple):
@@ -109,17 +110,26 @@ class SAE(nn.Module):
         """Latents in units that compare between tokens and models."""
         return p.latents
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True) -> Iterator[dict[int, Graft]]:
+    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True, clean=None) -> Iterator[dict[int, Graft]]:
         """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.
+
+        `clean`: what autoencode gave for `hidden`, where the caller has it (its latents only where there is an edit); it is not computed again.
 
         `edit` maps a code in units of `strength` to the code wanted. The residual then keeps what the SAE misses: only the change is
         decoded and added, so that an edit without effect is none bit for bit. With keep_error=False the edited code replaces all.
         """
-        for site in self.sites():
-            yield {site: lambda h: self._substitute(h, infer_k, theta, edit, token, keep_error)}
 
-    def _substitute(self, h: Tensor, infer_k, theta, edit, token, keep_error) -> Tensor:
+        def at(index: int) -> Graft:
+            known = None if clean is None or edit is not None else clean.x_hat if clean.x_hat.dim() == 2 else clean.x_hat[:, index]
+            return lambda h: self._substitute(h, infer_k, theta, edit, token, keep_error, known)
+
+        for index, site in enumerate(self.sites()):
+            yield {site: at(index)}
+
+    def _substitute(self, h: Tensor, infer_k, theta, edit, token, keep_error, known: Tensor | None) -> Tensor:
         x, mean, std = self.standardise(h)
+        if known is not None:
+            return known * std + mean
         p = self.autoencode(x, infer_k, theta, token)
         if edit is None:
             return p.x_hat * std + mean
@@ -140,10 +150,10 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, p: Pass, progress: float) -> None:
         """Counters and schedules; progress is the share of the run that is done."""
-        latents = p.latents.flatten(0, -2)
-        self.seen += len(latents)
-        self.silent += len(latents)
-        self.silent[latents.any(0)] = 0
+        samples = p.latents.shape[:-1].numel()
+        self.seen += samples
+        self.silent += samples
+        self.silent[firings(p.latents, p.kept) > 0] = 0
 
     def dead_fraction(self) -> float:
         """Share of latents silent for the last tenth of what was seen."""

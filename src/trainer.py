@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from src import checkpoint, config, demo, files, hooks, lm, model
 from src.data import Batch, Rows, open_rows
-from src.ops import project_decoder_grad, unit_norm_decoder
+from src.ops import firings, project_decoder_grad, unit_norm_decoder
 from src.sae import SAE, Pass
 
 
@@ -217,7 +217,7 @@ class Run:
             loss.backward()
             passes.append(p if self.parts == 1 else p._replace(**{k: v.detach() for k, v in p._asdict().items() if v is not None}))
         if self.parts > 1:
-            p = Pass(*(None if column[0] is None else torch.cat(column) for column in zip(*passes, strict=True)))
+            p = Pass(*(None if column[0] is None else torch.cat(column) for column in zip(*passes, strict=True)))._replace(kept=None)
         return p, terms
 
     def step(self, hidden: dict[int, Tensor], token: Tensor, step: int, due: bool) -> None:
@@ -258,7 +258,7 @@ class Run:
             unit_norm_decoder(self.sae)
         self.sae.after_step(p, (step + 1) / self.total)
         with torch.no_grad():
-            now = {"loss": loss} | terms | {"L0": p.latents.count_nonzero() / p.latents[..., 0].numel()}
+            now = {"loss": loss} | terms | {"L0": firings(p.latents, p.kept).sum() / p.latents[..., 0].numel()}
             self.sums = {k: self.sums.get(k, 0.0) + v for k, v in now.items()}
             self.count += 1
             self.last = p if due else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import model
+from src import model, ops
 from src.model import RouteSAE, TopK, build
 from src.ops import Jump_func, Step_func, active, pre_process, project_decoder_grad, random_subset, restrict, topk_sparsify, unit_norm_decoder
 from src.zoo import ZOO, canonical
@@ -266,8 +266,9 @@ def test_sparse_sums_give_the_dense_products_values_and_gradients(name, more):
     wanted = (x, *sae.parameters())
     sparse, dense = sae.autoencode(x), super(TopK, sae).autoencode(x)
     assert type(sparse.x_hat.grad_fn) is not type(dense.x_hat.grad_fn)
-    for a, b in zip(sparse[1:4], dense[1:4], strict=True):
-        assert torch.allclose(a, b, rtol=1e-12)
+    assert torch.allclose(sparse.latents, dense.latents, rtol=1e-12) and torch.allclose(sparse.x_hat, dense.x_hat, rtol=1e-12)
+    assert sparse.kept.sort().values.tolist() == dense.latents.flatten().nonzero()[:, 0].tolist()
+    assert torch.equal(ops.firings(sparse.latents, sparse.kept), ops.firings(dense.latents))
     for a, b in zip(*(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
