@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments.routing_runs import ROUTERS, measured_shares, path_of
-from src import checkpoint, files, hooks, lm
+from experiments.routing_runs import LEARNED, ROUTERS, path_of, router_weights
+from src import checkpoint, files, hooks, lm, router
 from src.data import Batch, Rows
 from src.ops import squared_errors
 from src.sae import SAE, routed_sites
@@ -42,13 +42,17 @@ class Run(NamedTuple):
 
 
 def arms_of(cfg: Namespace, seed: int, language_model: nn.Module, rows: Rows, order: np.ndarray) -> dict[str, SAE]:
-    """Every SAE of a seed in each way it is used. Random assignments get the shares the learned router has on these very rows."""
+    """Every SAE of a seed in each way it is used. Random assignments and shifted routers get the shares of their router on these very rows."""
     sites = routed_sites(cfg.n_layers, cfg.start_layer, cfg.end_layer)
     names = [*(f"topk_{site}" for site in sites), "mlsae", "random", *ROUTERS, *(f"{name}_shares" for name in ROUTERS)]
+    names += [f"{name}_fixed" for name in LEARNED]
     arms = {name: checkpoint.load(path_of(cfg, name, seed), cfg.device)[0] for name in names}
-    shares = measured_shares({name: arms[name] for name in ROUTERS}, language_model, rows, order, cfg.batch_size, cfg.device)
+    asked = {name: sae for name, sae in arms.items() if name in ROUTERS or name.endswith("_fixed")}
+    weights = router_weights(asked, language_model, rows, order, cfg.batch_size, cfg.device)
     for name in ROUTERS:
-        arms[f"{name}_shares"].shares = torch.tensor(shares[name])
+        arms[f"{name}_shares"].shares = router.load(weights[name])
+    for name in LEARNED:
+        arms[f"{name}_fixed"].load_bias += router.shifts(weights[f"{name}_fixed"].clamp_min(1e-30).log(), router.load(weights[name]))
     for name in ROUTERS:
         arms[f"{name}_permuted"] = _used(arms[name], "permuted")
     for name in ("random", *ROUTERS):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from experiments import routing_pictures
 from experiments.routing_measure import QUANTITIES, load
-from experiments.routing_runs import ROUTERS, path_of
+from experiments.routing_runs import LEARNED, ROUTERS, path_of
 from src import checkpoint, files, router
 from src.sae import routed_sites
 
@@ -118,13 +118,15 @@ def collect(found: Found) -> dict[str, Any]:
         gains[name] = {}
         for metric in METRICS:
             each = found.gain(name, f"{name}_shares", metric)
-            beyond = np.mean(each, axis=0) - np.mean(found.gain("untrained", "untrained_shares", metric), axis=0)
             permuted = [-values for values in found.gain(f"{name}_permuted", name, metric)]
             own = [1 - found.metric(name, metric, seed) / found.own_topk(name, metric, seed) for seed in found.seeds]
             gains[name][metric] = {
-                "mean": said(np.mean(each, axis=0)), "seeds": [said(values) for values in each], "beyond_untrained": said(beyond),
+                "mean": said(np.mean(each, axis=0)), "seeds": [said(values) for values in each],
                 "permuting_costs": said(np.mean(permuted, axis=0)), "against_each_sites_own_topk": said(np.mean(own, axis=0)),
             }
+            if name in LEARNED:
+                fixed = found.gain(name, f"{name}_fixed", metric)
+                gains[name][metric] |= {"against_fixed": said(np.mean(fixed, axis=0)), "against_fixed_seeds": [said(values) for values in fixed]}
     routers = {}
     for name in ROUTERS:
         oracle = [found.metric(f"{name}_oracle", "NormMSE", seed)[0] for seed in found.seeds]
@@ -145,6 +147,7 @@ def collect(found: Found) -> dict[str, Any]:
             "features": [found.features(run, seed) for seed in found.seeds],
         }
     members = [*(f"topk_{site}" for site in found.sites), "mlsae", "random", *ROUTERS, *(f"{name}_shares" for name in ROUTERS)]
+    members += [f"{name}_fixed" for name in LEARNED]
     best = {}
     for family, metric in itertools.product(("topk", "mlsae"), METRICS):
         best.setdefault(family, {})[metric] = [found.best_site(family, metric, seed) for seed in found.seeds]
@@ -164,6 +167,11 @@ def number(figure: dict[str, Any], percent: bool = False) -> str:
     return f"{form.format(value)} [{form.format(low)}, {form.format(high)}]"
 
 
+def listed(figures: list[dict[str, Any]]) -> str:
+    """Per cent of each seed, without intervals."""
+    return ", ".join(number(figure, True).split()[0] for figure in figures)
+
+
 def rows(head: list[str], body: list[list[Any]]) -> str:
     return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *body]])
 
@@ -176,10 +184,9 @@ def tables(result: dict[str, Any]) -> str:
     gain = []
     for name, metric in itertools.product(ROUTERS, METRICS):
         g = result["gains"][name][metric]
-        each = ", ".join(number(seed, True).split()[0] for seed in g["seeds"])
-        more = [number(g[key], True) for key in ("mean", "beyond_untrained")]
+        fixed = [number(g["against_fixed"], True), listed(g["against_fixed_seeds"])] if name in LEARNED else ["-", "-"]
         others = [number(g[key], True) for key in ("permuting_costs", "against_each_sites_own_topk")]
-        gain.append([name, metric, more[0], each, more[1], *others])
+        gain.append([name, metric, number(g["mean"], True), listed(g["seeds"]), *fixed, *others])
     site_rows = []
     for name in result["per_site"]:
         if name.endswith(("_permuted", "_oracle")):
@@ -199,10 +206,10 @@ def tables(result: dict[str, Any]) -> str:
     parts = [
         ("Every run", "Mean over seeds, 95 % interval over documents. KL and DeltaCE in nats a token.", rows(["run", *METRICS], every)),
         (
-            "Gains at equal shares", "Per cent by which a router is below random assignment trained from scratch at its own shares: mean over seeds, "
-            "each seed; what of it is beyond the untrained router's gain; by how much shuffling its sites raises it; and per cent below the single "
-            "sites' own TopKs (a dictionary each), weighted with its shares.",
-            rows(["router", "metric", "gain", "seeds", "beyond untrained", "shuffling costs", "below own TopKs"], gain),
+            "Gains at equal shares", "Per cent by which a router is below random assignment trained from scratch at its own shares, and below an "
+            "untrained router whose logits were shifted to these shares: mean over seeds, each seed. By how much shuffling its sites raises it; and per "
+            "cent below the single sites' own TopKs (a dictionary each), weighted with its shares.",
+            rows(["router", "metric", "below random", "seeds", "below a fixed router", "seeds", "shuffling costs", "below own TopKs"], gain),
         ),
         (
             "By site", f"Share of tokens / NormMSE of those tokens / latents active at least {ENOUGH} times there. Last: on how many sites the "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from src import checkpoint, config, files, hooks, router
 from src.data import Rows
@@ -27,6 +27,7 @@ ROUTERS = {
     "advantage": {"router_objective": "advantage", "router_balance": "switch"},
     "ste": {"router_objective": "ste", "router_balance": "switch"},
 }
+LEARNED = [name for name in ROUTERS if name != "untrained"]
 
 
 class Member(NamedTuple):
@@ -47,6 +48,12 @@ def first_matrix(n_layers: int, cfg: Namespace) -> list[Member]:
 def second_matrix(shares: dict[str, list[float]]) -> list[Member]:
     """A RouteSAE with random assignment at each router's shares."""
     return [Member(f"{name}_shares", "RouteSAE", {"routing": "random", "route_shares": value}) for name, value in shares.items()]
+
+
+def third_matrix(shares: dict[str, list[float]]) -> list[Member]:
+    """An untrained router, its logits shifted to each learned router's shares: what a function of the token gives without being learned."""
+    fixed = {name: {"router_objective": "frozen", "route_shares": shares[name]} for name in LEARNED}
+    return [Member(f"{name}_fixed", "RouteSAE", options) for name, options in fixed.items()]
 
 
 class Matrix(Trainer):
@@ -76,18 +83,17 @@ def options_of(argv: list[str], seed: int, phase: str) -> Namespace:
 
 
 @torch.no_grad()
-def measured_shares(
+def router_weights(
     saes: dict[str, SAE], language_model: nn.Module, rows: Rows, order: np.ndarray, batch_size: int, device: str
-) -> dict[str, list[float]]:
-    """Share of tokens that each router sends to each of its sites."""
+) -> dict[str, Tensor]:
+    """Each router's p at every counted token [N,L]."""
     sites = sorted({site for sae in saes.values() for site in sae.sites()})
-    total: dict[str, torch.Tensor] = {}
+    found: dict[str, list[Tensor]] = {name: [] for name in saes}
     for at in range(0, len(order), batch_size):
         hidden = hooks.read(language_model, rows.batch(order[at : at + batch_size]).to(device), sites)
         for name, sae in saes.items():
-            weights = sae.autoencode(sae.gather(hidden)).weights
-            total[name] = total.get(name, 0) + router.load(weights).double() * len(weights)
-    return {name: [round(float(share), 6) for share in found / found.sum()] for name, found in total.items()}
+            found[name].append(sae.get_router_weights(sae.gather(hidden), sae.aggre))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def train(argv: list[str], seed: int, language_model: nn.Module, rows: Rows, n_layers: int) -> None:
@@ -99,6 +105,7 @@ def train(argv: list[str], seed: int, language_model: nn.Module, rows: Rows, n_l
         device = checkpoint.pick_device(cfg.device)
         saes = {name: checkpoint.load(path_of(cfg, name, seed), device)[0] for name in ROUTERS}
         order = rows.order(seed, 0)[: -(-50_000 // rows.max_length)]
-        files.save_json(measured_shares(saes, language_model, rows, order, cfg.batch_size or 16, device), noted)
-    cfg = options_of(argv, seed, "second")
-    Matrix(cfg, second_matrix(files.load_json(noted))).run()
+        weights = router_weights(saes, language_model, rows, order, cfg.batch_size or 16, device)
+        files.save_json({name: [round(float(share), 6) for share in router.load(p)] for name, p in weights.items()}, noted)
+    for phase, members in (("second", second_matrix), ("third", third_matrix)):
+        Matrix(options_of(argv, seed, phase), members(files.load_json(noted))).run()

@@ -99,7 +99,7 @@ OPTIONS: dict[str, Option] = {
     "routing": Option(
         "sae", str, None, "one site a token, a mixture, a random one, shuffled, or the best", ("hard", "soft", "random", "permuted", "oracle")
     ),
-    "route_shares": Option("sae", float, None, "share of each routed site under random routing (default: uniform)", low=0, many=True),
+    "route_shares": Option("sae", float, None, "share of each routed site: random routing (default: uniform), frozen router", low=0, many=True),
     "router_objective": Option(
         "sae", str, None, "where the router's gradient comes from (src/router.py)", ("published", "expected", "advantage", "ste", "frozen")
     ),

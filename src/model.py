@@ -348,7 +348,8 @@ class RouteSAE(SAE):
     routing: "hard" (argmax); "soft" (the mixture); and controls. At scale 1, "random": a site drawn for each token, with route_shares where given,
     else uniformly. At the token's own p, "permuted": hard sites shuffled over the tokens of a batch, so that the shares stay; "oracle": the site with
     the least error.
-    router_objective: where the router's gradient comes from (src/router.py); errors of all sites are measured on one token in L.
+    router_objective: where the router's gradient comes from (src/router.py); errors of all sites are measured on one token in L. A "frozen" router
+    may be given route_shares too: its logits are shifted once so that its choices have them.
     router_balance: "switch" adds coef times router.switch; "bias" moves a bias of each logit by coef against its load, without gradient
     (Wang et al. 2024; here p feels it too).
     route_scale: what multiplies the state, "p", "one", or "ste" (1, with the gradient of p); default p for published, else one.
@@ -374,12 +375,14 @@ class RouteSAE(SAE):
         self.objective, self.balance = router_objective, router_balance
         self.balance_coef = {"none": 0.0, "switch": 0.02, "bias": 1e-3}[router_balance] if router_balance_coef is None else router_balance_coef
         self.route_scale = route_scale or ("p" if router_objective == "published" else "one")
-        if route_shares and (routing != "random" or not min(route_shares) >= 0 < sum(route_shares)):
-            what = f"route_shares {', '.join(map(str, route_shares))} with routing {routing}"
-            raise ValueError(f"{what}; it needs routing random and numbers of which none is negative and one is not 0")
+        taken = routing == "random" or router_objective == "frozen"
+        if route_shares and (not taken or not min(route_shares) >= 0 < sum(route_shares)):
+            what = f"route_shares {', '.join(map(str, route_shares))} with routing {routing}, router_objective {router_objective}"
+            raise ValueError(f"{what}; it needs routing random or a frozen router, and numbers of which none is negative and one is not 0")
         self.shares = torch.tensor(route_shares) if route_shares else None
         self.router = nn.Linear(hidden_size, self.n_routed_layers, bias=False).requires_grad_(router_objective != "frozen")
-        self.register_buffer("load_bias", torch.zeros(self.n_routed_layers), persistent=router_balance == "bias")
+        shifted = router_balance == "bias" or (self.shares is not None and routing != "random")
+        self.register_buffer("load_bias", torch.zeros(self.n_routed_layers), persistent=shifted)
         self.register_buffer("site_error", torch.full((self.n_routed_layers,), float("nan")), persistent=False)
         self.sae = TopK(hidden_size, latent_size, k, **rest)
         self.k = k
@@ -528,8 +531,11 @@ class RouteSAE(SAE):
     def adam_parameters(self):
         return [self.router.weight]  # sign steps of 1e-2 saturate p at 1 within ten steps
 
+    @torch.no_grad()
     def warm_start(self, x):
         self.sae.warm_start(x)
+        if self.shares is not None and self.routing != "random":
+            self.load_bias.copy_(router.shifts(self.get_router_weights(x, self.aggre).clamp_min(1e-30).log(), self.shares.to(x.device)))
 
     @torch.no_grad()
     def after_step(self, p, progress):

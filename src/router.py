@@ -12,7 +12,7 @@ published  NormMSE(p_i x_i, SAE(p_i x_i)) alone. With s = p_i, u = x_i, S the ac
 expected   adds the error the router can expect, sum_l p_l e_l (`expected`).
 advantage  the same against what each site costs on average (`advantage`): or it learns which site is easy, not which suits the token.
 ste        the chosen state enters with weight 1 and p's gradient (`straight_through`), target included.
-frozen     nothing: the router stays as it was drawn. A control.
+frozen     nothing: the router stays as it was drawn, but for a shift of its logits where shares are given. A control.
 """
 
 from __future__ import annotations
@@ -32,18 +32,28 @@ def one_hot(site: Tensor, weights: Tensor) -> Tensor:
     return F.one_hot(site, weights.shape[-1]).to(weights.dtype)
 
 
-def drawn(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -> Tensor:
-    """A site for each key, uniform or with the shares [L] given: a function of (key, seed) alone. int64 [N] -> [N]
-
-    Raises ValueError for shares of another number of sites.
-    """
-    if shares is None:
-        return random_integers(keys, seed, n_sites)
+def normalised(shares: Tensor, n_sites: int) -> Tensor:
+    """Shares that add up to 1, in float64. Raises ValueError for those of another number of sites."""
     if len(shares) != n_sites:
         raise ValueError(f"route_shares has {len(shares)} numbers for {n_sites} routed sites")
+    return shares.double() / shares.double().sum()
+
+
+def drawn(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -> Tensor:
+    """A site for each key, uniform or with the shares [L] given: a function of (key, seed) alone. int64 [N] -> [N]"""
+    if shares is None:
+        return random_integers(keys, seed, n_sites)
     fine = 1 << 53
-    ends = (shares.double().cumsum(0) / shares.double().sum() * fine).round().long()[:-1]
+    ends = (normalised(shares, n_sites).cumsum(0) * fine).round().long()[:-1]
     return torch.searchsorted(ends, random_integers(keys, seed, fine), right=True)
+
+
+def shifts(logits: Tensor, shares: Tensor, rounds: int = 300) -> Tensor:
+    """What to add to each site's logit for its share of argmax choices among these tokens to be the one wanted. [N,L], [L] -> [L]"""
+    wanted, shift, least = normalised(shares, logits.shape[-1]), torch.zeros_like(logits[0]), 1 / len(logits)
+    for i in range(rounds):  # steps shrink: the share of a site jumps where many tokens are about to change it
+        shift += (1 - i / rounds) * 0.5 * ((wanted + least) / (load(logits + shift) + least)).log().to(shift.dtype)
+    return shift
 
 
 def shuffled(site: Tensor, keys: Tensor, seed: int) -> Tensor:

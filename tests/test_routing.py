@@ -110,10 +110,24 @@ def test_random_routing_keeps_the_shares_asked_for_and_draws_by_token_alone():
     assert torch.allclose(weights.mean(0), torch.tensor(wanted), atol=0.02) and weights.mean(0)[[1, 4]].eq(0).all()
     assert torch.equal(sae.autoencode(x[:50], token=keys[100:150]).weights, weights[100:150])
     for shares, routing in ((wanted, "hard"), ([0.0] * 5, "random")):
-        with pytest.raises(ValueError, match="it needs routing random and numbers"):
+        with pytest.raises(ValueError, match="it needs routing random or a frozen router"):
             make(routing=routing, route_shares=shares)
     with pytest.raises(ValueError, match="4 numbers for 5 routed sites"):
         make(routing="random", route_shares=wanted[:4]).autoencode(x[:2])
+
+
+def test_an_untrained_router_can_be_given_the_shares_of_another(x):
+    torch.manual_seed(2)
+    many, wanted = torch.randn(6000, SITES, D), torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    sae = make(router_objective="frozen", route_shares=wanted.tolist())
+    before = sae.get_router_weights(many).argmax(-1)
+    sae.warm_start(many[:3000])
+    site = sae.autoencode(many[3000:]).weights.argmax(-1)
+    assert torch.allclose(torch.bincount(site, minlength=SITES) / 3000, wanted, atol=0.03)
+    assert (site == before[3000:]).float().mean() > 0.4 and torch.equal(sae.router.weight, make().router.weight)
+    again = make(router_objective="frozen", route_shares=wanted.tolist())
+    again.load_state_dict(sae.state_dict())
+    assert torch.equal(again.autoencode(many[3000:]).weights.argmax(-1), site)
 
 
 @pytest.mark.parametrize("scale", ["p", "one"])

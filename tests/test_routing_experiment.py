@@ -58,6 +58,9 @@ def test_the_whole_experiment_runs_agrees_with_the_evaluator_and_is_not_done_twi
         assert np.abs(mine - dealt).max() < 0.06  # equal but for the draw of some thousand tokens
         seeds = [1 - a / b for a, b in zip(*(result["runs"][run]["KL"]["seeds"] for run in (name, f"{name}_shares")), strict=True)]
         assert [seed["value"] for seed in result["gains"][name]["KL"]["seeds"]] == pytest.approx(seeds)
+        if name != "untrained":
+            shifted = np.array(result["per_site"][f"{name}_fixed"]["shares"])
+            assert np.abs(mine - shifted).max() < 0.03
     assert 0 < result["runs"]["topk_2"]["KL / mean ablation"]["value"] < 1
     assert routing.main(command) == 0
     assert measured == {path.name: path.stat().st_mtime_ns for path in (out / "measured").iterdir()}
