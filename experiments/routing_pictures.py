@@ -28,23 +28,27 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def gains(result: dict[str, Any], path: Path) -> None:
-    """How far each router is below random assignment at its own shares."""
+    """How far each router is below two controls at its own shares; small points are seeds."""
     metrics = ("NormMSE", "KL", "KL / mean ablation")
-    figure, axes = _axes(1, len(metrics), (13, 3.6))
+    controls = (("mean", "seeds", "D", -0.14, "random assignment"), ("against_fixed", "against_fixed_seeds", "s", 0.14, "untrained router, shifted"))
+    figure, axes = _axes(1, len(metrics), (14, 4))
     for axis, metric in zip(axes[0], metrics, strict=True):
         for row, name in enumerate(result["gains"]):
-            found = result["gains"][name][metric]
-            for i, seed in enumerate(found["seeds"]):
-                height = row + 0.16 * (i + 1)
-                axis.plot([100 * seed["low"], 100 * seed["high"]], [height] * 2, color="0.7", lw=2)
-                axis.plot(100 * seed["value"], height, "o", color="0.55", ms=4)
-            mean = found["mean"]
-            axis.plot([100 * mean["low"], 100 * mean["high"]], [row] * 2, color=f"C{row}", lw=3)
-            axis.plot(100 * mean["value"], row, "D", color=f"C{row}", ms=7)
+            for key, seeds, marker, offset, _ in controls:
+                found = result["gains"][name][metric]
+                if key not in found:
+                    continue
+                face = f"C{row}" if marker == "D" else "white"
+                axis.plot([100 * found[key]["low"], 100 * found[key]["high"]], [row + offset] * 2, color=f"C{row}", lw=2)
+                axis.plot(100 * found[key]["value"], row + offset, marker, color=f"C{row}", mfc=face, ms=8)
+                axis.plot([100 * seed["value"] for seed in found[seeds]], [row + offset + 0.12] * len(found[seeds]), ".", color="0.5", ms=5)
         axis.axvline(0, color="k", lw=0.8)
-        axis.set(title=metric, xlabel="% below random assignment at equal shares", ylim=(len(result["gains"]) - 0.2, -0.5))
+        axis.set(title=metric, xlabel="% below the control at equal shares", ylim=(len(result["gains"]) - 0.4, -0.6))
         axis.set_yticks(range(len(result["gains"])), [NAMES[name] for name in result["gains"]] if axis is axes[0][0] else [])
         axis.grid(axis="x", alpha=0.3)
+    for _, _, marker, _, label in controls:
+        axes[0][0].plot([], [], marker, color="k", mfc="k" if marker == "D" else "white", ms=7, label=label)
+    axes[0][0].legend(fontsize=8)
     _save(figure, path)
 
 

@@ -207,8 +207,8 @@ def tables(result: dict[str, Any]) -> str:
         ("Every run", "Mean over seeds, 95 % interval over documents. KL and DeltaCE in nats a token.", rows(["run", *METRICS], every)),
         (
             "Gains at equal shares", "Per cent by which a router is below random assignment trained from scratch at its own shares, and below an "
-            "untrained router whose logits were shifted to these shares: mean over seeds, each seed. By how much shuffling its sites raises it; and per "
-            "cent below the single sites' own TopKs (a dictionary each), weighted with its shares.",
+            "untrained router whose logits were shifted to these shares: mean over seeds, each seed. By how much shuffling its sites raises it; and "
+            "per cent below the single sites' own TopKs (a dictionary each), weighted with its shares.",
             rows(["router", "metric", "below random", "seeds", "below a fixed router", "seeds", "shuffling costs", "below own TopKs"], gain),
         ),
         (
