@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import glob as globbing
 import gzip
 import hashlib
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from src.files import data_dir, save_json, seal, umask, verify_folder
+from src.files import data_dir, load_json, save_json, seal, umask, verify_folder
 
 SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -333,6 +334,21 @@ def _tokenise(texts: Iterator[str], tokenizer: Any, row_length: int, chunking: s
     np.save(folder / "chunks.npy", np.asarray(chunks, dtype=np.int64))
 
 
+def _whole(folder: Path, max_bad_frac: float) -> bool:
+    """Whether a token cache is there and undamaged. Raises DataError where more was skipped in its making than is accepted now."""
+    try:
+        verify_folder(folder)
+        report = Report("", max_bad_frac)
+        vars(report).update({**load_json(folder / "report.json"), "max_bad_frac": max_bad_frac})
+    except ValueError as error:
+        if folder.exists():
+            print(f"warning: the token cache is damaged ({error}); tokenising again")
+        return False
+    report.bad = Counter(report.bad)
+    report.check(final=True)
+    return True
+
+
 class Rows(Dataset):
     """Rows of one split of a source, tokenised on first use and then read from a memory-mapped cache.
 
@@ -395,12 +411,8 @@ class Rows(Dataset):
 
     def _cached(self, source, tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key) -> Path:
         folder = data_dir() / "cache" / self.fingerprint
-        if folder.exists():
-            try:
-                verify_folder(folder)
-                return folder
-            except ValueError as error:
-                print(f"warning: the token cache is damaged ({error}); tokenising again")
+        if _whole(folder, max_bad_frac):
+            return folder
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             for rest in folder.parent.glob(".building-*"):  # of killed processes; one at work writes every few seconds
@@ -418,11 +430,15 @@ class Rows(Dataset):
                 raise DataError(f"no usable text for split {split!r} in {source} ({empty})")
             if report.bad:
                 print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
-            save_json({"key": key, "documents": report.documents, "tokens": report.tokens, "skipped": report.bad}, work / "report.json")
+            save_json({"key": key} | vars(report), work / "report.json")
             seal(work, folder.name)
-            if folder.exists():  # damaged, or another process was faster
+            if not _whole(folder, max_bad_frac):  # else another process was faster, and may be reading it
                 shutil.rmtree(folder, ignore_errors=True)
-            os.replace(work, folder)
+                os.replace(work, folder)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(f"the token cache in {folder.parent} does not fit ({error.strerror}); make room or set DATA_DIR") from error
+            raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return folder

@@ -300,6 +300,8 @@ def test_a_damaged_file_among_others_is_refused_unless_it_is_accepted(tmp_path, 
     with pytest.raises(DataError, match=r"1 of 4 files cannot be read to their end, first .*bad\.parquet"):
         Rows(tmp_path, tokenizer, 32, "all")
     assert count(tmp_path, tokenizer, max_bad_frac=0.25)[0] == 600
+    with pytest.raises(DataError, match=r"1 of 4 files"):  # also where the tokens are there, made when it was accepted
+        Rows(tmp_path, tokenizer, 32, "all")
 
 
 def test_links_in_a_circle_and_files_that_vanish_are_named(home, tmp_path, capsys):
@@ -384,7 +386,24 @@ def test_a_damaged_token_cache_is_noticed_and_made_again_and_a_killed_one_is_not
         assert count(path, tokenizer) == whole and "the token cache is damaged" in capsys.readouterr().out, name
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_set(home, monkeypatch, capsys):
+def test_two_that_make_one_cache_both_read_it(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in good(9)))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "seal", lambda *a, real=files.seal: (patch.setattr(data, "seal", real), count(path, tokenizer), real(*a)))
+        assert count(path, tokenizer)[0] == 9  # the other was faster
+    folder, = (data.data_dir() / "cache").iterdir()
+    files.verify_folder(folder)
+
+
+def test_a_cache_that_does_not_fit_or_cannot_be_written_says_what_to_set(home, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.np, "save", full)
+        assert run(home, "train", "--tag", "x") == 2 and "make room or set DATA_DIR" in the_error(capsys)
+    assert not list((data.data_dir() / "cache").iterdir())
     (home / "file").write_text("")
     monkeypatch.setenv("DATA_DIR", str(home / "file"))
     assert run(home, "train", "--tag", "x") == 2 and "set DATA_DIR" in the_error(capsys)
