@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Environment, then tests: all of them, or the quick part with `test.sh fast`. Further arguments go to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-select="not gpu"
-if [ "${1:-}" = fast ]; then select="not gpu and not slow"; shift; fi
+select="not gpu and not interop"
+if [ "${1:-}" = fast ]; then select="not gpu and not interop and not slow"; shift; fi
 ruff check src tests benchmarks examples ./*.py
 python -m pytest -q -m "$select" tests "$@"

@@ -90,12 +90,8 @@ class SiteSAE(nn.Module):
 
 
 class _Config(SimpleNamespace):
-    @property
-    def metadata(self) -> _Config:  # where newer versions look
-        return self
-
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {key: value for key, value in vars(self).items() if key != "metadata"}  # which SAEBench adds
 
 
 def hook_of(site: int) -> str:
