@@ -153,9 +153,11 @@ def export(sae: SAE, recipe: Mapping[str, Any], output_dir: str | Path, kind: st
 def public(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as it may leave this machine: paths cut to their last part under other names, hub names kept."""
     shown = json.loads(json.dumps(dict(recipe)))
-    for key in ("model_path", "data_path"):
+    paths = ("model_path", "data_path")
+    options = shown.get("options", {}).items()
+    shown["options"] = {key: value for key, value in options if key not in paths and not (isinstance(value, str) and Path(value).is_absolute())}
+    for key in paths:
         value = shown.pop(key, None)
-        shown.get("options", {}).pop(key, None)
         if not value or value == "None":
             continue
         if Path(value).resolve() == files.DEMO_LM:

@@ -134,7 +134,7 @@ def test_card_tells_model_text_and_measurements_and_no_path_of_this_machine(tmp_
     measured = {"NormMSE": 0.125, "KLDiv": 0.5, "L0": 5.0, "tokens": 4321, "split": "eval", "units": {"KLDiv": "nats a token"}}
     files.save_json(measured, tmp_path / "eval" / "TopK_text.json")
     places = {"model_path": str(tmp_path / "private"), "data_path": str(tmp_path / "private" / "corpus")}
-    folder = export(sae, tmp_path, "hf", **places, options={"data_path": places["data_path"], "recipe": "standard"})
+    folder = export(sae, tmp_path, "hf", **places, options={"config": str(tmp_path / "run.yaml"), "recipe": "standard"} | places)
     card, config = (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())
     rows = "| training text | corpus |", "| NormMSE | 0.125 |", "| KLDiv | 0.5 | nats a token |"
     for part in ("TopK_text", *rows, "4321", "checkpoint.load", "license"):
@@ -198,6 +198,8 @@ def test_saelens_folders_load_as_the_model_that_holds_them_exactly(architecture,
     assert torch.equal(p.latents != 0, expected != 0)
     w = load_file(folder / "sae_weights.safetensors")
     assert torch.allclose(p.x_hat, (expected / norms) @ w["W_dec"] + w["b_dec"], atol=1e-3)
+    back = formats.export(sae, recipe, tmp_path, "saelens") / "blocks.5.hook_resid_post"
+    assert torch.allclose(lens(back, h), expected, atol=1e-3 if norm == "none" else 1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
