@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, files, hooks, lm
+from src import checkpoint, config, demo, distributed, files, hooks, lm
 from src.contexts import Events, Table, TokenText, sentence
 from src.data import Batch, Rows, open_rows
 from src.metrics import token_kl
@@ -28,6 +28,7 @@ from src.sae import SAE, Pass
 SAMPLE = 64  # activations of each latent drawn uniformly: its histogram, its quantiles
 QUARTERS, EACH = 4, 3  # contexts shown beside the strongest: so many from each quarter of that sample
 POOL, NEGATIVES = 256, 12  # windows drawn once for all latents; how many of them, without the latent, each one gets
+COUNTS = ("tokens", "samples", "density", "at_site", "tokens_at_site")
 PROMOTED = 8  # tokens named whose logits a decoder direction raises and lowers most
 BUDGET = {"cpu": 2**21}  # numbers in one dense code, longer batches are taken apart: on a CPU what its cache holds (encoding in half the time)
 
@@ -157,6 +158,23 @@ class Seen:
                 there = flat.view(n, per_token, -1)[near].ne(0).any(0).any(0)
                 self.windows[self.pool[number]] = ids, there.cpu()
 
+    def merge(self, others: list[dict[str, Any]]) -> None:
+        """Adds what other processes have seen in other rows, each as its kept()."""
+        for name, table in (("top", self.top), ("sample", self.sample)):
+            table.merge([other[name] for other in others if other[name] is not None])
+        for other in others:
+            for name in COUNTS:
+                setattr(self, name, getattr(self, name) + other[name])
+            self.maximum = torch.maximum(self.maximum, other["maximum"])
+            self.windows = [mine if mine[0] else theirs for mine, theirs in zip(self.windows, other["windows"], strict=True)]
+        there = [routing for routing in (self.routing, *(other["routing"] for other in others)) if routing is not None]
+        self.routing = min(there, key=lambda routing: int(routing[1].row[0]), default=None)
+
+    def kept(self) -> dict[str, Any]:
+        """What merge() takes."""
+        same = {name: getattr(self, name) for name in (*COUNTS, "maximum", "windows", "routing")}
+        return same | {"top": self.top.kept, "sample": self.sample.kept}
+
     def without(self, latent: int) -> list[int]:
         """Numbers of up to NEGATIVES windows in which the latent is silent, another choice for each latent."""
         silent = [i for i, (ids, there) in enumerate(self.windows) if ids and not there[latent]]
@@ -194,10 +212,17 @@ class Applier:
         cfg = self.cfg
         if self.language_model is None:
             self.tokenizer, self.language_model = hooks.open_language_model(cfg, [self.sae])
-        rows = open_rows(cfg, self.tokenizer)
+        rows = distributed.main_first(lambda: open_rows(cfg, self.tokenizer))
         self.text = self._token_text()
         self.top: Events | None = None
         seen = self._collect(rows, threshold, max_length, max_per_token)
+        found = distributed.to_main(seen.kept(), cfg.device)
+        return distributed.from_main(lambda: self._write(seen, found[1:], rows, (threshold, max_length, max_per_token, lines), output_path))
+
+    def _write(self, seen: Seen, others: list[dict[str, Any]], rows: Rows, given: tuple[float, int, int, int], output_path) -> tuple[int, Path]:
+        """The value of get_context() from what this process and the others have seen."""
+        cfg, (threshold, max_length, max_per_token, lines) = self.cfg, given
+        seen.merge(others)
         if not seen.tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
         latents = self._describe(seen, max_length, lines)
@@ -221,7 +246,8 @@ class Applier:
     def _collect(self, rows: Rows, threshold: float, reach: int, max_per_token: int) -> Seen:
         cfg, sae = self.cfg, self.sae
         seen = Seen(sae, rows, reach, Table(sae.latent_size, 3 * cfg.top_n, max_per_token), Table(sae.latent_size, SAMPLE), cfg.seed)
-        for batch in tqdm(rows.batches(cfg.batch_size), "applying", math.ceil(len(rows) / cfg.batch_size), unit=" batches", mininterval=1):
+        mine = rows.batches(cfg.batch_size, start=distributed.rank(), every=distributed.world())  # whole batches: each is coded as it would be alone
+        for batch in tqdm(mine, "applying", math.ceil(len(rows) / cfg.batch_size / distributed.world()), unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue

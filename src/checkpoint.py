@@ -31,7 +31,7 @@ RECIPE = {"model": str, "config": dict, "options": dict, "final": dict, "title":
 def pick_device(device: str) -> str:
     """`auto` is CUDA where there is one. Raises ValueError for a device that is not here."""
     if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return "cuda:0" if torch.cuda.is_available() else "cpu"  # one of several processes has its own by now (distributed.start)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -185,6 +185,7 @@ ABOUT = {
     "export": "Write trained sparse autoencoders in the formats of other libraries.",
     "steer": "Continue texts with latents set, added to, multiplied or switched off.",
 }
+SHARED_OUT = ("train", "evaluate", "apply")  # stages that several processes may share out (src/distributed.py)
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
 # What a recipe sets beside the constructor values in the zoo.
@@ -201,7 +202,7 @@ SECRET = frozenset({"api_key", "api_key_file"})
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def parser(stage: str) -> argparse.ArgumentParser:
@@ -358,16 +359,29 @@ def run_stage(stage: str, function: Callable[[Namespace], Any], argv: Sequence[s
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter ends no run
     cfg = parse(stage, argv)
+    speaks, leave = (lambda: True), (lambda: None)
     try:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            if stage not in SHARED_OUT:
+                raise ValueError(f"one of {os.environ['WORLD_SIZE']} processes; this stage takes one, run it without torchrun")
+            if os.environ.get("RANK", "0") != "0":
+                os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which torch does
+            from src import distributed
+
+            speaks, leave = distributed.first_to_end, distributed.stop
+            cfg.device = distributed.start(cfg.device)
         function(cfg)
+        leave()
         return 0
     except KeyboardInterrupt as stop:
-        print(f"{stage}.py: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+        if speaks():
+            print(f"{stage}.py: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError) as error:
         if cfg.debug:
             print(printable(redacted(traceback.format_exc(), getattr(cfg, "api_key", None))), file=sys.stderr)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = redacted(" ".join(lines) or type(error).__name__, getattr(cfg, "api_key", None))
-        print(f"{stage}.py: error: {printable(said)}", file=sys.stderr)
+        if speaks():
+            print(f"{stage}.py: error: {printable(said)}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", 2)

@@ -87,6 +87,16 @@ class Table:
         self._merge()
         return self._kept
 
+    def merge(self, others: list[Events]) -> None:
+        """Takes in what tables over other rows of the same text kept: then it holds what one table over all of it would."""
+        if others:
+            parts = [*([self.kept] if self.kept is not None else []), *others]
+            merged = Events(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            for key in ("site", "position", "row"):  # as they stand in the text, since the first of equal scores is kept
+                merged = merged.take(getattr(merged, key).argsort(stable=True))
+            self._kept, self._waiting = None, [merged]
+            self._merge()
+
     def _merge(self) -> None:
         if not self._waiting:
             return

@@ -59,6 +59,11 @@ class Batch(NamedTuple):
     document: Tensor  # int64 [B,S]; number of the document each token comes from
     row: Tensor  # int64 [B]
 
+    def part(self, rows: slice) -> Batch:
+        """Some of the rows. Of none at least the first with no token counted, so that a language model has something to run on."""
+        some = Batch(*(value[rows] for value in self))
+        return some if len(some.row) else Batch(*(value[:1] for value in self))._replace(mask=torch.zeros_like(self.mask[:1]))
+
     def to(self, device: str | torch.device) -> Batch:
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
@@ -400,6 +405,7 @@ class Rows(Dataset):
         else:
             self.cuts = np.append(np.arange(0, stream, body), stream)
         self.n_rows = min(len(self.cuts) - 1, max_samples or len(self.cuts))
+        self._order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
 
     @staticmethod
     def _key(source: str, tokenizer: Any, split: str, text_key: str, chunking: str, body: int, limit: int | None) -> list:
@@ -467,12 +473,14 @@ class Rows(Dataset):
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Row numbers in the order of one epoch: a function of (seed, epoch) alone."""
-        return np.random.default_rng([seed, epoch]).permutation(self.n_rows)
+        if self._order[0] != (seed, epoch):  # asked for at every step; takes milliseconds for 200,000 rows
+            self._order = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(self.n_rows)
+        return self._order[1]
 
-    def batches(self, batch_size: int, order: np.ndarray | None = None, start: int = 0) -> Iterator[Batch]:
-        """Batches of batch_size rows from batch number `start` on; the last may be smaller."""
+    def batches(self, batch_size: int, order: np.ndarray | None = None, start: int = 0, every: int = 1) -> Iterator[Batch]:
+        """Batches of batch_size rows from batch number `start` on, each or one in `every`; the last may be smaller."""
         order = np.arange(self.n_rows) if order is None else order
-        for at in range(start * batch_size, self.n_rows, batch_size):
+        for at in range(start * batch_size, self.n_rows, every * batch_size):
             yield self.batch(order[at : at + batch_size])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from src import distributed
 from src.data import SPLITS, Rows, _in_split
 from src.files import DEMO_LM, data_dir, save_json, save_text
 from src.lm import get_language_model, mean_loss
@@ -121,7 +122,7 @@ def stand_in(cfg: Any) -> None:
         cfg.model_path = str(DEMO_LM)
         said.append("language model: the built-in demo LM (set MODEL_PATH or --model_path for another)")
     if "data_path" in missing:
-        cfg.data_path = str(build_corpus())
+        cfg.data_path = str(distributed.main_first(build_corpus))
         said.append("text: the built-in demo text (set DATA_PATH or --data_path)")
     print("; ".join(said))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, files, hooks, lm, metrics
+from src import checkpoint, config, demo, distributed, files, hooks, lm, metrics
 from src.data import Batch, Rows, open_rows
 from src.sae import SAE, Graft, Pass
 
@@ -30,6 +30,17 @@ class Subject:
 
     def note(self, table: dict[str, metrics.Mean], name: str, values: Tensor) -> None:
         table.setdefault(name, metrics.Mean()).update(values)
+
+    def measured(self) -> dict[str, metrics.Measure]:
+        """All of it by name, apart from the SAE."""
+        tables = {f"{kind} {name}": mean for kind in ("kl", "ce") for name, mean in getattr(self, kind).items()}
+        return tables | {"reconstruction": self.reconstruction, "activity": self.activity, "routing": self.routing}
+
+    def merge(self, measured: dict[str, metrics.Measure]) -> None:
+        """Adds what another process has measured."""
+        for key, theirs in measured.items():
+            kind, _, name = key.partition(" ")
+            (getattr(self, kind).setdefault(name, metrics.Mean()) if name else getattr(self, kind)).merge(theirs)
 
 
 class Head:
@@ -100,12 +111,13 @@ class Evaluator:
     def run(self) -> float | dict[str, dict[str, Any]]:
         cfg = self.cfg
         tokenizer, model = hooks.open_language_model(cfg, [subject.sae for subject in self.subjects])
-        rows = open_rows(cfg, tokenizer)
+        rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
         sites = sorted({site for subject in self.subjects for site in subject.sae.sites()})
         patching = bool(OF_THE_MODEL & set(cfg.metric))
         checked, tokens = False, 0
         means = self._site_means(model, rows, sites) if "Recovered" in cfg.metric else {}
-        for batch in tqdm(rows.batches(cfg.batch_size), "evaluating", math.ceil(len(rows) / cfg.batch_size), unit=" batches", mininterval=1):
+        mine = rows.batches(cfg.batch_size, start=distributed.rank(), every=distributed.world())  # whole batches: each is coded as it would be alone
+        for batch in tqdm(mine, "evaluating", math.ceil(len(rows) / cfg.batch_size / distributed.world()), unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue
@@ -120,6 +132,15 @@ class Evaluator:
                     self._measure_patched(subject, p, model, batch, full, hidden, means, head)
             if head is not None:
                 head.measure()
+        measured = distributed.to_main((tokens, checked, [subject.measured() for subject in self.subjects]), cfg.device)
+        return distributed.from_main(lambda: self._conclude(measured, rows, patching))
+
+    def _conclude(self, parts: list[tuple[int, bool, list[dict[str, metrics.Measure]]]], rows: Rows, patching: bool) -> float | dict[str, Any]:
+        """Files, table and value of run() from what each process has measured."""
+        cfg, tokens, checked = self.cfg, sum(part[0] for part in parts), any(part[1] for part in parts)
+        for _, _, measured in parts[1:]:
+            for subject, theirs in zip(self.subjects, measured, strict=True):
+                subject.merge(theirs)
         if not tokens or (patching and not all(subject.kl and all(mean.count for mean in subject.kl.values()) for subject in self.subjects)):
             what = "prediction between counted tokens" if tokens else "counted token"
             raise ValueError(f"no {what} in the evaluation rows (--max_length {cfg.max_length}); use longer rows or more text")

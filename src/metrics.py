@@ -1,4 +1,4 @@
-"""What is measured, as objects with update and compute: sums over counted tokens in float64, divided once.
+"""What is measured, as objects with update, merge and compute: sums over counted tokens, divided once.
 
 N tokens, D hidden, F latents, L sites, V vocabulary.
 """
@@ -49,46 +49,80 @@ class Prediction:
         return (self.p * (self.log_p - log_q)).sum(-1), self._ce(log_q)
 
 
-class Mean:
+class Sum:
+    """A sum of float64 tensors that keeps the error of each addition (Knuth's two-sum): neither their order nor who adds changes its value."""
+
+    def __init__(self) -> None:
+        self.high: Tensor | float = 0.0
+        self.low: Tensor | float = 0.0
+
+    def add(self, x: Tensor | float) -> None:
+        high = self.high + x
+        added = high - self.high
+        self.low = self.low + ((self.high - (high - added)) + (x - added))
+        self.high = high
+
+    def merge(self, other: Sum) -> None:
+        self.add(other.high)
+        self.low = self.low + other.low
+
+    def value(self) -> Any:
+        return self.high + self.low
+
+
+class Measure:
+    """Counts and sums that can be added to those of another part of the same data."""
+
+    def merge(self, other: Measure) -> None:
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            if isinstance(mine, Sum | Measure):
+                mine.merge(theirs)
+            else:
+                setattr(self, name, mine + theirs)
+
+
+class Mean(Measure):
     """Sum over tokens / number of tokens; a vector where each token has one."""
 
     def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count = 0
+        self.total, self.count = Sum(), 0
 
     def update(self, values: Tensor) -> None:
         """values [N] or [N,L]"""
-        self.total = self.total + values.double().sum(0)
+        self.total.add(values.double().sum(0))
         self.count += len(values)
 
     def compute(self) -> Any:
         if not self.count:
             return None
-        result = torch.as_tensor(self.total) / self.count
+        result = torch.as_tensor(self.total.value()) / self.count
         return result.tolist()
 
 
-class Reconstruction:
+class Reconstruction(Measure):
     """NormMSE, FVU and Shrinkage of (target, x_hat), per site where there are several."""
 
     def __init__(self) -> None:
         self.norm_mse, self.n = Mean(), 0
-        self.error = self.first = self.second = self.cross = self.hat = 0.0
+        self.error, self.first, self.second, self.cross, self.hat = (Sum() for _ in range(5))
 
     def update(self, target: Tensor, x_hat: Tensor) -> None:
         """[N,D] or [N,L,D]"""
         self.norm_mse.update(squared_errors(target, x_hat))
         x, y = target.double(), x_hat.double()
-        self.error = self.error + (x - y).square().sum((0, -1))
-        self.first, self.second = self.first + x.sum(0), self.second + x.square().sum((0, -1))
-        self.cross, self.hat = self.cross + (x * y).sum((0, -1)), self.hat + y.square().sum((0, -1))
+        self.error.add((x - y).square().sum((0, -1)))
+        self.first.add(x.sum(0))
+        self.second.add(x.square().sum((0, -1)))
+        self.cross.add((x * y).sum((0, -1)))
+        self.hat.add(y.square().sum((0, -1)))
         self.n += len(x)
 
     def compute(self) -> dict[str, Any]:
         """FVU: error over variance around the data mean. Shrinkage: E|x_hat|^2 / E<x_hat, x>, below 1 where norms are too small."""
-        variance = self.second - self.first.square().sum(-1) / self.n
-        shrinkage = (self.hat / self.cross.clamp_min(1e-300)).tolist()  # an SAE that gives only zeros has 0, not 0/0
-        found = {"NormMSE": self.norm_mse.compute(), "FVU": (self.error / variance).tolist(), "Shrinkage": shrinkage}
+        variance = self.second.value() - self.first.value().square().sum(-1) / self.n
+        shrinkage = (self.hat.value() / self.cross.value().clamp_min(1e-300)).tolist()  # an SAE that gives only zeros has 0, not 0/0
+        found = {"NormMSE": self.norm_mse.compute(), "FVU": (self.error.value() / variance).tolist(), "Shrinkage": shrinkage}
         result: dict[str, Any] = {}
         for name, value in found.items():
             result[name] = sum(value) / len(value) if isinstance(value, list) else value
@@ -97,7 +131,7 @@ class Reconstruction:
         return result
 
 
-class Activity:
+class Activity(Measure):
     """L0, share of latents that never fire, and the histogram of firing rates."""
 
     EDGES = [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
@@ -120,12 +154,12 @@ class Activity:
         }
 
 
-class Routing:
+class Routing(Measure):
     """What the router does: share and mean p per site, entropies, error per site, regret against the best site, what a token says about its site."""
 
     def __init__(self) -> None:
         self.chosen, self.p, self.p_max, self.p_entropy, self.error, self.regret, self.best = (Mean() for _ in range(7))
-        self.at_site: Tensor | float = 0.0
+        self.at_site = Sum()
         self.counts, self.shuffled = (torch.zeros(0, dtype=torch.long) for _ in range(2))
 
     def update(self, weights: Tensor, errors: Tensor, routed: Tensor, token_ids: Tensor) -> None:
@@ -138,11 +172,19 @@ class Routing:
         self.error.update(errors)
         self.regret.update(router.regret(site, errors))
         self.best.update((site == errors.argmin(-1)).double())
-        self.at_site = self.at_site + (one_hot * routed[:, None]).sum(0)
-        others = router.shuffled(site, torch.arange(len(site), device=site.device), self.chosen.count)
+        self.at_site.add((one_hot * routed[:, None]).sum(0))
+        others = router.shuffled(site, torch.arange(len(site), device=site.device), int(token_ids.sum()))  # seeded by the batch alone
         self.chosen.update(one_hot)
         self.counts = self._counted(self.counts, token_ids * n_sites + site)
         self.shuffled = self._counted(self.shuffled, token_ids * n_sites + others)
+
+    def merge(self, other: Measure) -> None:
+        for name in ("counts", "shuffled"):
+            mine, theirs = getattr(self, name), getattr(other, name).to(getattr(self, name).device)
+            size = max(len(mine), len(theirs))
+            setattr(self, name, F.pad(mine, (0, size - len(mine))))
+            setattr(other, name, F.pad(theirs, (0, size - len(theirs))))
+        super().merge(other)
 
     @staticmethod
     def _counted(counts: Tensor, cells: Tensor) -> Tensor:
@@ -155,7 +197,7 @@ class Routing:
 
     def compute(self) -> dict[str, Any]:
         share = torch.tensor(self.chosen.compute(), dtype=torch.float64)
-        per_site = [float(e / n) if n > 0 else None for e, n in zip(self.at_site, share * self.chosen.count, strict=True)]
+        per_site = [float(e / n) if n > 0 else None for e, n in zip(self.at_site.value(), share * self.chosen.count, strict=True)]
         return {
             "share": share.tolist(), "mean_p": self.p.compute(), "p_max": self.p_max.compute(), "p_entropy": self.p_entropy.compute(),
             "share_entropy": float(router.entropy(share)), "NormMSE_of_routed": per_site,

@@ -5,6 +5,7 @@ N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are 1-bas
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import router
-from src.ops import Jump_func, SparseCode, Step_func, random_subset, restrict, squared_errors, topk_sparsify
+from src import distributed, router
+from src.ops import Jump_func, SparseCode, Step_func, kth_largest, random_subset, restrict, squared_errors, topk_sparsify
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
@@ -22,7 +23,10 @@ SPARSE_FROM = 8  # latents per active one from which sums of rows beat dense pro
 
 
 class TopK(Dictionary):
-    """Exactly the k largest pre-activations (Gao et al. 2024), dead latents revived by AuxK (same paper, appendix A.2)."""
+    """Exactly the k largest pre-activations (Gao et al. 2024), dead latents revived by AuxK (same paper, appendix A.2).
+
+    Over several processes AuxK's variance and the tokens since a latent fired are those of the whole batch.
+    """
 
     architecture = "topk"
 
@@ -65,19 +69,23 @@ class TopK(Dictionary):
         x, error = p.target.flatten(0, -2), (p.target - p.x_hat).detach().flatten(0, -2)
         pre_acts = F.linear(x - self.pre_bias, self.encoder.weight[dead], self.latent_bias[dead])
         kept = F.relu(topk_sparsify(pre_acts, min(len(dead), self.hidden_size // 2, 512)))
-        missed = (error - F.linear(kept, self.decoder.weight[:, dead])).square().sum() / (error - error.mean(0)).square().sum().clamp_min(1e-12)
-        return {"AuxK": self.auxk_coeff * missed}
+        missed = (error - F.linear(kept, self.decoder.weight[:, dead])).square().sum(-1).view(p.target.shape[:-1])
+        variance = self.average((error - self.average(error)).square().sum(-1)).clamp_min(1e-12)
+        return {"AuxK": self.auxk_coeff * self.mean(missed) / variance}
 
     @torch.no_grad()
     def after_step(self, p, progress):
         super().after_step(p, progress)
         # a run of 1.5M tokens did best with dead latents called dead after 3 % of it; long runs use the papers' 10M tokens
-        auto = min(1e7, 0.03 * float(self.seen) / max(progress, 1e-9))
-        self.dead_after.fill_(auto if self.dead_tokens is None else self.dead_tokens)
+        auto = (0.03 * self.seen.double() / max(progress, 1e-9)).clamp_max(1e7)
+        self.dead_after.copy_(auto if self.dead_tokens is None else torch.tensor(float(self.dead_tokens)))
 
 
 class BatchTopK(TopK):
-    """The k N largest activations of a batch of N tokens; at inference those above the mean of the batches' smallest (Bussmann et al. 2024)."""
+    """The k N largest activations of a batch of N tokens; at inference those above the mean of the batches' smallest (Bussmann et al. 2024).
+
+    Over several processes the batch is the whole one: its k N-th largest value is found by two summed histograms, the smallest by a minimum.
+    """
 
     def __init__(self, hidden_size, latent_size, k, **rest):
         super().__init__(hidden_size, latent_size, k, **(rest | {"topk_relu": True}))
@@ -86,7 +94,7 @@ class BatchTopK(TopK):
     def choose(self, pre_acts, token=None):
         if not self.training and not self.cut.isnan():
             return (pre_acts > self.cut).flatten().nonzero()[:, 0]
-        return pre_acts.flatten().topk(self.k * len(pre_acts), sorted=False).indices.sort().values
+        return (pre_acts >= kth_largest(pre_acts, self.k * len(pre_acts), self.total)).flatten().nonzero()[:, 0]
 
     def plain(self):
         if self.cut.isnan():
@@ -98,8 +106,9 @@ class BatchTopK(TopK):
     def after_step(self, p, progress):
         super().after_step(p, progress)
         values = p.latents[p.latents > 0] if p.kept is None else p.latents.flatten()[p.kept]
-        smallest = values.min() if len(values) else self.cut
-        share = p.latents.shape[:-1].numel() / self.seen * progress  # of the run in this step
+        smallest = -distributed.largest(-values.min() if len(values) else self.cut.new_tensor(-torch.inf))
+        smallest = torch.where(smallest.isinf(), self.cut, smallest)
+        share = self.total(self.seen.new_tensor(p.latents.shape[:-1].numel())) / self.seen * progress  # of the run in this step
         self.cut.copy_(smallest if self.cut.isnan() else self.cut.lerp(smallest, (20 * share).clamp(0.01, 1)))  # memory: 5 % of a short run
 
 
@@ -150,14 +159,14 @@ class _Sparsified:
 
     def _l1(self, latents: Tensor, norms: Tensor) -> dict[str, Tensor]:
         per_token = latents.mean(-1) if self.l1_mean else (latents * norms).sum(-1)
-        return {"L1": self._coefficient() * per_token.mean()}
+        return {"L1": self._coefficient() * self.mean(per_token)}
 
     @torch.no_grad()
     def after_step(self, p, progress):
         super().after_step(p, progress)
         self.warm.fill_(min(1.0, progress / self.sparsity_warmup) if self.sparsity_warmup else 1.0)
         if self.target_l0:
-            self._steer(((p.latents != 0).float().sum(-1).mean() / self.target_l0).clamp_min(1e-3).log(), progress)
+            self._steer((self.average((p.latents != 0).sum(-1)) / self.target_l0).clamp_min(1e-3).log(), progress)
 
     def _steer(self, log_l0: Tensor, progress: float) -> None:
         """Moves the coefficient by where log(L0 / target) will be a twentieth of the run ahead: at once (push) and for good (gain).
@@ -217,7 +226,7 @@ class Gated(_Sparsified, Dictionary):
             return self._l1(p.latents, self.decoder.weight.norm(dim=0))
         gate = F.relu(p.pre_acts + self.gate_bias)
         frozen = F.linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
-        return self._l1(gate, self.decoder.weight.norm(dim=0).detach()) | {"GateAux": squared_errors(p.target, frozen).mean()}
+        return self._l1(gate, self.decoder.weight.norm(dim=0).detach()) | {"GateAux": self.mean(squared_errors(p.target, frozen))}
 
 
 class JumpReLU(_Sparsified, Dictionary):
@@ -252,7 +261,7 @@ class JumpReLU(_Sparsified, Dictionary):
 
     def penalty(self, p):
         counted = p.latents if self.l0_post_jump else p.pre_acts
-        return {"L0_penalty": self._coefficient() * Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1).mean()}
+        return {"L0_penalty": self._coefficient() * self.mean(Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1))}
 
     @torch.no_grad()
     def after_step(self, p, progress):
@@ -346,8 +355,8 @@ class RouteSAE(SAE):
     """A router gives each token one of the routed sites; a TopK codes p times the state there (arXiv:2503.08200, eqs 5-12).
 
     routing: "hard" (argmax); "soft" (the mixture); and controls. At scale 1, "random": a site drawn for each token, with route_shares where given,
-    else uniformly. At the token's own p, "permuted": hard sites shuffled over the tokens of a batch, so that the shares stay; "oracle": the site with
-    the least error.
+    else uniformly. At the token's own p, "permuted": hard sites shuffled over the tokens of a batch (of a process's part of it), so that the shares
+    stay; "oracle": the site with the least error.
     router_objective: where the router's gradient comes from (src/router.py); errors of all sites are measured on one token in L. A "frozen" router
     may be given route_shares too: its logits are shifted once so that its choices have them.
     router_balance: "switch" adds coef times router.switch; "bias" moves a bias of each logit by coef against its load, without gradient
@@ -462,7 +471,7 @@ class RouteSAE(SAE):
 
     def _sample(self, p: Pass) -> tuple[Tensor, Tensor]:
         """(errors, weights), both [n,L], of one token in L."""
-        every = slice(int(self.seen) % self.n_routed_layers, None, self.n_routed_layers)
+        every = slice((int(self.seen) - self.first) % self.n_routed_layers, None, self.n_routed_layers)
         x, weights, scale = p.inputs.flatten(0, -3)[every], p.weights.flatten(0, -2)[every], p.scale.flatten()[every]
         return self.site_errors(x, scale.detach()), weights
 
@@ -470,13 +479,15 @@ class RouteSAE(SAE):
         terms = self.sae.penalty(p)
         if self.objective in ("expected", "advantage") and p.weights.requires_grad:
             errors, weights = self._sample(p)
-            if len(errors):
-                mean = errors.mean(0)
-                self.site_error.copy_(torch.where(self.site_error.isnan(), mean, 0.95 * self.site_error + 0.05 * mean))
-                against_usual = self.objective == "advantage"
-                terms["Router"] = router.advantage(weights, errors, self.site_error) if against_usual else router.expected(weights, errors)
+            whole = p.weights.shape[:-1].numel() if self.whole is None else self.whole
+            if count := len(range(int(self.seen) % self.n_routed_layers, whole, self.n_routed_layers)):  # in the sample of the whole batch
+                mean = self.average(errors)
+                new = torch.where(self.site_error.isnan(), mean, 0.95 * self.site_error + 0.05 * mean)
+                self.site_error.copy_(torch.where(mean.isnan(), self.site_error, new))  # a slice may have none of the sample
+                objective = functools.partial(router.advantage, usual=self.site_error) if self.objective == "advantage" else router.expected
+                terms["Router"] = objective(weights, errors, mean=lambda each: each.sum() / count)
         if self.balance == "switch" and self.balance_coef:
-            terms["Balance"] = self.balance_coef * router.switch(p.weights, router.load(p.weights))
+            terms["Balance"] = self.balance_coef * router.switch(p.weights, router.load(p.weights, self.average), mean=self.mean)
         return terms
 
     def strength(self, p):
@@ -542,19 +553,19 @@ class RouteSAE(SAE):
         super().after_step(p, progress)
         self.sae.after_step(p, progress)
         if self.balance == "bias":
-            self.load_bias += self.balance_coef * (1 / self.n_routed_layers - router.load(p.weights)).sign()
+            self.load_bias += self.balance_coef * (1 / self.n_routed_layers - router.load(p.weights, self.average)).sign()
 
     @torch.no_grad()
     def diagnostics(self, p):
         """Share of tokens and mean p per site, largest p, entropy of the shares and mean entropy of p (1: uniform), gradient norm of the router; on
         one token in L the error of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
-        share, (errors, weights) = router.load(p.weights), self._sample(p)
-        found = {"share": share, "mean_p": p.weights.flatten(0, -2).mean(0), "p_max": p.weights.max(-1).values.mean()}
-        found |= {"share_entropy": router.entropy(share), "p_entropy": router.entropy(p.weights).mean()}
-        if len(errors):
-            site = weights.argmax(-1)
-            found |= {"NormMSE_per_site": errors.mean(0), "regret": router.regret(site, errors).mean()}
-            found |= {"agreement": (site == errors.argmin(-1)).float().mean()}
+        share, every, (errors, weights) = router.load(p.weights, self.average), p.weights.flatten(0, -2), self._sample(p)
+        found = {"share": share, "mean_p": self.average(every), "p_max": self.average(every.max(-1).values), "share_entropy": router.entropy(share)}
+        found["p_entropy"] = self.average(router.entropy(every))
+        site = weights.argmax(-1)
+        regret, agrees = self.average(router.regret(site, errors)), self.average(site == errors.argmin(-1))
+        if not regret.isnan():
+            found |= {"NormMSE_per_site": self.average(errors), "regret": regret, "agreement": agrees}
         grad = self.router.weight.grad
         return found if grad is None else found | {"router_grad": grad.norm()}
 

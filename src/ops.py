@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,26 @@ def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = 
     if theta is not None:
         return latents * (latents > max(theta, 0.0))
     return latents
+
+
+def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """The k-th largest of the positive values; 0 where there are fewer. [...] -> []
+
+    `total` adds up over processes that each hold a share of the values and of k. Two histograms find it: of the upper 16 bits of the
+    floats, then of the lower 16 bits of those in the bin that holds it.
+    """
+    values = values.detach().flatten().float()
+    bits = torch.where(values > 0, values, 0).view(torch.int32)  # positive floats are ordered as their bits are
+    high, place = _bin_from_above(bits >> 16, total(torch.tensor(k, device=values.device)), total)
+    low, _ = _bin_from_above(bits[bits >> 16 == high] & 0xFFFF, place, total)
+    return (high << 16 | low).to(torch.int32).view(torch.float32)
+
+
+def _bin_from_above(bins: Tensor, place: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """(the bin of the entry at that place counted from the highest bin down, its place within the bin)."""
+    counts = total(torch.bincount(bins, minlength=65536)).flip(0).cumsum(0)
+    at = torch.searchsorted(counts, place).clamp_max(65535)
+    return 65535 - at, place - torch.where(at > 0, counts[at - 1], 0)
 
 
 def active(latents: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +135,14 @@ def _decoders(model: nn.Module) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def unit_norm_decoder(model: nn.Module) -> None:
-    """Scales every decoder column to norm 1, in place; a zero column stays zero. Raises TypeError for a module without decoders()."""
+def unit_norm_decoder(model: nn.Module, only_if: Tensor | None = None) -> None:
+    """Scales every decoder column to norm 1, in place; a zero column stays zero. Raises TypeError for a module without decoders().
+
+    Where only_if, a 0-dim bool, is False, nothing changes.
+    """
     for decoder in _decoders(model):
-        decoder.weight.div_(decoder.weight.norm(dim=0, keepdim=True).clamp_min(1e-12))
+        norm = decoder.weight.norm(dim=0, keepdim=True).clamp_min(1e-12)
+        decoder.weight.div_(norm if only_if is None else torch.where(only_if, norm, 1))
 
 
 @torch.no_grad()

@@ -17,12 +17,15 @@ frozen     nothing: the router stays as it was drawn, but for a shift of its log
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from src.ops import random_integers
 
+Mean = Callable[[Tensor], Tensor]  # over tokens; where the batch is shared out, over all of it or this part's share of that
 ROUTINGS = ("hard", "soft", "random", "permuted", "oracle")
 OBJECTIVES, BALANCES, SCALES = ("published", "expected", "advantage", "ste", "frozen"), ("none", "switch", "bias"), ("p", "one", "ste")
 
@@ -61,14 +64,14 @@ def shuffled(site: Tensor, keys: Tensor, seed: int) -> Tensor:
     return site[random_integers(keys, seed, 2**62).argsort()]
 
 
-def expected(weights: Tensor, errors: Tensor) -> Tensor:
+def expected(weights: Tensor, errors: Tensor, mean: Mean = torch.mean) -> Tensor:
     """Mean of sum_l p_l e_l. d / d a_j = p_j (e_j - sum_l p_l e_l): away from sites above the token's expected error, towards those below."""
-    return (weights * errors).sum(-1).mean()
+    return mean((weights * errors).sum(-1))
 
 
-def advantage(weights: Tensor, errors: Tensor, usual: Tensor) -> Tensor:
+def advantage(weights: Tensor, errors: Tensor, usual: Tensor, mean: Mean = torch.mean) -> Tensor:
     """expected() of (e_l - E_l) / E_l, E_l [L] the running mean of e_l: towards sites where this token does better than tokens usually do there."""
-    return expected(weights, (errors - usual) / usual.clamp_min(1e-12))
+    return expected(weights, (errors - usual) / usual.clamp_min(1e-12), mean)
 
 
 def straight_through(weights: Tensor) -> Tensor:
@@ -76,15 +79,15 @@ def straight_through(weights: Tensor) -> Tensor:
     return one_hot(weights.argmax(-1), weights) + (weights - weights.detach())
 
 
-def switch(weights: Tensor, load: Tensor) -> Tensor:
+def switch(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tensor:
     """L sum_l load_l mean p_l, 1 where the load is even (Fedus et al. 2021). load [L], the share of tokens of each site, is a constant:
     d / d a_j = L p_j (load_j - sum_l p_l load_l) for each token, over N."""
-    return weights.shape[-1] * (load * weights.flatten(0, -2).mean(0)).sum()
+    return weights.shape[-1] * mean((load * weights).sum(-1))
 
 
-def load(weights: Tensor) -> Tensor:
+def load(weights: Tensor, mean: Mean = lambda each: each.mean(0)) -> Tensor:
     """Share of tokens that choose each site. [N,L] -> [L]"""
-    return one_hot(weights.argmax(-1), weights).flatten(0, -2).mean(0)
+    return mean(one_hot(weights.argmax(-1), weights).flatten(0, -2))
 
 
 def entropy(shares: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src import distributed
 from src.ops import firings, geometric_median, pre_process, restrict, squared_errors
 
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
+WARM_START = 8192  # tokens that warm_start looks at
 
 
 class Pass(NamedTuple):
@@ -69,6 +71,7 @@ class SAE(nn.Module):
             raise ValueError(f"hidden_size {hidden_size}, latent_size {latent_size}; both must be positive")
         self.hidden_size, self.latent_size, self.norm_eps = hidden_size, latent_size, norm_eps
         self.config: dict[str, Any] = {}
+        self.first, self.whole = 0, None
         self.register_buffer("silent", torch.zeros(latent_size), persistent=False)  # tokens since a latent was last active
         self.register_buffer("seen", torch.zeros(()), persistent=False)
 
@@ -98,13 +101,36 @@ class SAE(nn.Module):
     def autoencode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Pass:
         raise NotImplementedError
 
+    def part_of(self, whole: int | None, first: int = 0) -> None:
+        """Says that what comes next is a part of a batch of `whole` tokens, its token `first` and what follows (None: all of it).
+
+        A batch is shared out to several processes, and to slices where memory is short. The terms of its parts add up to its loss.
+        """
+        for module in self.modules():
+            if isinstance(module, SAE):
+                module.whole, module.first = whole, first
+
+    def mean(self, x: Tensor) -> Tensor:
+        """This part's share of the mean over the tokens of the whole batch: [N,...] -> []"""
+        return x.mean() if self.whole is None else x.sum() / (self.whole * x.shape[1:].numel())
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over the processes that share a training step (in evaluation each works alone)."""
+        return distributed.total(x) if self.training else x
+
+    def average(self, x: Tensor) -> Tensor:
+        """Mean over the tokens here and in the other processes, nan where there are none. No gradient. [N,...] -> [...]"""
+        x = x.detach().float()
+        sums = self.total(torch.cat([x.sum(0).flatten(), x.new_tensor([len(x)])]))
+        return (sums[:-1] / sums[-1]).view(x.shape[1:])
+
     def penalty(self, p: Pass) -> dict[str, Tensor]:
         """Weighted extra terms of the loss, by name."""
         return {}
 
     def loss(self, p: Pass) -> dict[str, Tensor]:
-        """Terms that add up to the training loss."""
-        return {"NormMSE": squared_errors(p.target, p.x_hat).mean(), **self.penalty(p)}
+        """Terms that add up to the training loss, over the parts of a batch too (part_of)."""
+        return {"NormMSE": self.mean(squared_errors(p.target, p.x_hat)), **self.penalty(p)}
 
     def strength(self, p: Pass) -> Tensor:
         """Latents in units that compare between tokens and models."""
@@ -145,15 +171,16 @@ class SAE(nn.Module):
         return []
 
     def warm_start(self, x: Tensor) -> None:
-        """Initialisation from a first batch of inputs."""
+        """Initialisation from the first tokens of a first batch of inputs, the same in every process."""
 
     @torch.no_grad()
     def after_step(self, p: Pass, progress: float) -> None:
-        """Counters and schedules; progress is the share of the run that is done."""
-        samples = p.latents.shape[:-1].numel()
-        self.seen += samples
-        self.silent += samples
-        self.silent[firings(p.latents, p.kept) > 0] = 0
+        """Counters and schedules, over all processes; progress is the share of the run that is done."""
+        fired = firings(p.latents, p.kept)
+        counts = self.total(torch.cat([fired, fired.new_tensor([p.latents.shape[:-1].numel()])]))
+        self.seen += counts[-1]
+        self.silent += counts[-1]
+        self.silent.masked_fill_(counts[:-1] > 0, 0)
 
     def dead_fraction(self) -> float:
         """Share of latents silent for the last tenth of what was seen."""
@@ -235,6 +262,6 @@ class Dictionary(SAE):
 
     @torch.no_grad()
     def warm_start(self, x):
-        x = x.flatten(0, -2)[:8192]
+        x = x.flatten(0, -2)[:WARM_START]
         if self.b_pre_init != "zero":
             self.pre_bias.copy_(x.mean(0) if self.b_pre_init == "mean" else geometric_median(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, files, hooks, lm, model
-from src.data import Batch, Rows, open_rows
-from src.ops import firings, project_decoder_grad, unit_norm_decoder
-from src.sae import SAE, Pass
+from src import checkpoint, config, demo, distributed, files, hooks, lm, model
+from src.data import Rows, open_rows
+from src.ops import unit_norm_decoder
+from src.run import Run
+from src.sae import SAE
 
 
 def set_seed(seed: int) -> None:
@@ -32,44 +34,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-class LinearWarmupLR(torch.optim.lr_scheduler.LambdaLR):
-    """Linear warm-up, constant, linear decay to 0 over the last fifth. The first step is not idle."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int, max_lr: float | None = None) -> None:
-        self.warmup, self.total = num_warmup_steps, max(1, num_training_steps)
-        if max_lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = max_lr
-        super().__init__(optimizer, self.factor)
-
-    def factor(self, step: int) -> float:
-        rising = min(1.0, (step + 1) / max(1, self.warmup))
-        return max(0.0, min(rising, (self.total - step) / max(1, math.ceil(0.2 * self.total))))
-
-
-class SignSGD(torch.optim.Optimizer):
-    """Steps of size lr along the sign of the gradient; schedule-free averaging around it gives it its momentum."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.add_(p.grad.sign(), alpha=-group["lr"])
-
-
-def make_optimizer(name: str, params: list[Tensor], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """adam, or signum: the sign of the gradient in a schedule-free wrapper (Defazio et al. 2024), momentum .95."""
-    if name == "adam":
-        return torch.optim.Adam(params, lr=lr, betas=tuple(betas))
-    import schedulefree
-
-    return schedulefree.ScheduleFreeWrapper(SignSGD(params, lr), momentum=0.95, weight_decay_at_y=0.0)
 
 
 def wandb_init(project: str, config: dict[str, Any], name: str, folder: str | Path | None = None) -> Any:
@@ -143,133 +107,6 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
     np.random.set_state((state["numpy"][0], np.asarray(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
-
-
-class Run:
-    """One SAE in training."""
-
-    def __init__(self, sae: SAE, title: str, options: dict[str, Any], cfg: Namespace, total_steps: int) -> None:
-        self.lr = config.learning_rate(cfg, sae.name)
-        self.sae, self.title, self.options, self.total = sae, title, options, total_steps
-        apart = sae.adam_parameters() if cfg.optimizer != "adam" else []
-        others = [p for p in sae.parameters() if all(p is not a for a in apart)]
-        self.optimizers = [make_optimizer(cfg.optimizer, others, self.lr, cfg.betas)]
-        if apart:
-            self.optimizers.append(make_optimizer("adam", apart, 5e-4, cfg.betas))
-        adams = [o for o in self.optimizers if isinstance(o, torch.optim.Adam)]
-        self.schedules = [LinearWarmupLR(adam, round(0.05 * total_steps), total_steps) for adam in adams]
-        self.clip, self.normalise_every = cfg.grad_clip, cfg.steps
-        self.failed, self.sums, self.count, self.seconds, self.parts, self.last = "", {}, 0, 0.0, 1, None
-
-    def mode(self, training: bool) -> None:
-        """Schedule-free optimisers hold two sets of weights: those that get gradients and the average that is kept."""
-        self.sae.train(training)
-        for optimizer in self.optimizers:
-            switch = getattr(optimizer, "train" if training else "eval", None)
-            if switch is not None:
-                switch()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and all buffers: counters and controllers are not in the state dict."""
-        return dict(self.sae.named_parameters()) | dict(self.sae.named_buffers())
-
-    def state(self) -> dict[str, Any]:
-        """All that a step changes."""
-        return {
-            "sae": {name: tensor.detach() for name, tensor in self._tensors().items()},
-            "optimizers": [o.state_dict() for o in self.optimizers], "schedules": [s.state_dict() for s in self.schedules],
-            "plain": {name: getattr(self, name) for name in ("failed", "sums", "count", "seconds", "parts")},
-        }
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        """Puts back what state() gave. Raises ValueError where it belongs to another SAE."""
-        self.mode(True)  # first: with optimiser states in place it would exchange weights
-        tensors = self._tensors()
-        mine, saved = ({(name, tensor.shape) for name, tensor in named.items()} for named in (tensors, state["sae"]))
-        if mine != saved:
-            odd = ", ".join(sorted({name for name, _ in mine ^ saved})[:4])
-            raise ValueError(f"the saved state of {self.title} does not fit ({odd}); another version of this program wrote it")
-        for name, tensor in tensors.items():
-            tensor.copy_(state["sae"][name])
-        for mine, saved in zip((*self.optimizers, *self.schedules), (*state["optimizers"], *state["schedules"]), strict=True):
-            mine.load_state_dict(saved)
-        vars(self).update(state["plain"])
-        self.sums = {name: value.to(self.sae.silent.device) for name, value in self.sums.items()}
-
-    def _gradients(self, hidden: dict[int, Tensor], token: Tensor) -> tuple[Pass, dict[str, Tensor]]:
-        """Forward and backward over `parts` slices of the tokens; (what the whole batch gave, its mean loss terms).
-
-        Terms that look at a batch as a whole (the variance in AuxK, a top-k over the batch) then look at each slice.
-        """
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        passes, terms = [], {}
-        for at in torch.arange(len(token), device="cpu").chunk(self.parts):
-            here = slice(int(at[0]), int(at[-1]) + 1)
-            p = self.sae.autoencode(self.sae.gather({site: h[here] for site, h in hidden.items()}), token=token[here])
-            share = len(at) / len(token)
-            own = {name: term if self.parts == 1 else share * term for name, term in self.sae.loss(p).items()}
-            loss = torch.stack(list(own.values())).sum()
-            terms = {name: terms.get(name, 0.0) + term.detach() for name, term in own.items()}
-            if not torch.isfinite(loss):
-                return p, terms
-            loss.backward()
-            passes.append(p if self.parts == 1 else p._replace(**{k: v.detach() for k, v in p._asdict().items() if v is not None}))
-        if self.parts > 1:
-            p = Pass(*(None if column[0] is None else torch.cat(column) for column in zip(*passes, strict=True)))._replace(kept=None)
-        return p, terms
-
-    def step(self, hidden: dict[int, Tensor], token: Tensor, step: int, due: bool) -> None:
-        """One update. A loss or gradient that is not finite ends this run before the weights are touched.
-
-        Where memory is short, the batch goes through in twice as many slices, as often as it takes. Raises torch.OutOfMemoryError
-        where slices of one token do not help.
-        """
-        started = time.perf_counter()
-        self.last = None  # two tensors [N,F] that the next forward pass may need the room of
-        while True:
-            try:
-                p, terms = self._gradients(hidden, token)
-                break
-            except torch.OutOfMemoryError:
-                if self.parts >= len(token):
-                    raise
-            self.parts *= 2  # outside the handler, whose traceback holds the tensors
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            print(f"{self.title}: out of memory at step {step}; the batch now goes through in {self.parts} parts, with one update as before")
-        loss = torch.stack(list(terms.values())).sum()
-        finite = bool(torch.isfinite(loss))
-        normalise = step % self.normalise_every == 0
-        if finite:
-            if self.normalise_every == 1:
-                project_decoder_grad(self.sae)
-            gradients = [q.grad for q in self.sae.parameters() if q.grad is not None]
-            norm = nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip) if self.clip else nn.utils.get_total_norm(gradients)
-            finite = bool(torch.isfinite(norm))
-        if not finite:
-            what = "gradient" if torch.isfinite(loss) else "loss"
-            self.failed = f"{self.title}: {what} is not finite at step {step} ({', '.join(f'{k} {float(v):.4g}' for k, v in terms.items())})"
-            return
-        for changing in (*self.optimizers, *self.schedules):
-            changing.step()
-        if normalise:
-            unit_norm_decoder(self.sae)
-        self.sae.after_step(p, (step + 1) / self.total)
-        with torch.no_grad():
-            now = {"loss": loss} | terms | {"L0": firings(p.latents, p.kept).sum() / p.latents[..., 0].numel()}
-            self.sums = {k: self.sums.get(k, 0.0) + v for k, v in now.items()}
-            self.count += 1
-            self.last = p if due else None
-        self.seconds += time.perf_counter() - started
-
-    def report(self) -> dict[str, Any]:
-        """Means since the last report, dead share, and what the model adds."""
-        line = {k: float(v) / self.count for k, v in self.sums.items()} if self.count else {}
-        self.sums, self.count = {}, 0
-        extra = {} if self.last is None else self.sae.diagnostics(self.last)
-        return line | {"dead": self.sae.dead_fraction()} | {k: v.tolist() if isinstance(v, Tensor) else v for k, v in extra.items()}
 
 
 def step_bytes(sae: SAE, device: str) -> float:
@@ -396,17 +233,18 @@ class Trainer:
 
     def run(self) -> float:
         cfg = self.cfg
-        todo = self._todo()
+        todo = distributed.from_main(self._todo)
         if not todo:
-            if self.states.exists():
+            if distributed.main() and self.states.exists():
                 with files.locked(self.home):
                     shutil.rmtree(self.states)
             return float(checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")["final"]["loss"])
         self._try_to_build(todo, cfg.hidden_size or 2**20, cfg.n_layers or 2**10)  # before the language model is loaded
         for folder in (self.folder, self.home):
-            files.probe(folder)
-        with files.locked(self.home), Signals() as self.signals:
-            saved = self._unfinished()
+            distributed.from_main(lambda folder=folder: files.probe(folder))
+        with contextlib.ExitStack() as stack, Signals() as self.signals:
+            distributed.from_main(lambda: stack.enter_context(files.locked(self.home)))
+            saved = distributed.from_main(self._unfinished)
             if saved is not None:
                 todo = [i for i, title in enumerate(self.titles) if title in saved[1]["training"] or i in todo]
                 new = [self.titles[i] for i in todo if self.titles[i] not in saved[1]["training"]]
@@ -418,7 +256,7 @@ class Trainer:
                 if getattr(cfg, name) not in (None, found):
                     raise ValueError(f"--{name} {getattr(cfg, name)}, but the language model has {found}; leave the flag out")
             self._try_to_build(todo, **sizes)  # before a long text is tokenised
-            rows = open_rows(cfg, tokenizer)
+            rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
             total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
             runs = []
             for i in todo:
@@ -465,11 +303,12 @@ class Trainer:
             raise OSError(f"{self.home} has {room}: make room or change --output_dir")
 
     def _loop(self, runs: list[Run], rows: Rows, language_model: nn.Module, total: int, saved: tuple[Path, dict[str, Any]] | None) -> float:
-        cfg, signals = self.cfg, self.signals
-        per_epoch = math.ceil(len(rows) / cfg.batch_size)
+        cfg, signals, per_epoch = self.cfg, self.signals, math.ceil(len(rows) / self.cfg.batch_size)
         sites = sorted({site for run in runs for site in run.sae.sites()})
         print(f"{len(rows)} rows of {cfg.max_length} tokens, {total} steps; sites {sites}; {', '.join(run.title for run in runs)}")
         self.text_sum = hashlib.sha256(np.ascontiguousarray(rows.tokens)).hexdigest()
+        if distributed.from_main(lambda: self.text_sum) != self.text_sum:
+            raise ValueError(f"the text is not the main process's ({cfg.data_path} differs between the machines); copy it anew")
         at = Namespace(step=0, tokens=0, seconds=0.0, log_bytes=0, finals={})
         if saved is not None:
             path, meta = saved
@@ -480,7 +319,7 @@ class Trainer:
                 run.restore(checkpoint.load_part(path, run.title))
             set_random_state(checkpoint.load_part(path, "random"))
             print(f"continuing at step {at.step} of {total} ({path})")
-        wandb = wandb_init(cfg.wandb_project, self._settings(), self.home.name, self.home) if cfg.use_wandb else None
+        wandb = wandb_init(cfg.wandb_project, self._settings(), self.home.name, self.home) if cfg.use_wandb and distributed.main() else None
         started, every, saved_at = time.time() - at.seconds, max(1, total // 50), (at.step, time.monotonic())
         signals.in_loop = True
         with self._log_from(at.log_bytes) as lines, tqdm(total=total, initial=at.step, desc="training", unit=" steps", mininterval=1) as bar:
@@ -488,50 +327,72 @@ class Trainer:
                 alive = [run for run in runs if not run.failed]
                 if not alive:
                     break
-                epoch, index = divmod(step, per_epoch)
-                order = rows.order(cfg.seed, epoch)[index * cfg.batch_size : (index + 1) * cfg.batch_size]
-                batch = rows.batch(order).to(cfg.device)
+                order = self._rows_of(rows, step)
+                batch, mine = rows.batch(order), distributed.share(len(order))
+                whole, first = int(batch.mask.sum()), int(batch.mask[: mine.start].sum())
                 due = (step + 1) % every == 0 or step + 1 == total
-                if batch.mask.any():
-                    hidden = hooks.read(language_model, batch, sites)
-                    keys = batch.token_keys() + epoch * len(rows) * cfg.max_length
+                if whole:
+                    part = batch.part(mine).to(cfg.device)
+                    hidden = hooks.read(language_model, part, sites)
+                    keys = part.token_keys() + step // per_epoch * len(rows) * cfg.max_length
                     for run in alive:
+                        run.sae.part_of(whole, first)
                         if not at.tokens:
-                            run.sae.warm_start(run.sae.gather(hidden))
-                            unit_norm_decoder(run.sae)
-                            run.mode(True)
-                        self._step(run, hidden, keys, step, due, batch, bar)
-                    at.tokens += len(keys)
+                            run.warm_start(hidden)
+                        self._step(run, hidden, keys, step, due)
+                    at.tokens += whole
                 bar.update()
                 at.step, at.seconds = step + 1, time.time() - started
-                if due:
-                    self._report(runs, at, lines, bar, wandb)
                 amount, unit = cfg.save_every
                 passed = at.step - saved_at[0] if unit == "steps" else time.monotonic() - saved_at[1]
-                if at.step < total and (signals.asked or (amount and passed >= amount)):
-                    path = self._save_state(runs, at, lines, len(rows))
+                signals.asked, saves = distributed.highest(signals.asked, bool(amount) and passed >= amount)
+                saves = at.step < total and (signals.asked or saves)
+                if due or saves or cfg.device == "cpu":
+                    self._find_failed(alive, rows, language_model, sites, bar)
+                if due:
+                    self._report(runs, at, lines, bar, wandb)
+                if saves:
+                    path = distributed.from_main(lambda: self._save_state(runs, at, lines, len(rows)))
                     saved_at = at.step, time.monotonic()
                     if signals.asked:
                         raise Interrupted(signals.asked, f"step {at.step} of {total} is saved in {path}; the same command continues")
         return self._finish(runs, rows, at, sites)
 
-    def _step(self, run: Run, hidden: dict[int, Tensor], keys: Tensor, step: int, due: bool, batch: Batch, bar: tqdm) -> None:
-        """One update of one run; where it fails, the batch is kept for whoever wants to know why."""
+    def _step(self, run: Run, hidden: dict[int, Tensor], keys: Tensor, step: int, due: bool) -> None:
         try:
             run.step(hidden, keys, step, due)
         except torch.OutOfMemoryError as error:
-            todo = "train fewer SAEs at once, or a smaller one"
-            raise ValueError(f"{run.title}: out of memory at step {step} with one token at a time; {todo}") from error
-        if run.failed:
-            dump = self.home / f"nonfinite-{run.title}-step{step}.json"
-            bad = [site for site, h in hidden.items() if not torch.isfinite(h).all()]
+            slices = "with one token at a time; train fewer SAEs at once, or a smaller one"
+            if distributed.world() > 1:
+                slices = f"in {run.parts} parts; run the same command again (it tries more of them), or train fewer SAEs at once"
+            raise ValueError(f"{run.title}: out of memory at step {step} {slices}") from error
+
+    def _find_failed(self, alive: list[Run], rows: Rows, language_model: nn.Module, sites: list[int], bar: tqdm) -> None:
+        """Marks the runs with a loss or gradient that was not finite and keeps each one's batch for whoever wants to know why."""
+        for run in alive:
+            run.check()
+            if not run.failed:
+                continue
+            dump = self.home / f"nonfinite-{run.title}-step{run.failed_at}.json"
+            batch = rows.batch(self._rows_of(rows, run.failed_at))
+            hidden = hooks.read(language_model, batch.part(distributed.share(len(batch.row))).to(self.cfg.device), sites)
+            finite = distributed.highest(*(not torch.isfinite(h).all() for h in hidden.values()))
+            bad = [site for site, odd in zip(hidden, finite, strict=True) if odd]
             where = {"rows": batch.row.tolist(), "input_ids": batch.input_ids.tolist(), "mask": batch.mask.tolist()}
-            files.save_json({"sae": run.title, "step": step, "said": run.failed, "sites_not_finite": bad, **where}, dump, indent=None)
+            said = {"sae": run.title, "step": run.failed_at, "said": run.failed, "sites_not_finite": bad, **where}
+            distributed.from_main(lambda said=said, dump=dump: files.save_json(said, dump, indent=None))
             run.failed += f", its batch is in {dump}"
             bar.write(run.failed)
 
+    def _rows_of(self, rows: Rows, step: int) -> np.ndarray:
+        """Numbers of the rows of a step's batch, whatever the number of processes."""
+        epoch, index = divmod(step, math.ceil(len(rows) / self.cfg.batch_size))
+        return rows.order(self.cfg.seed, epoch)[index * self.cfg.batch_size : (index + 1) * self.cfg.batch_size]
+
     def _log_from(self, size: int) -> BinaryIO:
         """metrics.jsonl, cut to what it held when the state was saved: no line twice."""
+        if not distributed.main():
+            return open(os.devnull, "ab", buffering=0)
         lines = files.open_to_append(self.log, "ab", buffering=0)
         if lines.tell() < size:
             print(f"warning: {self.log} is shorter than when the state was saved; lines are missing there")
@@ -581,8 +442,9 @@ class Trainer:
             if not run.failed:
                 run.mode(False)
                 unit_norm_decoder(run.sae)
-                self._save(run, at.finals[run.title], rows, at.tokens, sites)
-        shutil.rmtree(self.states, ignore_errors=True)
+                distributed.from_main(lambda run=run: self._save(run, at.finals[run.title], rows, at.tokens, sites))
+        if distributed.main():
+            shutil.rmtree(self.states, ignore_errors=True)
         if any(run.failed for run in runs):
             raise ValueError("; ".join(run.failed for run in runs if run.failed) + "; lower --lr (the other SAEs are saved)")
         return at.finals[runs[0].title]["loss"]

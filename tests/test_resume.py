@@ -18,7 +18,8 @@ from src import checkpoint, files, lm
 from src.config import interval, parse, run_stage
 from src.files import DEMO_LM
 from src.model import build
-from src.trainer import Run, Trainer
+from src.run import Run
+from src.trainer import Trainer
 from src.zoo import ZOO
 
 
@@ -112,7 +113,8 @@ def test_a_signal_lets_the_step_end_saves_and_says_so_in_the_exit_code(text, mon
 
 def test_a_second_signal_ends_the_process_at_once_and_leaves_no_half_state(text):
     code = (
-        "import os, signal, sys\nfrom src import checkpoint\nfrom src.config import run_stage\nfrom src.trainer import Run, Trainer\n"
+        "import os, signal, sys\nfrom src import checkpoint\nfrom src.config import run_stage\nfrom src.run import Run\n"
+        "from src.trainer import Trainer\n"
         "step = Run.step\ndef once(self, h, t, now, due):\n    step(self, h, t, now, due)\n    if now == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
         "Run.step = once\nsave = checkpoint.torch.save\n"
         "def slow(*a):\n    save(*a)\n    os.kill(os.getpid(), signal.SIGTERM)\ncheckpoint.torch.save = slow\n"

@@ -13,7 +13,8 @@ from src.evaluator import Evaluator
 from src.files import DEMO_LM
 from src.metrics import KLDiv, Mean, Reconstruction
 from src.model import build
-from src.trainer import LinearWarmupLR, Trainer
+from src.run import LinearWarmupLR
+from src.trainer import Trainer
 from src.zoo import ZOO
 
 

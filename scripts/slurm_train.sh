@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=sae
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=08:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+# Trains on every GPU of a SLURM job of one or several nodes; two minutes before its time is up the run is saved and the job queued again,
+# which continues it. Submit from the repository's root: sbatch [--nodes 2 ...] scripts/slurm_train.sh --model RouteSAE ...
+cd "${SLURM_SUBMIT_DIR:-.}"
+source scripts/common.sh
+source scripts/env_setup.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --rdzv_backend c10d \
+  --rdzv_id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" train.py "$@" &
+job=$! stopped="" code=0
+trap 'stopped=1; kill -TERM "$job"' USR1 TERM  # srun and torchrun hand SIGTERM on: every process saves at the same step
+while true; do
+  wait "$job" && code=0 || code=$?
+  kill -0 "$job" 2>/dev/null || break  # else it was the trap that ended the wait
+done
+if [ "$code" = 143 ] || { [ -n "$stopped" ] && [ "$code" != 0 ]; }; then
+  echo "stopped after saving (exit code $code); queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+fi
+exit "$code"
