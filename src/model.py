@@ -19,7 +19,9 @@ from src.ops import Jump_func, SparseCode, Step_func, kth_largest, random_subset
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
-SPARSE_FROM = 8  # latents per active one from which sums of rows beat dense products on a CPU (benchmarks/sparse_code.py)
+# Latents per active one from which sums of rows beat dense products (benchmarks/sparse_code.py). On CUDA counted, not measured: one product in TF32
+# takes the time in which 184 latents per active one are read as float32 rows; the sort and uneven latents come on top.
+SPARSE_FROM = {"cpu": 8, "cuda": 340}
 
 
 class TopK(Dictionary):
@@ -54,11 +56,12 @@ class TopK(Dictionary):
         return restrict(F.relu(pre_acts) if self.topk_relu else pre_acts, infer_k, theta)  # both take the place of k
 
     def autoencode(self, x, infer_k=None, theta=None, token=None):
-        if infer_k is not None or theta is not None or x.device.type != "cpu" or self.latent_size < SPARSE_FROM * self.k:
+        if infer_k is not None or theta is not None:
             return super().autoencode(x, infer_k, theta, token)
-        flat = x.flatten(0, -2)
+        flat, sums = x.flatten(0, -2), self.latent_size >= SPARSE_FROM.get(x.device.type, torch.inf) * self.k
         latents, x_hat, kept = SparseCode.apply(
-            flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts: self.choose(acts, token), self.topk_relu
+            flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts: self.choose(acts, token),
+            self.topk_relu, sums,
         )
         return Pass(x, latents.view(*x.shape[:-1], self.latent_size), x_hat.view_as(x), kept=kept)
 
@@ -295,16 +298,13 @@ class Crosscoder(_Sparsified, SAE):
         return self.routed
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        total = self.latent_bias  # summed as it goes: [N,L,F] never exists
-        for i, encoder in enumerate(self.encoder):
-            total = total + encoder(x[..., i, :])
-        return total
+        return F.linear(x.flatten(-2), torch.cat([encoder.weight for encoder in self.encoder], 1), self.latent_bias)  # one product: no [N,L,F]
 
     def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
         return restrict(F.relu(self.pre_acts(x)), infer_k, theta)
 
     def decode(self, latents: Tensor) -> Tensor:
-        x_hat = torch.stack([decoder(latents) for decoder in self.decoder], dim=-2)
+        x_hat = F.linear(latents, torch.cat([decoder.weight for decoder in self.decoder])).unflatten(-1, (self.n_processed_layers, -1))
         return x_hat if self.decoder_bias is None else x_hat + self.decoder_bias
 
     def forward(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> tuple[Tensor, Tensor]:

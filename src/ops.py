@@ -90,7 +90,8 @@ def active(latents: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor,
 def firings(latents: Tensor, kept: Tensor | None = None) -> Tensor:
     """In how many codes each latent is not 0; kept as in active(). [...,F] -> int64 [F]"""
     if kept is not None:
-        return torch.bincount(kept.remainder(latents.shape[-1]), minlength=latents.shape[-1])
+        counts = torch.zeros(latents.shape[-1], dtype=torch.long, device=latents.device)
+        return counts.scatter_add_(0, kept.remainder(len(counts)), torch.ones_like(kept))  # bincount would wait for the device
     return (latents != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()  # on a CPU a quarter of the time of a sum in int64
 
 
@@ -175,16 +176,16 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class SparseCode(Function):
-    """A code that keeps few pre-activations, decoded and differentiated over those alone: sums of rows in place of dense products.
+    """A code that keeps few pre-activations, decoded and differentiated without a product for the input's gradient that nobody asks for.
 
-    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip) -> (latents [N,F], x_hat [N,D], kept [E]).
+    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums) -> (latents [N,F], x_hat [N,D], kept [E]).
     choose maps pre-activations to the flat positions that stay, token by token; clip cuts negative values, kept are the positions of the others.
-    Gradients flow through x_hat.
+    sums: sums of the active latents' rows alone, in place of dense products. Gradients flow through x_hat.
     """
 
     @staticmethod
-    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip):
-        centred, rows = x - pre_bias, decoder.T.contiguous()
+    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums):
+        centred = x - pre_bias
         pre_acts = torch.mm(centred, encoder.T).add_(latent_bias)
         at = choose(pre_acts)
         values = pre_acts.view(-1)[at]
@@ -192,10 +193,15 @@ class SparseCode(Function):
             at, values = at[values > 0], values[values > 0]
         latents = pre_acts.zero_()  # in its place: on a CPU new memory costs more than what is done with it
         latents.view(-1)[at] = values
-        token, latent = at.div(len(encoder), rounding_mode="floor"), at.remainder(len(encoder))
-        bags = SparseCode.starts(token, len(x))
-        x_hat = nn.functional.embedding_bag(latent, rows, bags, mode="sum", per_sample_weights=values) + pre_bias
-        ctx.save_for_backward(centred, encoder, rows, values, token, latent, bags)
+        if sums:
+            token, latent = at.div(len(encoder), rounding_mode="floor"), at.remainder(len(encoder))
+            rows, bags = decoder.T.contiguous(), SparseCode.starts(token, len(x))
+            x_hat = nn.functional.embedding_bag(latent, rows, bags, mode="sum", per_sample_weights=values) + pre_bias
+            ctx.save_for_backward(centred, encoder, rows, values, token, latent, bags)
+        else:
+            x_hat = torch.addmm(pre_bias, latents, decoder.T)
+            ctx.save_for_backward(centred, encoder, decoder, latents, at)
+        ctx.sums = sums
         ctx.mark_non_differentiable(latents, at)
         ctx.set_materialize_grads(False)
         return latents, x_hat, at
@@ -203,26 +209,38 @@ class SparseCode(Function):
     @staticmethod
     def starts(index: Tensor, count: int) -> Tensor:
         """Where the run of each of 0 ... count-1 begins in a sorted index."""
-        sizes = torch.bincount(index, minlength=count)
-        return sizes.cumsum(0) - sizes
+        return torch.searchsorted(index, torch.arange(count, device=index.device))
 
     @staticmethod
     def backward(ctx, _latents, grad, _kept):
         if grad is None:
-            return (None,) * 7
-        centred, encoder, rows, values, token, latent, bags = ctx.saved_tensors
+            return (None,) * 8
+        through = SparseCode.sums_of_rows if ctx.sums else SparseCode.dense_products
+        by_x, by_encoder, by_bias, by_decoder = through(grad, *ctx.saved_tensors, ctx.needs_input_grad[0])
+        by_pre_bias = grad.sum(0) - by_bias @ ctx.saved_tensors[1]  # tokens summed first: a vector times the encoder, no product
+        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None
+
+    @staticmethod
+    def dense_products(grad, centred, encoder, decoder, latents, at, input_too):
+        by_latent = grad @ decoder
+        by_value = by_latent.view(-1)[at]
+        by_latent.zero_().view(-1)[at] = by_value
+        by_x = by_latent @ encoder if input_too else None
+        return by_x, by_latent.T @ centred, by_latent.sum(0), grad.T @ latents
+
+    @staticmethod
+    def sums_of_rows(grad, centred, encoder, rows, values, token, latent, bags, input_too):
         bag = nn.functional.embedding_bag
         with torch.enable_grad():  # the library's gradient for weights of a bag: <grad, row> without a [N,k,D] tensor
             weights = values.detach().requires_grad_()
             (by_value,) = torch.autograd.grad(bag(latent, rows, bags, mode="sum", per_sample_weights=weights), weights, grad)
-        order = latent.argsort(stable=True)
-        source, ends = token[order], SparseCode.starts(latent, len(encoder))
+        latent_sorted, order = latent.sort(stable=True)
+        source, ends = token[order], SparseCode.starts(latent_sorted, len(encoder))
         by_decoder = bag(source, grad, ends, mode="sum", per_sample_weights=values[order]).T
         by_encoder = bag(source, centred, ends, mode="sum", per_sample_weights=by_value[order])
         by_bias = torch.zeros_like(encoder[:, 0]).index_add_(0, latent, by_value)
-        by_pre_bias = grad.sum(0) - by_bias @ encoder
-        by_x = bag(latent, encoder, bags, mode="sum", per_sample_weights=by_value) if ctx.needs_input_grad[0] else None
-        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None
+        by_x = bag(latent, encoder, bags, mode="sum", per_sample_weights=by_value) if input_too else None
+        return by_x, by_encoder, by_bias, by_decoder
 
 
 def random_integers(keys: Tensor, seed: int, high: int, draw: int = 0) -> Tensor:

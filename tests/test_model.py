@@ -255,8 +255,10 @@ def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_s
     assert direction * (sae._coefficient() / sae.l1_coeff).log().item() > direction * sae.gain.log().item()
 
 
+@pytest.mark.parametrize("least", [0, torch.inf], ids=["sums of rows", "dense products"])
 @pytest.mark.parametrize("name, more", [("TopK", {}), ("TopK", {"topk_relu": True}), ("BatchTopK", {}), ("RandomK", {})])
-def test_sparse_sums_give_the_dense_products_values_and_gradients(name, more):
+def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more, least, monkeypatch):
+    monkeypatch.setitem(model.SPARSE_FROM, "cpu", least)
     torch.manual_seed(0)
     sae = build(name, 12, 16, {"latent_size": 64, "k": 3, "layer": 4, **more}).double()
     with torch.no_grad():
@@ -270,6 +272,29 @@ def test_sparse_sums_give_the_dense_products_values_and_gradients(name, more):
     assert sparse.kept.sort().values.tolist() == dense.latents.flatten().nonzero()[:, 0].tolist()
     assert torch.equal(ops.firings(sparse.latents, sparse.kept), ops.firings(dense.latents))
     for a, b in zip(*(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("least", [0, torch.inf])
+def test_a_code_of_which_nothing_is_active_is_decoded(least, monkeypatch):
+    monkeypatch.setitem(model.SPARSE_FROM, "cpu", least)
+    sae = build("BatchTopK", 12, 16, {"latent_size": 64, "k": 3, "layer": 4}).eval()
+    sae.cut.fill_(1e9)
+    p = sae.autoencode(torch.randn(5, 12))
+    assert torch.equal(p.x_hat, sae.pre_bias.expand(5, 12)) and not p.latents.any() and not len(p.kept)
+    p.x_hat.sum().backward()
+    assert not sae.encoder.weight.grad.any() and torch.equal(sae.pre_bias.grad, torch.full((12,), 5.0))
+
+
+def test_one_product_a_direction_of_a_crosscoder_sums_over_its_sites():
+    torch.manual_seed(0)
+    sae = build("Crosscoder", 12, 16, {"latent_size": 24, "decoder_bias": True}).double()
+    x = torch.randn(2, 5, 9, 12, dtype=torch.double)
+    pre_acts = sae.latent_bias + sum(x[..., i, :] @ encoder.weight.T for i, encoder in enumerate(sae.encoder))
+    x_hat = torch.stack([F.relu(pre_acts) @ decoder.weight.T for decoder in sae.decoder], -2) + sae.decoder_bias
+    p = sae.autoencode(x)
+    assert torch.allclose(p.pre_acts, pre_acts, rtol=1e-12) and torch.allclose(p.x_hat, x_hat, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), list(sae.parameters())) for y in (p.x_hat, x_hat)), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
