@@ -13,6 +13,7 @@ sae_lens = pytest.importorskip("sae_lens", reason="bash tests/interop/run.sh mak
 core = pytest.importorskip("sae_bench.evals.core.main", reason="bash tests/interop/run.sh makes the environment")
 
 from sae_lens.load_model import HookedProxyLM  # noqa: E402
+from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
 from src import checkpoint, formats, lm  # noqa: E402
 from src.config import parse  # noqa: E402
@@ -192,23 +193,28 @@ def test_saebench_measures_what_evaluate_measures_where_both_mean_the_same(name,
     assert abs(theirs["kl_div_with_sae"] - kl) < 0.1 * kl
 
 
-def test_saebenchs_own_runner_takes_our_objects_from_start_to_result_file(saes, language_model, folder, monkeypatch):
-    tokenizer, model = language_model
+@torch.no_grad()
+def test_transformerlens_calls_a_site_by_the_name_that_is_exported(language_model, rows):
+    bridge = TransformerBridge.boot_transformers(str(DEMO_LM), device="cpu", dtype=torch.float32)
+    _, cache = bridge.run_with_cache(rows[0].input_ids, names_filter=lambda name: name.endswith("hook_resid_post"))
+    for site, state in lm.read_sites(language_model[1], rows[0].input_ids, [1, 12, 16]).items():
+        assert (cache[formats.hook_of(site)] - state).abs().max() < 1e-5 * state.abs().max()
+
+
+def test_saebenchs_own_runner_takes_our_objects_from_start_to_result_file(saes, folder, monkeypatch):
     text = folder / "dataset"
     text.mkdir(exist_ok=True)
     (text / "train.jsonl").write_bytes((folder / "text.jsonl").read_bytes())
 
-    class Local:  # TransformerLens knows models by name; SAELens' own wrapper takes any
+    class Local:  # the runner's HookedTransformer knows models by name alone; TransformerLens' bridge opens a folder
         @staticmethod
-        def from_pretrained_no_processing(_name, **_options):
-            return HookedProxyLM(model, tokenizer, hook_names=hooks)
+        def from_pretrained_no_processing(name, device, dtype):
+            return TransformerBridge.boot_transformers(name, device=device, dtype=dtype)
 
     monkeypatch.setattr(core, "HookedTransformer", Local)
     for name in ("TopK", "RouteSAE"):
         sae, _ = saes[name]
-        hooks = [f"model.layers.{site - 1}" for site in sae.sites()]
-        objects = formats.site_saes(sae, str(DEMO_LM), dict(zip(sae.sites(), hooks, strict=True)))
-        chosen = [(f"{name}_{site}", objects[site]) for site in sae.sites()[:2]]
+        chosen = [(f"{name}_{site}", one) for site, one in formats.site_saes(sae, str(DEMO_LM)).items()][:2]
         options = {"dataset": str(text), "context_size": LENGTH, "output_folder": str(folder / "bench"), "device": "cpu"}
         options |= {"compute_featurewise_density_statistics": True, "compute_featurewise_weight_based_metrics": True}
         results = core.multiple_evals(chosen, 2, 2, eval_batch_size_prompts=8, exclude_special_tokens_from_reconstruction=True, **options)
