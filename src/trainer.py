@@ -43,7 +43,7 @@ def wandb_init(project: str, config: dict[str, Any], name: str, folder: str | Pa
 
         return wandb.init(project=project, config=config, name=name, dir=folder)
     except Exception as error:  # optional service: network, login and version errors of every kind end here, printed
-        print(f"no wandb logging ({type(error).__name__}: {error}); metrics.jsonl has every line")
+        print(files.redacted(f"no wandb logging ({type(error).__name__}: {error}); metrics.jsonl has every line"))
         return None
 
 
@@ -52,7 +52,7 @@ def wandb_log(run: Any, values: dict[str, Any], step: int) -> None:
     try:
         run.log(values, step=step)
     except Exception as error:  # as above: an optional service
-        print(f"warning: wandb does not take step {step} ({type(error).__name__}: {error}); metrics.jsonl has it")
+        print(files.redacted(f"warning: wandb does not take step {step} ({type(error).__name__}: {error}); metrics.jsonl has it"))
 
 
 def log_layers(layer_weights: Tensor) -> dict[str, float]:

@@ -188,12 +188,14 @@ def test_states_without_variance_give_finite_losses_and_gradients(name):
 @pytest.mark.parametrize("where", ["init", "log", "import"])
 def test_an_optional_service_that_fails_stops_no_training(home, tmp_path, monkeypatch, capsys, where):
     def fails(*_, **__):
-        raise ConnectionError("the network is down")
+        raise ConnectionError(f"the network is down for {os.environ['WANDB_API_KEY']}")
 
+    monkeypatch.setenv("WANDB_API_KEY", "canary-0123456789")
     fake = types.SimpleNamespace(init=fails if where == "init" else lambda **_: types.SimpleNamespace(log=fails))
     monkeypatch.setitem(sys.modules, "wandb", None if where == "import" else fake)
     assert run(home, "train", "--use_wandb", "1", out=tmp_path) == 0 and (tmp_path / "SAE_models" / "TopK_text.pt").exists()
-    assert "metrics.jsonl has" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "metrics.jsonl has" in said.out and "canary" not in said.out + said.err
 
 
 def test_a_file_killed_while_it_is_written_keeps_its_old_content(tmp_path):
