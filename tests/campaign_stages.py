@@ -10,6 +10,9 @@ import os
 import random
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -93,7 +96,7 @@ class Stages:
 
     def __init__(self, work, disk):
         self.work, self.disk, self.tokenizer = work, disk, AutoTokenizer.from_pretrained(files.DEMO_LM)
-        self.has_ranks = False
+        self.has_ranks = (files.ROOT / "src" / "distributed.py").exists()
         texts = [f"Document {i}: the {i % 97}th value of {i * i} is {i * 7}, or its size where that is larger." for i in range(6000)]
         (work / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
         self.tokens = asked(lambda: self.tokenise(work / "data-of-texts"))
@@ -133,7 +136,7 @@ class Stages:
             again += sum(feature in kept for feature in ledger.read_text().split()[before:])
             if code == 0 or (at_the_end and i == 2):
                 break
-        os.kill(serving, 9)
+        os.kill(serving, signal.SIGKILL)
         wait(serving)
         server.server_close()
         billed, records = collections.Counter(ledger.read_text().split()), collections.Counter(self.kept(log))
@@ -314,5 +317,35 @@ class Stages:
         shutil.rmtree(out)
         return found
 
+    # ------------------------------------------------------------------------------------------------------- ranks
+
     def ranks(self, out, key):
-        raise NotImplementedError
+        """A training of two torchrun processes, one of them killed: when the job ends, and what the same command then makes of it."""
+        out.mkdir()
+        draw, lines = random.Random(key), out / "runs" / "t" / "metrics.jsonl"
+        job = self.torchrun(out)
+        while job.poll() is None and not (lines.exists() and lines.stat().st_size):
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 1))
+        ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split() if job.poll() is None else []
+        started = time.monotonic()
+        if ranks:
+            os.kill(int(draw.choice(ranks)), signal.SIGKILL)
+        code = job.wait(300)
+        took = time.monotonic() - started
+        straight = self.torchrun(out / "straight").wait(600)
+        again = self.torchrun(out).wait(600)
+        same = code and not again and not straight and self.weights(out) == self.weights(out / "straight")
+        return {"killed": bool(ranks), "code": code, "seconds": took, "ended": again == 0, "identical": bool(same)}
+
+    def torchrun(self, out):
+        out.mkdir(exist_ok=True)
+        argv = ["--model", "TopK", "Vanilla", "--model_path", self.work / "lm", "--data_path", self.work / "text.jsonl", "--output_dir", out]
+        argv += ["--dtype", "float32", "--latent_size", "512", "--k", "8", "--max_length", "32", "--batch_size", "4", "--max_samples", "160"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv, "--save_every", "2"]
+        with open(out / "log", "a") as log:
+            return subprocess.Popen([*map(str, command), "--tag", "t"], cwd=files.ROOT, stdout=log, stderr=log)
+
+    @staticmethod
+    def weights(out):
+        return [path.read_bytes() for path in sorted((out / "SAE_models").glob("*.pt"))]
