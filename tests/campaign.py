@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import mmap
@@ -70,6 +71,7 @@ def fork(work, log=None):
         handle = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        faulthandler.enable(2)
         code = work() or 0
     except SystemExit as stop:
         code = stop.code
@@ -79,16 +81,16 @@ def fork(work, log=None):
         os._exit(code)
 
 
-def wait(pid, limit=300):
-    """Exit code of a child, negative for a signal; one that hangs is killed and raises RuntimeError."""
+def wait(pid, limit=180):
+    """Exit code of a child, negative for a signal; one that hangs is made to write down where, and raises RuntimeError."""
     started = time.monotonic()
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() - started > limit:
-            os.kill(pid, signal.SIGKILL)
-            raise RuntimeError(f"a child hung for {limit} s")
+            os.kill(pid, signal.SIGABRT)
+            raise RuntimeError(f"a child hung for {limit} s; its log ends with where")
         time.sleep(0.002)
 
 
@@ -180,11 +182,7 @@ class Trainings:
 
     def __init__(self, work):
         self.work = work
-        torch.manual_seed(0)
-        tokenizer = AutoTokenizer.from_pretrained(files.DEMO_LM)
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(work / "lm")
-        tokenizer.save_pretrained(work / "lm")
+        assert wait(fork(lambda: self.language_model(work / "lm"))) == 0
         lines = [json.dumps({"text": f"Return the {i}th of {i * 7} values, or raise ValueError. " * 8}) for i in range(120)]
         (work / "text.jsonl").write_text("\n".join(lines))
         out = work / "reference"
@@ -196,6 +194,14 @@ class Trainings:
         for naive in (False, True):
             wait(self.start(work / "counted" / str(naive), naive, kill_at=-1))
             self.boundaries[naive] = SHARED[1]
+
+    @staticmethod
+    def language_model(folder):
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(files.DEMO_LM)
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)  # in a child: it starts a thread
+        tokenizer.save_pretrained(folder)
 
     @staticmethod
     def said(out):
@@ -477,9 +483,10 @@ def main():
     if args.publish:
         files.save_json(summary, files.ROOT / "docs" / "fault_campaign.json")
     print(markdown)
-    shutil.rmtree(work, ignore_errors=True)
+    if max(codes) < 2:
+        shutil.rmtree(work, ignore_errors=True)
     if any(codes):
-        why = "time is up" if max(codes) == 1 else f"a worker failed, see {args.out}/worker*.log"
+        why = "time is up" if max(codes) == 1 else f"a worker failed, see {args.out}/worker*.log and {work}"
         print(f"{why}: {sum(len(found) for found in results.values())} trials are done; the same command goes on")
     return max(codes)
 
