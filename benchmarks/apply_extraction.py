@@ -73,9 +73,10 @@ def check(seen, loop, size):
 
 
 @torch.no_grad()
-def main():
+def compare(argv=None):
+    """({what: seconds}, {loop: times as fast}) over options of apply.py; prints both."""
     started = time.perf_counter()
-    applier = Applier(parse("apply"))
+    applier = Applier(parse("apply", argv))
     cfg, sae = applier.cfg, applier.sae
     applier.tokenizer, applier.language_model = hooks.open_language_model(cfg, [sae])
     rows, applier.text = open_rows(cfg, applier.tokenizer), applier._token_text()
@@ -109,10 +110,12 @@ def main():
     print(f"{seen.tokens} tokens, {sum(loops['lean loop'].density)} activations, threshold {threshold:.3g}; all three keep the same")
     for name, seconds in spent.items():
         print(f"{name:>15}: {seconds:8.2f} s  {seen.tokens / seconds:>12,.0f} tokens/s")
-    for name in loops:
-        print(f"tables: {spent[name] / spent['tables']:.1f} times as fast as the {name}")
+    times = {name: spent[name] / spent["tables"] for name in loops}
+    for name, found in times.items():
+        print(f"tables: {found:.1f} times as fast as the {name}")
     print(f"apply runs at {spent['language model'] / spent['apply, whole']:.0%} of the language model's rate")
+    return spent, times
 
 
 if __name__ == "__main__":
-    main()
+    compare()

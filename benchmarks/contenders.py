@@ -1,6 +1,6 @@
 """This project's contenders, each in a process of its own: `python -m benchmarks.contenders JOB` under benchmarks.run.
 
-ours: train.py itself. published: the plain loop of tests/plain.py. evaluate and its published forms, one process per metric.
+ours, evaluate, apply: the stages themselves. published: the plain loop of tests/plain.py; evaluate_published: one metric of a RouteSAE.
 """
 
 import copy
@@ -161,6 +161,16 @@ def evaluate(job, turns):
     turns.finished(done())
 
 
+def apply(job, turns):
+    """Contexts found, as apply.py does it, decoding included."""
+    from src.applier import Applier
+    from src.config import parse
+
+    done = count(turns)
+    Applier(parse("apply", job["argv"])).run()
+    turns.finished(done())
+
+
 @torch.no_grad()
 def evaluate_published(job, turns):
     """One metric of a RouteSAE as published: every pass complete, every site coded for every token, logits of whole batches."""
@@ -220,6 +230,9 @@ def evaluate_published(job, turns):
     print(f"{job['metric']}: {float(torch.stack(totals).mean()):.4f}")
 
 
+KINDS = {"ours": ours, "published": published, "evaluate": evaluate, "evaluate_published": evaluate_published, "apply": apply}
+
+
 def main():
     started = time.perf_counter()
     job = gate.job()
@@ -229,7 +242,7 @@ def main():
         if job["kind"] == "ours" and "--output_dir" not in job["argv"]:
             job["argv"] += ["--output_dir", str(Path(folder) / "out")]
         try:
-            {"ours": ours, "published": published, "evaluate": evaluate, "evaluate_published": evaluate_published}[job["kind"]](job, turns)
+            KINDS[job["kind"]](job, turns)
         except gate.Enough:
             pass
     print(f"{job['kind']}: {time.perf_counter() - started:.1f} s in all")

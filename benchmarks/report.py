@@ -40,13 +40,13 @@ def markdown(found):
         f"{found['shape']} shapes, {found['latents']:,} latents, k {found['k']}, {found['rows_a_step']} x {found['tokens_a_row']} tokens a step, "
         f"{found['tokens']:,} training tokens; commit {(found['commit']['git_commit'] or '?')[:9]}, {found['seconds']:.0f} s in all.",
     ]
-    targets = []
+    targets, beyond = [], any(row["moonshot"] for row in found["targets"])
     for row in found["targets"]:
-        limits = [f"{row[key]:g} {row['unit']}" if row[key] else "" for key in ("must", "goal")]
+        limits = [f"{row[key]:g} {row['unit']}" if row[key] else "" for key in ("must", "goal", "moonshot")[: 2 + beyond]]
         targets.append([row["target"], *limits, *number(row["measured"], row["unit"]), row.get("met", "")])
-    lines += table(["target", "must", "goal", "measured", "spread", "met"], targets)
+    lines += table(["target", "must", "goal", *["moonshot"] * beyond, "measured", "spread", "met"], targets)
     for name, results in found["groups"].items():
-        if not isinstance(results[0], dict):
+        if isinstance(results, dict):
             continue
         head = [name, "useful tokens/s", "spread", "of the floor", "NormMSE", "dead", "peak memory", "to the first step"]
         lines += table(head, [contender(found, one) for one in results])

@@ -8,18 +8,18 @@ Results: benchmark.json, benchmark.md and pictures in --output_dir.
 import argparse
 import json
 import math
-import subprocess
-import sys
+import statistics
 import time
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import floors, report
 from benchmarks.runner import Contender, Failed, play, ratios
 from src import checkpoint, demo, lm
 from src.data import Rows
-from src.files import DEMO_LM, ROOT, save_json, save_text
+from src.files import DEMO_LM, save_json, save_text
 from src.sae import routed_sites
 
 SHAPES = {  # language model (None: the demo's), latents, k, rows a step, tokens a row
@@ -29,6 +29,7 @@ SHAPES = {  # language model (None: the demo's), latents, k, rows a step, tokens
     "tiny": ({"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
               "intermediate_size": 64, "vocab_size": 4096}, 64, 4, 4, 32),
 }
+EIGHT = ("TopK", "RandomK", "Vanilla", "Gated", "JumpReLU", "RouteSAE", "Crosscoder", "MLSAE")
 
 
 class Bench:
@@ -41,19 +42,21 @@ class Bench:
         self.device = cfg.device
         self.model_path = str(DEMO_LM if config is None else self._random_model(config))
         self.data_path = str(cfg.data_path or demo.build_corpus())
-        self.tokenizer, model = lm.get_language_model(self.model_path, "cpu", "float32" if cfg.shape != "llama" else "auto")
-        self.config = lm.text_config(model)
+        self.tokenizer, self.config = AutoTokenizer.from_pretrained(self.model_path), AutoConfig.from_pretrained(self.model_path)
         self.depth = self.config.num_hidden_layers
         self.site, self.sites = 3 * self.depth // 4, routed_sites(self.depth)
         self.rows_file, self.held_out = self.folder / "rows.pt", self.folder / "held_out.pt"
-        self._prepare(model)
+        self._prepare()
         self.found = {
             "shape": cfg.shape, "device": self._device_name(), "commit": checkpoint.environment(), "tokens": cfg.tokens, "started": time.ctime(),
             "latents": self.latents, "k": self.k, "rows_a_step": self.batch, "tokens_a_row": self.length, "load_before": _load(), "groups": {},
             "targets": [], "left_out": [],
         }
-        self.machine = floors.measured(self.device)
-        self.found["machine"] = self.machine._asdict()
+        self.machine = measured = floors.measured(self.device)
+        if self.device == "cuda":  # counted floors are of the chip, not of what this program reaches on it
+            chip = torch.cuda.get_device_name()
+            self.machine = floors.H200_REACHED if "H200" in chip else floors.DATASHEET["H100"] if "H100" in chip else measured
+        self.found |= {"machine": self.machine._asdict(), "measured": measured._asdict()}
 
     def _device_name(self):
         if self.device == "cuda":
@@ -64,8 +67,6 @@ class Bench:
 
     def _random_model(self, config):
         """A Llama of random weights with the demo's tokenizer, saved once."""
-        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
         path = self.folder / f"random_{self.cfg.shape}"
         if not (path / "config.json").exists():
             torch.manual_seed(0)
@@ -76,13 +77,14 @@ class Bench:
         return path
 
     @torch.no_grad()
-    def _prepare(self, model):
+    def _prepare(self):
         """Training rows in the order that train.py takes them, and held-out raw states, for contenders that are not ours."""
         rows = Rows(self.data_path, self.tokenizer, self.length, "train", max_tokens=self.cfg.tokens)
         torch.save(rows.batch(rows.order(42, 0)).input_ids.int(), self.rows_file)
         if self.cfg.shape == "llama":  # random weights: quality says nothing
             self.held_out = None
             return
+        _, model = lm.get_language_model(self.model_path, "cpu", "float32")
         found = {site: [] for site in self.sites}
         for batch in Rows(self.data_path, self.tokenizer, self.length, "eval", max_tokens=self.cfg.held_out).batches(self.batch):
             for site, state in lm.read_sites(model, batch.input_ids, self.sites).items():
@@ -95,8 +97,7 @@ class Bench:
             "model_path": self.model_path, "data_path": self.data_path, "latent_size": self.latents, "batch_size": self.batch,
             "max_length": self.length, "max_tokens": self.cfg.tokens, "device": self.device, "save_every": 0, **more,
         }
-        flags = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-        return ["--model", *models, "--k", *map(str, k or [self.k]), *flags]
+        return ["--model", *models, "--k", *map(str, k or [self.k]), *flags(chosen)]
 
     def ours(self, name, *models, **more):
         argv = self.argv(*models, **more)
@@ -128,12 +129,13 @@ class Bench:
         }
         return Contender(name, job, self.folder, str(python), f"peer_{folder}")
 
-    def target(self, what, must, goal, found, unit="x", more_is_better=True):
+    def target(self, what, must, goal, found, unit="x", more_is_better=True, moonshot=None):
         """A row of the table; found: {"median", "low", "high"} or None where nothing was measured."""
-        row = {"target": what, "must": must, "goal": goal, "unit": unit, "measured": found, "more_is_better": more_is_better}
-        if found is not None:
+        limits = {"must": must, "goal": goal, "moonshot": moonshot}
+        row = {"target": what, **limits, "unit": unit, "measured": found}
+        if found is not None and any(limits.values()):
             sign = 1 if more_is_better else -1
-            row["met"] = next((word for word, limit in (("goal", goal), ("must", must)) if limit and sign * found["median"] >= sign * limit), "no")
+            row["met"] = next((word for word in list(limits)[::-1] if limits[word] and sign * found["median"] >= sign * limits[word]), "no")
         self.found["targets"].append(row)
 
     def group(self, name, start, tokens, rounds, **more):
@@ -156,14 +158,30 @@ class Bench:
             print(f"  {one['name']}: {one['tokens_per_s']:,.0f} tokens/s ({one['spread'][0]:,.0f} to {one['spread'][1]:,.0f}){quality}", flush=True)
         return {contender.name: contender for contender in contenders}
 
-    def floor(self, model, number=None):
-        """{stage: seconds a token} of one training step."""
-        shape = floors.shape_of(self.config, self.length, self.batch * self.length)
-        routed = model in ("RouteSAE", "MLSAE", "Crosscoder")
+    def floor(self, *models):
+        """{stage: seconds a token} of one training step of these models together."""
         bf16 = self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16
-        number = number or ("bf16" if bf16 else "fp32")
-        one = floors.sae(model, self.config.hidden_size, self.latents, self.k, len(self.sites) if routed else 1, self.batch * self.length, adam=False)
-        return floors.step_floor([one], floors.blocks(shape, self.site, 2 if number == "bf16" else 4), self.machine, number, number)
+        number, step = "bf16" if bf16 else "fp32", self.batch * self.length
+        shape, several = floors.shape_of(self.config, self.length, step), ("RouteSAE", "MLSAE", "Crosscoder")
+        saes = [
+            floors.sae(name, self.config.hidden_size, self.latents, self.k, len(self.sites) if name in several else 1, step, adam=False)
+            for name in models
+        ]
+        blocks = floors.blocks(shape, self.site, 2 if bf16 else 4)
+        return floors.step_floor(saes, blocks, self.machine, number, number)
+
+
+def flags(options):
+    """Options as one would type them; None leaves one out."""
+    return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def trained(bench):
+    """The RouteSAE that the training left."""
+    found = list((bench.folder / "ours" / "SAE_models").glob("RouteSAE_*.pt"))
+    if not found:
+        raise Failed(f"no trained RouteSAE in {bench.folder / 'ours'}; let --only include training")
+    return found[0]
 
 
 def _load():
@@ -228,15 +246,17 @@ def six(bench):
 
 def evaluating(bench):
     """NormMSE, KL and CE of the trained RouteSAE from one process against one process per metric with complete runs."""
-    path = next((bench.folder / "ours" / "SAE_models").glob("RouteSAE_*.pt"))
     tokens = bench.cfg.evaluate
     rows = math.ceil(tokens / (bench.length - 1))
-    argv = ["--SAE_path", str(path), "--metric", "NormMSE", "KLDiv", "DeltaCE", "--max_samples", str(rows), "--batch_size", str(bench.batch)]
-    argv += ["--output_dir", str(bench.folder / "ours"), "--model_path", bench.model_path, "--device", bench.device]
+    options = {
+        "SAE_path": trained(bench), "max_samples": rows, "batch_size": bench.batch, "output_dir": bench.folder / "ours",
+        "model_path": bench.model_path, "device": bench.device,
+    }
+    argv = [*flags(options), "--metric", "NormMSE", "KLDiv", "DeltaCE"]
     start = [lambda: Contender("ours, all metrics", {"kind": "evaluate", "argv": argv}, bench.folder)]
     for metric in ("NormMSE", "KLDiv", "DeltaCE"):
-        job = bench.published_job() | {"kind": "evaluate_published", "metric": metric, "SAE_path": str(path), "split": "eval", "tokens": tokens}
-        job["rows"] = 2 * rows
+        job = bench.published_job() | {"kind": "evaluate_published", "metric": metric, "SAE_path": str(trained(bench)), "split": "eval"}
+        job |= {"tokens": tokens, "rows": 2 * rows}
         start.append(lambda job=job, metric=metric: Contender(f"published, {metric}", job, bench.folder))
     done = bench.group("evaluation", start, tokens, bench.cfg.rounds)
     mine = done.pop("ours, all metrics").costs()
@@ -246,18 +266,81 @@ def evaluating(bench):
 
 def applying(bench):
     """Extraction of contexts after encoding against a per-activation loop (benchmarks/apply_extraction.py)."""
-    path = next((bench.folder / "ours" / "SAE_models").glob("RouteSAE_*.pt"))
+    from benchmarks import apply_extraction
+
     print("apply ...", flush=True)
-    options = {"SAE_path": path, "max_tokens": bench.cfg.apply, "output_dir": bench.folder / "ours", "device": bench.device}
-    command = [sys.executable, "-m", "benchmarks.apply_extraction", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise Failed(f"apply_extraction ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    print("  " + done.stdout.strip().replace("\n", "\n  "))
-    times = float(next(line for line in done.stdout.splitlines() if line.endswith("published loop")).split()[1])
-    bench.found["groups"]["apply"] = done.stdout.splitlines()
-    once = {"median": times, "low": times, "high": times, "turns": 1}
+    options = {"SAE_path": trained(bench), "max_tokens": bench.cfg.apply, "output_dir": bench.folder / "ours", "device": bench.device}
+    spent, times = apply_extraction.compare(flags(options))
+    bench.found["groups"]["apply"] = {"seconds": spent, "times": times}
+    once = {"median": times["published loop"], "low": times["published loop"], "high": times["published loop"], "turns": 1}
     bench.target("apply: extraction after encoding against a per-activation loop", 30, 100, once)
+
+
+def held(bench, name, make, warm=20):
+    """A contender's rate held for cfg.held seconds in ten turns, alone on the device."""
+    contender = make()
+    try:
+        contender.go(1, counted=False)
+        step = contender.turns[-1]["tokens"]
+        turn = contender.go((warm + 1) * step, counted=False)
+        share = max(step, bench.cfg.held / 10 * turn["tokens"] / turn["seconds"])
+        for _ in range(10):
+            turn = contender.go(turn["done"] + share)
+        if contender.job.get("stages"):
+            contender.profile(turn["done"] + 3 * step)
+    finally:
+        contender.end()
+    result = contender.result()
+    bench.found["groups"].setdefault("held", []).append(result)
+    print(f"  {name}: {result['tokens_per_s']:,.0f} tokens/s ({result['spread'][0]:,.0f} to {result['spread'][1]:,.0f})", flush=True)
+    return contender
+
+
+def minutes(costs, tokens):
+    """Minutes that a number of tokens takes at these seconds a token: extrapolated."""
+    found = sorted(cost * tokens / 60 for cost in costs)
+    return {"median": statistics.median(found), "low": found[0], "high": found[-1], "turns": len(found)}
+
+
+def rates(bench):
+    """Rates held for a minute, and what they come to for the tokens of a real run: the table of one large GPU."""
+    endless = {"max_tokens": None, "num_epochs": 100_000}
+    sets = {
+        "RouteSAE": (["RouteSAE"], 8.3, 6.5, 5.0), "TopK": (["TopK"], None, None, None), "zoo": (list(EIGHT), 45, 31, 25),
+        "Crosscoder": (["Crosscoder"], 21, 16, 13), "MLSAE": (["MLSAE"], 18, 13.7, 11),
+    }
+    print("held rates ...", flush=True)
+    for name, (models, must, goal, moonshot) in sets.items():
+        options = {**endless, "output_dir": bench.folder / name, "overwrite": 1, "resume": "never"}
+        done = held(bench, f"ours {name}", lambda name=name, models=models, options=options: bench.ours(f"ours {name}", *models, **options))
+        bench.target(f"{name}, 100M tokens at the rate held", must, goal, minutes(done.costs(), 1e8), "min", False, moonshot)
+        if name == "RouteSAE":
+            peak = done.result()["peak_bytes"] / 1e9
+            bench.target("peak memory, RouteSAE", 40, 20, {"median": peak, "low": peak, "high": peak, "turns": 1}, "GB", False, 16)
+    published = held(bench, "published RouteSAE", lambda: bench.published("published RouteSAE", "RouteSAE", tokens=10**12), warm=2)
+    ours = next(one for one in bench.found["groups"]["held"] if one["name"] == "ours RouteSAE")
+    bench.target("train RouteSAE, useful tokens/s against the method as published", 10, 19, ratios(published.costs(), [1 / r for r in ours["rates"]]))
+
+    short = bench.ours("RouteSAE to read", "RouteSAE", output_dir=bench.folder / "ours", max_tokens=20 * bench.batch * bench.length)
+    short.go(math.inf)
+    short.end()
+    common = {"SAE_path": trained(bench), "output_dir": bench.folder / "ours", "model_path": bench.model_path, "device": bench.device}
+    options = {**common, "batch_size": bench.batch, "max_tokens": None, "split": "all"}
+    metrics = ["--metric", "NormMSE", "KLDiv"]
+    evaluation = Contender("evaluate", {"kind": "evaluate", "argv": flags(options) + metrics}, bench.folder)
+    reading = Contender("apply", {"kind": "apply", "argv": flags(options)}, bench.folder)
+    for name, contender, limits in (("evaluate 10M tokens, RouteSAE KL", evaluation, (3, 1.75, 1.33)), ("apply 10M tokens", reading, (5, 1.67, 1))):
+        try:
+            contender.go(1, counted=False)
+            contender.go(math.inf)  # all there is, to its end
+        finally:
+            contender.end()
+        last = contender.turns[-1]
+        must, goal, moonshot = limits
+        bench.target(f"{name} (from {last['tokens']:,})", must, goal, minutes([last["seconds"] / last["tokens"]], 1e7), "min", False, moonshot)
+
+
+PARTS = {"training": training, "six": six, "evaluate": evaluating, "apply": applying, "rates": rates}
 
 
 def main(argv=None):
@@ -273,18 +356,18 @@ def main(argv=None):
     parser.add_argument("--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders")
     parser.add_argument("--apply", type=int, default=20_000, help="tokens contexts are extracted from")
     parser.add_argument("--data_path", help="text (default: the demo's)")
-    parser.add_argument("--only", nargs="+", choices=("training", "six", "evaluate", "apply"), default=["training", "six", "evaluate", "apply"])
+    parser.add_argument("--held", type=float, default=65, help="seconds a rate is held where rates are measured")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: rates on CUDA, elsewhere the others)")
     parser.add_argument("--output_dir", default="outputs/benchmark")
     cfg = parser.parse_args(argv)
     if cfg.quick:
         cfg.shape, cfg.tokens, cfg.rounds, cfg.held_out, cfg.evaluate, cfg.apply = "tiny", 3000, 3, 500, 1000, 500
     started = time.perf_counter()
     bench = Bench(cfg)
-    parts = {"training": training, "six": six, "evaluate": evaluating, "apply": applying}
-    for name in cfg.only:
-        parts[name](bench)
+    for name in cfg.only or (["rates"] if cuda else ["training", "six", "evaluate", "apply"]):
+        PARTS[name](bench)
     bench.found["seconds"], bench.found["load_after"] = time.perf_counter() - started, _load()
-    bench.found["floors"] = {model: bench.floor(model) for model in ("TopK", "RouteSAE")}
+    bench.found["floors"] = {model: bench.floor(model) for model in EIGHT} | {"zoo": bench.floor(*EIGHT)}
     save_json(bench.found, bench.folder / "benchmark.json")
     text = report.markdown(bench.found)
     save_text(text, bench.folder / "benchmark.md")
