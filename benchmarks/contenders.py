@@ -57,14 +57,13 @@ def score(sae, states):
 
 def training_objects():
     """The SAEs and schedule-free optimisers that are alive; found by type, so that the trainer may change as it likes."""
-    import schedulefree
-
+    from src.run import Signum
     from src.sae import SAE
 
     alive = gc.get_objects()
     saes = [one for one in alive if issubclass(type(one), SAE) and next(one.parameters()).device.type != "meta"]
     inner = {id(part) for sae in saes for part in sae.children()}
-    return [sae for sae in saes if id(sae) not in inner], [one for one in alive if type(one) is schedulefree.ScheduleFreeWrapper]
+    return [sae for sae in saes if id(sae) not in inner], [one for one in alive if type(one) is Signum]
 
 
 def ours(job, turns):
@@ -79,7 +78,7 @@ def ours(job, turns):
 
     def measure(path):
         saes, optimizers = kept
-        averaged = [one for one in optimizers if one.train_mode]
+        averaged = [one for one in optimizers if one.at_y]
         for one in averaged:
             one.eval()
         found = score(saes[0], torch.load(path))

@@ -95,7 +95,8 @@ class Bench:
         """Options of train.py."""
         chosen = {
             "model_path": self.model_path, "data_path": self.data_path, "latent_size": self.latents, "batch_size": self.batch,
-            "max_length": self.length, "max_tokens": self.cfg.tokens, "device": self.device, "save_every": 0, **more,
+            "max_length": self.length, "max_tokens": self.cfg.tokens, "device": self.device, "save_every": 0, "overwrite": 1, "resume": "never",
+            **more,
         }
         return ["--model", *models, "--k", *map(str, k or [self.k]), *flags(chosen)]
 
@@ -311,7 +312,7 @@ def rates(bench):
     }
     print("held rates ...", flush=True)
     for name, (models, must, goal, moonshot) in sets.items():
-        options = {**endless, "output_dir": bench.folder / name, "overwrite": 1, "resume": "never"}
+        options = {**endless, "output_dir": bench.folder / name}
         done = held(bench, f"ours {name}", lambda name=name, models=models, options=options: bench.ours(f"ours {name}", *models, **options))
         bench.target(f"{name}, 100M tokens at the rate held", must, goal, minutes(done.costs(), 1e8), "min", False, moonshot)
         if name == "RouteSAE":

@@ -23,10 +23,9 @@ def ranged(owner, name, label):
 
 def mark():
     """Puts ranges around the parts of src's training. Innermost ranges count."""
-    import schedulefree
-
     from src import hooks, lm, model, sae
     from src.data import Rows
+    from src.run import Signum
 
     ranged(Rows, "batch", "bench:data")
     ranged(lm, "read_sites", "bench:LM")
@@ -37,7 +36,7 @@ def mark():
                 ranged(cls, method, label)
     ranged(torch.Tensor, "backward", "bench:backward")
     ranged(torch.optim.Adam, "step", "bench:optimiser")
-    ranged(schedulefree.ScheduleFreeWrapper, "step", "bench:optimiser")
+    ranged(Signum, "step", "bench:optimiser")
 
 
 class Range:

@@ -97,7 +97,7 @@ class BatchTopK(TopK):
     def choose(self, pre_acts, token=None):
         if not self.training and not self.cut.isnan():
             return (pre_acts > self.cut).flatten().nonzero()[:, 0]
-        return (pre_acts >= kth_largest(pre_acts, self.k * len(pre_acts), self.total)).flatten().nonzero()[:, 0]
+        return (pre_acts.float() >= kth_largest(pre_acts, self.k * len(pre_acts), self.total)).flatten().nonzero()[:, 0]
 
     def plain(self):
         if self.cut.isnan():

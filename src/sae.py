@@ -120,7 +120,7 @@ class SAE(nn.Module):
 
     def average(self, x: Tensor) -> Tensor:
         """Mean over the tokens here and in the other processes, nan where there are none. No gradient. [N,...] -> [...]"""
-        x = x.detach().float()
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         sums = self.total(torch.cat([x.sum(0).flatten(), x.new_tensor([len(x)])]))
         return (sums[:-1] / sums[-1]).view(x.shape[1:])
 
