@@ -54,7 +54,7 @@ def _program() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):  # no git here: the recipe then says null
         commit = None
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "datasets", "numpy", "schedulefree"):
+    for package in ("torch", "transformers", "datasets", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -34,8 +34,8 @@ class Signum(torch.optim.Optimizer):
     """Steps of size lr along the sign of the gradient, schedule-free (Defazio et al. 2024): gradients are taken at y = (1-b) z + b x,
     z makes the steps, x is their mean and what is kept.
 
-    In place of the authors' wrapper because `found_inf`, a 0-dim tensor as Adam's, turns a step into none without the host's knowing, and
-    because y and z alone are moved: 4 passes over the weights in place of 12.
+    In place of the authors' wrapper because `found_inf`, a 0-dim tensor as Adam's, turns a step into none without the host's knowing; moving
+    y and z alone, it also takes half the time for large weights (docs/LOG.md).
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
