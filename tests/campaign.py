@@ -351,11 +351,11 @@ def done(out):
         for line in (out / "trials.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):
                 one = json.loads(line)
-                found.setdefault(one["kind"], {})[one["key"]] = one["result"]
+                found.setdefault(one["kind"], {})[one["key"]] = one["result"] | {"commit": one.get("commit", "")}
     return found
 
 
-def worker(table, todo, out, work, deadline):
+def worker(table, todo, out, work, deadline, commit):
     """Does trials until the time is up; each is written down as it ends, with the secrets found in what it left."""
     for kind, key in todo:
         if time.monotonic() > deadline:
@@ -366,7 +366,7 @@ def worker(table, todo, out, work, deadline):
         left = [path for path in folder.parent.rglob("*") if path.is_file()]
         result |= {"files": len(left), "secrets": sum(CANARY[3:].encode() in path.read_bytes() for path in left)}
         with open(out / "trials.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "key": key, "result": result}) + "\n")
+            file.write(json.dumps({"kind": kind, "key": key, "commit": commit, "result": result}) + "\n")
         shutil.rmtree(folder.parent)
     return 0
 
@@ -465,19 +465,20 @@ def main():
     table, finished = tasks(trainings, stages, args.trials), done(args.out)
     parts = [(i / len(keys), kind, key) for kind, (_, keys) in table.items() for i, key in enumerate(keys)]  # of each kind an equal share at any time
     todo = [(kind, key) for _, kind, key in sorted(parts) if key not in finished.get(kind, {}) and (not args.only or kind in args.only)]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=files.ROOT).stdout.strip()
     workers = []
     for i in range(args.jobs):
         def work_on(i=i):
             global SHARED
             SHARED = Shared()  # its own, not that of the other workers
-            return worker(table, todo[i :: args.jobs], args.out, work, deadline)
+            return worker(table, todo[i :: args.jobs], args.out, work, deadline, commit)
 
         workers.append(fork(work_on, args.out / f"worker{i}.log"))
     codes = [wait(pid, 60 * args.minutes + 900) for pid in workers]
     results = done(args.out)
     figures, markdown = report(results, trainings)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=files.ROOT).stdout.strip()
-    summary = {"command": f"python -m tests.campaign --trials {args.trials}", "commit": commit, "trials": figures, "table": markdown.splitlines()}
+    commits = sorted({one["commit"] for found in results.values() for one in found.values()})
+    summary = {"command": f"python -m tests.campaign --trials {args.trials}", "commits": commits, "trials": figures, "table": markdown.splitlines()}
     files.save_json(summary | {"results": results}, args.out / "campaign.json", indent=None)
     files.save_text(markdown, args.out / "table.md")
     if args.publish:
