@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments.routing_runs import LEARNED, ROUTERS, path_of, router_weights
-from src import checkpoint, files, hooks, lm, router
+from src import checkpoint, files, hooks, lm, metrics, router
 from src.data import Batch, Rows
-from src.ops import squared_errors
+from src.ops import active, squared_errors
 from src.sae import SAE, routed_sites
 
 # of each run and document: counted tokens and their summed NormMSE; predictions made at them with summed KL and rise of cross-entropy; and on a part
@@ -38,6 +38,7 @@ class Run(NamedTuple):
     site: Tensor  # index into the routed sites of each token's patch [N]
     errors: Tensor  # NormMSE [N]
     latents: Tensor  # [N,F]
+    routed: bool  # by a router or at random: tokens at several sites
     costs: bool  # whether costs are measured too
 
 
@@ -71,16 +72,15 @@ def runs_of(arms: dict[str, SAE], hidden: dict[int, Tensor], keys: Tensor, route
     for name, sae in arms.items():
         p = sae.autoencode(sae.gather(hidden), token=keys)
         errors = squared_errors(p.target, p.x_hat)
-        for i, grafts in enumerate(sae.grafts(hidden, token=keys)):
-            costs = not name.endswith(("_permuted", "_oracle"))
+        for i, grafts in enumerate(sae.grafts(hidden, token=keys, clean=p)):
             if p.weights is not None:
-                yield Run(name, grafts, p.weights.argmax(-1), errors, p.latents, costs)
+                yield Run(name, grafts, p.weights.argmax(-1), errors, p.latents, True, not name.endswith(("_permuted", "_oracle")))
                 continue
             (site,) = grafts
             here = torch.full_like(keys, routed.index(site))
             several = errors.ndim > 1
             run = f"{name}_{site}" if several else name
-            yield Run(run, grafts, here, errors[:, i] if several else errors, p.latents[:, i] if several else p.latents, costs)
+            yield Run(run, grafts, here, errors[:, i] if several else errors, p.latents[:, i] if several else p.latents, False, True)
 
 
 def with_noise(graft: Callable[[Tensor], Tensor], generator: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -161,7 +161,7 @@ def _measure_batch(
 ) -> None:
     document = batch.document
     batch = batch.to(cfg.device)
-    full = lm.read_sites(language_model, batch.input_ids, sites)
+    full, final = lm.read_through(language_model, batch.input_ids, sites)
     hidden = {site: state[batch.mask].float() for site, state in full.items()}
     at = torch.zeros_like(batch.mask)
     at[:, :-1] = batch.mask[:, 1:]
@@ -169,16 +169,17 @@ def _measure_batch(
     targets, of_tokens, of_predictions = batch.input_ids.roll(-1, 1)[at], document[batch.mask.cpu()], document[at.cpu()]
     states: dict[tuple[str, str], Tensor] = {}
     generator = torch.Generator().manual_seed(int(batch.row[0]))
-    ablated: dict[int, Tensor] = {}  # one site for all tokens: the same whatever the SAE
+    ablated: dict[str, Tensor] = {}  # one site for all tokens: the same whatever the SAE
     ids, chosen = batch.input_ids[batch.mask], {}
     for run in runs_of(arms, hidden, batch.token_keys(), sites):
         sums.per_document(run.name, "tokens", of_tokens, torch.ones(len(of_tokens)))
         sums.per_document(run.name, "NormMSE", of_tokens, run.errors)
         one_hot = F.one_hot(run.site, len(sites))
         sums.per_run(run.name, site_tokens=one_hot.sum(0), site_errors=(one_hot * run.errors[:, None]).double().sum(0))
-        fired = torch.zeros(len(sites), run.latents.shape[1], device=run.latents.device).index_add_(0, run.site, (run.latents != 0).float())
-        sums.per_run(run.name, fired=fired.int())
-        if len(run.grafts) > 1:
+        token, latent, _ = active(run.latents)
+        cells = torch.bincount(run.site[token] * run.latents.shape[1] + latent, minlength=len(sites) * run.latents.shape[1])
+        sums.per_run(run.name, fired=cells.view(len(sites), -1).int())
+        if run.routed:
             cells = torch.bincount(ids * len(sites) + run.site, minlength=lm.text_config(language_model).vocab_size * len(sites))
             sums.per_run(run.name, site_of_token=cells.view(-1, len(sites)).int())
             chosen[run.name] = run.site
@@ -186,16 +187,14 @@ def _measure_batch(
         if costs and run.costs:
             noisy = {site: with_noise(graft, generator) for site, graft in run.grafts.items()}
             states[run.name, "KL_noise"] = hooks.patched_states(language_model, batch, noisy, full)[at]
-            put = {site: mean_put(run.site, sites.index(site), means[site]) for site in run.grafts}
-            only = next(iter(run.grafts)) if len(run.grafts) == 1 else None
-            if only is None or only not in ablated:
-                patched = hooks.patched_states(language_model, batch, put, full)[at]
-                if only is not None:
-                    ablated[only] = patched
-            states[run.name, "KL_mean"] = ablated[only] if only is not None else patched
+            key = run.name if run.routed else str(run.site[:1].tolist())
+            if key not in ablated:
+                put = {site: mean_put(run.site, sites.index(site), means[site]) for site in run.grafts}
+                ablated[key] = hooks.patched_states(language_model, batch, put, full)[at]
+            states[run.name, "KL_mean"] = ablated[key]
     for name in ROUTERS:
         sums.per_run(name, agreed=(chosen[name] == chosen[f"{name}_oracle"]).sum())
-    _compare(sums, language_model, lm.final_states(language_model, batch.input_ids)[at], states, targets, of_predictions)
+    _compare(sums, language_model, final[at], states, targets, of_predictions)
 
 
 def _compare(
@@ -204,16 +203,14 @@ def _compare(
     """KL and rise of cross-entropy of every patched run against the clean one, a chunk of predictions at a time."""
     for start in range(0, len(clean), lm.HEAD_CHUNK):
         here = slice(start, start + lm.HEAD_CHUNK)
-        log_p = lm.logits_of(language_model, clean[here]).log_softmax(-1)
-        p, ones, where, right = log_p.exp(), torch.ones(len(log_p)), document[here], targets[here, None]
-        certainty = torch.linalg.vecdot(p, log_p)
+        prediction, where = metrics.Prediction(lm.logits_of(language_model, clean[here]), targets[here]), document[here]
+        ones = torch.ones(len(where))
         for (name, quantity), patched in states.items():
-            log_q = lm.logits_of(language_model, patched[here]).log_softmax(-1)
-            kl = certainty - torch.linalg.vecdot(p, log_q)
+            kl, ce = prediction.compare(lm.logits_of(language_model, patched[here]))
             sums.per_document(name, quantity, where, kl)
             if quantity == "KL":
                 sums.per_document(name, "predictions", where, ones)
-                sums.per_document(name, "DeltaCE", where, (log_p.gather(1, right) - log_q.gather(1, right))[:, 0])
+                sums.per_document(name, "DeltaCE", where, ce - prediction.ce)
             if quantity == "KL_noise":
                 sums.per_document(name, "cost_predictions", where, ones)
             if quantity == "KL" and (name, "KL_noise") in states:
