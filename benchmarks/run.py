@@ -344,28 +344,33 @@ def rates(bench):
 PARTS = {"training": training, "six": six, "evaluate": evaluating, "apply": applying, "rates": rates}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+def common(parser, rounds):
+    """Options of every benchmark here."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--shape", choices=SHAPES, default="llama" if cuda else "demo", help="which language model and SAE sizes")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny shapes, few tokens")
     parser.add_argument("--peers", help="folder of the peers' environments")
     parser.add_argument("--tokens", type=int, default=300_000, help="training tokens of each contender")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each contender")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender, the first not counted")
     parser.add_argument("--held_out", type=int, default=16_000, help="tokens quality is measured on")
+    parser.add_argument("--data_path", help="text (default: the demo's)")
+    parser.add_argument("--output_dir", default="outputs/benchmark")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    common(parser, 8)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny shapes, few tokens")
     parser.add_argument("--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders")
     parser.add_argument("--apply", type=int, default=20_000, help="tokens contexts are extracted from")
-    parser.add_argument("--data_path", help="text (default: the demo's)")
     parser.add_argument("--held", type=float, default=65, help="seconds a rate is held where rates are measured")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: rates on CUDA, elsewhere the others)")
-    parser.add_argument("--output_dir", default="outputs/benchmark")
     cfg = parser.parse_args(argv)
     if cfg.quick:
         cfg.shape, cfg.tokens, cfg.rounds, cfg.held_out, cfg.evaluate, cfg.apply = "tiny", 3000, 3, 500, 1000, 500
     started = time.perf_counter()
     bench = Bench(cfg)
-    for name in cfg.only or (["rates"] if cuda else ["training", "six", "evaluate", "apply"]):
+    for name in cfg.only or (["rates"] if cfg.device == "cuda" else ["training", "six", "evaluate", "apply"]):
         PARTS[name](bench)
     bench.found["seconds"], bench.found["load_after"] = time.perf_counter() - started, _load()
     bench.found["floors"] = {model: bench.floor(model) for model in EIGHT} | {"zoo": bench.floor(*EIGHT)}

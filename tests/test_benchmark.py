@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from benchmarks import contenders, report, stages
+from benchmarks import contenders, report, stages, sweeps
 from benchmarks.gate import Gate, score
 from benchmarks.runner import ratios
 from src.data import Rows
@@ -85,6 +85,12 @@ def test_ratios_pair_the_turns_of_a_round_and_targets_are_judged():
         Bench.target(bench, "x", *((3, 5) if more else (1, 0.5)), {"median": median, "low": 1.0, "high": 9.0, "turns": 2}, more_is_better=more)
     assert [row["met"] for row in bench.found["targets"]] == ["must", "goal", "no", "must"]
     assert report.number(None, "x")[0] == "not measured"
+
+
+def test_sweeps_are_drawn_with_gaps_where_a_contender_failed(tmp_path):
+    one = {"tokens_per_s": 100.0, "spread": [90.0, 120.0]}
+    sweeps.picture({"k": {"ours": {16: one, 32: one}, "peer": {16: one}}, "saes": {"ours": {1: one, 4: one}}}, tmp_path / "sweeps.png")
+    assert (tmp_path / "sweeps.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
