@@ -1,11 +1,12 @@
 """Every option once: its type, default and help; which stage shows it; the order of precedence; how a stage ends.
 
-Precedence: typed > saved recipe of a checkpoint > recipe of the model > declared default. Torch-free, so that `--help` is quick.
+Precedence: typed > --config file > saved recipe of a checkpoint > recipe of the model > declared default. Torch-free, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src import zoo
+from src import runfile, zoo
 from src.files import DEMO_LM, printable, redacted
 
 
@@ -33,6 +34,16 @@ def boolean(text: str) -> bool:
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
     return known[text.lower()]
+
+
+def placement(text: str) -> Any:
+    """auto, cpu, cuda:1 ... as it is; JSON as what it says: {"": 0}."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
 
 
 def interval(text: str) -> tuple[float, str]:
@@ -68,9 +79,11 @@ OPTIONS: dict[str, Option] = {
     "data_path": Option("text interpretation", str, None, "text: file, folder, glob, hub name ($DATA_PATH, else demo text); interpret.py: contexts"),
     "output_dir": Option("common", str, "outputs", "folder all results go to ($OUTPUT_DIR)"),
     "device": Option("lm", str, "auto", "auto (CUDA where there is one), cpu, cuda:0 ..."),
+    "device_map": Option("lm", placement, None, 'spread a large language model: auto, a device, or JSON {"module": device} (needs accelerate)'),
     "dtype": Option("lm", str, "auto", "number format of the language model; SAEs are float32", ("auto", "float32", "bfloat16", "float16")),
     "seed": Option("common", int, 42, "seed of initialisation, order and random draws", low=0),
     "trust_remote_code": Option("lm", boolean, False, "run code that comes with the language model"),
+    "config": Option("common", str, None, "file of options: YAML, JSON, or the .json recipe beside trained weights; what is typed wins"),
     "debug": Option("common", boolean, False, "show the whole traceback of an error"),
     # text
     "batch_size": Option("text", int, None, "rows a step (default: 64; demo LM: 16)", low=1),
@@ -195,19 +208,26 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Options that change nothing about the weights.
 NEUTRAL = frozenset(
-    "output_dir debug tag overwrite save_every resume max_memory_hint use_wandb wandb_project device trust_remote_code typed stage".split()
+    "output_dir config debug tag overwrite save_every resume max_memory_hint use_wandb wandb_project device device_map trust_remote_code "
+    "typed from_file stage".split()
 )
 SECRET = frozenset({"api_key", "api_key_file"})
 
 
 class _Parser(argparse.ArgumentParser):
+    reading = ""  # the file whose options are being parsed
+
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n" if os.environ.get("RANK", "0") == "0" else None)
+        self.exit(2, f"{self.prog}: error: {self.reading}{message}; see --help\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
-def parser(stage: str) -> argparse.ArgumentParser:
+def parser(stage: str) -> _Parser:
     """The command line of one stage. Absent options stay absent, so that what was typed is known."""
-    made = _Parser(f"{stage}.py", description=ABOUT[stage], argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    order = "What is typed wins over the --config file, that over the recipe of a checkpoint, that over the defaults here."
+    usage = "%(prog)s [options]" + (" [contexts]" if stage == "interpret" else "")
+    made = _Parser(
+        f"{stage}.py", usage, ABOUT[stage], order, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     for group in STAGES[stage]:
         section = made.add_argument_group(group)
         for name, row in OPTIONS.items():
@@ -241,13 +261,27 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> Namespace:
     for name, variable in ENVIRONMENT.items():
         if hasattr(cfg, name):
             setattr(cfg, name, os.environ.get(variable) or getattr(cfg, name))
-    vars(cfg).update(given)
-    cfg.typed, cfg.stage = set(given), stage
     try:
+        from_file = _from_file(given["config"], stage, made) if given.get("config") else {}
+        vars(cfg).update(from_file | given)
+        cfg.typed, cfg.from_file, cfg.stage = set(given) | set(from_file), set(from_file) - set(given), stage
         check(cfg)
     except ValueError as error:
         made.error(str(error))
     return cfg
+
+
+def _from_file(path: str, stage: str, made: _Parser) -> dict[str, Any]:
+    """What a --config file says for this stage, parsed as if it were typed; options of other stages are passed over."""
+    options, said = runfile.read(path, stage, OPTIONS)
+    if said:
+        print(said)
+    mine = {name for name, row in OPTIONS.items() if set(row.group.split()) & set(STAGES[stage])} - {"config"}
+    mine -= {"data_path"} if stage == "interpret" else set()  # there it means contexts, in a file for all stages text
+    made.reading = f"--config {path}: "
+    parsed = vars(made.parse_args(runfile.words({name: value for name, value in options.items() if name in mine})))
+    made.reading = ""
+    return {name: value for name, value in parsed.items() if name in mine}
 
 
 def parse_args() -> Namespace:
@@ -320,9 +354,9 @@ def learning_rate(cfg: Namespace, name: str) -> float:
 
 
 def unused(cfg: Namespace) -> list[str]:
-    """One line for each typed option that none of the chosen models uses."""
+    """One line for each typed option that none of the chosen models uses. Files may hold options for all models."""
     lines = []
-    for name in sorted(cfg.typed):
+    for name in sorted(cfg.typed - cfg.from_file):
         owners = [model for model, entry in zoo.ZOO.items() if name in entry.options]
         if owners and len(owners) < len(zoo.ZOO) and not set(owners) & set(cfg.model):
             lines.append(f"--{name} does nothing for {', '.join(cfg.model)}; it belongs to {', '.join(owners)}")

@@ -222,7 +222,7 @@ class Interpreter:
     def _key(self) -> str | None:
         cfg = self.cfg
         if getattr(cfg, "api_key", None):
-            if "api_key" in getattr(cfg, "typed", ()):
+            if "api_key" in getattr(cfg, "typed", set()) - getattr(cfg, "from_file", set()):
                 print("warning: --api_key is visible to every user of this machine; prefer OPENAI_API_KEY or --api_key_file")
             return cfg.api_key
         if getattr(cfg, "api_key_file", None):
