@@ -21,7 +21,7 @@ Triple = tuple[int, float, int]  # (latent, value, mode): mode 0 adds, 1 multipl
 
 def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module]:
     """(tokenizer, language model) of a stage. Raises ValueError where one of the SAEs does not fit it."""
-    tokenizer, model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
+    tokenizer, model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code, cfg.device_map)
     width, depth = lm.text_config(model).hidden_size, len(lm.blocks(model))
     for sae in saes:
         if sae.hidden_size != width or max(sae.sites()) > depth:
@@ -40,7 +40,7 @@ def graft_hooks(grafts: Mapping[int, Callable[[Tensor], Tensor]], mask: Tensor) 
 
     def hook(graft: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
         def replace(output: Any) -> Any:
-            hidden = lm.hidden_of(output)
+            hidden = lm.hidden_of(output).to(mask.device)
             changed = hidden.clone()
             changed[mask] = graft(hidden[mask].float()).to(hidden.dtype)
             return lm.with_hidden(output, changed)
@@ -98,7 +98,7 @@ def get_outputs(cfg: Namespace, batch: tuple[Tensor, Tensor], language_model: nn
     input_ids, attention_mask = (part.to(device) for part in batch[:2])
     sites = list(getattr(cfg, "sites", None) or [cfg.layer])
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), lm.hooked(language_model, {s: (lambda out, s=s: found.__setitem__(s, lm.hidden_of(out))) for s in sites}):
+    with torch.no_grad(), lm.hooked(language_model, {s: (lambda out, s=s: found.__setitem__(s, lm.hidden_of(out).to(device))) for s in sites}):
         outputs = language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     hidden = torch.stack([found[site] for site in sites], dim=2)
     return input_ids, attention_mask, outputs, hidden[:, :, 0] if len(sites) == 1 else hidden

@@ -8,6 +8,7 @@ Shapes: B rows, S positions, D hidden, V vocabulary, N counted tokens.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from src import hub
 
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 128k x 4 bytes = 0.5 GB in float32
 
@@ -35,34 +38,46 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
     return torch.bfloat16 if fast else torch.float32
 
 
-def get_language_model(model_path: str, device: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
-    """(tokenizer, language model) from a folder or a hub name: frozen, in eval mode, on device.
+def get_language_model(
+    model_path: str, device: str, dtype: str = "auto", trust_remote_code: bool = False, device_map: Any = None
+) -> tuple[Any, nn.Module]:
+    """(tokenizer, language model) from a folder or a hub name: frozen, in eval mode, on device or where device_map puts its parts.
 
-    Raises ValueError where there is no such model, it is gated, or the hub cannot be reached.
+    A quantised checkpoint is loaded as its own configuration says. Raises ValueError where there is no such model, it is gated, the hub
+    cannot be reached, or a package it needs is missing.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ValueError("--device_map needs the package accelerate, which is not installed; pip install accelerate, or leave the flag out")
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=pick_dtype(dtype, device), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_path, **trust)
+        kind = type(transformers.AutoConfig.from_pretrained(model_path, **trust))
+        pictures = kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        auto = transformers.AutoModelForImageTextToText if pictures else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(model_path, dtype=pick_dtype(dtype, device), device_map=device_map, **trust)
+    except (OSError, ValueError, ImportError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if isinstance(error, pickle.UnpicklingError):
             reason = "its weights hold other things than tensors, or are damaged; nothing in them was run"
-        here = "the folder is there but is not a complete model" if os.path.isdir(model_path) else "no such folder, and the hub gave"
+        there = os.path.isdir(model_path)
+        here = "the folder is there but is not a complete model" if there else "no such folder, and the hub gave"
         todo = "check --model_path, or run scripts/download_model.sh"
         if "custom code" in reason:
             todo = "add --trust_remote_code if you trust it to run code of its own here"
+        reason = (None if there else hub.reason(error, model_path)) or reason
         raise ValueError(f"cannot load language model {model_path!r} ({here}: {reason}); {todo}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.requires_grad_(False)
-    return tokenizer, model.eval().to(device)
+    model.requires_grad_(False).eval()
+    placed = device_map is not None or getattr(model, "is_quantized", False)  # it is where it belongs, and may refuse to be moved
+    return tokenizer, model if placed else model.to(device)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -94,8 +109,8 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """`output` with its hidden state replaced, in the dtype it had."""
-    hidden = hidden.to(hidden_of(output).dtype)
+    """`output` with its hidden state replaced, in the dtype and on the device it had."""
+    hidden = hidden.to(hidden_of(output))
     return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
 
 
@@ -124,13 +139,22 @@ def hooked(model: nn.Module, at: dict[int, Callable[[Any], Any]], stop: bool = F
             handle.remove()
 
 
+def _decode(model: nn.Module, input_ids: Tensor, **more: Any) -> Any:
+    """What the decoder makes of input_ids, which are brought to where its embeddings are (on `meta`: accelerate brings them)."""
+    device = model.get_input_embeddings().weight.device
+    return model.get_decoder()(input_ids=input_ids if device.type == "meta" else input_ids.to(device), **more)
+
+
 @torch.no_grad()
-def read_sites(model: nn.Module, input_ids: Tensor, sites: list[int], attention_mask: Tensor | None = None) -> dict[int, Tensor]:
-    """{site: hidden [B,S,D]} from one forward pass that ends after the last site: no later block, no head, no cache."""
+def read_sites(model: nn.Module, input_ids: Tensor, sites: list[int], **more: Any) -> dict[int, Tensor]:
+    """{site: hidden [B,S,D]} from one forward pass that ends after the last site: no later block, no head, no cache.
+
+    The states are brought to the device of input_ids, wherever the blocks are.
+    """
     found: dict[int, Tensor] = {}
-    with hooked(model, {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output))) for site in sites}, stop=True):
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    keep = {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output).to(input_ids.device))) for site in sites}
+    with hooked(model, keep, stop=True):
+        _decode(model, input_ids, **({"use_cache": False} | more))
     return found
 
 
@@ -145,13 +169,14 @@ def read_through(model: nn.Module, input_ids: Tensor, sites: list[int]) -> tuple
 @torch.no_grad()
 def final_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The decoder's last hidden state, after the final norm: what the head reads. [B,S,D]"""
-    return model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
+    return _decode(model, input_ids, use_cache=False)[0].to(input_ids.device)
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     """Logits in float32 of final states: [N,D] -> [N,V], soft-capped where the model caps them."""
-    logits = model.get_output_embeddings()(states).float()
+    head = model.get_output_embeddings()
+    logits = head(states if head.weight.device.type == "meta" else states.to(head.weight.device)).float().to(states.device)
     cap = getattr(text_config(model), "final_logit_softcapping", None)
     scale = (getattr(text_config(model), "logit_scale", None) or 1.0) / (getattr(text_config(model), "logits_scaling", None) or 1.0)
     logits = logits if scale == 1 else logits * scale  # Cohere multiplies, Granite divides
@@ -169,7 +194,7 @@ def resumed_at(model: nn.Module, site: int, hidden: Tensor) -> Iterator[None]:
         return probe["like"](hidden_states)
 
     def last(hidden_states, *args, **kwargs):
-        return probe["like"](hidden)
+        return probe["like"](hidden.to(hidden_states.device))
 
     probe["like"] = (lambda h: (h,)) if _returns_tuple(model) else (lambda h: h)
     try:
@@ -190,9 +215,9 @@ def _returns_tuple(model: nn.Module) -> bool:
     known = getattr(model, "_blocks_return_tuples", None)
     if known is None:
         kind = []
-        first = torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device)
+        first = torch.zeros((1, 1), dtype=torch.long)
         with torch.no_grad(), hooked(model, {1: lambda output: kind.append(not isinstance(output, Tensor))}, stop=True):
-            model.get_decoder()(input_ids=first, use_cache=False)
+            _decode(model, first, use_cache=False)
         known = model._blocks_return_tuples = kind[0]
     return known
 
@@ -200,17 +225,14 @@ def _returns_tuple(model: nn.Module) -> bool:
 @torch.no_grad()
 def next_logits(model: nn.Module, input_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """(logits [B,V] after the last token, cache) of new tokens [B,S] that follow what the cache holds (None: nothing)."""
-    out = model.get_decoder()(input_ids=input_ids, past_key_values=cache, use_cache=True)
-    return logits_of(model, out[0][:, -1]), out.past_key_values
+    out = _decode(model, input_ids, past_key_values=cache, use_cache=True)
+    return logits_of(model, out[0][:, -1].to(input_ids.device)), out.past_key_values
 
 
 @torch.no_grad()
 def peek(model: nn.Module, input_ids: Tensor, cache: Any, sites: list[int]) -> dict[int, Tensor]:
     """{site: hidden [B,S,D]} of new tokens; the cache stays as it is, since the tokens are to be run again."""
-    found: dict[int, Tensor] = {}
-    with hooked(model, {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output))) for site in sites}, stop=True):
-        model.get_decoder()(input_ids=input_ids, past_key_values=copy.deepcopy(cache), use_cache=cache is not None)
-    return found
+    return read_sites(model, input_ids, sites, past_key_values=copy.deepcopy(cache), use_cache=cache is not None)
 
 
 @torch.no_grad()

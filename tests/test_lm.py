@@ -1,8 +1,11 @@
 """The language model read and resumed at numbered sites, on the built-in demo LM."""
 
+import importlib.util
+
 import pytest
 import torch
 
+from src.config import parse
 from src.files import DEMO_LM
 from src.lm import block_at, blocks, final_states, get_language_model, hooked, logits_of, read_sites, resumed_at
 
@@ -75,21 +78,16 @@ def test_a_missing_model_is_one_clear_line():
         get_language_model("/no/such/folder", "cpu")
 
 
-FAMILIES = {
-    "Llama": {}, "GPT2": {"n_head": 4}, "GPTNeoX": {}, "Qwen2": {"num_key_value_heads": 2}, "Gemma2": {"num_key_value_heads": 2, "head_dim": 8},
-    "Cohere": {"num_key_value_heads": 2}, "Granite": {"logits_scaling": 8.0},
-}
+SCALED = {"Cohere": {}, "Granite": {"logits_scaling": 8.0}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_other_families_are_read_resumed_and_given_their_own_logits(family, ids):
+@pytest.mark.parametrize("family", SCALED)
+def test_models_that_scale_their_logits_are_read_resumed_and_given_their_own(family, ids):
     transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
-    if family == "GPT2":
-        sizes = {"n_embd": 32, "n_layer": 6}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**small, **sizes, **FAMILIES[family])
+    config = getattr(transformers, f"{family}Config")(**small, **sizes, **SCALED[family])
     lm = transformers.AutoModelForCausalLM.from_config(config).eval()
     ids = ids % 96
     with torch.no_grad():
@@ -100,3 +98,37 @@ def test_other_families_are_read_resumed_and_given_their_own_logits(family, ids)
     full = final_states(lm, ids)
     with resumed_at(lm, 5, read[5]):
         assert torch.equal(final_states(lm, ids), full)
+
+
+def test_spreading_a_model_without_accelerate_is_one_clear_line(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "accelerate" else find(name, *a))
+    with pytest.raises(ValueError, match="--device_map needs the package accelerate, which is not installed; pip install accelerate"):
+        get_language_model(str(DEMO_LM), "cpu", device_map="auto")
+
+
+def test_placement_is_a_word_or_json(capsys):
+    assert parse("train", ["--device_map", "auto"]).device_map == "auto"
+    assert parse("evaluate", ["--device_map", '{"": 0, "lm_head": "cpu"}']).device_map == {"": 0, "lm_head": "cpu"}
+    with pytest.raises(SystemExit):
+        parse("train", ["--device_map", "{0}"])
+    assert "is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("placed", ["auto", {"": "cpu"}])
+def test_a_spread_model_gives_the_same_states(demo, ids, placed):
+    pytest.importorskip("accelerate")
+    spread = get_language_model(str(DEMO_LM), "cpu", dtype="float32", device_map=placed)[1]
+    assert torch.equal(final_states(spread, ids), final_states(demo[1], ids))
+    assert torch.equal(read_sites(spread, ids, [5])[5], read_sites(demo[1], ids, [5])[5])
+
+
+def test_a_quantised_model_is_not_moved(monkeypatch, demo):
+    class Quantised(type(demo[1])):
+        is_quantized = True
+
+        def to(self, *_args, **_named):
+            raise ValueError("`.to` is not supported for 8-bit models")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: Quantised(demo[1].config))
+    assert not any(p.requires_grad for p in get_language_model(str(DEMO_LM), "cpu")[1].parameters())
