@@ -8,47 +8,32 @@ Shapes: B rows, S positions per row.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import errno
-import glob as globbing
-import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
-import tempfile
 import time
-import zlib
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from src.files import data_dir, load_json, save_json, seal, umask, verify_folder
+from src.files import data_dir, load_json, locked, save_json, seal, verify_folder, write_atomic
+from src.sources import SAVE_SECONDS, SPLITS, Chat, DataError, Documents, Report, StreamError, find_files, is_local, split_files
 
-SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-DAMAGED = "damaged archive"
 LONGEST = 2**20  # characters tokenised at one time: about 150 bytes of memory each
 HUB_TOKENS = 100_000_000  # what a hub data set is cut to where no limit is given: some of them do not end
-
-
-class DataError(ValueError):
-    """Data that cannot be used: nothing there, nothing readable, the wrong key."""
-
-    exit_code = 3
 
 
 class Batch(NamedTuple):
@@ -74,200 +59,6 @@ class Batch(NamedTuple):
         return keys[self.mask]
 
 
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-def find_files(path: str | os.PathLike) -> list[Path]:
-    """The readable files behind a file, folder or glob, sorted by name.
-
-    Raises FileNotFoundError where nothing is there, DataError where nothing there can be read.
-    """
-    text = str(path)
-    if globbing.has_magic(text) and not os.path.exists(text):
-        found = [Path(name) for name in globbing.glob(text, recursive=True)]
-    elif os.path.isfile(text):
-        found = [Path(text)]
-    elif os.path.isdir(text):
-        entries = list(Path(text).iterdir())
-        if not any(entry.name.endswith(SUFFIXES) for entry in entries):
-            entries = list(Path(text).rglob("*"))
-        found = [entry for entry in entries if entry.is_file()]
-    else:
-        raise FileNotFoundError(f"no file, folder or glob at {text}; check --data_path")
-    usable = sorted(f for f in found if f.name.endswith(SUFFIXES) and not f.name.startswith("."))
-    if not usable:
-        kinds = Counter(f.suffix or "no suffix" for f in found)
-        there = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) or "nothing"
-        raise DataError(f"no .jsonl file in {text} (found {there}); readable are {', '.join(SUFFIXES)}")
-    return usable
-
-
-def _split_files(files: list[Path], split: str) -> tuple[list[Path], str]:
-    """Files named train*, eval*, apply* are the splits, if all three are there; else documents are split by hash."""
-    named = {name: [f for f in files if re.match(rf"{name}([._-]|$)", f.name)] for name in ("train", "eval", "apply")}
-    if all(named.values()) and split != "all":
-        return named[split], "all"
-    return files, split
-
-
-def _in_split(text: str, split: str) -> bool:
-    low, high = SPLITS[split]
-    if (low, high) == (0.0, 1.0):
-        return True
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    return low <= int.from_bytes(digest, "big") / 2**64 < high
-
-
-def _zst_lines(path: Path) -> Iterator[bytes]:
-    # decompressobj instead of stream_reader: the latter takes a truncated file for a finished one
-    decoder, open_frame, rest = zstandard.ZstdDecompressor().decompressobj(), False, b""
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            while block:
-                open_frame = True
-                pieces = (rest + decoder.decompress(block)).split(b"\n")
-                rest = pieces.pop()
-                yield from pieces
-                block = b""
-                if decoder.eof:
-                    block, open_frame = decoder.unused_data, False
-                    decoder = zstandard.ZstdDecompressor().decompressobj()
-    if rest:
-        yield rest
-    if open_frame:
-        raise EOFError("the compressed file ends in the middle of a frame")
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    if path.name.endswith(".zst"):
-        yield from _zst_lines(path)
-    else:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
-            yield from file
-
-
-class Report:
-    """What was read and what was skipped, by reason; says where the first bad line stands."""
-
-    def __init__(self, text_key: str, max_bad_frac: float) -> None:
-        self.text_key, self.max_bad_frac = text_key, max_bad_frac
-        self.documents = self.tokens = self.lines = 0
-        self.files = 1
-        self.bad: Counter[str] = Counter()
-        self.first_bad = self.first_damaged = self.keys = ""
-
-    def skip(self, reason: str, place: str) -> None:
-        self.bad[reason] += 1
-        self.first_bad = self.first_bad or f"{place} ({reason})"
-        if reason == DAMAGED:
-            self.first_damaged = self.first_damaged or place
-
-    def check(self, final: bool = False) -> None:
-        """Raises DataError once too many lines are damaged; early only where the sample is large enough to tell."""
-        damaged = sum(self.bad.values()) - self.bad["empty"]
-        wrong_key = self.bad[f"no key {self.text_key!r}"]
-        if wrong_key and wrong_key == self.lines and (final or wrong_key >= 1000):
-            raise DataError(f"no line has the text key {self.text_key!r}; the first has {self.keys}; set --text_key")
-        if final and self.bad[DAMAGED] > self.max_bad_frac * self.files:  # nobody knows how many lines such a file has lost
-            raise DataError(f"{self.bad[DAMAGED]} of {self.files} files cannot be read to their end, first {self.first_damaged}; "
-                            f"fetch them again or raise --max_bad_frac (now {self.max_bad_frac})")
-        if self.lines and (final or self.lines >= 10_000) and damaged > self.max_bad_frac * self.lines:
-            raise DataError(
-                f"{damaged} of {self.lines} lines are damaged ({self.reasons()}), first at {self.first_bad}; "
-                f"mend them or raise --max_bad_frac (now {self.max_bad_frac})"
-            )
-
-    def reasons(self) -> str:
-        return ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common())
-
-
-def _text_of(record: Any, place: str, report: Report) -> str | None:
-    if not isinstance(record, dict):
-        return report.skip("not an object", place)
-    if report.text_key not in record:
-        report.keys = report.keys or ", ".join(map(str, record)) or "no key at all"
-        return report.skip(f"no key {report.text_key!r}", place)
-    text = record[report.text_key]
-    if not isinstance(text, str):
-        return report.skip("text is not a string", place)
-    if not text.strip():
-        return report.skip("empty", place)
-    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may spell unpaired surrogates, which no tokenizer takes
-
-
-def _records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
-    """(record, place) of one file; damaged lines are counted and passed over."""
-    if file.suffix == ".parquet":
-        from datasets import load_dataset
-
-        number = 0
-        try:
-            for number, record in enumerate(load_dataset("parquet", data_files=str(file), split="train", streaming=True), 1):
-                report.lines += 1
-                yield record, f"{file}:{number}"
-        except ValueError:  # pyarrow's kinds are of it
-            report.lines += 1
-            report.skip(DAMAGED, f"{file}:{number}")
-        return
-    number = 0
-    try:
-        for number, line in enumerate(_lines(file), 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            report.lines += 1
-            try:
-                yield json.loads(line.decode("utf-8")), f"{file}:{number}"
-            except UnicodeDecodeError:
-                report.skip("not UTF-8", f"{file}:{number}")
-            except (json.JSONDecodeError, RecursionError):
-                report.skip("not JSON", f"{file}:{number}")
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
-        report.lines += 1
-        report.skip(DAMAGED, f"{file}:{number}")
-
-
-def documents(source: str, split: str, report: Report) -> Iterator[str]:
-    """Texts of one split of a source (file, folder, glob, or hub name `owner/name[:config]`), in a fixed order."""
-    if is_local(source):
-        files, split = _split_files(find_files(source), split)
-        report.files = len(files)
-        records = (pair for file in files for pair in _records(file, report))
-    else:
-        records = _hub_records(source, report)
-    for record, place in records:
-        text = _text_of(record, place, report)
-        report.check()
-        if text is not None and _in_split(text, split):
-            report.documents += 1
-            yield text
-
-
-def is_local(source: str) -> bool:
-    """True for paths and globs; False for what can only be a hub name (`owner/name` without a file behind it)."""
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not source.startswith((".", "/"))
-    return os.path.exists(source) or globbing.has_magic(source) or source.endswith(SUFFIXES) or not looks_like_hub
-
-
-def _hub_records(source: str, report: Report) -> Iterator[tuple[Any, str]]:
-    from datasets import load_dataset
-
-    name, _, config = source.partition(":")
-    try:
-        rows = iter(load_dataset(name, config or None, split="train", streaming=True))
-        first = next(rows, None)
-    except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user, and the first line names which
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        todo = "; take a copy of it in parquet or JSONL" if "scripts are no longer supported" in reason else ""
-        raise DataError(f"{source} is no file here and cannot be read from the hub: {reason}{todo}") from error
-    for number, record in enumerate([] if first is None else [first], 1):
-        report.lines += 1
-        yield record, f"{source}:{number}"
-    for number, record in enumerate(rows, 2):
-        report.lines += 1
-        yield record, f"{source}:{number}"
-
-
 # --------------------------------------------------------------------------------------------------------- tokens
 
 
@@ -275,7 +66,24 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Changes when the tokenizer would give other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.blake2b((text + str(tokenizer.all_special_ids)).encode(), digest_size=8).hexdigest()
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return hashlib.blake2b((text + str(tokenizer.all_special_ids) + template).encode(), digest_size=8).hexdigest()
+
+
+def chat_renderer(tokenizer: Any) -> Callable[[list], str]:
+    """Conversations as text in the tokenizer's template. Raises DataError, at the first conversation, where it has none."""
+
+    def render(turns: list) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError("the text is conversations, and this model's tokenizer has no chat template; take one that has (an -Instruct or -chat "
+                            "model), or name the key of plain text with --text_key")
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception as error:  # templates raise what they like where the turns are not as they want them
+            raise TypeError(str(error)) from error
+        return text.removeprefix(tokenizer.bos_token or "")  # every row begins with it
+
+    return render
 
 
 def _word_pieces(text: str, words: int) -> Iterator[str]:
@@ -287,8 +95,9 @@ def _word_pieces(text: str, words: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str, bool]]]:
-    """(piece of a document, whether it is its last), in lists of up to 256 pieces and about LONGEST characters: what is tokenised at one time.
+def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str, bool, bool]]]:
+    """(piece of a document, whether it is its last, whether it is of a conversation), in lists of up to 256 pieces and about LONGEST characters:
+    what is tokenised at one time.
 
     Pieces are of `words` words, or where that is None whole documents; longer ones are cut, as one line of 100 MB would fill the memory.
     """
@@ -298,7 +107,7 @@ def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str,
         piece = next(pieces)
         while piece is not None:
             following = next(pieces, None)
-            gathered.append((piece, following is None))
+            gathered.append((piece, following is None, isinstance(text, Chat)))
             size += len(piece)
             if len(gathered) == 256 or size >= LONGEST:
                 yield gathered
@@ -308,39 +117,76 @@ def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str,
         yield gathered
 
 
-def _tokenise(texts: Iterator[str], tokenizer: Any, row_length: int, chunking: str, limit: int | None, folder: Path, report: Report) -> None:
-    """Writes tokens.bin (uint32 stream), documents.npy and chunks.npy (offsets into it) to folder."""
-    separator = [] if chunking == "words" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    starts, chunks, total = [0], [0], 0
-    encode = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    if getattr(tokenizer, "is_fast", False):
-        encode["split_special_tokens"] = True  # "<|end_of_text|>" written in a text is text, not a command
-    bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, mininterval=1)
-    with open(folder / "tokens.bin", "wb") as file:
-        for pieces in _pieces(texts, row_length if chunking == "words" else None):
-            before = total
-            encoded = tokenizer([piece for piece, _ in pieces], **encode)["input_ids"]
-            for ids, (_, last) in zip(encoded, pieces, strict=True):
-                ids = ids + separator if last else ids
-                file.write(np.asarray(ids, dtype=np.uint32).tobytes())
-                if chunking == "words":
-                    chunks += [total + cut for cut in range(row_length, len(ids), row_length)] + [total + len(ids)]
-                total += len(ids)
-                if last:
-                    starts.append(total)
-            bar.update(total - before)
-            if limit is not None and total >= limit:
-                break
-    bar.close()
-    report.check(final=True)
-    report.tokens = total
-    starts = starts[:-1] if starts[-1] == total else starts  # the limit can come in the middle of a document
-    np.save(folder / "documents.npy", np.asarray(starts, dtype=np.int64))
-    np.save(folder / "chunks.npy", np.asarray(chunks, dtype=np.int64))
+class Preparation:
+    """The token stream of a source on its way: tokens.bin (uint32), and the places in it where documents and chunks start.
+
+    What stands in `folder` is saved now and then, with the position of the source, so that a killed process is continued by the next.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.saved_at = folder, time.monotonic()
+        self.total, self.documents, self.chunks, self.position = 0, [0], [0], None
+        path = folder / "progress.json"
+        if path.exists():
+            found = load_json(path)
+            self.total, self.position = found["total"], found["position"]
+            self.documents, self.chunks = (np.load(folder / f"{name}.npy")[: found[name]].tolist() for name in ("documents", "chunks"))
+            if len(self.documents) < found["documents"]:  # a finished cache does not list where the next document would start
+                self.documents.append(self.total)
+        self.file = open(folder / "tokens.bin", "ab")
+        self.file.truncate(4 * self.total)
+
+    def save(self, position: dict[str, Any]) -> None:
+        """Tokens first, then what points into them: a kill in between leaves more tokens than are counted, which are cut off."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.position, self.saved_at = position, time.monotonic()
+        self._save_places()
+        counts = {"total": self.total, "documents": len(self.documents), "chunks": len(self.chunks)}
+        save_json(counts | {"position": position}, self.folder / "progress.json", indent=None)
+
+    def _save_places(self) -> None:
+        for name, places in (("documents", self.documents), ("chunks", self.chunks)):
+            write_atomic(self.folder / f"{name}.npy", lambda file, places=places: np.save(file, np.asarray(places, dtype=np.int64)))
+
+    def run(self, texts: Documents, tokenizer: Any, row_length: int, chunking: str, limit: int | None) -> None:
+        """Tokenises until the texts end or limit tokens are there."""
+        separator = [] if chunking == "words" or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encode = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        fast = getattr(tokenizer, "is_fast", False)
+        with tqdm(desc="tokenising", unit=" tokens", unit_scale=True, mininterval=1, initial=self.total) as bar, self.file:
+            batches = _pieces(iter(texts), row_length if chunking == "words" else None)
+            while limit is None or self.total < limit:
+                pieces = next(batches, None)
+                if pieces is None:
+                    break
+                before, ids_of = self.total, [[]] * len(pieces)
+                for chat in {chat for _, _, chat in pieces}:  # "<|end_of_text|>" written in a text is text; in a template it is a command
+                    mine = [i for i, piece in enumerate(pieces) if piece[2] == chat]
+                    how = encode | ({"split_special_tokens": not chat} if fast else {})
+                    for i, ids in zip(mine, tokenizer([pieces[i][0] for i in mine], **how)["input_ids"], strict=True):
+                        ids_of[i] = ids
+                for ids, (_, last, _) in zip(ids_of, pieces, strict=True):
+                    ids = ids + separator if last else ids
+                    self.file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+                    if chunking == "words":
+                        self.chunks += [self.total + cut for cut in range(row_length, len(ids), row_length)] + [self.total + len(ids)]
+                    self.total += len(ids)
+                    if last:
+                        self.documents.append(self.total)
+                bar.update(self.total - before)
+                if pieces[-1][1] and time.monotonic() - self.saved_at >= SAVE_SECONDS:
+                    self.save(texts.position())
+            texts.report.tokens = self.total
+            texts.report.check(final=True)
+            if self.documents[-1] == self.total:  # else the limit came in the middle of a document
+                self.save(texts.position())  # where a longer cache goes on
+                self.documents.pop()
+            self._save_places()
 
 
 def _whole(folder: Path, max_bad_frac: float) -> bool:
-    """Whether a token cache is there and undamaged. Raises DataError where more was skipped in its making than is accepted now."""
+    """Whether a token cache is there; a damaged one is removed. Raises DataError where more was skipped in its making than is accepted now."""
     try:
         verify_folder(folder)
         report = Report("", max_bad_frac)
@@ -348,6 +194,7 @@ def _whole(folder: Path, max_bad_frac: float) -> bool:
     except ValueError as error:
         if folder.exists():
             print(f"warning: the token cache is damaged ({error}); tokenising again")
+            shutil.rmtree(folder, ignore_errors=True)
         return False
     report.bad = Counter(report.bad)
     report.check(final=True)
@@ -411,43 +258,81 @@ class Rows(Dataset):
     def _key(source: str, tokenizer: Any, split: str, text_key: str, chunking: str, body: int, limit: int | None) -> list:
         files = [source]
         if is_local(source):
-            stats = [(f, f.stat()) for f in _split_files(find_files(source), split)[0]]
+            stats = [(f, f.stat()) for f in split_files(find_files(source), split)[0]]
             files = [[str(f.resolve()), stat.st_size, stat.st_mtime_ns] for f, stat in stats]
         return [1, files, tokenizer_hash(tokenizer), split, text_key, chunking, body if chunking == "words" else 0, limit]
 
     def _cached(self, source, tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key) -> Path:
         folder = data_dir() / "cache" / self.fingerprint
-        if _whole(folder, max_bad_frac):
-            return folder
+        work = folder.with_name(f".building-{folder.name}")
+        with ExitStack() as stack:
+            waiting = False
+            while not _whole(folder, max_bad_frac):
+                try:
+                    for rest in folder.parent.glob(".building-*"):  # of killed processes nobody went on with
+                        if time.time() - max(path.stat().st_mtime for path in (rest, *rest.iterdir())) > 30 * 86_400:
+                            shutil.rmtree(rest, ignore_errors=True)
+                    (work / "made").mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(work))
+                except OSError as error:
+                    todo = "set DATA_DIR to a folder that can be"
+                    raise OSError(f"cannot write the token cache in {folder.parent} ({error.strerror}); {todo}") from error
+                except ValueError as error:  # another process prepares the same text
+                    if not waiting:
+                        print(f"waiting: {error}")
+                    waiting = True
+                    time.sleep(1)
+                    continue
+                if not folder.exists():  # else that process was just done
+                    self._prepare(source, tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key, work, folder)
+                shutil.rmtree(work, ignore_errors=True)
+                break
+        return folder
+
+    def _prepare(self, source, tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key, work: Path, folder: Path) -> None:
+        """Tokenises into `work`, from where a killed process stopped or a shorter cache of the same text ends, and renames it to `folder`."""
+        made = work / "made"
+        if not (made / "progress.json").exists():
+            self._begin_from_shorter(made, key)
+        preparation, report = Preparation(made), Report(text_key, max_bad_frac)
+        if preparation.total:
+            print(f"{source}: going on after {preparation.total:,} tokens that are there")
+        texts = Documents(source, split, report, preparation.position, chat_renderer(tokenizer))
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            for rest in folder.parent.glob(".building-*"):  # of killed processes; one at work writes every few seconds
-                if time.time() - max(path.stat().st_mtime for path in (rest, *rest.iterdir())) > 86_400:
-                    shutil.rmtree(rest, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-            os.chmod(work, 0o777 & ~umask())  # mkdtemp's 0700 would lock out those who share the cache
-        except OSError as error:
-            raise OSError(f"cannot write the token cache in {folder.parent} ({error.strerror}); set DATA_DIR to a folder that can be") from error
-        try:
-            report = Report(text_key, max_bad_frac)
-            _tokenise(documents(source, split, report), tokenizer, body, chunking, limit, work, report)
+            preparation.run(texts, tokenizer, body, chunking, limit)
             if not report.tokens:
                 empty = f"{report.lines} lines read, {report.reasons() or ('all in other splits' if report.lines else 'nothing in it')}"
                 raise DataError(f"no usable text for split {split!r} in {source} ({empty})")
-            if report.bad:
-                print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
-            save_json({"key": key} | vars(report), work / "report.json")
-            seal(work, folder.name)
-            if not _whole(folder, max_bad_frac):  # else another process was faster, and may be reading it
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(work, folder)
+        except DataError as error:
+            if not isinstance(error, StreamError):
+                shutil.rmtree(work)
+            raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(f"the token cache in {folder.parent} does not fit ({error.strerror}); make room or set DATA_DIR") from error
             raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        return folder
+        if report.bad:
+            print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
+        save_json({"key": key} | vars(report), made / "report.json")
+        seal(made, folder.name)
+        os.replace(made, folder)
+
+    @staticmethod
+    def _begin_from_shorter(made: Path, key: list) -> None:
+        """Copies the longest complete cache that differs in its limit alone, with the position it ended at."""
+        found = []
+        for path in made.parent.parent.glob("*/progress.json"):
+            about = load_json(path.with_name("report.json"))
+            *same, limit = about["key"]
+            if same == json.loads(json.dumps(key[:-1])) and limit is not None and (key[-1] is None or limit < key[-1]):
+                found.append((about["tokens"], path.parent))
+        for _, shorter in sorted(found, reverse=True)[:1]:
+            try:
+                verify_folder(shorter)
+            except ValueError:  # its next use will say so
+                return
+            for name in ("tokens.bin", "documents.npy", "chunks.npy", "progress.json"):
+                shutil.copyfile(shorter / name, made / name)
 
     def __len__(self) -> int:
         return self.n_rows
@@ -517,54 +402,3 @@ def open_rows(cfg: Namespace, tokenizer: Any) -> Rows:
         cfg.data_path, tokenizer, cfg.max_length, cfg.split, text_key=cfg.text_key, chunking=cfg.chunking, max_samples=cfg.max_samples,
         max_tokens=cfg.max_tokens, max_bad_frac=cfg.max_bad_frac, include_special=cfg.include_special,
     )
-
-
-def write_splits(source: str, folder: str | os.PathLike, max_bytes: int, text_key: str = "text") -> dict[str, int]:
-    """Writes folder/{train,eval,apply}.jsonl from a source, texts over 100 characters, until max_bytes are written; returns documents by split.
-
-    The files appear when all three are complete. Raises DataError where the source cannot be read or holds no such text.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    names, counts, written = ("train", "eval", "apply"), dict.fromkeys(("train", "eval", "apply"), 0), 0
-    work = Path(tempfile.mkdtemp(prefix=".downloading-", dir=folder))
-    try:
-        with contextlib.ExitStack() as stack, tqdm(total=max_bytes, desc="downloading", unit="B", unit_scale=True, mininterval=1) as bar:
-            files = {name: stack.enter_context(open(work / f"{name}.jsonl", "w", encoding="utf-8")) for name in names}
-            for text in documents(source, "all", Report(text_key, 0.01)):
-                if len(text) <= 100:
-                    continue
-                split = next(name for name in names if _in_split(text, name))
-                size = files[split].write(json.dumps({"text": text}) + "\n")
-                counts[split] += 1
-                written += size
-                bar.update(size)
-                if written >= max_bytes:
-                    break
-        if not all(counts.values()):
-            raise DataError(f"{source} gave {sum(counts.values())} texts of over 100 characters, too few for three splits")
-        for name in names:
-            os.replace(work / f"{name}.jsonl", folder / f"{name}.jsonl")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return counts
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m src.data", description="Write a source of text as three disjoint splits.")
-    parser.add_argument("source", help="file, folder, glob, or hub name owner/name[:config]")
-    parser.add_argument("folder", help="where train.jsonl, eval.jsonl and apply.jsonl go")
-    parser.add_argument("--max_mb", type=float, default=2000, help="stop after this much text (default: 2000)")
-    parser.add_argument("--text_key", default="text", help="key of the text in each record")
-    args = parser.parse_args()
-    try:
-        counts = write_splits(args.source, args.folder, int(args.max_mb * 1e6), args.text_key)
-    except (DataError, OSError) as error:
-        print(f"download_data: error: {error}", file=sys.stderr)
-        return 3
-    print(", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items()), f"in {args.folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

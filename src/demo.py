@@ -25,9 +25,10 @@ from torch import nn
 from tqdm import tqdm
 
 from src import distributed
-from src.data import SPLITS, Rows, _in_split
+from src.data import Rows
 from src.files import DEMO_LM, data_dir, save_json, save_text
 from src.lm import get_language_model, mean_loss
+from src.sources import SPLITS, in_split
 
 # A fixed list: what is installed beside these on a user's machine never enters the text.
 PACKAGES = (
@@ -105,7 +106,7 @@ def build_corpus() -> Path:
                 continue
             characters[package] = characters.get(package, 0) + len(document)
             line = json.dumps({"text": document, "source": f"{package}/{file.stem}"}, ensure_ascii=False)
-            splits[next(name for name in splits if _in_split(document, name))].append(line)
+            splits[next(name for name in splits if in_split(document, name))].append(line)
     for name, lines in splits.items():
         save_text("\n".join(lines) + "\n", folder / f"{name}.jsonl")
     save_json({"characters": characters, "documents": {name: len(lines) for name, lines in splits.items()}, "split": SPLITS}, folder / "about.json")

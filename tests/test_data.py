@@ -1,15 +1,21 @@
 """Documents, splits, tokens and rows, on small files made here and the demo tokenizer."""
 
+import copy
 import gzip
 import json
+import time
+from threading import Thread
 
+import datasets
 import numpy as np
 import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from src.data import DataError, OpenWebTextDataset, Rows, create_dataloader, find_files, write_splits
-from src.files import DEMO_LM, data_name
+from src import data, sources
+from src.data import OpenWebTextDataset, Rows, create_dataloader
+from src.files import DEMO_LM, ROOT, data_name
+from src.sources import DataError, find_files, write_splits
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +163,171 @@ def test_download_writes_three_disjoint_splits_up_to_its_size(tmp_path):
 )
 def test_a_source_has_a_name_for_titles(source, name):
     assert data_name(source) == name
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in src catches it."""
+
+
+def killed_after(monkeypatch, texts):
+    """The process ends when so many texts were read; progress is saved after each batch."""
+    original, seen = sources.in_split, []
+
+    def counted(*args):
+        seen.append(1)
+        if len(seen) > texts:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(sources, "in_split", counted)
+    monkeypatch.setattr(data, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(sources, "SAVE_SECONDS", 0)
+    return seen
+
+
+def same_rows(one, two):
+    return np.array_equal(one.tokens, two.tokens) and np.array_equal(one.documents, two.documents) and np.array_equal(one.cuts, two.cuts)
+
+
+def parquet(folder, texts, key="text", files=3):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(files):
+        datasets.Dataset.from_list([{key: text} for text in texts[i::files]]).to_parquet(folder / f"part-{i}.parquet")
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """owner/name on a stand-in for the hub: a folder of parquet, streamed as any other data set. Returns its folder and what was read."""
+    real, state = datasets.load_dataset, {"folder": parquet(tmp_path / "there", TEXTS * 5), "read": 0, "breaks": None}
+
+    def stand_in(name, config=None, **how):
+        if name == "parquet":
+            return real(name, **how)
+        assert (name, config) == ("owner/name", None)
+        rows = real(str(state["folder"]), **how)
+
+        def watched(record):
+            state["read"] += 1
+            if state["breaks"] is not None and state["read"] > state["breaks"]:
+                raise ConnectionError("the line is cut")
+            return record
+
+        return rows.map(watched)
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    return state
+
+
+@pytest.mark.parametrize("chunking", ["pack", "words"])
+@pytest.mark.parametrize("kind", ["a.jsonl", "folder of parquet", "hub"])
+def test_a_killed_preparation_goes_on_where_it_was_and_ends_with_the_same_rows(tmp_path, tokenizer, monkeypatch, capsys, hub, kind, chunking):
+    source = {"a.jsonl": tmp_path / "a.jsonl", "folder of parquet": hub["folder"], "hub": "owner/name"}[kind]
+    if kind == "a.jsonl":
+        write(source, TEXTS * 5)
+        source.write_bytes(source.read_bytes().replace(b"\n", b"\nnot JSON\n", 4))
+    with monkeypatch.context() as patch:
+        seen = killed_after(patch, 700)
+        with pytest.raises(Killed):
+            Rows(source, tokenizer, 16, chunking=chunking, max_tokens=10**6)
+    capsys.readouterr()
+    hub["read"] = 0
+    with monkeypatch.context() as patch:
+        seen = killed_after(patch, 10**9)
+        rows = Rows(source, tokenizer, 16, chunking=chunking, max_tokens=10**6)
+    assert "going on after" in capsys.readouterr().out
+    assert len(seen) < 700  # of 1,000 texts
+    if kind == "hub":
+        assert hub["read"] < 700
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "other"))
+    assert same_rows(rows, Rows(source, tokenizer, 16, chunking=chunking, max_tokens=10**6))
+    assert [path.name for path in (tmp_path / "cache_root" / "cache").iterdir()] == [rows.fingerprint]
+
+
+@pytest.mark.parametrize("chunking", ["pack", "words"])
+def test_more_of_a_text_goes_on_from_what_is_there(tmp_path, tokenizer, monkeypatch, capsys, hub, chunking):
+    short = Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=2000)
+    before, hub["read"] = hub["read"], 0
+    longer = Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=10**5)
+    assert "going on after" in capsys.readouterr().out and 0 < hub["read"] <= 1000 - before
+    assert np.array_equal(longer.tokens[: len(short.tokens)], short.tokens)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "other"))
+    assert same_rows(longer, Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=10**5))
+
+
+def test_a_stream_that_breaks_off_keeps_what_was_read(tokenizer, monkeypatch, capsys, hub):
+    monkeypatch.setattr(data, "SAVE_SECONDS", 0)
+    hub["breaks"] = 800
+    with pytest.raises(sources.StreamError, match="the hub broke off .*the same command goes on from there") as told:
+        Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6)
+    assert told.value.exit_code == 3
+    hub |= {"breaks": None, "read": 0}
+    rows = Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6)
+    assert "going on after" in capsys.readouterr().out and hub["read"] < 800
+    assert len(rows.documents) == 1000
+
+
+def test_two_processes_that_need_the_same_text_prepare_it_once(tmp_path, tokenizer, capsys):
+    path = write(tmp_path / "a.jsonl")
+    before = Rows(path, tokenizer, 16)
+    folder = tmp_path / "cache_root" / "cache" / before.fingerprint
+    kept = folder.rename(tmp_path / "kept")
+    work = folder.with_name(f".building-{folder.name}")
+    work.mkdir()
+    with sources.locked(work):  # as another process holds it
+        Thread(target=lambda: (time.sleep(0.5), kept.rename(folder))).start()  # which is done a moment later
+        assert same_rows(Rows(path, tokenizer, 16), before)
+    assert "waiting: " in capsys.readouterr().out
+
+
+CHAT = [
+    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"A number, {i}."}]} for i in range(30)
+]
+
+
+def test_conversations_go_through_the_models_template_and_its_special_tokens_do_not_count(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, CHAT)))
+    shared = [{"conversations": [{"from": "human", "value": c["messages"][0]["content"]}, {"from": "gpt", "value": c["messages"][1]["content"]}]}
+              for c in CHAT]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, shared)))
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    a, b = (Rows(tmp_path / name, marked, 64, "all") for name in ("a.jsonl", "b.jsonl"))
+    assert np.array_equal(a.tokens, b.tokens) and len(a.documents) == 30
+    batch = next(a.batches(1))
+    shown = marked.decode(batch.input_ids[0].tolist())
+    assert shown.startswith("<|begin_of_text|>user: What is 0?<|end_of_text|>assistant: A number, 0.<|end_of_text|>")
+    assert not batch.mask[0][batch.input_ids[0] == marked.eos_token_id].any() and (batch.input_ids[0] == marked.bos_token_id).sum() == 1
+    assert len(Rows(parquet(tmp_path / "p", [c["messages"] for c in CHAT], "messages"), marked, 64, "all").documents) == 30
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        Rows(tmp_path / "a.jsonl", plain, 64, "all")
+
+
+def test_what_is_no_conversation_is_skipped_and_counted(tmp_path, tokenizer, capsys):
+    bad = [{"messages": []}, {"messages": [{"role": "user"}]}, {"messages": [3]}, {"messages": "text"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, CHAT + bad)))
+    assert len(Rows(tmp_path / "a.jsonl", tokenizer, 64, "all", max_bad_frac=0.5).documents) == 30
+    assert "3 not a conversation, 1 no key 'text'" in capsys.readouterr().out
+
+
+def test_a_killed_download_goes_on_and_ends_with_the_same_files(tmp_path, monkeypatch, hub):
+    hub["folder"] = parquet(tmp_path / "long", [f"text number {i} " + "x" * 120 for i in range(300)])
+    with monkeypatch.context() as patch:
+        killed_after(patch, 500)  # each text is asked for its split twice
+        with pytest.raises(Killed):
+            write_splits("owner/name", tmp_path / "out", 10**9)
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+    hub["read"] = 0
+    counts = write_splits("owner/name", tmp_path / "out", 10**9)
+    assert sum(counts.values()) == 300 and hub["read"] < 250
+    write_splits("owner/name", tmp_path / "straight", 10**9)
+    for name in ("train", "eval", "apply"):
+        assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (tmp_path / "straight" / f"{name}.jsonl").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["apply.jsonl", "eval.jsonl", "train.jsonl"]
+
+
+def test_the_download_script_names_a_set_without_code_and_passes_its_arguments():
+    script = (ROOT / "scripts" / "download_data.sh").read_text()
+    assert "python -m src.sources" in script and "openwebtext" not in script.lower().replace("openwebtext-like", "")
