@@ -1,10 +1,14 @@
-"""Pictures and the comparison table, made from the JSON of evaluations alone: `python -m src.plots EVAL_FOLDER PICTURE.png`."""
+"""Pictures and the comparison table, made from the JSON of evaluations alone: `python -m src.plots EVAL_FOLDER PICTURE.png`,
+or the course of a training from its metrics.jsonl alone: `python -m src.plots RUN/metrics.jsonl PICTURE.png`."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +112,75 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def course(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a metrics.jsonl by SAE, in the order written. A last line cut short by a kill is left out.
+
+    Raises ValueError where there is no line.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # what was being written when the process was killed
+            continue
+        found.setdefault(line["sae"], []).append(line)
+    if not found:
+        raise ValueError(f"{path} has no line yet")
+    return found
+
+
+def run_picture(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A training's course over tokens: every term of the loss, L0, the dead share, and for routed models the share of each site."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    routed = [title for title, lines in runs.items() if any("share" in line for line in lines)]
+    rows = 2 + math.ceil(len(routed) / 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.2 * rows), constrained_layout=True, squeeze=False)
+    panels = {"NormMSE": axes[0][0], "other terms of the loss": axes[0][1], "L0, active latents a token": axes[1][0], "dead latents": axes[1][1]}
+    marks = ["-", "--", ":", "-."]
+    for i, (title, lines) in enumerate(runs.items()):
+        tokens, look = [line["tokens"] for line in lines], {"color": f"C{i % 10}", "label": title}
+        for panel, name in (("NormMSE", "NormMSE"), ("L0, active latents a token", "L0"), ("dead latents", "dead")):
+            panels[panel].plot(tokens, [line.get(name, math.nan) for line in lines], **look)
+        names = list(dict.fromkeys(name for line in lines for name in list(line)[list(line).index("loss") + 1 : list(line).index("L0")]))
+        for name, mark in zip([name for name in names if name != "NormMSE"], itertools.cycle(marks), strict=False):  # terms stand between the two
+            label = f"{title}: {name}"
+            panels["other terms of the loss"].plot(tokens, [line.get(name, math.nan) for line in lines], mark, color=look["color"], label=label)
+    for label, axis in panels.items():
+        axis.set(xlabel="tokens", ylabel=label)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    for label in ("NormMSE", "other terms of the loss", "L0, active latents a token"):
+        panels[label].set_yscale("log")
+    for axis in axes[2:].flat[len(routed) :]:
+        axis.remove()
+    for title, axis in zip(routed, axes[2:].flat, strict=False):
+        lines = [line for line in runs[title] if "share" in line]
+        shares = list(zip(*(line["share"] for line in lines), strict=True))
+        colors = plt.get_cmap("viridis")([i / max(1, len(shares) - 1) for i in range(len(shares))])
+        axis.stackplot([line["tokens"] for line in lines], shares, labels=[f"site {site}" for site in lines[0]["sites"]], colors=colors)
+        axis.set(xlabel="tokens", ylabel="share of tokens", title=title, ylim=(0, 1))
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of evaluation results")
+    parser = argparse.ArgumentParser(prog="python -m src.plots", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of evaluation results, or a run's metrics.jsonl")
     parser.add_argument("picture", type=Path, help="PNG to write")
     parser.add_argument("--table", type=Path, help="markdown file to write as well")
     parser.add_argument("--only", default="", help="only results whose name holds this")
     args = parser.parse_args()
+    if args.folder.suffix == ".jsonl":
+        run_picture({title: lines for title, lines in course(args.folder).items() if args.only in title}, args.picture)
+        print(f"picture: {args.picture}")
+        return
     results = load(args.folder, args.only)
     picture(results, args.picture)
     print(table(results))
@@ -130,4 +196,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"plots: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm, model
 from src.data import Rows, open_rows
+from src.estimate import Estimate
 from src.ops import unit_norm_decoder
 from src.run import Run
-from src.sae import SAE
+from src.tracking import wandb_init
 
 
 def set_seed(seed: int) -> None:
@@ -34,25 +35,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def wandb_init(project: str, config: dict[str, Any], name: str, folder: str | Path | None = None) -> Any:
-    """A Weights & Biases run, or None with the reason printed: logging there never stops a training."""
-    try:
-        import wandb
-
-        return wandb.init(project=project, config=config, name=name, dir=folder)
-    except Exception as error:  # optional service: network, login and version errors of every kind end here, printed
-        print(files.redacted(f"no wandb logging ({type(error).__name__}: {error}); metrics.jsonl has every line"))
-        return None
-
-
-def wandb_log(run: Any, values: dict[str, Any], step: int) -> None:
-    """Logs there too; a failure is printed and stops nothing."""
-    try:
-        run.log(values, step=step)
-    except Exception as error:  # as above: an optional service
-        print(files.redacted(f"warning: wandb does not take step {step} ({type(error).__name__}: {error}); metrics.jsonl has it"))
 
 
 def log_layers(layer_weights: Tensor) -> dict[str, float]:
@@ -107,33 +89,6 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
     np.random.set_state((state["numpy"][0], np.asarray(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
-
-
-def step_bytes(sae: SAE, device: str) -> float:
-    """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and five tensors of the code's size.
-
-    The five are codes and their gradients alive at one time. An upper estimate: measured growth was .56 to .88 of it (docs/LOG.md).
-    """
-    code = 0
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*sae.parameters(), *sae.buffers())}
-
-    def kept(n: int) -> int:
-        nonlocal code
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in weights:
-                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        x = torch.arange(n * sae.hidden_size, dtype=torch.float32, device=device).view(n, -1).sin()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            p = sae.autoencode(sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device))
-            _terms = sae.loss(p)
-        code = p.latents.numel() // n * 4
-        return sum(sizes.values())
-
-    return max(0, kept(16) - kept(8)) / 8 + 5 * code
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -250,7 +205,7 @@ class Trainer:
                 new = [self.titles[i] for i in todo if self.titles[i] not in saved[1]["training"]]
                 if new:
                     raise ValueError(f"the unfinished run in {self.home} does not train {', '.join(new)}; give --tag NAME")
-            tokenizer, language_model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
+            tokenizer, language_model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code, cfg.device_map)
             sizes = {"hidden_size": lm.text_config(language_model).hidden_size, "n_layers": len(lm.blocks(language_model))}
             for name, found in sizes.items():
                 if getattr(cfg, name) not in (None, found):
@@ -264,7 +219,7 @@ class Trainer:
                 name, options, _ = self.combinations[i]
                 sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options).to(cfg.device)
                 runs.append(Run(sae, self.titles[i], options, cfg, total))
-            self._room(runs, language_model)
+            self.estimate = Estimate(cfg, [run.sae for run in runs], language_model, rows, total, self.home)
             return self._loop(runs, rows, language_model, total, saved)
 
     def _try_to_build(self, todo: list[int], hidden_size: int, n_layers: int) -> None:
@@ -273,34 +228,6 @@ class Trainer:
             name, options, _ = self.combinations[i]
             with torch.device("meta"):
                 model.build(name, hidden_size, n_layers, options)
-
-    def _room(self, runs: list[Run], language_model: nn.Module) -> None:
-        """Says how much memory the run needs by estimate. Raises ValueError where that is above --max_memory_hint, or the disk is too small."""
-        cfg, giga = self.cfg, 1e9
-        states = [sum(p.numel() for p in run.sae.parameters()) * 4 * (3 if cfg.optimizer == "adam" else 2) for run in runs]
-        need = {
-            "language model": sum(p.numel() * p.element_size() for p in language_model.parameters()),
-            "SAEs": sum(states) + sum(p.numel() * 4 for run in runs for p in run.sae.parameters()),  # and their gradients
-            "one step": cfg.batch_size * cfg.max_length * (
-                max(step_bytes(run.sae, cfg.device) for run in runs)
-                + 4 * runs[0].sae.hidden_size * len({site for run in runs for site in run.sae.sites()})
-            ),
-        }
-        total = sum(need.values()) / giga
-        print(f"memory by estimate: {', '.join(f'{what} {size / giga:.2f} GB' for what, size in need.items())}; together {total:.2f} GB")
-        if cfg.max_memory_hint is not None and total > cfg.max_memory_hint:
-            raise ValueError(f"the run needs {total:.2f} GB by estimate, above --max_memory_hint {cfg.max_memory_hint:g}; lower --batch_size")
-        if str(cfg.device).startswith("cuda"):
-            free = torch.cuda.mem_get_info(cfg.device)[0] / giga
-            total = need["one step"] / giga + sum(states) / giga  # the rest is there already
-        else:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / giga
-        if total > free:
-            print(f"warning: that is above the {free:.2f} GB here; lower --batch_size or train fewer SAEs at once")
-        disk, want = shutil.disk_usage(self.home).free, 3 * sum(states)  # two states are kept while a third is written
-        if want > disk:
-            room = f"{disk / 1e6:.0f} MB free; the states of this run need {want / 1e6:.0f} MB"
-            raise OSError(f"{self.home} has {room}: make room or change --output_dir")
 
     def _loop(self, runs: list[Run], rows: Rows, language_model: nn.Module, total: int, saved: tuple[Path, dict[str, Any]] | None) -> float:
         cfg, signals, per_epoch = self.cfg, self.signals, math.ceil(len(rows) / self.cfg.batch_size)
@@ -356,7 +283,9 @@ class Trainer:
                     saved_at = at.step, time.monotonic()
                     if signals.asked:
                         raise Interrupted(signals.asked, f"step {at.step} of {total} is saved in {path}; the same command continues")
-        return self._finish(runs, rows, at, sites)
+        if wandb is not None:
+            wandb.finish()
+        return self._finish(runs, rows, at)
 
     def _step(self, run: Run, hidden: dict[int, Tensor], keys: Tensor, step: int, due: bool) -> None:
         try:
@@ -403,13 +332,14 @@ class Trainer:
         """One line of metrics.jsonl for each run that goes on."""
         speed = at.tokens / max(at.seconds, 1e-9)
         for run in [r for r in runs if not r.failed]:
-            line = {"sae": run.title, "step": at.step, "tokens": at.tokens, "tokens_per_s": round(speed), "lr": run.lr} | run.report()
+            line = {"sae": run.title, "sites": run.sae.sites(), "step": at.step, "tokens": at.tokens, "tokens_per_s": round(speed), "lr": run.lr}
+            line |= run.report()
             if self.cfg.device == "cpu":  # elsewhere a step returns before its work is done
                 line["step_tokens_per_s"] = round(at.tokens / max(run.seconds, 1e-9))
             at.finals[run.title] = line
             files.append(lines, json.dumps(line).encode() + b"\n")
             if wandb is not None:
-                wandb_log(wandb, {f"{run.title}/{k}": v for k, v in line.items() if isinstance(v, int | float)}, at.step)
+                wandb.log({f"{run.title}/{k}": v for k, v in line.items() if isinstance(v, int | float)}, step=at.step)
         if at.finals:
             shown = at.finals[next(iter(at.finals))]
             bar.set_postfix({k: f"{shown[k]:.3g}" for k in ("NormMSE", "L0", "dead") if k in shown}, tok_s=round(speed))
@@ -434,27 +364,28 @@ class Trainer:
                 "run the same command again"
             ) from error
 
-    def _finish(self, runs: list[Run], rows: Rows, at: Namespace, sites: list[int]) -> float:
+    def _finish(self, runs: list[Run], rows: Rows, at: Namespace) -> float:
         """Final weights and recipes; then the state to continue from is not needed any more. Raises ValueError where no token counted."""
         if not at.tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
+        used = self.estimate.compare(at.seconds)
         for run in runs:
             if not run.failed:
                 run.mode(False)
                 unit_norm_decoder(run.sae)
-                distributed.from_main(lambda run=run: self._save(run, at.finals[run.title], rows, at.tokens, sites))
+                distributed.from_main(lambda run=run: self._save(run, at.finals[run.title], rows, at.tokens, used))
         if distributed.main():
             shutil.rmtree(self.states, ignore_errors=True)
         if any(run.failed for run in runs):
             raise ValueError("; ".join(run.failed for run in runs if run.failed) + "; lower --lr (the other SAEs are saved)")
         return at.finals[runs[0].title]["loss"]
 
-    def _save(self, run: Run, final: dict[str, Any], rows: Rows, tokens: int, sites: list[int]) -> None:
+    def _save(self, run: Run, final: dict[str, Any], rows: Rows, tokens: int, used: dict[str, float]) -> None:
         cfg = self.cfg
         recipe = {
             "model": run.sae.name, "config": run.sae.config, "sites": run.sae.sites(), "options": self._settings() | run.options,
             "model_path": str(cfg.model_path), "data_path": str(cfg.data_path), "data_fingerprint": rows.fingerprint, "tokens": tokens,
-            "seed": cfg.seed, "device": cfg.device, "final": final, **checkpoint.environment(),
+            "seed": cfg.seed, "device": cfg.device, "final": final, "estimate": used, **checkpoint.environment(),
         }
         path = checkpoint.save(run.sae, recipe, self.folder, run.title)
         shown = {k: v for k, v in final.items() if isinstance(v, float)}

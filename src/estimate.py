@@ -1,0 +1,138 @@
+"""What a training will need in memory, disk and time: said before it starts, and held against what happened at its end."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src import distributed, hooks
+from src.data import Rows
+from src.sae import SAE
+
+GIGA = 1e9
+TRIAL_TOKENS = 4096  # what the time of a step is measured on: enough for its rate, little beside a run
+
+
+def step_bytes(sae: SAE, device: str) -> float:
+    """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and five tensors of the code's size.
+
+    The five are codes and their gradients alive at one time. An upper estimate: measured growth was .56 to .88 of it (docs/LOG.md).
+    """
+    code = 0
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*sae.parameters(), *sae.buffers())}
+
+    def kept(n: int) -> int:
+        nonlocal code
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.arange(n * sae.hidden_size, dtype=torch.float32, device=device).view(n, -1).sin()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            p = sae.autoencode(sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device))
+            _terms = sae.loss(p)
+        code = p.latents.numel() // n * 4
+        return sum(sizes.values())
+
+    return max(0, kept(16) - kept(8)) / 8 + 5 * code
+
+
+def step_seconds(saes: list[SAE], language_model: nn.Module, rows: Rows, batch_size: int, sites: list[int], device: str) -> float:
+    """Seconds of one step, from the forward and backward passes of a few rows; changes no SAE. The update itself is not in it."""
+
+    def trial(n: int) -> float:
+        batch = rows.batch(list(range(n))).to(device)
+        if str(device).startswith("cuda"):
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        hidden = hooks.read(language_model, batch, sites)
+        for sae in saes if batch.mask.any() else []:
+            loss = sum(sae.loss(sae.autoencode(sae.gather(hidden), token=batch.token_keys())).values())
+            torch.autograd.grad(loss, [p for p in sae.parameters() if p.requires_grad], allow_unused=True)
+        if str(device).startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    mine = -(-min(batch_size, len(rows)) // distributed.world())  # rows of a step in this process
+    n = max(1, min(mine, TRIAL_TOKENS // rows.max_length))
+    with distributed.alone():
+        trial(1)  # the first call of anything is slower
+        return trial(n) * mine / n
+
+
+def peak_resident() -> int:
+    """Bytes of memory this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident() -> int:
+    """Bytes of memory this process holds now; where the system does not tell, the most it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident()
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1 min 15 s; two units at most."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left, parts = round(seconds), []
+    for unit, size in units:
+        if left >= size and len(parts) < 2:
+            parts.append(f"{left // size} {unit}")
+            left %= size
+    return " ".join(parts) or f"{seconds:.2g} s"
+
+
+class Estimate:
+    """The memory and time of a run. Making one prints both; `compare` prints them beside what was used.
+
+    Raises ValueError where the memory is above --max_memory_hint, OSError where the disk at `folder` cannot take the run's states.
+    """
+
+    def __init__(self, cfg: Namespace, saes: list[SAE], language_model: nn.Module, rows: Rows, steps: int, folder: Path) -> None:
+        self.device, on_cuda = cfg.device, str(cfg.device).startswith("cuda")
+        sites = sorted({site for sae in saes for site in sae.sites()})
+        weights = [sum(p.numel() for p in sae.parameters()) * 4 for sae in saes]
+        states = [size * (3 if cfg.optimizer == "adam" else 2) for size in weights]
+        self.seconds = steps * step_seconds(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
+        there = sum(p.numel() * p.element_size() for p in language_model.parameters()) + sum(weights) if on_cuda else resident()
+        need = {
+            "language model and weights" if on_cuda else "this process by now": there,
+            "gradients and optimiser": sum(states),
+            "one step": cfg.batch_size / distributed.world() * cfg.max_length * (
+                max(step_bytes(sae, cfg.device) for sae in saes) + 4 * saes[0].hidden_size * len(sites)
+            ),
+        }
+        self.memory = sum(need.values()) / GIGA
+        if cfg.max_memory_hint is not None and self.memory > cfg.max_memory_hint:
+            found = f"the run needs {self.memory:.2f} GB by estimate, above --max_memory_hint {cfg.max_memory_hint:g}"
+            raise ValueError(f"{found}; lower --batch_size")
+        disk, want = shutil.disk_usage(folder).free, 3 * sum(states)  # two states are kept while a third is written
+        if want > disk:
+            room = f"{disk / 1e6:.0f} MB free; the states of this run need {want / 1e6:.0f} MB"
+            raise OSError(f"{folder} has {room}: make room or change --output_dir")
+        parts = ", ".join(f"{what} {size / GIGA:.2f} GB" for what, size in need.items())
+        print(f"memory by estimate: {parts}; together {self.memory:.2f} GB. Time: {duration(self.seconds)} for {steps:,} steps")
+        free = torch.cuda.mem_get_info(cfg.device)[0] if on_cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if (self.memory * GIGA - there if on_cuda else self.memory * GIGA) > free:
+            print(f"warning: that is above the {free / GIGA:.2f} GB here; lower --batch_size or train fewer SAEs at once")
+
+    def compare(self, seconds: float) -> dict[str, float]:
+        """Estimated and used memory (GB) and time (s) for the recipe; `seconds` is the time all steps took."""
+        used = torch.cuda.max_memory_allocated(self.device) if str(self.device).startswith("cuda") else peak_resident()
+        memory, used = self.memory, used / GIGA
+        print(f"estimated and used: memory {memory:.2f} GB and {used:.2f} GB, time {duration(self.seconds)} and {duration(seconds)}")
+        numbers = {"memory_gb": memory, "memory_gb_used": used, "seconds": self.seconds, "seconds_used": seconds}
+        return {name: round(value, 3) for name, value in numbers.items()}
