@@ -8,6 +8,8 @@ import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +21,17 @@ from src.sae import SAE
 
 GIGA = 1e9
 TRIAL_TOKENS = 4096  # what the time of a step is measured on: enough for its rate, little beside a run
+
+
+@contextmanager
+def unchanged(saes: list[SAE]) -> Iterator[None]:
+    """Puts buffers back as they were: some losses keep running means."""
+    before = [(buffer, buffer.clone()) for sae in saes for buffer in sae.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def step_bytes(sae: SAE, device: str) -> float:
@@ -45,7 +58,8 @@ def step_bytes(sae: SAE, device: str) -> float:
         code = p.latents.numel() // n * 4
         return sum(sizes.values())
 
-    return max(0, kept(16) - kept(8)) / 8 + 5 * code
+    with unchanged([sae]):
+        return max(0, kept(16) - kept(8)) / 8 + 5 * code
 
 
 def step_seconds(saes: list[SAE], language_model: nn.Module, rows: Rows, batch_size: int, sites: list[int], device: str) -> float:
@@ -66,7 +80,7 @@ def step_seconds(saes: list[SAE], language_model: nn.Module, rows: Rows, batch_s
 
     mine = -(-min(batch_size, len(rows)) // distributed.world())  # rows of a step in this process
     n = max(1, min(mine, TRIAL_TOKENS // rows.max_length))
-    with distributed.alone():
+    with distributed.alone(), unchanged(saes):
         trial(1)  # the first call of anything is slower
         return trial(n) * mine / n
 
