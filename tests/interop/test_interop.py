@@ -26,6 +26,7 @@ pytestmark = pytest.mark.interop
 SINGLE = ("TopK", "Vanilla", "Gated", "JumpReLU", "BatchTopK")
 NAMES = (*SINGLE, "MLSAE", "RouteSAE")
 LENGTH, EVAL_ROWS = 128, 32
+TIES = 1e-3  # share of tokens on which rounding may decide between two latents, at k or at a threshold
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,16 @@ def test_saelens_loads_the_export_and_finds_the_same_latents(name, saes, hidden,
         h = hidden[site]
         x, mean, std = sae.standardise(h)
         ours, found = form.code(x), theirs.encode(h)
-        worst, tokens = max(worst, float((ours - found).abs().max())), tokens + len(h)
-        other += int(((ours != 0) != (found != 0)).any(-1).sum())
+        same = ((ours != 0) == (found != 0)).all(-1)
+        worst, tokens = max(worst, float((ours - found)[same].abs().max())), tokens + len(h)
+        other += int((~same).sum())
         mine = getattr(sae, "sae", sae).decode(ours) * std + mean
-        x_hat_worst = max(x_hat_worst, float((mine - theirs.decode(found)).abs().max()))
+        x_hat_worst = max(x_hat_worst, float((mine - theirs.decode(found))[same].abs().max()))
         theirs.fold_W_dec_norm()  # what SAEDashboard does
         folded = theirs.encode(h) / getattr(sae, "sae", sae).decoder.weight.norm(dim=0)
-        assert (folded - ours).abs().max() < 1e-3
+        assert ((folded - ours).abs().amax(-1) > 1e-3).sum() <= TIES * len(h)
     print(f"\nexport {name:<10} latents {worst:.1e}  reconstruction {x_hat_worst:.1e}  other active sets {other} of {tokens} tokens")
-    assert worst < 1e-4 and other == 0 and x_hat_worst < 1e-3
+    assert worst < 1e-4 and other <= TIES * tokens and x_hat_worst < 1e-3
 
 
 KINDS = {"topk": {"k": 9}, "standard": {}, "jumprelu": {}, "gated": {}}
