@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from benchmarks import contenders, report, stages, sweeps
 from benchmarks.gate import Gate, score
 from benchmarks.runner import ratios
+from src import estimate
 from src.data import Rows
 from src.files import DEMO_LM, ROOT
 
@@ -42,6 +43,7 @@ def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, monkeypat
     commands = ["go 1", f"measure {tmp_path / 'held_out.pt'}", "go 400", "go 600", f"measure {tmp_path / 'held_out.pt'}", "end"]
     with monkeypatch.context() as put_back:
         put_back.setattr(Rows, "batch", Rows.batch)
+        put_back.setattr(estimate, "step_seconds", estimate.step_seconds)
         ready, first, early, second, last, late = played(contenders.ours, {"argv": argv, "kind": "ours"}, commands)
     assert ready["event"] == "ready" and first["steps"] == 1 and 100 < first["tokens"] <= 124
     assert second["steps"] == 3 and second["done"] >= 400 and last["final"] and sum(m["tokens"] for m in (first, second, last)) == last["done"]
