@@ -113,16 +113,17 @@ class Figures:
         """Every train.py call but the one that needs to know the routed sites."""
         first, *others = self.seeds
         swept, middle = [str(k) for k in self.scale.sweep], str(self.scale.middle)
-        random, frozen = ["--routing", "random"], ["--router_objective", "frozen"]
+        published = ["--router_objective", "published", "--router_balance", "none"]  # the paper's router, whatever this program's default
+        random, frozen = ["--routing", "random"], ["--router_objective", "frozen", "--router_balance", "none"]
         found = [
-            Group("zoo", first, ["--model", "TopK", "RouteSAE", "MLSAE", "BatchTopK", "RandomK", "--k", *swept]),
+            Group("zoo", first, ["--model", "TopK", "RouteSAE", "MLSAE", "BatchTopK", "RandomK", "--k", *swept, *published]),
             Group("random", first, ["--model", "RouteSAE", *random, "--k", *swept], ", random sites"),
             Group("frozen", first, ["--model", "RouteSAE", *frozen, "--k", *swept], ", untrained router"),
             Group("penalised", first, ["--model", "Vanilla", "Gated", "JumpReLU", "--target_l0", *swept]),
             Group("crosscoder", first, ["--model", "Crosscoder", "--target_l0", *swept]),
         ]
         for seed in others:
-            found.append(Group("zoo", seed, ["--model", "TopK", "RouteSAE", "--k", middle]))
+            found.append(Group("zoo", seed, ["--model", "TopK", "RouteSAE", "--k", middle, *published]))
             found.append(Group("frozen", seed, ["--model", "RouteSAE", *frozen, "--k", middle], ", untrained router"))
         return found
 

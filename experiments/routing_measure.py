@@ -64,6 +64,8 @@ def arms_of(cfg: Namespace, seed: int, language_model: nn.Module, rows: Rows, or
 def _used(sae: SAE, routing: str) -> SAE:
     """The same weights with another routing."""
     other = copy.copy(sae)
+    if sae.routing == "random":
+        other.route_scale = "one"  # its router, never asked in training, has no say in the scale either
     other.routing = routing
     return other
 

@@ -194,7 +194,7 @@ def tables(result: dict[str, Any]) -> str:
         mine = result["per_site"][name]
         for seed, shares, errors, features in zip(result["seeds"], mine["shares"], mine["NormMSE"], mine["features"], strict=True):
             cells = [f"{s:.2f} / {e:.3f} / {f}" if s > 0 else "0" for s, e, f in zip(shares, errors, features["per_site"], strict=True)]
-            site_rows.append([name.replace("_", " "), seed, *cells, f"{features['sites_of_a_latent']:.2f}"])
+            site_rows.append([name.replace("_", " "), seed, *cells, features["alive"], f"{features['sites_of_a_latent']:.2f}"])
     learned = []
     for name, r in result["routers"].items():
         info = ", ".join(f"{i['nats']:.2f} ({i['by_chance']:.2f})" for i in r["information"])
@@ -212,8 +212,9 @@ def tables(result: dict[str, Any]) -> str:
             rows(["router", "metric", "below random", "seeds", "below a fixed router", "seeds", "shuffling costs", "below own TopKs"], gain),
         ),
         (
-            "By site", f"Share of tokens / NormMSE of those tokens / latents active at least {ENOUGH} times there. Last: on how many sites the "
-            "activations of a latent lie (exponential of their entropy).", rows(["run", "seed", *sites, "sites a latent"], site_rows),
+            "By site", f"Share of tokens / NormMSE of those tokens / latents active at least {ENOUGH} times there. Last: such latents "
+            "over all sites, and on how many sites the activations of one lie (exponential of their entropy).",
+            rows(["run", "seed", *sites, "latents", "sites of one"], site_rows),
         ),
         (
             "The routers", "By seed. Regret: NormMSE less that of the oracle on the same SAE. Agreement: share of tokens at the oracle's site. "
@@ -233,7 +234,7 @@ def write(cfg: Namespace, paths: dict[int, list[Path]], folder: Path) -> None:
     trained = checkpoint.read_recipe(path_of(cfg, "random", found.seeds[0]))
     tokens = int(sum(found.sums[found.seeds[0]]["site_tokens"]["random"]))
     about = {key: trained.get(key) for key in ("tokens", "git_commit", "versions", "threads")} | {"eval_tokens": tokens, "seeds": found.seeds}
-    files.save_json(about | {"measured_at": checkpoint.environment()["git_commit"]} | result, folder / "routing_results.json")
+    files.save_json(about | {"written_at": checkpoint.environment()["git_commit"]} | result, folder / "routing_results.json")
     line = f"{trained['tokens']:,} training tokens, {tokens:,} measured of {len(found.used)} documents, seeds {', '.join(map(str, found.seeds))}."
     text = f"# Routing: the tables\n\n{line} Written by `python -m experiments.routing`.\n\n{tables(result)}\n"
     files.save_text(text, folder / "routing_tables.md")

@@ -20,9 +20,10 @@ from src.sae import SAE, routed_sites
 from src.trainer import Trainer
 
 # The routers compared. An untrained one is a control that has to answer the same questions: it too sends equal tokens to equal sites.
+ALONE = {"router_objective": "published", "router_balance": "none"}  # the loss and nothing else
 ROUTERS = {
-    "untrained": {"router_objective": "frozen"},
-    "published": {"router_objective": "published"},
+    "untrained": {"router_objective": "frozen", "router_balance": "none"},
+    "published": ALONE,
     "expected": {"router_objective": "expected", "router_balance": "switch"},
     "advantage": {"router_objective": "advantage", "router_balance": "switch"},
     "ste": {"router_objective": "ste", "router_balance": "switch"},
@@ -41,18 +42,18 @@ class Member(NamedTuple):
 def first_matrix(n_layers: int, cfg: Namespace) -> list[Member]:
     """TopK at each routed site, MLSAE, random routing, and each router."""
     members = [Member(f"topk_{site}", "TopK", {"layer": site}) for site in routed_sites(n_layers, cfg.start_layer, cfg.end_layer)]
-    members += [Member("mlsae", "MLSAE", {}), Member("random", "RouteSAE", {"routing": "random"})]
+    members += [Member("mlsae", "MLSAE", {}), Member("random", "RouteSAE", ALONE | {"routing": "random"})]
     return members + [Member(name, "RouteSAE", options) for name, options in ROUTERS.items()]
 
 
 def second_matrix(shares: dict[str, list[float]]) -> list[Member]:
     """A RouteSAE with random assignment at each router's shares."""
-    return [Member(f"{name}_shares", "RouteSAE", {"routing": "random", "route_shares": value}) for name, value in shares.items()]
+    return [Member(f"{name}_shares", "RouteSAE", ALONE | {"routing": "random", "route_shares": value}) for name, value in shares.items()]
 
 
 def third_matrix(shares: dict[str, list[float]]) -> list[Member]:
     """An untrained router, its logits shifted to each learned router's shares: what a function of the token gives without being learned."""
-    fixed = {name: {"router_objective": "frozen", "route_shares": shares[name]} for name in LEARNED}
+    fixed = {name: ROUTERS["untrained"] | {"route_shares": shares[name]} for name in LEARNED}
     return [Member(f"{name}_fixed", "RouteSAE", options) for name, options in fixed.items()]
 
 

@@ -114,7 +114,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "route_shares": Option("sae", float, None, "share of each routed site: random routing (default: uniform), frozen router", low=0, many=True),
     "router_objective": Option(
-        "sae", str, None, "where the router's gradient comes from (src/router.py)", ("published", "expected", "advantage", "ste", "frozen")
+        "sae", str, None, "where the router's gradient comes from (docs/routing.md)", ("published", "expected", "advantage", "ste", "frozen")
     ),
     "router_balance": Option("sae", str, None, "what keeps the sites' load even", ("none", "switch", "bias")),
     "router_balance_coef": Option("sae", float, None, "its weight, or the bias's step (default: .02, .001)", low=0),
@@ -314,6 +314,9 @@ def check(cfg: Namespace) -> None:
     thresholds = [name for name in ("act_threshold", "threshold_rel", "quantile") if getattr(cfg, name, None) is not None]
     if len(thresholds) > 1:
         raise ValueError(f"--{' and --'.join(thresholds)} exclude each other; give one")
+    objective, routing = getattr(cfg, "router_objective", None), getattr(cfg, "routing", None)
+    if cfg.stage == "train" and objective not in (None, "published") and routing not in (None, "hard", "permuted"):
+        raise ValueError(f"--router_objective {objective} chooses one site a token; it needs --routing hard, not {routing}")
     if (getattr(cfg, "quantile", None) or 0) >= 1:
         raise ValueError(f"--quantile {cfg.quantile}: must be below 1")
 

@@ -357,8 +357,8 @@ class RouteSAE(SAE):
     routing: "hard" (argmax); "soft" (the mixture); and controls. At scale 1, "random": a site drawn for each token, with route_shares where given,
     else uniformly. At the token's own p, "permuted": hard sites shuffled over the tokens of a batch (of a process's part of it), so that the shares
     stay; "oracle": the site with the least error.
-    router_objective: where the router's gradient comes from (src/router.py); errors of all sites are measured on one token in L. A "frozen" router
-    may be given route_shares too: its logits are shifted once so that its choices have them.
+    router_objective: where the router's gradient comes from (src/router.py) under hard routing; errors of all sites are measured on one token in L.
+    A "frozen" router may be given route_shares too: its logits are shifted once so that its choices have them.
     router_balance: "switch" adds coef times router.switch; "bias" moves a bias of each logit by coef against its load, without gradient
     (Wang et al. 2024; here p feels it too).
     route_scale: what multiplies the state, "p", "one", or "ste" (1, with the gradient of p); default p for published, else one.
@@ -376,8 +376,8 @@ class RouteSAE(SAE):
         ):
             if value not in known:
                 raise ValueError(f"{what} {value!r}; known are {', '.join(map(str, known))}")
-        if router_objective != "published" and routing not in ("hard", "permuted"):
-            raise ValueError(f"router_objective {router_objective} chooses one site a token; it needs routing hard, not {routing}")
+        if routing not in ("hard", "permuted"):  # no choice of one site that could be learned
+            router_objective, router_balance = "published", "none"
         self.routed = routed_sites(n_layers, start_layer, end_layer)
         self.n_layers, self.start_layer, self.end_layer, self.n_routed_layers = n_layers, self.routed[0], self.routed[-1] + 1, len(self.routed)
         self.aggre, self.routing, self.route_patch, self.seed = aggre, routing, route_patch, seed
@@ -407,12 +407,13 @@ class RouteSAE(SAE):
         return (self.router(pooled) + self.load_bias).softmax(-1)
 
     def route(self, x: Tensor, router_weights: Tensor, routing: str = "hard") -> tuple[Tensor, Tensor]:
-        """(layer_weights [...,L], routed_x [...,D]): p at the argmax and 0 elsewhere for hard, p itself for soft."""
+        """(layer_weights [...,L], routed_x [...,D]): p (1 where route_scale is not p) at the argmax and 0 elsewhere for hard, p itself for soft."""
         if routing not in router.ROUTINGS:
             raise ValueError(f"routing {routing!r}; known are {', '.join(router.ROUTINGS)}")
         if routing == "soft":
             return router_weights, (router_weights[..., None] * x).sum(-2)
         p, site = router_weights.max(-1, keepdim=True)
+        p = p if self.route_scale == "p" else torch.ones_like(p)
         there = x.take_along_dim(site[..., None], -2).squeeze(-2)  # one site's state, not a sum over L products of which L-1 are 0
         return torch.zeros_like(router_weights).scatter(-1, site, p), p * there
 
@@ -451,14 +452,14 @@ class RouteSAE(SAE):
 
     def autoencode(self, x, infer_k=None, theta=None, token=None):
         weights = self._weights(x, token, infer_k, theta)
-        layer_weights, routed = self.route(x, weights, self.routing)
+        _, routed = self.route(x, weights, self.routing)
         scale = weights.max(-1).values
         if self.routing != "soft" and (self.objective == "ste" or self.route_scale != "p"):
-            chosen = router.straight_through(weights) if self.objective == "ste" else (layer_weights != 0).to(x.dtype)
-            routed, scale = (chosen[..., None] * x).sum(-2), torch.ones_like(scale)
+            if self.objective == "ste":
+                routed = (router.straight_through(weights)[..., None] * x).sum(-2)
             if self.route_scale == "ste":
-                p = layer_weights.sum(-1, keepdim=True)
-                routed = routed * (p / p.detach())
+                routed = routed * (scale / scale.detach())[..., None]
+            scale = torch.ones_like(scale)
         inner = self.sae.autoencode(routed, infer_k, theta)
         return inner._replace(weights=weights, scale=scale, inputs=x)
 

@@ -36,7 +36,8 @@ ZOO: dict[str, Entry] = {
             "k", "aggre", "routing", "route_patch", "start_layer", "end_layer", "router_objective", "router_balance", "router_balance_coef",
             "route_scale", "route_shares", "topk_relu", *_AUXK,
         ),
-        {}, _OLD_K | {"route_patch": "unscaled"},
+        {"router_objective": "expected", "router_balance": "switch"},
+        _OLD_K | {"route_patch": "unscaled", "router_objective": "published", "router_balance": "none"},
     ),
     "Crosscoder": Entry(
         "one code for all routed sites", ("start_layer", "end_layer", "l1_coeff", "target_l0", "sparsity_warmup"),

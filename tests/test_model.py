@@ -129,7 +129,7 @@ def test_router_is_untrained_at_the_start_of_the_published_objective(hidden):
 
 
 def test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_training(hidden):
-    sae = make("RouteSAE")
+    sae = make("RouteSAE", route_scale="p")
     x = sae.gather(hidden)
     p = sae.autoencode(x)
     site = p.weights.argmax(-1)
@@ -140,7 +140,7 @@ def test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_tra
         expected = p.x_hat[here] / p.scale[here, None]
         states, mean, std = sae.standardise(hidden[s][here])
         assert torch.allclose((after[here] - mean) / std, expected, atol=1e-4)
-    unscaled = next(make("RouteSAE", route_patch="unscaled").grafts(hidden))
+    unscaled = next(make("RouteSAE", route_scale="p", route_patch="unscaled").grafts(hidden))
     s = sae.sites()[int(site[0])]
     assert not torch.allclose(unscaled[s](hidden[s])[0], grafts[s](hidden[s])[0], atol=1e-4)
 

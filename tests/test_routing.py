@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from src import router
+from src.config import model_options, parse
 from src.metrics import Routing
 from src.model import build
 from src.ops import project_decoder_grad, unit_norm_decoder
+from src.zoo import ZOO
 
 D, SITES = 24, 5  # sites 2 ... 6 of 8 blocks
 
@@ -164,11 +166,32 @@ def test_a_token_that_decides_its_site_gives_all_the_information_and_a_shuffled_
     assert found["share"] == [0.25] * 4 + [0.0] and found["p_entropy"] == 0
 
 
-def test_unknown_objectives_and_soft_routing_with_one_are_refused():
+@pytest.mark.parametrize("scale", ["p", "one"])
+def test_the_documented_form_codes_what_training_coded(x, scale):
+    sae = make(router_objective="expected", route_scale=scale)
+    weights, routed, latents, x_hat, _ = sae(x)
+    p = sae.autoencode(x)
+    assert torch.equal(routed, p.target) and torch.equal(latents, p.latents) and torch.allclose(x_hat, p.x_hat, atol=1e-6)
+    assert torch.equal(weights.max(-1).values, p.scale)
+
+
+def test_unknown_objectives_and_soft_routing_with_one_are_refused(capsys):
     with pytest.raises(ValueError, match="router_objective 'best'; known are published"):
         make(router_objective="best")
-    with pytest.raises(ValueError, match="needs routing hard, not soft"):
-        make(router_objective="expected", routing="soft")
+    with pytest.raises(SystemExit):
+        parse("train", ["--router_objective", "expected", "--routing", "soft"])
+    assert "needs --routing hard, not soft" in capsys.readouterr().err
+
+
+def test_the_standard_recipe_teaches_the_router_and_soft_or_random_routing_leaves_it_to_the_loss(x):
+    cfg = parse("train", [])
+    options = model_options(cfg, "RouteSAE")
+    assert (options["router_objective"], options["router_balance"]) == ("expected", "switch")
+    assert make(**ZOO["RouteSAE"].standard).loss(make(**ZOO["RouteSAE"].standard).autoencode(x)).keys() == {"NormMSE", "Router", "Balance"}
+    for routing in ("soft", "random"):
+        assert make(**ZOO["RouteSAE"].standard, routing=routing).loss(make(routing=routing).autoencode(x)).keys() == {"NormMSE"}
+    cfg = parse("train", ["--recipe", "published"])
+    assert model_options(cfg, "RouteSAE")["router_objective"] == "published" and make().objective == "published"
 
 
 def planted(n, atoms, generator):
