@@ -558,16 +558,8 @@ class RouteSAE(SAE):
 
     @torch.no_grad()
     def diagnostics(self, p):
-        """Share of tokens and mean p per site, largest p, entropy of the shares and mean entropy of p (1: uniform), gradient norm of the router; on
-        one token in L the error of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
-        share, every, (errors, weights) = router.load(p.weights, self.average), p.weights.flatten(0, -2), self._sample(p)
-        found = {"share": share, "mean_p": self.average(every), "p_max": self.average(every.max(-1).values), "share_entropy": router.entropy(share)}
-        found["p_entropy"] = self.average(router.entropy(every))
-        site = weights.argmax(-1)
-        regret, agrees = self.average(router.regret(site, errors)), self.average(site == errors.argmin(-1))
-        if not regret.isnan():
-            found |= {"NormMSE_per_site": self.average(errors), "regret": regret, "agreement": agrees}
-        grad = self.router.weight.grad
+        """router.summary, the errors those of one token in L, and the gradient norm of the router."""
+        found, grad = router.summary(p.weights.flatten(0, -2), *self._sample(p), self.average), self.router.weight.grad
         return found if grad is None else found | {"router_grad": grad.norm()}
 
 

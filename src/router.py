@@ -102,6 +102,18 @@ def regret(site: Tensor, errors: Tensor) -> Tensor:
     return errors.gather(-1, site[..., None])[..., 0] - errors.min(-1).values
 
 
+def summary(weights: Tensor, errors: Tensor, sampled: Tensor, mean: Mean) -> dict[str, Tensor]:
+    """Share of tokens and mean p per site, largest p, entropy of the shares and mean entropy of p (1: uniform); of sampled tokens, whose weights
+    are `sampled`, the error of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
+    share, site = load(weights, mean), sampled.argmax(-1)
+    found = {"share": share, "mean_p": mean(weights), "p_max": mean(weights.max(-1).values), "share_entropy": entropy(share)}
+    found |= {"p_entropy": mean(entropy(weights)), "regret": mean(regret(site, errors))}
+    if found["regret"].isnan():  # no token was sampled
+        del found["regret"]
+        return found
+    return found | {"NormMSE_per_site": mean(errors), "agreement": mean(site == errors.argmin(-1))}
+
+
 def information(counts: Tensor) -> float:
     """Mutual information in nats of the row and the column of a table of counts [V,L]."""
     joint = counts.double() / counts.sum()
