@@ -36,7 +36,7 @@ def played(kind, job, commands):
 def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, monkeypatch):
     options = {
         "model_path": DEMO_LM, "data_path": text, "device": "cpu", "max_tokens": 600, "batch_size": 4, "max_length": 32, "latent_size": 64, "k": 4,
-        "output_dir": tmp_path / "out", "router_objective": "published", "router_balance": "none",
+        "output_dir": tmp_path / "out",
     }
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     torch.save({12: torch.randn(50, 128)}, tmp_path / "held_out.pt")
