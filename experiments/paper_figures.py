@@ -71,10 +71,10 @@ class Figures:
         self.seeds = args.seeds or list(self.scale.seeds)
         self.out = Path(args.output_dir)
         self.folder = self.out / "figures"
-        given = {name: getattr(args, name) for name in ("model_path", "device", "data_path") if getattr(args, name)}
-        self.common = ["--output_dir", str(self.out), *(word for name, value in given.items() for word in (f"--{name}", value))]
-        self.textless = [word for word in self.common if word not in ("--data_path", args.data_path)]
-        self.done = self.made = 0
+        given = {name: getattr(args, name) for name in ("model_path", "device") if getattr(args, name)}
+        self.textless = ["--output_dir", str(self.out), *(word for name, value in given.items() for word in (f"--{name}", value))]
+        self.common = [*self.textless, "--data_path", args.data_path] if args.data_path else self.textless
+        self.done = self.made = self.known = 0
         self.commands: list[str] = []
         self.started = time.monotonic()
 
@@ -88,9 +88,9 @@ class Figures:
             saved = files.load_json(path)
             if saved["settings"] == settings:
                 self.commands += saved["commands"]
-                print(f"[{self.done}] {name}: already there ({path})")
+                print(f"[{self.done}/{self.known}] {name}: already there ({path})")
                 return saved["result"]
-        print(f"[{self.done}] {name} ({time.monotonic() - self.started:.0f} s so far)", flush=True)
+        print(f"[{self.done}/{self.known}] {name} ({time.monotonic() - self.started:.0f} s so far)", flush=True)
         before, began = len(self.commands), time.monotonic()
         result = work()
         self.made += 1
@@ -259,32 +259,34 @@ class Figures:
             raise ValueError("--scale paper is for a GPU, and this machine has none; --force starts it all the same")
 
     def run(self) -> list[dict[str, Any]]:
-        scale = self.scale
         if self.args.scale == "paper":
             self.foresee()
-        rows, history = [], {}
-        groups = self.groups()
+        groups, rows, history = self.groups(), [], {}
+        self.known = 2 * (len(groups) + 1)
         trained = [self.train(groups[0])]
         routed = next(sae["sites"] for sae in trained[0]["saes"] if len(sae["sites"]) > 1)
         at = ["--layer", str(routed[0]), str(routed[len(routed) // 2])]
-        groups.insert(1, Group("sites", self.seeds[0], ["--model", "TopK", *at, "--k", *map(str, scale.sweep)], " at site {layer}"))
+        groups.insert(1, Group("sites", self.seeds[0], ["--model", "TopK", *at, "--k", *map(str, self.scale.sweep)], " at site {layer}"))
         trained += [self.train(group) for group in groups[1:]]
         for group, result in zip(groups, trained, strict=True):
             rows += self.evaluate(group, result)
             history |= result["history"]
-        reads = {}
-        for row in rows:
-            if self.reads(row["model"], row["seed"]):
-                sae = {key: row[key] for key in ("title", "path", "label", "seed", "asked", "hidden_size")}
-                read = self.read(sae)
-                scored = THRESHOLDS if row["asked"] == scale.middle else (15,)
-                reads[row["title"]] = read | {"labels": {str(t): self.label(sae, read, t) for t in scored}}
-        steered = []
-        for row in rows:
-            if row["label"] in STEERED and row["title"] in reads and row["asked"] == scale.middle:
-                sae = {key: row[key] for key in ("title", "path", "label")}
-                steered += self.steer(sae, reads[row["title"]]["labels"]["15"])
+        reads, steered = self.understand(rows)
         return self.write(rows, history, reads, steered)
+
+    def understand(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """({title: what was read and labelled}, rows of the steering table)"""
+        middle = [row["title"] for row in rows if row["asked"] == self.scale.middle]
+        kept = {row["title"]: {key: row[key] for key in ("title", "path", "label", "seed", "asked", "hidden_size")} for row in rows
+                if self.reads(row["model"], row["seed"])}
+        scored = {title: THRESHOLDS if title in middle else (15,) for title in kept}
+        steered = [sae for title, sae in kept.items() if title in middle and sae["label"] in STEERED]
+        self.known += len(kept) + sum(map(len, scored.values())) + len(steered)
+        reads = {}
+        for title, sae in kept.items():
+            read = self.read(sae)
+            reads[title] = read | {"labels": {str(t): self.label(sae, read, t) for t in scored[title]}}
+        return reads, [row for sae in steered for row in self.steer(sae, reads[sae["title"]]["labels"]["15"])]
 
     def write(
         self, rows: list[dict[str, Any]], history: dict[str, Any], reads: dict[str, Any], steered: list[dict[str, Any]]
