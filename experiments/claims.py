@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -59,9 +60,11 @@ class Found:
             said.append(f"{mine:.3f} against " + ", ".join(f"{value:.3f}" for value in others.values()))
         return held, "; ".join(dict.fromkeys(said))
 
-    def features(self, label: str) -> float | None:
-        found = [p["features"] for p in self.figures["fig6_features"]["points"] if p["label"] == label and p["asked"] == self.middle]
-        return found[0] if found else None
+    def read(self, label: str, name: str) -> float | None:
+        """Features or score of the SAE whose L0 is nearest; None where that is off by more than half."""
+        mine = [p for p in self.figures["fig6_features"]["points"] if p["label"] == label]
+        nearest = min(mine, key=lambda p: abs(math.log(max(p["L0"], 1e-9) / self.middle)), default=None)
+        return None if nearest is None or not 2 / 3 <= nearest["L0"] / self.middle <= 3 / 2 else nearest[name]
 
     def shares(self, label: str, seed: int) -> list[float] | None:
         found = [run["share"] for run in self.figures["fig9_routing"]["inference"] if run["label"] == label and run["seed"] == seed]
@@ -93,9 +96,10 @@ def _u_shape(found: Found) -> tuple[list[bool], str]:
 
 def _more(labels: Sequence[str]) -> Callable[[Found], tuple[list[bool], str]]:
     def test(found: Found) -> tuple[list[bool], str]:
-        counts = [found.features(label) for label in labels]
-        if None in counts or not any(counts):
-            return [], "no latent has enough contexts above 15" if counts and None not in counts else "not measured"
+        counts = [found.read(label, "features") for label in labels]
+        missing = [label for label, n in zip(labels, counts, strict=True) if n is None]
+        if missing or not any(counts):
+            return [], f"no L0 near {found.middle:g}: {', '.join(missing)}" if missing else "no latent has enough contexts above 15"
         ratio = f" ({counts[0] / counts[1] - 1:+.1%})" if len(counts) == 2 and counts[1] else ""
         said = ", ".join(f"{label} {n:g}" for label, n in zip(labels, counts, strict=True))
         return [all(a > b for a, b in zip(counts, counts[1:], strict=False))], said + ratio
@@ -116,7 +120,9 @@ def _alike(found: Found) -> tuple[list[bool], str]:
 def _falls(found: Found) -> tuple[list[bool], str]:
     held, said = [], []
     for label in ("Vanilla", "Gated"):
-        mine = sorted((p["L0"], p["KLDiv"]) for p in found.points if p["label"] == label)
+        mine = sorted((p["L0"], p["KLDiv"]) for p in found.points if p["label"] == label and p["seed"] == found.seeds[0])
+        if any(not 0.5 <= l0 / k <= 2 for (l0, _), k in zip(mine, sorted(found.about["sweep"]), strict=True)):
+            return [], f"L0 of {label} is far from what was asked for: " + ", ".join(f"{l0:.2g}" for l0, _ in mine)
         held.append(all(a > b for (_, a), (_, b) in zip(mine, mine[1:], strict=False)))
         said.append(f"{label} " + ", ".join(f"{kl:.3f}" for _, kl in mine))
     return [all(held)], "; ".join(said)
@@ -130,8 +136,7 @@ def _absolute(found: Found) -> tuple[list[bool], str]:
 
 
 def _scores(found: Found) -> tuple[list[bool], str]:
-    points = found.figures["fig8_scores"]["points"]
-    mine = {label: next((p["score"] for p in points if p["label"] == label and p["asked"] == found.middle), None) for label in (ROUTE, "TopK")}
+    mine = {label: found.read(label, "score") for label in (ROUTE, "TopK")}
     said = ", ".join(f"{label} {value:.2f}" for label, value in mine.items() if value is not None)
     if found.about["engine"] == "heuristic" or None in mine.values():
         return [], f"labels by rule, no language model ({said})"
@@ -247,13 +252,15 @@ def table(figures: dict[str, dict[str, Any]], verdicts: Sequence[dict[str, Any]]
     """table.md: values beside the published ones, then the claims."""
     found, middle, rows = Found(figures, about), about["middle"], []
     for label in dict.fromkeys(point["label"] for point in found.points):
-        nmse, kl, features = found.at(label, "NormMSE"), found.at(label, "KLDiv"), found.features(label)
+        nmse, kl, features = found.at(label, "NormMSE"), found.at(label, "KLDiv"), found.read(label, "features")
         paper, again = PUBLISHED.get(label, ("", "", "", "")), REPRODUCED.get(label, (None, None))
         rows.append([
             label, paper[0] or "-", _number(again[0]), _number(nmse), paper[1] or "-", per_token(paper[1]) or "-",
             _number(again[1] and again[1] / PAPER_ROW, ".3f"), _number(kl, ".3f"), _number(kl and kl * PAPER_ROW, ".0f"), paper[2] or "-",
             "-" if features is None else f"{features:g}",
         ])
+    off = [p for p in found.points if p["seed"] == found.seeds[0] and not 2 / 3 <= p["L0"] / p["asked"] <= 3 / 2]
+    missed = [f"{p['label']} {p['L0']:.2g} for {p['asked']:g}" for p in off]
     head = [
         "SAE", "NormMSE, paper", "reproduction", "**here**", "KL a sequence of 512, paper", "a token (/ 512)", "reproduction, a token",
         "**here, a token**", "here x 512", "features above 15, paper", "**here**",
@@ -268,12 +275,14 @@ def table(figures: dict[str, dict[str, Any]], verdicts: Sequence[dict[str, Any]]
 At L0 {middle:g} (the paper: 48 to 72), first seed; a model without a point within 10 % of it is read off its frontier, linear in log L0,
 or has a dash. The paper's KL is a sum over the 512 positions of a sequence, padding included; divided by 512 it is nats a token, as ours.
 Features: latents with at least {figures["fig6_features"]["lines"]} contexts whose strength exceeds 15 at hidden size 2,048, at other sizes
-15 sqrt(hidden / 2048); how many depends on the latents there are (the paper: 16,384) and on the text read. Absolute values of another language
+15 sqrt(hidden / 2048); of the SAE whose L0 is nearest, if within half; how many depends on the latents there are
+(the paper: 16,384) and on the text read. Absolute values of another language
 model do not compare; orders may.
 
 {_rows(head, rows)}
 
 The reproduction's single-site models sit at site 16 of 16, after the final norm in training and before it in its KL; its L1 models are nearly dense.
+L0 missed by more than half: {", ".join(missed) or "none"}.
 KL follows the depth of the patched site: only rows patched at the same sites compare. A Crosscoder's code has read later sites too.
 
 ## Claims

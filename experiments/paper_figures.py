@@ -42,15 +42,16 @@ class Scale(NamedTuple):
     sweep: tuple[int, ...]
     middle: int
     seeds: tuple[int, ...]  # the first trains everything, the others what the paper's claims compare, at the middle
+    rows: tuple[int, int] | None  # rows a training step and tokens a row: over a hundred steps are needed for L0 to be steered; None: train.py's
     shown: int  # tokens of context on each side
     steered: int  # latents of each SAE
     written: int  # tokens
 
 
 SCALES = {
-    "smoke": Scale(10_000, 2_000, 2_000, (4, 8), 8, (42, 43), 8, 1, 6),
-    "demo": Scale(250_000, 20_000, 30_000, (8, 16, 32), 16, (42, 43, 44), 16, 3, 24),
-    "paper": Scale(100_000_000, 10_000_000, 10_000_000, (48, 56, 64, 72), 64, (42, 43, 44), 64, 5, 60),
+    "smoke": Scale(10_000, 2_000, 2_000, (4, 8), 8, (42, 43), (8, 32), 8, 1, 6),
+    "demo": Scale(250_000, 20_000, 30_000, (8, 16, 32), 16, (42, 43, 44), (8, 256), 16, 3, 24),
+    "paper": Scale(100_000_000, 10_000_000, 10_000_000, (48, 56, 64, 72), 64, (42, 43, 44), None, 64, 5, 60),
 }
 
 
@@ -67,7 +68,9 @@ class Figures:
     """All steps, in order; `run()` returns the verdicts."""
 
     def __init__(self, args: argparse.Namespace, extra: list[str]) -> None:
-        self.args, self.extra, self.scale = args, extra, SCALES[args.scale]
+        self.args, self.scale = args, SCALES[args.scale]
+        rows = self.scale.rows
+        self.extra = [*(["--batch_size", str(rows[0]), "--max_length", str(rows[1])] if rows else []), *extra]
         self.seeds = args.seeds or list(self.scale.seeds)
         self.out = Path(args.output_dir)
         self.folder = self.out / "figures"
@@ -362,7 +365,10 @@ def assemble(
     said_by = "by rule (heuristic)" if engine == "heuristic" else f"by {engine}"
     read = [(row, reads[row["title"]]) for row in rows if row["title"] in reads]
     curves = {
-        row["label"]: {"features": found["features"], "scores": {t: {k: mean[k] for k in ("score", "scored")} for t, mean in found["labels"].items()}}
+        row["label"]: {
+            "L0": row["L0"], "features": found["features"],
+            "scores": {t: {k: mean[k] for k in ("score", "scored")} for t, mean in found["labels"].items()},
+        }
         for row, found in read if row["asked"] == middle
     }
     counts = ("features", "scored", "score", "labelled")

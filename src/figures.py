@@ -16,6 +16,7 @@ from src.zoo import ZOO
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#8A8A8A")
 MARKERS, LINES = "osD^vPX<>", ("-", "--", ":", "-.")
 DEFAULT_THRESHOLD, PAPER_THRESHOLD = 10, 15
+FAR = 2.5  # times the sparsest or densest L0 asked for: an SAE beyond missed its target
 
 
 def looks(labels: list[str]) -> dict[str, dict[str, Any]]:
@@ -52,22 +53,26 @@ def _number_axis(axis: Any, values: list[float]) -> None:
 
 
 def _points(axis: Any, points: list[dict[str, Any]], name: str, styles: dict[str, dict[str, Any]], asked: list[float]) -> list[float]:
-    """One line a label through its points of the first seed; other seeds as crosses. Returns the values drawn."""
+    """One line a label through its points of the first seed; other seeds as crosses. Returns the values drawn.
+
+    Points far from the L0 asked for are left out, and the legend says where they are.
+    """
     drawn = []
     seeds = list(dict.fromkeys(point["seed"] for point in points))
     for label, style in styles.items():
         for seed in seeds:
-            mine = sorted((p["L0"], p[name]) for p in points if p["label"] == label and p["seed"] == seed and p.get(name) is not None)
-            if not mine:
-                continue
+            every = sorted((p["L0"], p[name]) for p in points if p["label"] == label and p["seed"] == seed and p.get(name) is not None)
+            mine = [(l0, value) for l0, value in every if asked[0] / FAR <= l0 <= asked[-1] * FAR]
+            away = [f"{l0:.2g}" for l0, value in every if (l0, value) not in mine]
             drawn += [value for _, value in mine]
-            if seed == seeds[0]:
-                axis.plot(*zip(*mine, strict=True), **style, label=label)
-            else:
+            if seed == seeds[0] and every:
+                note = f" (outside: L0 {', '.join(away)})" if away else ""
+                axis.plot([l0 for l0, _ in mine], [value for _, value in mine], **style, label=label + note)
+            elif mine:
                 axis.plot(*zip(*mine, strict=True), color=style["color"], marker="x", linestyle="", markersize=6)
     axis.set(xscale="log", xlabel="L0, active latents a token")
-    low, high = min(point["L0"] for point in points), max(point["L0"] for point in points)
-    ticks = [k for k in (asked[0] / 2, *asked, 2 * asked[-1]) if k in asked or low <= k <= high]
+    ticks = [asked[0] / 2, *asked, 2 * asked[-1]]
+    axis.set_xlim(asked[0] / FAR, asked[-1] * FAR)
     axis.xaxis.set_ticks(ticks, [f"{k:g}" for k in ticks])
     axis.xaxis.set_ticks([], minor=True)
     axis.grid(alpha=0.3)
@@ -102,6 +107,7 @@ def thresholds(data: dict[str, Any], caption: str, path: Path) -> None:
     figure, ((count, score),) = _sheet(2, 11, 5)
     for label, style in looks(list(data["curves"])).items():
         curve = data["curves"][label]
+        label = f"{label} (L0 {curve['L0']:.2g})"
         shown = [(t, n) for t, n in zip(data["thresholds"], curve["features"], strict=True) if n]
         if shown:
             count.plot(*zip(*shown, strict=True), label=label, **(style | {"marker": ""}))
