@@ -16,6 +16,8 @@ from src.zoo import ZOO
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#8A8A8A")
 MARKERS, LINES = "osD^vPX<>", ("-", "--", ":", "-.")
 DEFAULT_THRESHOLD, PAPER_THRESHOLD = 10, 15
+FEWEST = 5  # labels, for their mean score to be drawn
+SCORE = f"mean score of the labels, 1 to 5 (of {FEWEST} or more)"
 FAR = 2.5  # times the sparsest or densest L0 asked for: an SAE beyond missed its target
 
 
@@ -63,7 +65,7 @@ def _points(axis: Any, points: list[dict[str, Any]], name: str, styles: dict[str
         for seed in seeds:
             every = sorted((p["L0"], p[name]) for p in points if p["label"] == label and p["seed"] == seed and p.get(name) is not None)
             mine = [(l0, value) for l0, value in every if asked[0] / FAR <= l0 <= asked[-1] * FAR]
-            away = [f"{l0:.2g}" for l0, value in every if (l0, value) not in mine]
+            away = [f"{l0:.3g}" for l0, value in every if (l0, value) not in mine]
             drawn += [value for _, value in mine]
             if seed == seeds[0] and every:
                 note = f" (outside: L0 {', '.join(away)})" if away else ""
@@ -107,19 +109,20 @@ def thresholds(data: dict[str, Any], caption: str, path: Path) -> None:
     figure, ((count, score),) = _sheet(2, 11, 5)
     for label, style in looks(list(data["curves"])).items():
         curve = data["curves"][label]
-        label = f"{label} (L0 {curve['L0']:.2g})"
+        label = f"{label} (L0 {curve['L0']:.3g})"
         shown = [(t, n) for t, n in zip(data["thresholds"], curve["features"], strict=True) if n]
         if shown:
             count.plot(*zip(*shown, strict=True), label=label, **(style | {"marker": ""}))
         else:
             count.plot([], [], label=label, **(style | {"marker": ""}))
-        scored = [(float(t), s["score"]) for t, s in curve["scores"].items() if s["score"] is not None]
+        scored = [(float(t), s["score"]) for t, s in curve["scores"].items() if s["scored"] >= FEWEST]
         if scored:
             score.plot(*zip(*scored, strict=True), **style)
     count.set(yscale="log", ylabel="latents with 4 or more contexts above it", title="Features")
     most = max((n for curve in data["curves"].values() for n in curve["features"]), default=1)
     _number_axis(count.yaxis, [1, max(most, 2)])
-    score.set(ylabel="mean score of the labels, 1 to 5", title=f"Mean score, {data['scored_by']}")
+    score.set_xticks([float(t) for t in next(iter(data["curves"].values()))["scores"]])
+    score.set(ylabel=SCORE, title=f"Mean score, {data['scored_by']}")
     for axis in (count, score):
         axis.set(xlabel="activation threshold, in strength x sqrt(2048 / hidden size)")
         axis.title.set_fontsize(10)
@@ -149,10 +152,10 @@ def features(data: dict[str, Any], caption: str, path: Path) -> None:
 
 def scores(data: dict[str, Any], caption: str, path: Path) -> None:
     """Mean score of the labels against L0."""
-    points = data["points"]
+    points = [point for point in data["points"] if point["scored"] >= FEWEST]
     figure, ((axis,),) = _sheet(1, 8.5, 5)
-    _points(axis, points, "score", looks([point["label"] for point in points]), sorted({point["asked"] for point in points}))
-    axis.set(ylabel="mean score of the labels, 1 to 5")
+    _points(axis, points, "score", looks([point["label"] for point in points]), sorted({point["asked"] for point in data["points"]}))
+    axis.set(ylabel=SCORE)
     axis.set_title(f"{data['title']}, {data['scored_by']}", fontsize=10)
     _legend(figure, axis)
     _finish(figure, caption, path)

@@ -41,7 +41,7 @@ def judged(found, about=ABOUT):
 
 
 def test_verdicts_follow_from_the_values_of_every_seed():
-    lowest, control = "RouteSAE has the lowest KL (Fig. 4)", "control: RouteSAE has a lower KL than TopK at the first routed site"
+    lowest, control = "RouteSAE has a lower KL than TopK (Fig. 4)", "control: RouteSAE has a lower KL than TopK at the first routed site"
     assert judged(figures())[lowest] == "holds (2 of 2 seeds)" and judged(figures())[control].startswith("does not hold")
     assert judged(figures(RouteSAE=[0.2, 0.5]))[lowest] == "depends on the seed (1 of 2 seeds)"
     assert judged(figures(RouteSAE=[0.35, 0.5]))[lowest] == "does not hold (0 of 2 seeds)"
@@ -52,6 +52,10 @@ def test_verdicts_follow_from_the_values_of_every_seed():
     for run in flat["fig9_routing"]["inference"]:
         run["share"] = [0.4, 0.1, 0.1, 0.1, 0.3]  # an untrained router of the same shape: training made no U
     assert judged(flat)[u].startswith("does not hold")
+    slope = figures()
+    for run in slope["fig9_routing"]["inference"][:2]:
+        run["share"] = [0.8, 0.05, 0.05, 0.05, 0.05]
+    assert judged(slope)[u].startswith("does not hold")
 
 
 def test_what_this_run_cannot_show_is_not_judged():
