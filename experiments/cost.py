@@ -39,16 +39,17 @@ def rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
 
 
 def cost(name: str, options: dict[str, Any], shape: dict[str, int]) -> Cost:
-    """Of one SAE of the zoo on a language model of that shape. Nothing is allocated."""
+    """Of one SAE of the zoo on a language model of that shape. It is not allocated; a small one says how many codes a token has."""
     with torch.device("meta"):
         sae = model.build(name, shape["hidden_size"], shape["n_layers"], options)
-        p = sae.autoencode(sae.gather({site: torch.empty(2, shape["hidden_size"]) for site in sae.sites()}), token=torch.arange(2))
-    numbers = sum(weight.numel() for weight in sae.parameters())
-    code = 2 * numbers * p.latents.numel() / (2 * sae.latent_size)
+    small = model.build(name, shape["hidden_size"], shape["n_layers"], options | {"latent_size": 16, "k": 2})
+    p = small.autoencode(small.gather({site: torch.randn(2, shape["hidden_size"]) for site in sae.sites()}), token=torch.arange(2))
+    numbers, codes = sum(weight.numel() for weight in sae.parameters()), p.latents.numel() / (2 * small.latent_size)
+    code = 2 * numbers * codes
     sites, blocks, head = sae.sites(), 2 * shape["blocks"], 2 * shape["head"]
     runs = [sites[0]] if p.weights is not None or len(sites) == 1 else sites
     patched = sum(blocks * (1 - site / shape["n_layers"]) + 2 * head for site in runs)
-    return Cost(3 * code, code, patched, sites[-1] / shape["n_layers"], 16 * numbers, 5 * 4 * p.latents.numel() / 2)
+    return Cost(3 * code, code, patched, sites[-1] / shape["n_layers"], 16 * numbers, 5 * 4 * codes * sae.latent_size)
 
 
 def floors(groups: Sequence[Any], scale: Any, options: list[str], reads: Callable[[str, int], bool]) -> dict[str, Any]:
