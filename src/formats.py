@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import files, model
+from src import files, hub, model
 from src.sae import PLAIN_NAMES, SAE, Plain
 
 LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS = "cfg.json", "sae_weights.safetensors", "config.json", "model.safetensors"
@@ -272,25 +272,15 @@ def locate(name: str | Path) -> Path:
         return path
     repo, folder = found["repo"], found["folder"].strip("/")
     import huggingface_hub
-    from huggingface_hub import constants, errors
 
     wanted = (LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS)
     patterns = [f"{folder}/{file}" for file in wanted] if folder else [*wanted, f"*/{LENS_CONFIG}"]
     try:
         there = huggingface_hub.snapshot_download(repo, revision=found["revision"], allow_patterns=patterns)
-    except errors.GatedRepoError as error:
-        token = "" if huggingface_hub.get_token() else ", then `hf auth login` or set HF_TOKEN (no token is set)"
-        raise ValueError(f"{name} is gated: accept its terms at https://huggingface.co/{repo}{token}") from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{repo} has no revision {found['revision']!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"no file or folder {name}, and no such repository on the hub; check its spelling (private: `hf auth login`)") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise ValueError(f"no file or folder {name}, {why} and its cache does not have it") from error
     except (OSError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"no file or folder {name}, and the hub answered: {reason[:160]}") from error
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        why = hub.reason(error, repo) or f"the hub answered: {said[:160]}"
+        raise ValueError(f"no file or folder {name}; {why}") from error
     return Path(there) / folder
 
 
