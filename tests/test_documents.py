@@ -41,7 +41,9 @@ def commands(page):
 
 
 def supply(path):
-    """A checkpoint under the name that a page uses: a copy of one that is there."""
+    """A checkpoint under the name that a page uses: a copy of one that is there. NAME of a run: one that is there."""
+    if path.startswith("outputs/runs/NAME"):
+        return [path.replace("NAME", next(Path("outputs/runs").iterdir()).name)]
     if path.startswith("outputs/SAE_models/") and not glob.glob(path):
         real = next(Path("outputs/SAE_models").glob("RouteSAE*.pt"))
         for suffix in (".pt", ".json"):
