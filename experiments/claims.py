@@ -90,8 +90,9 @@ def _u_shape(found: Found) -> tuple[list[bool], str]:
     for seed in found.seeds:
         trained, untrained = found.shares(ROUTE, seed), found.shares(UNTRAINED, seed)
         if trained and untrained:
-            held.append(u(trained) > max(0.0, u(untrained)))
-            said.append(f"U {u(trained):.3f}, untrained {u(untrained):.3f}")
+            ends = trained[0], trained[-1]
+            held.append(min(ends) > 1 / len(trained) and u(trained) > max(0.0, u(untrained)))
+            said.append(f"U {u(trained):.3f} (ends {ends[0]:.3f}, {ends[1]:.3f}), untrained {u(untrained):.3f}")
     return held, "; ".join(said)
 
 
@@ -182,8 +183,8 @@ def claims_of(found: Found) -> list[Claim]:
         Claim("TopK's score falls as k grows (Fig. 8)", "first > last, scored by a language model", _score_falls),
         Claim("people agree with the scores (Fig. 7)", "-", not_here("needs people")),
         Claim(
-            "the router's shares form a U over the sites (Fig. 9)", "U, the smaller end less the mean of the middle third, > 0 and above untrained",
-            _u_shape,
+            "the router's shares form a U over the sites (Fig. 9)",
+            "both ends above an equal share; U, the smaller end less the mean of the middle third, > 0 and above untrained", _u_shape,
         ),
         Claim("steering with features changes the text as their labels say (Fig. 10)", "-", not_here("no rule decides it; see fig10_steering.md")),
         Claim("control: RouteSAE has a lower KL than TopK at the first routed site", f"RouteSAE < {first}", below("KLDiv", ROUTE, first)),

@@ -56,6 +56,9 @@ def test_verdicts_follow_from_the_values_of_every_seed():
     for run in slope["fig9_routing"]["inference"][:2]:
         run["share"] = [0.8, 0.05, 0.05, 0.05, 0.05]
     assert judged(slope)[u].startswith("does not hold")
+    for run in slope["fig9_routing"]["inference"][:2]:
+        run["share"] = [0.01, 0.0, 0.0, 0.0, 0.99]  # its small end is above the middle, but below an equal share
+    assert judged(slope)[u].startswith("does not hold")
 
 
 def test_what_this_run_cannot_show_is_not_judged():
