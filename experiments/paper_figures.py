@@ -407,7 +407,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     about, more = __doc__.splitlines()[0], "Further options go to train.py."
     parser = argparse.ArgumentParser("paper_figures.sh", description=about, epilog=more, allow_abbrev=False)
     add = parser.add_argument
-    add("--scale", choices=list(SCALES), default="demo", help="smoke: a minute; demo: on 2 cores; paper: the full protocol, on a GPU")
+    add("--scale", choices=list(SCALES), default="demo", help="smoke: a minute; demo: 24 minutes on 2 cores; paper: the full protocol, on a GPU")
     add("--model_path", default=os.environ.get("MODEL_PATH"), help="language model ($MODEL_PATH, else the demo LM)")
     add("--data_path", default=os.environ.get("DATA_PATH"), help="text ($DATA_PATH, else the demo text)")
     add("--output_dir", default=os.environ.get("OUTPUT_DIR") or "outputs", help="folder all results go to ($OUTPUT_DIR)")
