@@ -180,6 +180,7 @@ def test_a_server_that_wants_a_long_pause_is_not_asked_on(contexts, tmp_path, se
 
 def test_an_interrupt_keeps_what_is_answered_and_the_next_run_asks_the_rest(contexts, tmp_path, serve):
     asked = itertools.count(1)  # two requests come at one time: a length could pass by 5
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def answer(name, nth):
         if next(asked) == 5:
