@@ -81,19 +81,17 @@ def head(shape: Shape, width: int = 2) -> Work:
     return Work(2 * shape.hidden * shape.vocabulary, width * shape.vocabulary)
 
 
-def sae(model: str, hidden: int, latents: int, k: int, sites: int = 1, step: int = 1, *, sparse: bool | None = None, width: int = 2,
+def sae(model: str, hidden: int, latents: int, k: int, sites: int = 1, step: int = 1, *, sparse: bool = False, width: int = 2,
         adam: bool = True, frozen_decoder: bool = False) -> dict[str, Work]:
     """{stage: work} of one training step over `step` tokens, per token.
 
-    sparse: decode and differentiate by the k rows (True), by dense products (False), by whichever is less at H200's ratio (None). frozen_decoder:
-    Gated's auxiliary loss. A step never needs the gradient of the input: that of pre_bias sums over tokens first, that of a router takes O(k).
+    sparse: decode and differentiate by the k rows, else by dense products (models without a fixed k always). frozen_decoder: Gated's auxiliary
+    loss. A step never needs the gradient of the input: that of pre_bias sums over tokens first, that of a router takes O(k).
     """
     product, row = Work(2 * hidden * latents), Work(0, width * latents)
     many, joint = (sites, 1) if model == "MLSAE" else (1, sites) if model == "Crosscoder" else (1, 1)  # codes a token; dictionaries a code
     k_sparse = model in ("TopK", "RandomK", "BatchTopK", "RouteSAE", "MLSAE")
     rows_of_k = Work(0, k * hidden * width)
-    if sparse is None:
-        sparse = latents >= 170 * k
     by_rows = sparse and k_sparse
     weights = 2 * hidden * latents * joint
     routed = model in ("RouteSAE", "MLSAE", "Crosscoder")

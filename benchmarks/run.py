@@ -29,6 +29,7 @@ SHAPES = {  # language model (None: the demo's), latents, k, rows a step, tokens
     "tiny": ({"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
               "intermediate_size": 64, "vocab_size": 4096}, 64, 4, 4, 32),
 }
+AS_PUBLISHED = {"router_objective": "published", "router_balance": "none"}  # the router that the method as published trains
 EIGHT = ("TopK", "RandomK", "Vanilla", "Gated", "JumpReLU", "RouteSAE", "Crosscoder", "MLSAE")
 
 
@@ -166,11 +167,11 @@ class Bench:
         bf16 = self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16
         number, step = "bf16" if bf16 else "fp32", self.batch * self.length
         shape, several = floors.shape_of(self.config, self.length, step), ("RouteSAE", "MLSAE", "Crosscoder")
-        saes = [
-            floors.sae(name, self.config.hidden_size, self.latents, self.k, len(self.sites) if name in several else 1, step, adam=False)
-            for name in models
-        ]
-        blocks = floors.blocks(shape, self.site, 2 if bf16 else 4)
+        blocks, saes = floors.blocks(shape, self.site, 2 if bf16 else 4), []
+        for name in models:
+            sizes = self.config.hidden_size, self.latents, self.k, len(self.sites) if name in several else 1, step
+            ways = [floors.sae(name, *sizes, sparse=sparse, adam=False) for sparse in (True, False)]
+            saes.append(min(ways, key=lambda way: sum(floors.seconds(work, self.machine, number) for work in way.values())))
         return floors.step_floor(saes, blocks, self.machine, number, number)
 
 
@@ -179,11 +180,11 @@ def flags(options):
     return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def trained(bench):
-    """The RouteSAE that the training left."""
-    found = list((bench.folder / "ours" / "SAE_models").glob("RouteSAE_*.pt"))
+def trained(bench, model="RouteSAE"):
+    """The checkpoint that the training left."""
+    found = list((bench.folder / model / "SAE_models").glob(f"{model}_*.pt"))
     if not found:
-        raise Failed(f"no trained RouteSAE in {bench.folder / 'ours'}; let --only include training")
+        raise Failed(f"no trained {model} in {bench.folder / model}; let --only include training")
     return found[0]
 
 
@@ -196,9 +197,11 @@ def training(bench):
     """Train against the method as published and against the peers; time to quality."""
     tokens, rounds = bench.cfg.tokens, bench.cfg.rounds
     start = [
-        lambda: bench.ours("ours TopK", "TopK"), lambda: bench.ours("ours RouteSAE", "RouteSAE", output_dir=bench.folder / "ours"),
+        lambda: bench.ours("ours TopK", "TopK", output_dir=bench.folder / "TopK"),
+        lambda: bench.ours("ours RouteSAE", "RouteSAE", **AS_PUBLISHED, output_dir=bench.folder / "RouteSAE"),
+        lambda: bench.ours("ours RouteSAE, standard router", "RouteSAE"),
         lambda: bench.ours("ours TopK, float32 LM", "TopK", dtype="float32"),
-        lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", dtype="float32"),
+        lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", **AS_PUBLISHED, dtype="float32"),
         lambda: bench.published("published TopK", "TopK"), lambda: bench.published("published RouteSAE", "RouteSAE"),
         lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("sparsify", "sparsify, float32 LM", dtype="float32"),
         lambda: bench.peer("saelens", "sae-lens"), lambda: bench.peer("saelens", "sae-lens, autocast", autocast=True),
@@ -238,8 +241,8 @@ def to_quality(done, unit):
 def six(bench):
     """Six SAEs from one forward pass against six runs."""
     combinations = [(model, k) for model in ("TopK", "RouteSAE") for k in (bench.k // 2, bench.k, 2 * bench.k)]
-    start = [lambda: bench.ours("six from one forward", "TopK", "RouteSAE", k=sorted({k for _, k in combinations}))]
-    start += [lambda model=model, k=k: bench.ours(f"{model} k {k}", model, k=[k]) for model, k in combinations]
+    start = [lambda: bench.ours("six from one forward", "TopK", "RouteSAE", k=sorted({k for _, k in combinations}), **AS_PUBLISHED)]
+    start += [lambda model=model, k=k: bench.ours(f"{model} k {k}", model, k=[k], **AS_PUBLISHED) for model, k in combinations]
     rounds = min(bench.cfg.rounds, 6)
     done = bench.group("six SAEs", start, bench.batch * bench.length * 4 * rounds, rounds)
     together = done.pop("six from one forward").costs()
@@ -252,7 +255,7 @@ def evaluating(bench):
     tokens = bench.cfg.evaluate
     rows = math.ceil(tokens / (bench.length - 1))
     options = {
-        "SAE_path": trained(bench), "max_samples": rows, "batch_size": bench.batch, "output_dir": bench.folder / "ours",
+        "SAE_path": trained(bench), "max_samples": rows, "batch_size": bench.batch, "output_dir": bench.folder / "RouteSAE",
         "model_path": bench.model_path, "device": bench.device,
     }
     argv = [*flags(options), "--metric", "NormMSE", "KLDiv", "DeltaCE"]
@@ -272,7 +275,7 @@ def applying(bench):
     from benchmarks import apply_extraction
 
     print("apply ...", flush=True)
-    options = {"SAE_path": trained(bench), "max_tokens": bench.cfg.apply, "output_dir": bench.folder / "ours", "device": bench.device}
+    options = {"SAE_path": trained(bench, "TopK"), "max_tokens": bench.cfg.apply, "output_dir": bench.folder / "TopK", "device": bench.device}
     spent, times = apply_extraction.compare(flags(options))
     bench.found["groups"]["apply"] = {"seconds": spent, "times": times}
     once = {"median": times["published loop"], "low": times["published loop"], "high": times["published loop"], "turns": 1}
@@ -314,7 +317,7 @@ def rates(bench):
     }
     print("held rates ...", flush=True)
     for name, (models, must, goal, moonshot) in sets.items():
-        options = {**endless, "output_dir": bench.folder / name}
+        options = {**endless, **(AS_PUBLISHED if "RouteSAE" in models else {}), "output_dir": bench.folder / f"held_{name}"}
         done = held(bench, f"ours {name}", lambda name=name, models=models, options=options: bench.ours(f"ours {name}", *models, **options))
         bench.target(f"{name}, 100M tokens at the rate held", must, goal, minutes(done.costs(), 1e8), "min", False, moonshot)
         if name == "RouteSAE":
@@ -324,10 +327,11 @@ def rates(bench):
     ours = next(one for one in bench.found["groups"]["held"] if one["name"] == "ours RouteSAE")
     bench.target("train RouteSAE, useful tokens/s against the method as published", 10, 19, ratios(published.costs(), [1 / r for r in ours["rates"]]))
 
-    short = bench.ours("RouteSAE to read", "RouteSAE", output_dir=bench.folder / "ours", max_tokens=20 * bench.batch * bench.length)
+    options = {**AS_PUBLISHED, "output_dir": bench.folder / "RouteSAE", "max_tokens": 20 * bench.batch * bench.length}
+    short = bench.ours("RouteSAE to read", "RouteSAE", **options)
     short.go(math.inf)
     short.end()
-    common = {"SAE_path": trained(bench), "output_dir": bench.folder / "ours", "model_path": bench.model_path, "device": bench.device}
+    common = {"SAE_path": trained(bench), "output_dir": bench.folder / "RouteSAE", "model_path": bench.model_path, "device": bench.device}
     options = {**common, "batch_size": bench.batch, "max_tokens": None, "split": "all"}
     metrics = ["--metric", "NormMSE", "KLDiv"]
     evaluation = Contender("evaluate", {"kind": "evaluate", "argv": flags(options) + metrics}, bench.folder)
@@ -364,7 +368,7 @@ def main(argv=None):
     common(parser, 8)
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny shapes, few tokens")
     parser.add_argument("--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders")
-    parser.add_argument("--apply", type=int, default=20_000, help="tokens contexts are extracted from")
+    parser.add_argument("--apply", type=int, default=60_000, help="tokens contexts are extracted from")
     parser.add_argument("--held", type=float, default=65, help="seconds a rate is held where rates are measured")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: rates on CUDA, elsewhere the others)")
     cfg = parser.parse_args(argv)

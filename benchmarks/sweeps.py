@@ -27,8 +27,8 @@ def contenders(bench, name, value):
     if name == "saes":
         return [lambda: bench.ours("ours TopK", "TopK", k=[bench.k + i for i in range(value)])]
     return [
-        lambda: bench.ours("ours TopK", "TopK"), lambda: bench.ours("ours RouteSAE", "RouteSAE"), lambda: bench.published("published TopK", "TopK"),
-        lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("saelens", "sae-lens"),
+        lambda: bench.ours("ours TopK", "TopK"), lambda: bench.ours("ours RouteSAE", "RouteSAE", **run.AS_PUBLISHED),
+        lambda: bench.published("published TopK", "TopK"), lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("saelens", "sae-lens"),
     ]
 
 
@@ -70,7 +70,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=__doc__.splitlines()[0])
     run.common(parser, 4)
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which sweeps")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     cfg = parser.parse_args(argv)
     bench = run.Bench(cfg)
     found = {name: sweep(bench, name, SWEEPS[name][1 + (cfg.device == "cuda")], cfg.steps, cfg.rounds) for name in cfg.sweep}
