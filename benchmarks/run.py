@@ -99,8 +99,6 @@ class Bench:
             "max_length": self.length, "max_tokens": self.cfg.tokens, "device": self.device, "save_every": 0, "overwrite": 1, "resume": "never",
             **more,
         }
-        if "RouteSAE" in models:  # the work that is published, without the errors of other sites
-            chosen |= {"router_objective": "published", "router_balance": "none"}
         return ["--model", *models, "--k", *map(str, k or [self.k]), *flags(chosen)]
 
     def ours(self, name, *models, **more):
