@@ -160,7 +160,7 @@ class Evaluator:
         sums, count = {site: 0.0 for site in sites}, 0
         for batch in rows.batches(self.cfg.batch_size):
             hidden = hooks.read(model, batch.to(self.cfg.device), sites)
-            sums = {site: sums[site] + hidden[site].sum(0) for site in sites}
+            sums = {site: sums[site] + hidden[site].float().sum(0) for site in sites}
             count += len(hidden[sites[0]])
             if count > 20_000:
                 break

@@ -31,8 +31,9 @@ def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module
 
 
 def read(model: nn.Module, batch: Batch, sites: list[int]) -> dict[int, Tensor]:
-    """{site: float32 residual [N,D]} of the counted tokens, from one forward pass that ends after the last site."""
-    return {site: hidden[batch.mask].float() for site, hidden in lm.read_sites(model, batch.input_ids, sites).items()}
+    """{site: residual [N,D]} of the counted tokens as the model holds it, from one forward pass that ends after the last site."""
+    at = batch.mask.flatten().nonzero()[:, 0]  # once: on CUDA every use of the mask would wait for the device
+    return {site: hidden.flatten(0, 1)[at] for site, hidden in lm.read_sites(model, batch.input_ids, sites).items()}
 
 
 def graft_hooks(grafts: Mapping[int, Callable[[Tensor], Tensor]], mask: Tensor) -> dict[int, Callable[[Any], Any]]:

@@ -103,6 +103,17 @@ def block_at(model: nn.Module, site: int) -> nn.Module:
     return found[site - 1]
 
 
+def compile_blocks(model: nn.Module, rows: int, length: int) -> None:
+    """Compiles the blocks for batches [rows, length], which fuses their elementwise work; other shapes go through them as before."""
+    for block in blocks(model):
+        plain, fast = block.forward, torch.compile(block.forward, dynamic=False)
+
+        def forward(hidden_states: Tensor, *args: Any, plain=plain, fast=fast, **kwargs: Any) -> Any:
+            return (fast if hidden_states.shape[:2] == (rows, length) else plain)(hidden_states, *args, **kwargs)
+
+        block.forward = forward  # not block.compile(): hooks on the block, one of which ends the pass, stay outside
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden state in what a block returned: a tensor, or a tuple that begins with it."""
     return output if isinstance(output, Tensor) else output[0]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import distributed, router
-from src.ops import Jump_func, SparseCode, Step_func, kth_largest, random_subset, restrict, squared_errors, topk_sparsify
+from src.ops import Jump_func, SparseCode, Step_func, kth_largest, largest, linear, random_subset, restrict, squared_errors, topk_sparsify
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
@@ -41,7 +41,7 @@ class TopK(Dictionary):
 
     def choose(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
         """Which latents stay, token by token: positions in the flat [N,F]."""
-        indices = pre_acts.topk(self.k, dim=-1, sorted=False).indices
+        indices = largest(pre_acts, self.k)
         return (indices + torch.arange(len(pre_acts), device=indices.device)[:, None] * self.latent_size).flatten()
 
     def activate(self, pre_acts, token=None):
@@ -61,7 +61,7 @@ class TopK(Dictionary):
         flat, sums = x.flatten(0, -2), self.latent_size >= SPARSE_FROM.get(x.device.type, torch.inf) * self.k
         latents, x_hat, kept = SparseCode.apply(
             flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts: self.choose(acts, token),
-            self.topk_relu, sums,
+            self.topk_relu, sums, torch.is_grad_enabled(),
         )
         return Pass(x, latents.view(*x.shape[:-1], self.latent_size), x_hat.view_as(x), kept=kept)
 
@@ -70,9 +70,9 @@ class TopK(Dictionary):
         if not len(dead):
             return {}
         x, error = p.target.flatten(0, -2), (p.target - p.x_hat).detach().flatten(0, -2)
-        pre_acts = F.linear(x - self.pre_bias, self.encoder.weight[dead], self.latent_bias[dead])
+        pre_acts = linear(x, self.encoder.weight[dead], self.latent_bias[dead], self.pre_bias)
         kept = F.relu(topk_sparsify(pre_acts, min(len(dead), self.hidden_size // 2, 512)))
-        missed = (error - F.linear(kept, self.decoder.weight[:, dead])).square().sum(-1).view(p.target.shape[:-1])
+        missed = (error - linear(kept, self.decoder.weight[:, dead])).square().sum(-1).view(p.target.shape[:-1])
         variance = self.average((error - self.average(error)).square().sum(-1)).clamp_min(1e-12)
         return {"AuxK": self.auxk_coeff * self.mean(missed) / variance}
 
@@ -219,7 +219,7 @@ class Gated(_Sparsified, Dictionary):
             setattr(self, name, nn.Parameter(torch.zeros(latent_size)))
 
     def pre_acts(self, x):
-        return F.linear(x - self.pre_bias, self.encoder.weight)
+        return linear(x, self.encoder.weight, shift=self.pre_bias)
 
     def activate(self, pre_acts, token=None):
         return (pre_acts + self.gate_bias > 0) * F.relu(self.r_mag.exp() * pre_acts + self.mag_bias)
@@ -228,7 +228,7 @@ class Gated(_Sparsified, Dictionary):
         if not self.gated_aux:
             return self._l1(p.latents, self.decoder.weight.norm(dim=0))
         gate = F.relu(p.pre_acts + self.gate_bias)
-        frozen = F.linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
+        frozen = linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
         return self._l1(gate, self.decoder.weight.norm(dim=0).detach()) | {"GateAux": self.mean(squared_errors(p.target, frozen))}
 
 
@@ -298,13 +298,13 @@ class Crosscoder(_Sparsified, SAE):
         return self.routed
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        return F.linear(x.flatten(-2), torch.cat([encoder.weight for encoder in self.encoder], 1), self.latent_bias)  # one product: no [N,L,F]
+        return linear(x.flatten(-2), torch.cat([encoder.weight for encoder in self.encoder], 1), self.latent_bias)  # one product: no [N,L,F]
 
     def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
         return restrict(F.relu(self.pre_acts(x)), infer_k, theta)
 
     def decode(self, latents: Tensor) -> Tensor:
-        x_hat = F.linear(latents, torch.cat([decoder.weight for decoder in self.decoder])).unflatten(-1, (self.n_processed_layers, -1))
+        x_hat = linear(latents, torch.cat([decoder.weight for decoder in self.decoder])).unflatten(-1, (self.n_processed_layers, -1))
         return x_hat if self.decoder_bias is None else x_hat + self.decoder_bias
 
     def forward(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> tuple[Tensor, Tensor]:

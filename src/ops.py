@@ -19,6 +19,20 @@ def pre_process(hidden_states: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tenso
     return centred / (std + eps), mean, std
 
 
+def standardised(states: list[Tensor], eps: float) -> Tensor:
+    """pre_process's x of the states of several sites, side by side: L times [...,D] -> float32 [...,L,D]"""
+    first = states[0]
+    x = torch.empty(*first.shape[:-1], len(states), first.shape[-1], device=first.device)
+    for i, h in enumerate(states):
+        if h.is_cuda:
+            from src import kernels
+
+            kernels.standardise(h.flatten(0, -2), eps, x.flatten(0, -3)[:, i])  # one pass over memory in place of five
+        else:
+            x[..., i, :] = pre_process(h, eps)[0]
+    return x
+
+
 def squared_errors(x: Tensor, x_hat: Tensor) -> Tensor:
     """||x - x_hat||^2 / ||x||^2 of each token; 0 stands below as the smallest positive number. [...,D] -> [...]"""
     return (x - x_hat).square().sum(-1) / x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
@@ -56,6 +70,16 @@ def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = 
     if theta is not None:
         return latents * (latents > max(theta, 0.0))
     return latents
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of each row, in no order. [N,F] -> int64 [N,k]"""
+    if values.is_cuda and values.dtype is torch.float32:
+        from src import kernels
+
+        if values.shape[1] <= kernels.WIDEST:
+            return kernels.largest(values, k)
+    return values.topk(k, dim=-1, sorted=False).indices
 
 
 def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
@@ -175,18 +199,60 @@ def _mix(x: Tensor) -> Tensor:
     return (x ^ ((x >> 31) & 0x1FFFFFFFF)) & 0x7FFFFFFFFFFFFFFF
 
 
-class SparseCode(Function):
-    """A code that keeps few pre-activations, decoded and differentiated without a product for the input's gradient that nobody asks for.
+def narrow(x: Tensor, wanted: bool = True) -> Tensor:
+    """A factor as products on CUDA take it in training: in bfloat16, in half the time of TF32, whose use switches this on and off too."""
+    return x.bfloat16() if wanted and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else x
 
-    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums) -> (latents [N,F], x_hat [N,D], kept [E]).
-    choose maps pre-activations to the flat positions that stay, token by token; clip cuts negative values, kept are the positions of the others.
-    sums: sums of the active latents' rows alone, in place of dense products. Gradients flow through x_hat.
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, of narrow factors too in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype is torch.bfloat16 else torch.mm(a, b)
+
+
+class Linear(Function):
+    """apply(x [N,D], shift [D] or None, weight [F,D], bias [F] or None) -> (x - shift) weight^T + bias [N,F].
+
+    The gradient of shift sums over tokens before it goes through the weight: one product less than automatic differentiation makes.
     """
 
     @staticmethod
-    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums):
+    def forward(ctx, x, shift, weight, bias):
+        x, weight = narrow(x if shift is None else x - shift), narrow(weight)
+        ctx.save_for_backward(x, weight)
+        y = product(x, weight.T)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        by_bias, narrowed = grad.sum(0) if wanted[1] or wanted[3] else None, narrow(grad)
+        return (
+            product(narrowed, weight) if wanted[0] else None, -(by_bias @ weight.to(by_bias.dtype)) if wanted[1] else None,
+            product(narrowed.T, x) if wanted[2] else None, by_bias if wanted[3] else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """(x - shift) weight^T + bias. [...,D] -> [...,F]"""
+    if not torch.is_grad_enabled():
+        return nn.functional.linear(x if shift is None else x - shift, weight, bias)
+    return Linear.apply(x.reshape(-1, x.shape[-1]), shift, weight, bias).view(*x.shape[:-1], len(weight))
+
+
+class SparseCode(Function):
+    """A code that keeps few pre-activations, decoded and differentiated without a product for the input's gradient that nobody asks for.
+
+    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums, training) -> (latents [N,F], x_hat [N,D],
+    kept [E]). choose maps pre-activations to the flat positions that stay, token by token; clip cuts negative values, kept are the positions of
+    the others. sums: sums of the active latents' rows alone, in place of dense products. training: narrow factors where there are such.
+    Gradients flow through x_hat.
+    """
+
+    @staticmethod
+    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums, training):
         centred = x - pre_bias
-        pre_acts = torch.mm(centred, encoder.T).add_(latent_bias)
+        factors = narrow(centred, training), narrow(encoder, training)
+        pre_acts = product(factors[0], factors[1].T).add_(latent_bias)
         at = choose(pre_acts)
         values = pre_acts.view(-1)[at]
         if clip:
@@ -199,8 +265,9 @@ class SparseCode(Function):
             x_hat = nn.functional.embedding_bag(latent, rows, bags, mode="sum", per_sample_weights=values) + pre_bias
             ctx.save_for_backward(centred, encoder, rows, values, token, latent, bags)
         else:
-            x_hat = torch.addmm(pre_bias, latents, decoder.T)
-            ctx.save_for_backward(centred, encoder, decoder, latents, at)
+            code, decoder = narrow(latents, training), narrow(decoder, training)
+            x_hat = product(code, decoder.T).add_(pre_bias)
+            ctx.save_for_backward(*factors, decoder, code, at)
         ctx.sums = sums
         ctx.mark_non_differentiable(latents, at)
         ctx.set_materialize_grads(False)
@@ -214,19 +281,21 @@ class SparseCode(Function):
     @staticmethod
     def backward(ctx, _latents, grad, _kept):
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         through = SparseCode.sums_of_rows if ctx.sums else SparseCode.dense_products
         by_x, by_encoder, by_bias, by_decoder = through(grad, *ctx.saved_tensors, ctx.needs_input_grad[0])
-        by_pre_bias = grad.sum(0) - by_bias @ ctx.saved_tensors[1]  # tokens summed first: a vector times the encoder, no product
-        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None
+        # tokens summed first: a vector times the encoder, no product
+        by_pre_bias = grad.sum(0) - by_bias @ ctx.saved_tensors[1].to(by_bias.dtype)
+        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None, None
 
     @staticmethod
-    def dense_products(grad, centred, encoder, decoder, latents, at, input_too):
+    def dense_products(grad, centred, encoder, decoder, code, at, input_too):
+        grad = grad.to(code.dtype)
         by_latent = grad @ decoder
         by_value = by_latent.view(-1)[at]
         by_latent.zero_().view(-1)[at] = by_value
-        by_x = by_latent @ encoder if input_too else None
-        return by_x, by_latent.T @ centred, by_latent.sum(0), grad.T @ latents
+        by_x = product(by_latent, encoder) if input_too else None
+        return by_x, product(by_latent.T, centred), by_latent.sum(0, dtype=torch.promote_types(code.dtype, torch.float32)), product(grad.T, code)
 
     @staticmethod
     def sums_of_rows(grad, centred, encoder, rows, values, token, latent, bags, input_too):

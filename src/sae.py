@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import distributed
-from src.ops import firings, geometric_median, pre_process, restrict, squared_errors
+from src.ops import firings, geometric_median, linear, pre_process, restrict, squared_errors, standardised
 
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 WARM_START = 8192  # tokens that warm_start looks at
@@ -93,7 +93,8 @@ class SAE(nn.Module):
 
     def gather(self, hidden: Mapping[int, Tensor]) -> Tensor:
         """{site: [N,D]} -> its standardised input."""
-        return torch.stack([self.standardise(hidden[site])[0] for site in self.sites()], dim=-2)
+        states = [hidden[site] for site in self.sites()]
+        return standardised(states, self.norm_eps) if self.input_norm == "token" else torch.stack(states, dim=-2).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
@@ -227,7 +228,7 @@ class Dictionary(SAE):
         return self.standardise(hidden[self.layer])[0]
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        return F.linear(x - self.pre_bias, self.encoder.weight, self.latent_bias)
+        return linear(x, self.encoder.weight, self.latent_bias, self.pre_bias)
 
     def activate(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
         return F.relu(pre_acts)
@@ -240,7 +241,7 @@ class Dictionary(SAE):
         return self.get_latents(self.pre_acts(x), infer_k, theta, token)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents) + self.pre_bias
+        return linear(latents, self.decoder.weight, self.pre_bias)
 
     def forward(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> tuple[Tensor, Tensor]:
         """(latents, x_hat): the documented form."""

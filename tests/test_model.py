@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from src import model, ops
 from src.model import RouteSAE, TopK, build
+from src.sae import Pass
 from src.ops import Jump_func, Step_func, active, pre_process, project_decoder_grad, random_subset, restrict, topk_sparsify, unit_norm_decoder
 from src.zoo import ZOO, canonical
 
@@ -266,12 +267,25 @@ def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more,
             p.normal_()
     x, weight = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True), torch.randn(2, 5, 12, dtype=torch.double)
     wanted = (x, *sae.parameters())
-    sparse, dense = sae.autoencode(x), super(TopK, sae).autoencode(x)
-    assert type(sparse.x_hat.grad_fn) is not type(dense.x_hat.grad_fn)
+    latents = sae.activate(F.linear(x - sae.pre_bias, sae.encoder.weight, sae.latent_bias))
+    sparse, dense = sae.autoencode(x), Pass(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias))
     assert torch.allclose(sparse.latents, dense.latents, rtol=1e-12) and torch.allclose(sparse.x_hat, dense.x_hat, rtol=1e-12)
     assert sparse.kept.sort().values.tolist() == dense.latents.flatten().nonzero()[:, 0].tolist()
     assert torch.equal(ops.firings(sparse.latents, sparse.kept), ops.firings(dense.latents))
     for a, b in zip(*(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("without", ["", "shift", "bias"])
+def test_a_linear_map_of_shifted_states_has_the_values_and_gradients_of_autograd(without):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True), torch.randn(7, 12, dtype=torch.double, requires_grad=True)
+    shift = None if without == "shift" else torch.randn(12, dtype=torch.double, requires_grad=True)
+    bias = None if without == "bias" else torch.randn(7, dtype=torch.double, requires_grad=True)
+    mine, plain = ops.linear(x, weight, bias, shift), F.linear(x if shift is None else x - shift, weight, bias)
+    assert torch.allclose(mine, plain, rtol=1e-12)
+    wanted = [one for one in (x, weight, shift, bias) if one is not None]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (mine, plain)), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
