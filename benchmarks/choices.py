@@ -50,7 +50,8 @@ def kernels(found):
     for name, least in (("dense products", torch.inf), ("sums of rows", 0)):
         model.SPARSE_FROM["cuda"] = least
         a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
-        off = {"x_hat": float((a.x_hat - b.x_hat).norm() / b.x_hat.norm()), "other latents": float((a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32)}
+        others = (a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32
+        off = {"x_hat": float((a.x_hat - b.x_hat).norm() / b.x_hat.norm()), "other latents": float(others)}
         for one, p in ((sae, a), (exact, b)):
             one.zero_grad()
             sum(one.loss(p).values()).backward()
@@ -130,7 +131,7 @@ def steps(found, shape):
                 hidden = {s: torch.randn(n, run.sae.hidden_size, device="cuda", dtype=torch.bfloat16) for s in run.sae.sites()}
                 token, count = torch.arange(n, device="cuda"), iter(range(100))
                 run.warm_start(hidden)
-                took = timed(lambda: run.step(hidden, token, next(count), False), 5)
+                took = timed(lambda run=run, hidden=hidden, token=token, count=count: run.step(hidden, token, next(count), False), 5)
                 found.setdefault("steps", {})[label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
                 print(label, found["steps"][label], flush=True)
             except Exception as error:

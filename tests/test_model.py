@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from src import model, ops
 from src.model import RouteSAE, TopK, build
-from src.sae import Pass
 from src.ops import Jump_func, Step_func, active, pre_process, project_decoder_grad, random_subset, restrict, topk_sparsify, unit_norm_decoder
+from src.sae import Pass
 from src.zoo import ZOO, canonical
 
 N, D, FEATURES, LAYERS = 50, 32, 64, 16
