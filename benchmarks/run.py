@@ -140,6 +140,10 @@ class Bench:
             row["met"] = next((word for word in list(limits)[::-1] if limits[word] and sign * found["median"] >= sign * limits[word]), "no")
         self.found["targets"].append(row)
 
+    def save(self):
+        """What is measured stays, should a later part fail."""
+        save_json(self.found, self.folder / "benchmark.json")
+
     def group(self, name, start, tokens, rounds, **more):
         """Starts the contenders that `start` lists, gives them their turns, ends them. Returns {name: result}."""
         print(f"{name} ...", flush=True)
@@ -280,7 +284,7 @@ def applying(bench):
     bench.target("apply: extraction after encoding against a per-activation loop", 30, 100, once)
 
 
-def held(bench, name, make, warm=20):
+def held(bench, name, make, warm=8):
     """A contender's rate held for cfg.held seconds in ten turns, alone on the device."""
     contender = make()
     try:
@@ -296,6 +300,7 @@ def held(bench, name, make, warm=20):
         contender.end()
     result = contender.result()
     bench.found["groups"].setdefault("held", []).append(result)
+    bench.save()
     print(f"  {name}: {result['tokens_per_s']:,.0f} tokens/s ({result['spread'][0]:,.0f} to {result['spread'][1]:,.0f})", flush=True)
     return contender
 
@@ -310,8 +315,8 @@ def rates(bench):
     """Rates held for a minute, and what they come to for the tokens of a real run: the table of one large GPU."""
     endless = {"max_tokens": None, "num_epochs": 100_000}
     sets = {
-        "RouteSAE": (["RouteSAE"], 8.3, 6.5, 5.0), "TopK": (["TopK"], None, None, None), "zoo": (list(EIGHT), 45, 31, 25),
-        "Crosscoder": (["Crosscoder"], 21, 16, 13), "MLSAE": (["MLSAE"], 18, 13.7, 11),
+        "RouteSAE": (["RouteSAE"], 8.3, 6.5, 5.0), "Crosscoder": (["Crosscoder"], 21, 16, 13), "MLSAE": (["MLSAE"], 18, 13.7, 11),
+        "zoo": (list(EIGHT), 45, 31, 25),
     }
     print("held rates ...", flush=True)
     for name, (models, must, goal, moonshot) in sets.items():
@@ -321,10 +326,6 @@ def rates(bench):
         if name == "RouteSAE":
             peak = done.result()["peak_bytes"] / 1e9
             bench.target("peak memory, RouteSAE", 40, 20, {"median": peak, "low": peak, "high": peak, "turns": 1}, "GB", False, 16)
-    published = held(bench, "published RouteSAE", lambda: bench.published("published RouteSAE", "RouteSAE", tokens=10**12), warm=2)
-    ours = next(one for one in bench.found["groups"]["held"] if one["name"] == "ours RouteSAE")
-    bench.target("train RouteSAE, useful tokens/s against the method as published", 10, 19, ratios(published.costs(), [1 / r for r in ours["rates"]]))
-
     options = {**AS_PUBLISHED, "output_dir": bench.folder / "RouteSAE", "max_tokens": 20 * bench.batch * bench.length}
     short = bench.ours("RouteSAE to read", "RouteSAE", **options)
     short.go(math.inf)
@@ -343,6 +344,11 @@ def rates(bench):
         last = contender.turns[-1]
         must, goal, moonshot = limits
         bench.target(f"{name} (from {last['tokens']:,})", must, goal, minutes([last["seconds"] / last["tokens"]], 1e7), "min", False, moonshot)
+        bench.save()
+
+    published = held(bench, "published RouteSAE", lambda: bench.published("published RouteSAE", "RouteSAE", tokens=10**12), warm=2)
+    ours = next(one for one in bench.found["groups"]["held"] if one["name"] == "ours RouteSAE")
+    bench.target("train RouteSAE, useful tokens/s against the method as published", 10, 19, ratios(published.costs(), [1 / r for r in ours["rates"]]))
 
 
 PARTS = {"training": training, "six": six, "evaluate": evaluating, "apply": applying, "rates": rates}
@@ -378,7 +384,7 @@ def main(argv=None):
         PARTS[name](bench)
     bench.found["seconds"], bench.found["load_after"] = time.perf_counter() - started, _load()
     bench.found["floors"] = {model: bench.floor(model) for model in EIGHT} | {"zoo": bench.floor(*EIGHT)}
-    save_json(bench.found, bench.folder / "benchmark.json")
+    bench.save()
     text = report.markdown(bench.found)
     save_text(text, bench.folder / "benchmark.md")
     print(text)

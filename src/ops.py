@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+
+
+def _kernels(x: Tensor) -> Any:
+    """src.kernels for a tensor on CUDA; None elsewhere, and where Triton cannot build them."""
+    return _working_kernels() if x.is_cuda else None
+
+
+@functools.cache
+def _working_kernels() -> Any:
+    try:
+        from src import kernels
+
+        kernels.largest(torch.zeros(1, 1, device="cuda"), 1)
+    except Exception as error:  # no Triton, no C compiler for it, a card that it does not know: each library has its own kinds of error
+        warnings.warn(f"Triton's kernels do not work here ({type(error).__name__}: {error}); plain PyTorch takes their place", stacklevel=3)
+        return None
+    return kernels
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # before Ampere it is emulated
 
 
 def pre_process(hidden_states: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,9 +48,7 @@ def standardised(states: list[Tensor], eps: float) -> Tensor:
     first = states[0]
     x = torch.empty(*first.shape[:-1], len(states), first.shape[-1], device=first.device)
     for i, h in enumerate(states):
-        if h.is_cuda:
-            from src import kernels
-
+        if kernels := _kernels(h):
             kernels.standardise(h.flatten(0, -2), eps, x.flatten(0, -3)[:, i])  # one pass over memory in place of five
         else:
             x[..., i, :] = pre_process(h, eps)[0]
@@ -74,11 +96,9 @@ def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = 
 
 def largest(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order. [N,F] -> int64 [N,k]"""
-    if values.is_cuda and values.dtype is torch.float32:
-        from src import kernels
-
-        if values.shape[1] <= kernels.WIDEST:
-            return kernels.largest(values, k)
+    kernels = _kernels(values) if values.dtype is torch.float32 else None
+    if kernels and values.shape[1] <= kernels.WIDEST:
+        return kernels.largest(values, k)
     return values.topk(k, dim=-1, sorted=False).indices
 
 
@@ -201,7 +221,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def narrow(x: Tensor, wanted: bool = True) -> Tensor:
     """A factor as products on CUDA take it in training: in bfloat16, in half the time of TF32, whose use switches this on and off too."""
-    return x.bfloat16() if wanted and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else x
+    wanted = wanted and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 and _has_bfloat16(x.device)
+    return x.bfloat16() if wanted else x
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from src.config import parse
 from src.files import DEMO_LM
-from src.lm import block_at, blocks, final_states, get_language_model, hooked, logits_of, read_sites, resumed_at
+from src.lm import block_at, blocks, compile_blocks, final_states, get_language_model, hooked, logits_of, read_sites, resumed_at
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +132,23 @@ def test_a_quantised_model_is_not_moved(monkeypatch, demo):
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: Quantised(demo[1].config))
     assert not any(p.requires_grad for p in get_language_model(str(DEMO_LM), "cpu")[1].parameters())
+
+
+def test_compiled_blocks_serve_one_shape_and_leave_others_and_hooks_alone(monkeypatch):
+    _, model = get_language_model(str(DEMO_LM), "cpu", "float32")
+    ids = torch.randint(0, 4096, (2, 8))
+    before, other = read_sites(model, ids, [2, 5]), read_sites(model, ids[:1], [5])
+    calls = []
+
+    def compiled(function, **_):
+        return lambda *args, **kwargs: (calls.append(args[0].shape[:2]), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    compile_blocks(model, 2, 8)
+    after = read_sites(model, ids, [2, 5])
+    assert len(calls) == 5 and all(torch.equal(before[site], after[site]) for site in (2, 5))  # early exit as before
+    assert torch.equal(read_sites(model, ids[:1], [5])[5], other[5]) and len(calls) == 5
+    with resumed_at(model, 3, after[5]):
+        assert torch.equal(read_sites(model, ids, [3])[3], after[5]) and len(calls) == 5
+    read_sites(model, ids, [3])
+    assert len(calls) == 8  # resuming has put the compiled ones back
