@@ -20,7 +20,8 @@ class Contender:
         self.name, self.job, self.turns, self.qualities, self.stages = name, job, [], [], None
         self.log = Path(folder) / f"{name.replace(' ', '_').replace('/', '_')}.log"
         command = [python, "-m", f"benchmarks.{module}", json.dumps(job)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         started = time.perf_counter()
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(

@@ -104,7 +104,10 @@ def block_at(model: nn.Module, site: int) -> nn.Module:
 
 
 def compile_blocks(model: nn.Module, rows: int, length: int) -> None:
-    """Compiles the blocks for batches [rows, length], which fuses their elementwise work; other shapes, and what cannot be compiled here, go through them as before."""
+    """Compiles the blocks for batches [rows, length], which fuses their elementwise work.
+
+    Other shapes, and what cannot be compiled here, go through them as before.
+    """
     import torch._dynamo
 
     torch._dynamo.config.suppress_errors = True
