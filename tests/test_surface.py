@@ -45,9 +45,9 @@ FLAGS = """model model_path hidden_size latent_size k layer n_layers l1_coeff th
 betas num_epochs steps max_samples use_wandb wandb_project SAE_path metric infer_k theta api_base api_version api_key engine output_dir device seed
 recipe max_tokens chunking text_key max_bad_frac split dtype norm_eps auxk_coeff dead_tokens target_l0 sparsity_warmup topk_relu b_pre_init grad_clip
 optimizer include_special start_layer end_layer router_objective router_balance router_balance_coef route_scale save_every resume deterministic tag
-compile_lm overwrite trust_remote_code max_memory_hint route_patch site act_threshold threshold_rel quantile context_length max_per_token lines top_n effect gzip
+overwrite trust_remote_code max_memory_hint route_patch site act_threshold threshold_rel quantile context_length max_per_token lines top_n effect gzip
 sample_latents api_type api_key_file concurrency requests_per_minute budget_usd budget_tokens dry_run score set add multiply zero prompt prompts
-max_new_tokens mode format debug""".split()
+max_new_tokens mode format debug compile_lm""".split()
 FILES = """src/__init__.py src/model.py src/data.py src/utils.py src/applier.py src/trainer.py src/evaluator.py src/interpreter.py
 scripts/env_setup.sh scripts/download_data.sh scripts/download_model.sh scripts/evaluate_compare.sh scripts/apply.sh scripts/interpret.sh
 scripts/steer.sh scripts/quickstart.sh scripts/test.sh scripts/common.sh
