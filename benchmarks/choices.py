@@ -49,12 +49,14 @@ def kernels(found):
     exact.load_state_dict(sae.state_dict())
     for name, least in (("dense products", torch.inf), ("sums of rows", 0)):
         model.SPARSE_FROM["cuda"] = least
-        a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
+        with ops.narrow_factors():
+            a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
         others = (a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32
         off = {"x_hat": float((a.x_hat - b.x_hat).norm() / b.x_hat.norm()), "other latents": float(others)}
         for one, p in ((sae, a), (exact, b)):
             one.zero_grad()
-            sum(one.loss(p).values()).backward()
+            with ops.narrow_factors():
+                sum(one.loss(p).values()).backward()
         off |= {n: float((p.grad - q.grad).norm() / q.grad.norm()) for (n, p), q in zip(sae.named_parameters(), exact.parameters(), strict=True)}
         found[f"relative errors against float64, {name}"] = off
 
@@ -124,7 +126,7 @@ def steps(found, shape):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             label = f"{name}{' published' if more else ''} {how}"
-            before, ops.narrow = ops.narrow, (lambda x, wanted=True: x) if how == "tf32" else ops.narrow
+            before, ops.narrow = ops.narrow, (lambda x: x) if how == "tf32" else ops.narrow
             model.SPARSE_FROM["cuda"] = 0 if how == "sums" else torch.inf
             try:
                 run, n = sae_of(name, shape, **more)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from src import distributed, hooks
 from src.data import Rows
+from src.ops import narrow_factors
 from src.sae import SAE
 
 GIGA = 1e9
@@ -80,7 +81,7 @@ def step_seconds(saes: list[SAE], language_model: nn.Module, rows: Rows, batch_s
 
     mine = -(-min(batch_size, len(rows)) // distributed.world())  # rows of a step in this process
     n = max(1, min(mine, TRIAL_TOKENS // rows.max_length))
-    with distributed.alone(), unchanged(saes):
+    with distributed.alone(), unchanged(saes), narrow_factors():
         trial(1)  # the first call of anything is slower
         return trial(n) * mine / n
 

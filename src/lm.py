@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import hub
+from src.ops import fast_bfloat16
 
 HEAD_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 128k x 4 bytes = 0.5 GB in float32
 
@@ -34,8 +35,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype | str:
         return getattr(torch, dtype)
     if str(device).startswith("cuda"):
         return "auto"
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast_bfloat16() else torch.float32
 
 
 def get_language_model(

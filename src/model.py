@@ -61,7 +61,7 @@ class TopK(Dictionary):
         flat, sums = x.flatten(0, -2), self.latent_size >= SPARSE_FROM.get(x.device.type, torch.inf) * self.k
         latents, x_hat, kept = SparseCode.apply(
             flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts: self.choose(acts, token),
-            self.topk_relu, sums, torch.is_grad_enabled(),
+            self.topk_relu, sums,
         )
         return Pass(x, latents.view(*x.shape[:-1], self.latent_size), x_hat.view_as(x), kept=kept)
 

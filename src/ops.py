@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+
+_narrow = False  # within narrow_factors(); a plain global, since gradients on CUDA are computed in threads of their own
+GROUP = 8  # values a group in a two-stage top-k on a CPU: .9 of the time of one stage at k 16, .6 at 64 (docs/LOG.md)
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 faster than in float32."""
+    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def _kernels(x: Tensor) -> Any:
@@ -99,6 +109,11 @@ def largest(values: Tensor, k: int) -> Tensor:
     kernels = _kernels(values) if values.dtype is torch.float32 else None
     if kernels and values.shape[1] <= kernels.WIDEST:
         return kernels.largest(values, k)
+    groups = values.shape[1] // GROUP
+    if not values.is_cuda and values.shape[1] % GROUP == 0 and groups >= 2 * k:  # the k largest lie in the k groups with the largest maxima
+        best = values.view(len(values), GROUP, groups).amax(1).topk(k, dim=-1, sorted=False).indices
+        candidates = (best[:, None] + groups * torch.arange(GROUP)[:, None]).flatten(1)
+        return candidates.gather(1, values.gather(1, candidates).topk(k, dim=-1, sorted=False).indices)
     return values.topk(k, dim=-1, sorted=False).indices
 
 
@@ -219,9 +234,20 @@ def _mix(x: Tensor) -> Tensor:
     return (x ^ ((x >> 31) & 0x1FFFFFFFF)) & 0x7FFFFFFFFFFFFFFF
 
 
-def narrow(x: Tensor, wanted: bool = True) -> Tensor:
-    """A factor as products on CUDA take it in training: in bfloat16, in half the time of TF32, whose use switches this on and off too."""
-    wanted = wanted and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 and _has_bfloat16(x.device)
+@contextlib.contextmanager
+def narrow_factors() -> Iterator[None]:
+    """Inside, which is where SAEs are trained, products take their factors in bfloat16 where that is faster."""
+    global _narrow
+    before, _narrow = _narrow, True
+    try:
+        yield
+    finally:
+        _narrow = before
+
+
+def narrow(x: Tensor) -> Tensor:
+    """A factor of a product on CUDA: in training in bfloat16, which takes half the time of TF32 and is switched off together with that."""
+    wanted = _narrow and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 and _has_bfloat16(x.device)
     return x.bfloat16() if wanted else x
 
 
@@ -263,17 +289,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, shift: Tensor 
 class SparseCode(Function):
     """A code that keeps few pre-activations, decoded and differentiated without a product for the input's gradient that nobody asks for.
 
-    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums, training) -> (latents [N,F], x_hat [N,D],
+    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums) -> (latents [N,F], x_hat [N,D],
     kept [E]). choose maps pre-activations to the flat positions that stay, token by token; clip cuts negative values, kept are the positions of
-    the others. sums: sums of the active latents' rows alone, in place of dense products. training: narrow factors where there are such.
-    Gradients flow through x_hat.
+    the others. sums: sums of the active latents' rows alone, in place of dense products. Gradients flow through x_hat.
     """
 
     @staticmethod
-    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums, training):
+    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums):
         centred = x - pre_bias
-        factors = narrow(centred, training), narrow(encoder, training)
-        pre_acts = product(factors[0], factors[1].T).add_(latent_bias)
+        factors = narrow(centred), narrow(encoder)
+        if _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16():  # this product alone: gradients stay exact
+            pre_acts = torch.mm(centred.bfloat16(), encoder.bfloat16().T).float().add_(latent_bias)
+        else:
+            pre_acts = product(factors[0], factors[1].T).add_(latent_bias)
         at = choose(pre_acts)
         values = pre_acts.view(-1)[at]
         if clip:
@@ -286,7 +314,7 @@ class SparseCode(Function):
             x_hat = nn.functional.embedding_bag(latent, rows, bags, mode="sum", per_sample_weights=values) + pre_bias
             ctx.save_for_backward(centred, encoder, rows, values, token, latent, bags)
         else:
-            code, decoder = narrow(latents, training), narrow(decoder, training)
+            code, decoder = narrow(latents), narrow(decoder)
             x_hat = product(code, decoder.T).add_(pre_bias)
             ctx.save_for_backward(*factors, decoder, code, at)
         ctx.sums = sums
@@ -302,12 +330,12 @@ class SparseCode(Function):
     @staticmethod
     def backward(ctx, _latents, grad, _kept):
         if grad is None:
-            return (None,) * 9
+            return (None,) * 8
         through = SparseCode.sums_of_rows if ctx.sums else SparseCode.dense_products
         by_x, by_encoder, by_bias, by_decoder = through(grad, *ctx.saved_tensors, ctx.needs_input_grad[0])
         # tokens summed first: a vector times the encoder, no product
         by_pre_bias = grad.sum(0) - by_bias @ ctx.saved_tensors[1].to(by_bias.dtype)
-        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None, None
+        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None
 
     @staticmethod
     def dense_products(grad, centred, encoder, decoder, code, at, input_too):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src import config, distributed
-from src.ops import firings, project_decoder_grad, unit_norm_decoder
+from src.ops import firings, narrow_factors, project_decoder_grad, unit_norm_decoder
 from src.sae import SAE, WARM_START, Pass
 
 
@@ -144,6 +144,7 @@ class Run:
         distributed.copy_from_main_(list(self._tensors().values()))
         self.mode(True)
 
+    @narrow_factors()
     def _gradients(self, hidden: dict[int, Tensor], token: Tensor, whole: int, first: int) -> tuple[Pass, dict[str, Tensor]]:
         """Forward and backward over `parts` slices of the tokens; (what all slices gave, this process's shares of the loss terms).
 

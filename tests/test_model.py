@@ -276,6 +276,32 @@ def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more,
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("n, f, k", [(50, 256, 16), (50, 256, 17), (9, 250, 4), (0, 64, 2), (3, 8, 8)])
+def test_the_largest_of_each_row_are_found_in_one_stage_or_two(n, f, k):
+    torch.manual_seed(0)
+    values = torch.randn(n, f)
+    values[: n // 2] = values[: n // 2].round()  # ties
+    found = ops.largest(values, k)
+    assert found.shape == (n, k) and all(len(set(row)) == k for row in found.tolist())
+    assert torch.equal(values.gather(1, found).sort(1).values, values.topk(k).values.sort(1).values)
+
+
+@pytest.mark.skipif(not ops.fast_bfloat16(), reason="this CPU has no fast bfloat16")
+def test_in_training_a_code_is_that_of_bfloat16_factors_and_its_gradients_are_exact_for_it():
+    torch.manual_seed(0)
+    sae, x = build("TopK", 64, 16, {"latent_size": 512, "k": 8, "layer": 4}), torch.randn(100, 64)
+    with ops.narrow_factors():
+        p = sae.autoencode(x)
+    exact = sae.autoencode(x)
+    off = (p.x_hat - exact.x_hat).norm() / exact.x_hat.norm()
+    assert 0 < off < 0.1 and not torch.equal(p.latents, exact.latents)  # some tokens choose another latent
+    assert torch.allclose(p.x_hat, F.linear(p.latents, sae.decoder.weight, sae.pre_bias), atol=1e-5)
+    weight = torch.randn_like(x)
+    (by_encoder,) = torch.autograd.grad((p.x_hat * weight).sum(), sae.encoder.weight)
+    wanted = ((weight @ sae.decoder.weight) * (p.latents != 0)).T @ (x - sae.pre_bias)
+    assert torch.allclose(by_encoder, wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("without", ["", "shift", "bias"])
 def test_a_linear_map_of_shifted_states_has_the_values_and_gradients_of_autograd(without):
     torch.manual_seed(0)
