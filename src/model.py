@@ -19,9 +19,9 @@ from src.ops import Jump_func, SparseCode, Step_func, kth_largest, largest, line
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
-# Latents per active one from which sums of rows beat dense products (benchmarks/sparse_code.py). On CUDA counted, not measured: one product in TF32
-# takes the time in which 184 latents per active one are read as float32 rows; the sort and uneven latents come on top.
-SPARSE_FROM = {"cpu": 8, "cuda": 340}
+# Latents per active one from which sums of rows beat dense products: measured on a CPU (benchmarks/sparse_code.py); on CUDA extrapolated from one
+# measured ratio, 2.5 times as slow at 256 (docs/LOG.md).
+SPARSE_FROM = {"cpu": 8, "cuda": 1200}
 
 
 class TopK(Dictionary):
