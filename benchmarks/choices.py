@@ -1,9 +1,10 @@
 """What a GPU's defaults were chosen by: `python -m benchmarks.choices`. Forms of one part beside each other, at Llama-3.2-1B's shapes.
 
-Milliseconds, medians of runs timed by events, random weights; exactness of the kernels first. Parts: kernels, topk, lm, steps, profile.
+Milliseconds, medians of runs timed by events, random weights; first how far bfloat16 factors are from float64 (tests/test_kernels.py -m gpu: the kernels' exactness).
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.run import SHAPES
 from src import checkpoint, config, lm, model, ops
+from src.files import save_json
 from src.run import Run
 
 
@@ -31,19 +33,7 @@ def timed(work, repeats=7, warm=2):
     return statistics.median(took)
 
 
-def kernels(found):
-    from src import kernels
-
-    for n, f, k in ((1000, 16384, 64), (333, 5000, 16), (64, 32768, 128), (64, 64, 64)):
-        values = torch.randn(n, f, device="cuda")
-        values[: n // 2] = values[: n // 2].mul(4).round()  # ties
-        mine = values.gather(1, kernels.largest(values, k)).sort(1).values
-        assert torch.equal(mine, values.topk(k).values.sort(1).values), (n, f, k)
-    for dtype in (torch.bfloat16, torch.float32):
-        h = torch.randn(77, 2048, device="cuda", dtype=dtype) * 9 + 3
-        out = torch.zeros(77, 3, 2048, device="cuda")
-        kernels.standardise(h, 1e-5, out[:, 1])
-        assert torch.allclose(out[:, 1], ops.pre_process(h, 1e-5)[0], atol=1e-5) and not out[:, ::2].any()
+def rounding(found):
     sae, x = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda(), torch.randn(2048, 512, device="cuda")
     exact = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda().double()
     exact.load_state_dict(sae.state_dict())
@@ -103,44 +93,39 @@ def forward(found, shape):
     found["LM"]["graphs"] = torch._dynamo.utils.counters["stats"].get("unique_graphs")
 
 
-def sae_of(name, shape, **options):
+def sae_with_states(name, shape, **options):
+    """(run, random states of its sites, token keys)"""
     fields, latents, k, rows, length = SHAPES[shape]
     cfg = config.parse("train", ["--model", name, "--device", "cuda", "--latent_size", str(latents), "--k", str(k)])
     config.complete(cfg)
     values = config.model_options(cfg, name) | {"k": k, "layer": 3 * fields["num_hidden_layers"] // 4} | options
     values = {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
     sae = model.build(name, fields["hidden_size"], fields["num_hidden_layers"], values).cuda()
-    return Run(sae, name, values, cfg, 100), rows * length - rows
+    run, n = Run(sae, name, values, cfg, 100), rows * length - rows
+    hidden = {site: torch.randn(n, sae.hidden_size, device="cuda", dtype=torch.bfloat16) for site in sae.sites()}
+    run.warm_start(hidden)
+    return run, hidden, torch.arange(n, device="cuda")
 
 
 def steps(found, shape):
     """One update of an SAE, its states given; peak memory with them."""
     published = {"router_objective": "published", "router_balance": "none"}
-    for name, more in (("TopK", {}), ("RouteSAE", published), ("RouteSAE", {}), ("Vanilla", {}), ("JumpReLU", {}), ("Gated", {}), ("RandomK", {}),
-                       ("Crosscoder", {}), ("MLSAE", {})):
-        for how in ("bf16", "tf32", "sums"):
-            if how != "bf16" and name not in ("TopK", "Crosscoder"):
-                continue
-            if how == "sums" and name != "TopK":
-                continue
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            label = f"{name}{' published' if more else ''} {how}"
-            before, ops.narrow = ops.narrow, (lambda x: x) if how == "tf32" else ops.narrow
-            model.SPARSE_FROM["cuda"] = 0 if how == "sums" else torch.inf
-            try:
-                run, n = sae_of(name, shape, **more)
-                hidden = {s: torch.randn(n, run.sae.hidden_size, device="cuda", dtype=torch.bfloat16) for s in run.sae.sites()}
-                token, count = torch.arange(n, device="cuda"), iter(range(100))
-                run.warm_start(hidden)
-                took = timed(lambda run=run, hidden=hidden, token=token, count=count: run.step(hidden, token, next(count), False), 5)
-                found.setdefault("steps", {})[label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
-                print(label, found["steps"][label], flush=True)
-            except Exception as error:
-                found.setdefault("steps", {})[label] = f"{type(error).__name__}: {error}"[:300]
-                print(label, found["steps"][label], flush=True)
-            ops.narrow = before
-            run = hidden = None
+    forms = [("TopK", {}, "bf16"), ("TopK", {}, "tf32"), ("TopK", {}, "sums"), ("RouteSAE", published, "bf16"), ("Crosscoder", {}, "tf32")]
+    forms += [(name, {}, "bf16") for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder", "MLSAE")]
+    narrow, found["steps"] = ops.narrow, {}
+    for name, more, how in forms:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ops.narrow = (lambda x: x) if how == "tf32" else narrow
+        model.SPARSE_FROM["cuda"] = 0 if how == "sums" else torch.inf
+        run, hidden, token = sae_with_states(name, shape, **more)
+        number = itertools.count()
+        took = timed(lambda run=run, hidden=hidden, token=token, number=number: run.step(hidden, token, next(number), False), 5)
+        label = f"{name}{' published' if more else ''} {how}"
+        found["steps"][label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+        print(label, found["steps"][label], flush=True)
+        run = hidden = None  # the next one needs the room
+    ops.narrow = narrow
 
 
 def profile(found, shape, out):
@@ -148,10 +133,7 @@ def profile(found, shape, out):
     from torch.profiler import profile as profiler
 
     for name, more in (("RouteSAE", {"router_objective": "published", "router_balance": "none"}), ("MLSAE", {})):
-        run, n = sae_of(name, shape, **more)
-        hidden = {s: torch.randn(n, run.sae.hidden_size, device="cuda", dtype=torch.bfloat16) for s in run.sae.sites()}
-        token = torch.arange(n, device="cuda")
-        run.warm_start(hidden)
+        run, hidden, token = sae_with_states(name, shape, **more)
         run.step(hidden, token, 0, False)
         with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
             run.step(hidden, token, 1, False)
@@ -159,33 +141,24 @@ def profile(found, shape, out):
         (out / f"profile_{name}.txt").write_text(p.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=60))
 
 
+PARTS = {
+    "rounding": lambda found, cfg: rounding(found), "topk": lambda found, cfg: topk(found), "lm": lambda found, cfg: forward(found, cfg.shape),
+    "steps": lambda found, cfg: steps(found, cfg.shape), "profile": lambda found, cfg: profile(found, cfg.shape, Path(cfg.output_dir)),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama")
-    parser.add_argument("--only", nargs="+", default=["kernels", "topk", "lm", "steps", "profile"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output_dir", default="outputs/benchmark")
     cfg = parser.parse_args()
-    out = Path(cfg.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint.pick_device("cuda")
-    torch.set_grad_enabled(True)
     found = {"device": torch.cuda.get_device_name(), "commit": checkpoint.environment()}
-    parts = {
-        "kernels": lambda: kernels(found), "topk": lambda: topk(found), "lm": lambda: forward(found, cfg.shape),
-        "steps": lambda: steps(found, cfg.shape), "profile": lambda: profile(found, cfg.shape, out),
-    }
     for name in cfg.only:
-        started = time.perf_counter()
-        try:
-            parts[name]()
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            found[f"{name} failed"] = f"{type(error).__name__}: {error}"[:500]
+        PARTS[name](found, cfg)
         torch.cuda.empty_cache()
-        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-        (out / "choices.json").write_text(json.dumps(found, indent=1))
+        save_json(found, Path(cfg.output_dir) / "choices.json")  # what is measured stays, should a later part fail
     print(json.dumps(found, indent=1))
 
 

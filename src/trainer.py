@@ -221,7 +221,7 @@ class Trainer:
                 name, options, _ = self.combinations[i]
                 sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options).to(cfg.device)
                 runs.append(Run(sae, self.titles[i], options, cfg, total))
-            if cfg.compile_lm == "yes" or (cfg.compile_lm == "auto" and cfg.device != "cpu" and total >= COMPILE_FROM and not cfg.deterministic):
+            if cfg.compile_lm == "yes" or (cfg.compile_lm == "auto" and "cuda" in cfg.device and total >= COMPILE_FROM and not cfg.deterministic):
                 mine = distributed.share(min(cfg.batch_size, len(rows)))
                 lm.compile_blocks(language_model, mine.stop - mine.start, cfg.max_length)
             self.estimate = Estimate(cfg, [run.sae for run in runs], language_model, rows, total, self.home)
