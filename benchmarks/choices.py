@@ -1,6 +1,7 @@
 """What a GPU's defaults were chosen by: `python -m benchmarks.choices`. Forms of one part beside each other, at Llama-3.2-1B's shapes.
 
-Milliseconds, medians of runs timed by events, random weights; first how far bfloat16 factors are from float64 (tests/test_kernels.py -m gpu: the kernels' exactness).
+Milliseconds, medians of runs timed by events, random weights; before that how far bfloat16 factors are from float64. The kernels' exactness is
+tests/test_kernels.py's (`pytest -m gpu`).
 """
 
 import argparse
@@ -42,7 +43,7 @@ def rounding(found):
         with ops.narrow_factors():
             a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
         others = (a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32
-        off = {"x_hat": float((a.x_hat - b.x_hat).norm() / b.x_hat.norm()), "other latents": float(others)}
+        off = {"x_hat": float((a.x_hat - b.x_hat).detach().norm() / b.x_hat.detach().norm()), "other latents": float(others)}
         for one, p in ((sae, a), (exact, b)):
             one.zero_grad()
             with ops.narrow_factors():
