@@ -110,7 +110,7 @@ class Seen:
         else:
             site = torch.full((n,), 0 if n_sites == 1 else -1, device=flat.device)
         weight = p.weights.max(-1).values if p.weights is not None else torch.ones(n, device=flat.device)
-        sample, latent, value = active(flat, p.kept)
+        sample, latent, value = active(flat)
         token = sample // per_token
         self.tokens += n
         self.samples += len(flat)

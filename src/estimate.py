@@ -56,7 +56,7 @@ def step_bytes(sae: SAE, device: str) -> float:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             p = sae.autoencode(sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device))
             _terms = sae.loss(p)
-        code = p.latents.numel() // n * 4
+        code = 4 * p.code.shape.numel() // n
         return sum(sizes.values())
 
     with unchanged([sae]):

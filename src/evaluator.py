@@ -170,7 +170,7 @@ class Evaluator:
         x, keys = subject.sae.gather(hidden), batch.token_keys()
         p = subject.sae.autoencode(x, self.cfg.infer_k, self.cfg.theta, keys)
         subject.reconstruction.update(p.target, p.x_hat)
-        subject.activity.update(p.latents, p.kept)
+        subject.activity.update(p.code)
         if p.weights is not None and "Routing" in self.cfg.metric:
             errors = subject.sae.site_errors(x, None, self.cfg.infer_k, self.cfg.theta)  # codes the states of all sites
             subject.routing.update(p.weights, errors, metrics.squared_errors(p.target, p.x_hat), batch.input_ids[batch.mask])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import router
-from src.ops import firings, squared_errors
+from src.ops import Sparse, firings, squared_errors
 
 UNITS = {
     "NormMSE": "share of squared norm", "FVU": "share of variance", "L0": "latents a token", "Dead": "share of latents",
@@ -139,10 +139,10 @@ class Activity(Measure):
     def __init__(self) -> None:
         self.fired, self.n = 0, 0
 
-    def update(self, latents: Tensor, kept: Tensor | None = None) -> None:
-        """[N,F] or [N,L,F]; every (token, site) is a sample. kept: positions of those that are not 0, where they are known"""
-        self.fired = self.fired + firings(latents, kept)
-        self.n += latents.shape[:-1].numel()
+    def update(self, code: Tensor | Sparse) -> None:
+        """[N,F] or [N,L,F]; every (token, site) is a sample."""
+        self.fired = self.fired + firings(code)
+        self.n += code.shape[:-1].numel()
 
     def compute(self) -> dict[str, Any]:
         density = self.fired.double() / self.n

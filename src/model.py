@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import distributed, router
-from src.ops import Jump_func, SparseCode, Step_func, kth_largest, largest, linear, random_subset, restrict, squared_errors, topk_sparsify
+from src import distributed, ops, router
+from src.ops import Jump_func, Sparse, SparseCode, Step_func, kth_largest, largest, linear, random_subset, restrict, squared_errors, topk_sparsify
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
@@ -31,6 +31,7 @@ class TopK(Dictionary):
     """
 
     architecture = "topk"
+    apart = True  # what stays of a token's code does not depend on other tokens
 
     def __init__(self, hidden_size, latent_size, k, *, auxk_coeff=1 / 32, dead_tokens=None, topk_relu=False, **rest):
         super().__init__(hidden_size, latent_size, **rest)
@@ -59,11 +60,13 @@ class TopK(Dictionary):
         if infer_k is not None or theta is not None:
             return super().autoencode(x, infer_k, theta, token)
         flat, sums = x.flatten(0, -2), self.latent_size >= SPARSE_FROM.get(x.device.type, torch.inf) * self.k
-        latents, x_hat, kept = SparseCode.apply(
-            flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts: self.choose(acts, token),
-            self.topk_relu, sums,
+        token = torch.arange(len(flat), device=x.device) if token is None else token.flatten()
+        rows = max(1, ops.PIECE.get(x.device.type, 2**21) // self.latent_size) if self.apart else None
+        x_hat, values, at = SparseCode.apply(
+            flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts, here: self.choose(acts, token[here]),
+            self.topk_relu, sums, rows,
         )
-        return Pass(x, latents.view(*x.shape[:-1], self.latent_size), x_hat.view_as(x), kept=kept)
+        return Pass(x, Sparse(values, at, torch.Size([*x.shape[:-1], self.latent_size])), x_hat.view_as(x))
 
     def penalty(self, p):
         dead = (self.silent > self.dead_after).nonzero()[:, 0] if self.auxk_coeff else self.silent[:0]
@@ -90,6 +93,8 @@ class BatchTopK(TopK):
     Over several processes the batch is the whole one: its k N-th largest value is found by two summed histograms, the smallest by a minimum.
     """
 
+    apart = False
+
     def __init__(self, hidden_size, latent_size, k, **rest):
         super().__init__(hidden_size, latent_size, k, **(rest | {"topk_relu": True}))
         self.register_buffer("cut", torch.full((), float("nan")))
@@ -108,10 +113,10 @@ class BatchTopK(TopK):
     @torch.no_grad()
     def after_step(self, p, progress):
         super().after_step(p, progress)
-        values = p.latents[p.latents > 0] if p.kept is None else p.latents.flatten()[p.kept]
+        _, _, values = ops.active(p.code)
         smallest = -distributed.largest(-values.min() if len(values) else self.cut.new_tensor(-torch.inf))
         smallest = torch.where(smallest.isinf(), self.cut, smallest)
-        share = self.total(self.seen.new_tensor(p.latents.shape[:-1].numel())) / self.seen * progress  # of the run in this step
+        share = self.total(self.seen.new_tensor(p.code.shape[:-1].numel())) / self.seen * progress  # of the run in this step
         self.cut.copy_(smallest if self.cut.isnan() else self.cut.lerp(smallest, (20 * share).clamp(0.01, 1)))  # memory: 5 % of a short run
 
 
@@ -461,7 +466,7 @@ class RouteSAE(SAE):
                 routed = routed * (scale / scale.detach())[..., None]
             scale = torch.ones_like(scale)
         inner = self.sae.autoencode(routed, infer_k, theta)
-        return inner._replace(weights=weights, scale=scale, inputs=x)
+        return inner.with_(weights=weights, scale=scale, inputs=x)
 
     @torch.no_grad()
     def site_errors(self, x: Tensor, scale: Tensor | None = None, infer_k: int | None = None, theta: float | None = None) -> Tensor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
 _narrow = False  # within narrow_factors(); a plain global, since gradients on CUDA are computed in threads of their own
+PIECE = {"cuda": 2**27}  # pre-activations at one time, half a GB
 GROUP = 8  # values a group in a two-stage top-k on a CPU: .9 of the time of one stage at k 16, .6 at 64 (docs/LOG.md)
 
 
@@ -44,13 +47,16 @@ def _has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)  # before Ampere it is emulated
 
 
-def pre_process(hidden_states: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, mean, std) with x = (h - mean) / (std + eps) per token, in float32; std is the unbiased estimate. [...,D] -> [...,D], [...,1], [...,1]"""
+def pre_process(hidden_states: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, mean, std) with x = (h - mean) / (std + eps) per token, in float32; std is the unbiased estimate. [...,D] -> [...,D], [...,1], [...,1]
+
+    x is written to `out` where it is given.
+    """
     h = hidden_states.float()  # first: statistics of a bfloat16 vector lose about three digits
     mean = h.mean(-1, keepdim=True)
     centred = h - mean
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (h.shape[-1] - 1) ** 0.5  # on a CPU h.std() takes 15 times as long
-    return centred / (std + eps), mean, std
+    return torch.div(centred, std + eps, out=out), mean, std
 
 
 def standardised(states: list[Tensor], eps: float) -> Tensor:
@@ -61,7 +67,7 @@ def standardised(states: list[Tensor], eps: float) -> Tensor:
         if kernels := _kernels(h):
             kernels.standardise(h.flatten(0, -2), eps, x.flatten(0, -3)[:, i])  # one pass over memory in place of five
         else:
-            x[..., i, :] = pre_process(h, eps)[0]
+            pre_process(h, eps, x[..., i, :])
     return x
 
 
@@ -111,10 +117,21 @@ def largest(values: Tensor, k: int) -> Tensor:
         return kernels.largest(values, k)
     groups = values.shape[1] // GROUP
     if not values.is_cuda and values.shape[1] % GROUP == 0 and groups >= 2 * k:  # the k largest lie in the k groups with the largest maxima
-        best = values.view(len(values), GROUP, groups).amax(1).topk(k, dim=-1, sorted=False).indices
+        best = _best(values.view(len(values), GROUP, groups).amax(1), k)
         candidates = (best[:, None] + groups * torch.arange(GROUP)[:, None]).flatten(1)
-        return candidates.gather(1, values.gather(1, candidates).topk(k, dim=-1, sorted=False).indices)
-    return values.topk(k, dim=-1, sorted=False).indices
+        return candidates.gather(1, _best(values.gather(1, candidates), k))
+    return _best(values, k)
+
+
+def _best(values: Tensor, k: int) -> Tensor:
+    """largest() in one stage."""
+    width = values.shape[1]
+    if values.is_cuda or values.dtype is not torch.bfloat16 or not 0 < k < width <= 2**16:
+        return values.topk(k, dim=-1, sorted=False).indices
+    # as float32 a bfloat16 leaves 16 bits for its place, so that numpy's partition, three times as fast, brings the places along
+    keys = values.float().view(torch.int32).bitwise_or_(torch.arange(width, dtype=torch.int32)).view(torch.float32)
+    top = np.ascontiguousarray(np.partition(keys.numpy(), width - k, axis=1)[:, width - k :])
+    return torch.from_numpy(top).view(torch.int32).bitwise_and_(0xFFFF).long()
 
 
 def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
@@ -137,21 +154,37 @@ def _bin_from_above(bins: Tensor, place: Tensor, total: Callable[[Tensor], Tenso
     return 65535 - at, place - torch.where(at > 0, counts[at - 1], 0)
 
 
-def active(latents: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, latent, value) of every latent that is not 0. [N,F] -> three tensors of one length, by token.
+class Sparse(NamedTuple):
+    """A code by its entries, token by token; all others are 0."""
 
-    kept: their positions in the flat code, where they are known.
-    """
-    kept = latents.flatten().nonzero()[:, 0] if kept is None else kept
-    return kept.div(latents.shape[1], rounding_mode="floor"), kept.remainder(latents.shape[1]), latents.flatten()[kept]
+    values: Tensor  # [E]
+    at: Tensor  # positions in the flat dense code, int64 [E]
+    shape: torch.Size  # of the dense code, [...,F]
+
+    def dense(self) -> Tensor:
+        return self.values.new_zeros(self.shape.numel()).index_put_((self.at,), self.values).view(self.shape)
+
+    @staticmethod
+    def joined(codes: list[Sparse]) -> Sparse:
+        """The codes of consecutive tokens as one."""
+        before = [0, *itertools.accumulate(code.shape.numel() for code in codes)]
+        at = torch.cat([code.at + start for code, start in zip(codes, before, strict=False)])
+        return Sparse(torch.cat([code.values for code in codes]), at, torch.Size([sum(code.shape[0] for code in codes), *codes[0].shape[1:]]))
 
 
-def firings(latents: Tensor, kept: Tensor | None = None) -> Tensor:
-    """In how many codes each latent is not 0; kept as in active(). [...,F] -> int64 [F]"""
-    if kept is not None:
-        counts = torch.zeros(latents.shape[-1], dtype=torch.long, device=latents.device)
-        return counts.scatter_add_(0, kept.remainder(len(counts)), torch.ones_like(kept))  # bincount would wait for the device
-    return (latents != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()  # on a CPU a quarter of the time of a sum in int64
+def active(code: Tensor | Sparse) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, latent, value) of every latent that is not 0. [N,F] -> three tensors of one length, by token."""
+    at = code.at if isinstance(code, Sparse) else code.flatten().nonzero()[:, 0]
+    values = code.values if isinstance(code, Sparse) else code.flatten()[at]
+    return at.div(code.shape[-1], rounding_mode="floor"), at.remainder(code.shape[-1]), values
+
+
+def firings(code: Tensor | Sparse) -> Tensor:
+    """In how many codes each latent is not 0. [...,F] -> int64 [F]"""
+    if isinstance(code, Sparse):
+        counts = torch.zeros(code.shape[-1], dtype=torch.long, device=code.at.device)
+        return counts.scatter_add_(0, code.at.remainder(len(counts)), torch.ones_like(code.at))  # bincount would wait for the device
+    return (code != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()  # on a CPU a quarter of the time of a sum in int64
 
 
 class Jump_func(Function):
@@ -289,38 +322,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, shift: Tensor 
 class SparseCode(Function):
     """A code that keeps few pre-activations, decoded and differentiated without a product for the input's gradient that nobody asks for.
 
-    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums) -> (latents [N,F], x_hat [N,D],
-    kept [E]). choose maps pre-activations to the flat positions that stay, token by token; clip cuts negative values, kept are the positions of
-    the others. sums: sums of the active latents' rows alone, in place of dense products. Gradients flow through x_hat.
+    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums, rows) -> (x_hat [N,D], values [E],
+    their positions in the flat code [E], token by token). choose maps the pre-activations of a slice of at most `rows` tokens (None: of all,
+    exact), and that slice, to the positions in them that stay; clip cuts negative values. sums: sums of the active latents' rows alone, in
+    place of dense products. Gradients flow through x_hat.
     """
 
     @staticmethod
-    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums):
+    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums, rows):
         centred = x - pre_bias
         factors = narrow(centred), narrow(encoder)
-        if _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16():  # this product alone: gradients stay exact
-            pre_acts = torch.mm(centred.bfloat16(), encoder.bfloat16().T).float().add_(latent_bias)
-        else:
-            pre_acts = product(factors[0], factors[1].T).add_(latent_bias)
-        at = choose(pre_acts)
-        values = pre_acts.view(-1)[at]
+        rounded = rows and _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16()  # gradients stay exact
+        given, weight, bias = (t.bfloat16() for t in (centred, encoder, latent_bias)) if rounded else (*factors, latent_bias)
+        found = []
+        for start in range(0, max(1, len(x)), rows or max(1, len(x))):
+            here = slice(start, start + rows if rows else None)
+            pre_acts = product(given[here], weight.T).add_(bias)
+            chosen = choose(pre_acts, here)
+            found.append((chosen + start * len(encoder), pre_acts.view(-1)[chosen].to(latent_bias.dtype)))
+        at, values = (torch.cat(column) for column in zip(*found, strict=True))
         if clip:
             at, values = at[values > 0], values[values > 0]
-        latents = pre_acts.zero_()  # in its place: on a CPU new memory costs more than what is done with it
-        latents.view(-1)[at] = values
         if sums:
             token, latent = at.div(len(encoder), rounding_mode="floor"), at.remainder(len(encoder))
-            rows, bags = decoder.T.contiguous(), SparseCode.starts(token, len(x))
-            x_hat = nn.functional.embedding_bag(latent, rows, bags, mode="sum", per_sample_weights=values) + pre_bias
-            ctx.save_for_backward(centred, encoder, rows, values, token, latent, bags)
+            columns, bags = decoder.T.contiguous(), SparseCode.starts(token, len(x))
+            x_hat = nn.functional.embedding_bag(latent, columns, bags, mode="sum", per_sample_weights=values) + pre_bias
+            ctx.save_for_backward(centred, encoder, columns, values, token, latent, bags)
         else:
-            code, decoder = narrow(latents), narrow(decoder)
+            decoder = narrow(decoder)
+            code = Sparse(values.to(decoder.dtype), at, torch.Size([len(x), len(encoder)])).dense()
             x_hat = product(code, decoder.T).add_(pre_bias)
             ctx.save_for_backward(*factors, decoder, code, at)
         ctx.sums = sums
-        ctx.mark_non_differentiable(latents, at)
+        ctx.mark_non_differentiable(values, at)
         ctx.set_materialize_grads(False)
-        return latents, x_hat, at
+        return x_hat, values, at
 
     @staticmethod
     def starts(index: Tensor, count: int) -> Tensor:
@@ -328,14 +364,14 @@ class SparseCode(Function):
         return torch.searchsorted(index, torch.arange(count, device=index.device))
 
     @staticmethod
-    def backward(ctx, _latents, grad, _kept):
+    def backward(ctx, grad, _values, _at):
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         through = SparseCode.sums_of_rows if ctx.sums else SparseCode.dense_products
         by_x, by_encoder, by_bias, by_decoder = through(grad, *ctx.saved_tensors, ctx.needs_input_grad[0])
         # tokens summed first: a vector times the encoder, no product
         by_pre_bias = grad.sum(0) - by_bias @ ctx.saved_tensors[1].to(by_bias.dtype)
-        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None
+        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None, None
 
     @staticmethod
     def dense_products(grad, centred, encoder, decoder, code, at, input_too):

@@ -161,11 +161,9 @@ class Run:
             own = self.sae.loss(p)
             terms = {name: terms.get(name, 0.0) + term.detach() for name, term in own.items()}
             torch.stack(list(own.values())).sum().backward()
-            passes.append(p if parts == 1 else p._replace(**{k: v.detach() for k, v in p._asdict().items() if v is not None}))
-        if parts > 1:
-            p = Pass(*(None if column[0] is None else torch.cat(column) for column in zip(*passes, strict=True)))._replace(kept=None)
+            passes.append(p if parts == 1 else p.detached())
         self.sae.part_of(whole, first)
-        return p, terms
+        return p if parts == 1 else Pass.joined(passes), terms
 
     def _within_memory(self, step: int, *batch: Any) -> tuple[Pass, dict[str, Tensor]]:
         """_gradients, in twice as many slices where memory is short, as often as it takes. Raises torch.OutOfMemoryError where slices of one
@@ -199,14 +197,14 @@ class Run:
         A loss or gradient that is not finite changes nothing, here and in all later steps; check() says so. Raises torch.OutOfMemoryError.
         """
         started = time.perf_counter()
-        self.last = None  # two tensors [N,F] that the next forward pass may need the room of
+        self.last = None  # tensors that the next forward pass may need the room of
         first = self.sae.first
         batch = hidden, token, len(token) if self.sae.whole is None else self.sae.whole, first
         if not self.tried:
             self._agree_on_parts(step, *batch)
         p, terms = self._within_memory(step, *batch) if distributed.world() == 1 else self._gradients(*batch)
         with torch.no_grad():
-            found = torch.stack([*terms.values(), firings(p.latents, p.kept).sum() / (batch[2] * p.latents.shape[1:-1].numel())])
+            found = torch.stack([*terms.values(), firings(p.code).sum() / (batch[2] * p.code.shape[1:-1].numel())])
             distributed.total_([found, *(q.grad for q in self.sae.parameters() if q.grad is not None)])
             now = dict(zip([*terms, "L0"], found, strict=True))
             loss = found[:-1].sum()

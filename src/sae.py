@@ -5,7 +5,9 @@ N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are 1-bas
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,23 +15,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import distributed
-from src.ops import firings, geometric_median, linear, pre_process, restrict, squared_errors, standardised
+from src.ops import Sparse, firings, geometric_median, linear, pre_process, restrict, squared_errors, standardised
 
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 WARM_START = 8192  # tokens that warm_start looks at
 
 
-class Pass(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Pass:
     """One trip through an SAE."""
 
     target: Tensor  # what x_hat should equal [N,D] or [N,L,D]
-    latents: Tensor  # sparse code [N,F] or [N,L,F]
+    code: Tensor | Sparse  # of shape [N,F] or [N,L,F], dense or by its entries
     x_hat: Tensor  # reconstruction, shape of target
     pre_acts: Tensor | None = None  # before the activation; what penalties read
     weights: Tensor | None = None  # share of each site (routed models) [N,L]
     scale: Tensor | None = None  # what multiplied the routed site's state: p, or 1 [N]
     inputs: Tensor | None = None  # the states of all sites (routed models) [N,L,D]
-    kept: Tensor | None = None  # positions in the flat latents of those that are not 0, by token, where they are known [E]
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """The dense code. [N,F] or [N,L,F]"""
+        return self.code.dense() if isinstance(self.code, Sparse) else self.code
+
+    def with_(self, **changed: Any) -> Pass:
+        return dataclasses.replace(self, **changed)
+
+    @staticmethod
+    def joined(passes: list[Pass]) -> Pass:
+        """The passes of consecutive tokens as one."""
+        join = {field.name: [getattr(p, field.name) for p in passes] for field in dataclasses.fields(Pass)}
+        codes = join.pop("code")
+        code = Sparse.joined(codes) if isinstance(codes[0], Sparse) else torch.cat(codes)
+        return Pass(code=code, **{name: None if parts[0] is None else torch.cat(parts) for name, parts in join.items()})
+
+    def detached(self) -> Pass:
+        """Without its graph."""
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(Pass)}
+        return Pass(**{name: value.detach() if isinstance(value, Tensor) else value for name, value in held.items()})
 
 
 class Plain(NamedTuple):
@@ -177,8 +200,8 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, p: Pass, progress: float) -> None:
         """Counters and schedules, over all processes; progress is the share of the run that is done."""
-        fired = firings(p.latents, p.kept)
-        counts = self.total(torch.cat([fired, fired.new_tensor([p.latents.shape[:-1].numel()])]))
+        fired = firings(p.code)
+        counts = self.total(torch.cat([fired, fired.new_tensor([p.code.shape[:-1].numel()])]))
         self.seen += counts[-1]
         self.silent += counts[-1]
         self.silent.masked_fill_(counts[:-1] > 0, 0)

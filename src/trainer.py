@@ -29,6 +29,7 @@ from src.ops import unit_norm_decoder
 from src.run import Run
 from src.tracking import wandb_init
 
+REPORTS, APART = 50, 10  # reports of a run; of a short one fewer, down to 10, to be so many steps apart: one costs as much as a forward pass
 COMPILE_FROM = 200  # steps that make up for compiling: on one H200 it took 6 s and saved 30 ms of 150 a step (docs/LOG.md)
 
 
@@ -252,7 +253,7 @@ class Trainer:
             set_random_state(checkpoint.load_part(path, "random"))
             print(f"continuing at step {at.step} of {total} ({path})")
         wandb = wandb_init(cfg.wandb_project, self._settings(), self.home.name, self.home) if cfg.use_wandb and distributed.main() else None
-        started, every, saved_at = time.time() - at.seconds, max(1, total // 50), (at.step, time.monotonic())
+        started, every, saved_at = time.time() - at.seconds, max(1, min(APART, total // 10), total // REPORTS), (at.step, time.monotonic())
         signals.in_loop = True
         with self._log_from(at.log_bytes) as lines, tqdm(total=total, initial=at.step, desc="training", unit=" steps", mininterval=1) as bar:
             for step in range(at.step, total):

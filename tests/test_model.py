@@ -270,16 +270,17 @@ def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more,
     latents = sae.activate(F.linear(x - sae.pre_bias, sae.encoder.weight, sae.latent_bias))
     sparse, dense = sae.autoencode(x), Pass(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias))
     assert torch.allclose(sparse.latents, dense.latents, rtol=1e-12) and torch.allclose(sparse.x_hat, dense.x_hat, rtol=1e-12)
-    assert sparse.kept.sort().values.tolist() == dense.latents.flatten().nonzero()[:, 0].tolist()
-    assert torch.equal(ops.firings(sparse.latents, sparse.kept), ops.firings(dense.latents))
+    assert sparse.code.at.sort().values.tolist() == dense.latents.flatten().nonzero()[:, 0].tolist()
+    assert torch.equal(ops.firings(sparse.code), ops.firings(dense.code))
     for a, b in zip(*(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n, f, k", [(50, 256, 16), (50, 256, 17), (9, 250, 4), (0, 64, 2), (3, 8, 8)])
-def test_the_largest_of_each_row_are_found_in_one_stage_or_two(n, f, k):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_of_each_row_are_found_in_one_stage_or_two(n, f, k, dtype):
     torch.manual_seed(0)
-    values = torch.randn(n, f)
+    values = torch.randn(n, f).to(dtype)
     values[: n // 2] = values[: n // 2].round()  # ties
     found = ops.largest(values, k)
     assert found.shape == (n, k) and all(len(set(row)) == k for row in found.tolist())
@@ -321,7 +322,7 @@ def test_a_code_of_which_nothing_is_active_is_decoded(least, monkeypatch):
     sae = build("BatchTopK", 12, 16, {"latent_size": 64, "k": 3, "layer": 4}).eval()
     sae.cut.fill_(1e9)
     p = sae.autoencode(torch.randn(5, 12))
-    assert torch.equal(p.x_hat, sae.pre_bias.expand(5, 12)) and not p.latents.any() and not len(p.kept)
+    assert torch.equal(p.x_hat, sae.pre_bias.expand(5, 12)) and not p.latents.any() and not len(p.code.at)
     p.x_hat.sum().backward()
     assert not sae.encoder.weight.grad.any() and torch.equal(sae.pre_bias.grad, torch.full((12,), 5.0))
 

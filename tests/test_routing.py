@@ -73,12 +73,12 @@ def test_expected_error_follows_its_formula(x, objective):
 
 def test_balance_is_least_where_the_load_is_even(x):
     sae = make(router_objective="expected", router_balance="switch", router_balance_coef=1.0)
-    even = sae.autoencode(x)._replace(weights=torch.eye(SITES).repeat(9, 1))
-    uneven = even._replace(weights=F.one_hot(torch.zeros(45, dtype=torch.long), SITES).float())
+    even = sae.autoencode(x).with_(weights=torch.eye(SITES).repeat(9, 1))
+    uneven = even.with_(weights=F.one_hot(torch.zeros(45, dtype=torch.long), SITES).float())
     assert sae.penalty(even)["Balance"] == pytest.approx(1.0)
     assert sae.penalty(uneven)["Balance"] == pytest.approx(SITES)
     sae = make(router_balance="bias", router_balance_coef=0.1)
-    sae.after_step(sae.autoencode(x)._replace(weights=uneven.weights), 0.1)
+    sae.after_step(sae.autoencode(x).with_(weights=uneven.weights), 0.1)
     assert sae.load_bias.tolist() == pytest.approx([-0.1, 0.1, 0.1, 0.1, 0.1])
 
 
