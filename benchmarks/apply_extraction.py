@@ -15,7 +15,7 @@ from src.applier import SAMPLE, Applier, Seen, parts
 from src.config import parse
 from src.contexts import Table
 from src.data import open_rows
-from src.ops import active, random_integers
+from src.ops import active, dense, random_integers
 
 
 class Loop:
@@ -99,8 +99,9 @@ def compare(argv=None):
         full = timed("language model", lambda batch=batch: lm.read_sites(applier.language_model, batch.input_ids, sae.sites()))
         for some, hidden in parts(batch, full, sae):
             p = timed("encode", lambda hidden=hidden, b=some: sae.autoencode(sae.gather(hidden), token=b.token_keys()))
-            strength = sae.strength(p)
-            timed("tables", lambda p=p, s=strength, b=some: seen.update(b, p, s, applier.text.group, threshold))
+            code = sae.strength(p)
+            timed("tables", lambda p=p, s=code, b=some: seen.update(b, p, s, applier.text.group, threshold))
+            strength = dense(code)
             for name, loop in loops.items():
                 timed(name, lambda s=strength, b=some, loop=loop: loop.update(s, b, applier.text.group))
     timed("tables", lambda: (seen.top.kept, seen.sample.kept))  # what waited is merged

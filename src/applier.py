@@ -22,7 +22,7 @@ from src import checkpoint, config, demo, distributed, files, hooks, lm
 from src.contexts import Events, Table, TokenText, sentence
 from src.data import Batch, Rows, open_rows
 from src.metrics import token_kl
-from src.ops import active, random_integers, random_subset
+from src.ops import Sparse, active, random_integers, random_subset
 from src.sae import SAE, Pass
 
 SAMPLE = 64  # activations of each latent drawn uniformly: its histogram, its quantiles
@@ -45,14 +45,18 @@ class Windows:
         return batch.input_ids[0].numpy(), batch.document[0].masked_fill(~batch.mask[0], -1).numpy()
 
     def __call__(self, row: int, at: int, reach: int) -> tuple[list[int], int, int]:
-        """(token ids, position of the first, document) of the window around a token, cut where its document or the counted text ends."""
+        """(token ids, position of the first, document) of the window around a token."""
         ids, document = self.read(row)
-        other = document != document[at]
-        first, last = max(0, at - reach), min(len(ids), at + reach + 1)
-        before, after = other[first:at][::-1], other[at:last]
-        first = at - int(before.argmax()) if before.any() else first
-        last = at + int(after.argmax()) if after.any() else last
+        first, last = window(document, at, reach)
         return ids[first:last].tolist(), first, int(document[at])
+
+
+def window(document: np.ndarray, at: int, reach: int) -> tuple[int, int]:
+    """(first, end) of the window around a token, cut where its document or the counted text (-1 outside) ends."""
+    other = document != document[at]
+    first, end = max(0, at - reach), min(len(document), at + reach + 1)
+    before, after = other[first:at][::-1], other[at:end]
+    return at - int(before.argmax()) if before.any() else first, at + int(after.argmax()) if after.any() else end
 
 
 def parts(batch: Batch, full: Mapping[int, Tensor], sae: SAE) -> Iterator[tuple[Batch, dict[int, Tensor]]]:
@@ -76,6 +80,24 @@ def zero(latent: int) -> Callable[[Tensor], Tensor]:
     return edit
 
 
+def around_each(key: Tensor, value: Tensor, length: int, index: Tensor, reach: int) -> Tensor:
+    """The values around some of the entries of a code, from its entries alone: float16 [E, 2 reach + 1].
+
+    key: of every entry, (latent x rows + row) x length + position, so that the entries around one are its neighbours in the order of keys.
+    """
+    around = torch.zeros(len(index), 2 * reach + 1, dtype=torch.float16, device=key.device)
+    if len(index):
+        ordered, order = key.sort()
+        centre = key[index]
+        position = centre % length
+        first = torch.searchsorted(ordered, centre - position.clamp_max(reach))
+        count = torch.searchsorted(ordered, centre + (length - 1 - position).clamp_max(reach), right=True) - first
+        event = torch.repeat_interleave(torch.arange(len(index), device=key.device), count)
+        near = torch.arange(len(event), device=key.device) + (first - count.cumsum(0) + count)[event]
+        around[event, ordered[near] - centre[event] + reach] = value[order[near]].half()
+    return around
+
+
 class Seen:
     """What one pass over the text leaves behind: the best events, a sample, counts. Its size does not depend on the length of the text."""
 
@@ -96,25 +118,23 @@ class Seen:
     def largest(self) -> float:
         return float(self.maximum.max())
 
-    def update(self, batch: Batch, p: Pass, strength: Tensor, groups: Tensor, threshold: float) -> None:
-        """One batch. strength [N,F] or [N,L,F]: of a code per token, or one per token and site."""
-        n, n_sites = int(batch.mask.sum()), self.at_site.shape[1]
-        per_site = strength.dim() == 3
-        per_token = strength.shape[1] if per_site else 1
-        flat = strength.flatten(0, -2)
-        dense = flat.flatten()
-        if per_site:
-            site = torch.arange(per_token, device=flat.device).repeat(n)
+    def update(self, batch: Batch, p: Pass, strength: Tensor | Sparse, groups: Tensor, threshold: float) -> None:
+        """One batch. strength of shape [N,F] or [N,L,F]: of a code per token, or one per token and site."""
+        n, n_sites, size = int(batch.mask.sum()), self.at_site.shape[1], strength.shape[-1]
+        per_token = strength.shape[1] if len(strength.shape) == 3 else 1
+        device = batch.mask.device
+        if per_token > 1:
+            site = torch.arange(per_token, device=device).repeat(n)
         elif p.weights is not None:
             site = p.weights.argmax(-1)
         else:
-            site = torch.full((n,), 0 if n_sites == 1 else -1, device=flat.device)
-        weight = p.weights.max(-1).values if p.weights is not None else torch.ones(n, device=flat.device)
-        sample, latent, value = active(flat)
+            site = torch.full((n,), 0 if n_sites == 1 else -1, device=device)
+        weight = p.weights.max(-1).values if p.weights is not None else torch.ones(n, device=device)
+        sample, latent, value = active(strength)
         token = sample // per_token
         self.tokens += n
-        self.samples += len(flat)
-        self.density += torch.bincount(latent, minlength=len(self.density))
+        self.samples += n * per_token
+        self.density += torch.bincount(latent, minlength=size)
         self.maximum.scatter_reduce_(0, latent, value.to(self.maximum.dtype), "amax")
         self.at_site += torch.bincount(latent * n_sites + site[sample].clamp_min(0), minlength=self.at_site.numel()).view_as(self.at_site)
         self.tokens_at_site += torch.bincount(site.clamp_min(0), minlength=n_sites)
@@ -122,41 +142,34 @@ class Seen:
             first = int(batch.mask[0].sum())
             self.routing = p.weights[: min(first, 200)].cpu(), Batch(*(part[:1].cpu() for part in batch))
         row, position = batch.mask.nonzero(as_tuple=True)
-        lookup = torch.full(batch.mask.shape, -1, dtype=torch.long, device=flat.device)
-        lookup[batch.mask] = torch.arange(n, device=flat.device)
-        # where the codes of the tokens in each token's window begin in `dense`; negative outside
-        around_at = F.pad(lookup, (self.reach, self.reach), value=-1) * (per_token * flat.shape[1])
-        begin = row * around_at.shape[1] + position
-        windows = around_at.flatten().unfold(0, 2 * self.reach + 1, 1)
-        keys = batch.token_keys() * max(1, per_token)
-
-        def events(index: Tensor, score: Tensor) -> Events:
-            where, what, at = token[index], latent[index], site[sample[index]]
-            near = windows[begin[where]]  # [E,W]
-            offset = (at * flat.shape[1] if per_site else 0) + what
-            around = dense.take((near + offset[:, None]).clamp_min_(0)).masked_fill_(near < 0, 0)
-            return Events(
-                what, value[index], classes[index], batch.row[row[where]], position[where], at,
-                weight[where], score, around.half(),
-            )
-
         classes = groups[batch.input_ids[batch.mask]][token]
         strong = (value > threshold).nonzero()[:, 0]
         strong = strong[self.top.candidates(latent[strong], classes[strong], value[strong])]
-        self.top.add(events(strong, value[strong]))
-        key = (keys[token] + (site[sample] if per_site else 0)) * len(self.density) + latent
+        keys = batch.token_keys() * per_token
+        key = (keys[token] + (site[sample] if per_token > 1 else 0)) * size + latent
         drawn = random_integers(key, self.seed, 2**24).float()
         chosen = (value > 0).nonzero()[:, 0]
         chosen = chosen[self.sample.candidates(latent[chosen], classes[chosen], drawn[chosen])]
-        self.sample.add(events(chosen, drawn[chosen]))
+        own = latent if per_token == 1 else latent * per_token + sample % per_token
+        length = batch.mask.shape[1]
+        around = around_each(own * batch.mask.numel() + (row * length + position)[token], value, length, torch.cat([strong, chosen]), self.reach)
+        for table, index, score, near in ((self.top, strong, value, around[: len(strong)]), (self.sample, chosen, drawn, around[len(strong) :])):
+            where = token[index]
+            table.add(Events(
+                latent[index], value[index], classes[index], batch.row[row[where]], position[where], site[sample[index]], weight[where],
+                score[index], near,
+            ))
+        documents = batch.document.masked_fill(~batch.mask, -1).cpu().numpy()
+        before = F.pad(batch.mask.sum(1).cumsum(0), (1, 0)).tolist()  # counted tokens of the rows above
         for i, number in enumerate(batch.row.tolist()):
             if number in self.pool and batch.mask[i].any():
                 counted = batch.mask[i].nonzero()[:, 0]
                 at = int(counted[int(random_integers(torch.tensor([number]), self.seed, len(counted)))])
-                ids, first, _ = self.window(number, at, self.reach)
-                near = lookup[i, first : first + len(ids)]
-                there = flat.view(n, per_token, -1)[near].ne(0).any(0).any(0)
-                self.windows[self.pool[number]] = ids, there.cpu()
+                first, last = window(documents[i], at, self.reach)
+                inside = before[i] + torch.searchsorted(counted, counted.new_tensor([first, last]))
+                begin, end = torch.searchsorted(sample, inside * per_token).tolist()
+                there = torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, latent[begin:end], True)
+                self.windows[self.pool[number]] = batch.input_ids[i, first:last].tolist(), there.cpu()
 
     def merge(self, others: list[dict[str, Any]]) -> None:
         """Adds what other processes have seen in other rows, each as its kept()."""
@@ -175,9 +188,12 @@ class Seen:
         same = {name: getattr(self, name) for name in (*COUNTS, "maximum", "windows", "routing")}
         return same | {"top": self.top.kept, "sample": self.sample.kept}
 
-    def without(self, latent: int) -> list[int]:
-        """Numbers of up to NEGATIVES windows in which the latent is silent, another choice for each latent."""
-        silent = [i for i, (ids, there) in enumerate(self.windows) if ids and not there[latent]]
+    def without(self, latent: int, texts: list[tuple[str, ...]], shown: set[tuple[str, ...]]) -> list[int]:
+        """Numbers of up to NEGATIVES windows in which the latent is silent, another choice for each latent.
+
+        None whose text, of `texts`, is among those shown: what went before may set a latent off in one of two windows with the same text.
+        """
+        silent = [i for i, (ids, there) in enumerate(self.windows) if ids and not there[latent] and texts[i] not in shown]
         order = random_integers(torch.tensor(silent, dtype=torch.long), self.seed, 2**24, latent).argsort().tolist()
         return [silent[i] for i in order[:NEGATIVES]]
 
@@ -269,6 +285,7 @@ class Applier:
         top, sample = (Events(*(part.cpu() for part in t)) for t in (top, sample))
         self.top = top
         profile = self.sae.decoder_norms().T.tolist() if hasattr(self.sae, "decoder_norms") else None
+        texts = [tuple(self.text.pieces(ids)) for ids, _ in seen.windows]
         found: dict[str, dict[str, Any]] = {}
         for latent in tqdm(range(self.sae.latent_size), "decoding", unit=" latents", mininterval=1):
             (a, b), (c, d) = ((s[latent], s[latent + 1]) for s in starts)
@@ -300,7 +317,7 @@ class Applier:
                 "site_counts": [int(n) for n in seen.at_site[latent]] if profile is None else None,
                 "decoder_norms": [round(n, 4) for n in profile[latent]] if profile is not None else None,
                 "sample_activations": [round(float(v), 4) for v in values.sort(descending=True).values],
-                "sample": others, "negatives": seen.without(latent),
+                "sample": others, "negatives": seen.without(latent, texts, shown),
             }
             found[str(latent)] = entry
         return found

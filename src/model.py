@@ -497,7 +497,7 @@ class RouteSAE(SAE):
         return terms
 
     def strength(self, p):
-        return p.latents if self.routing == "soft" else p.latents / p.scale[..., None]
+        return p.code if self.routing == "soft" else ops.divided(p.code, p.scale)
 
     def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True, clean=None):
         clean = clean or self.autoencode(self.gather(hidden), infer_k, theta, token)

@@ -172,6 +172,17 @@ class Sparse(NamedTuple):
         return Sparse(torch.cat([code.values for code in codes]), at, torch.Size([sum(code.shape[0] for code in codes), *codes[0].shape[1:]]))
 
 
+def dense(code: Tensor | Sparse) -> Tensor:
+    return code.dense() if isinstance(code, Sparse) else code
+
+
+def divided(code: Tensor | Sparse, by: Tensor) -> Tensor | Sparse:
+    """Each token's code divided by its number. [...,F], [...] -> [...,F]"""
+    if isinstance(code, Sparse):
+        return code._replace(values=code.values / by.flatten()[code.at.div(code.shape[-1], rounding_mode="floor")])
+    return code / by[..., None]
+
+
 def active(code: Tensor | Sparse) -> tuple[Tensor, Tensor, Tensor]:
     """(token, latent, value) of every latent that is not 0. [N,F] -> three tensors of one length, by token."""
     at = code.at if isinstance(code, Sparse) else code.flatten().nonzero()[:, 0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src import checkpoint, config, demo, files, hooks
 from src.data import Batch
-from src.ops import squared_errors
+from src.ops import dense, squared_errors
 
 
 class Reading(NamedTuple):
@@ -76,7 +76,7 @@ class Reader:
         sites = None if p.weights is None else [self.sae.sites()[i] for i in p.weights.argmax(-1).tolist()]
         tokens = [self.tokenizer.decode([token]) for token, counts in zip(ids, mask[0].tolist(), strict=True) if counts]
         weights = None if p.weights is None else p.weights.cpu()
-        return Reading(tokens, self.sae.strength(p).cpu(), sites, weights, error.cpu())
+        return Reading(tokens, dense(self.sae.strength(p)).cpu(), sites, weights, error.cpu())
 
     def contexts(self, latent: int) -> list[tuple[float, str]]:
         """(strength, text) of the latent's strongest contexts, as apply.py found them; empty where it kept none.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import distributed
-from src.ops import Sparse, firings, geometric_median, linear, pre_process, restrict, squared_errors, standardised
+from src.ops import Sparse, dense, firings, geometric_median, linear, pre_process, restrict, squared_errors, standardised
 
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 WARM_START = 8192  # tokens that warm_start looks at
@@ -36,7 +36,7 @@ class Pass:
     @cached_property
     def latents(self) -> Tensor:
         """The dense code. [N,F] or [N,L,F]"""
-        return self.code.dense() if isinstance(self.code, Sparse) else self.code
+        return dense(self.code)
 
     def with_(self, **changed: Any) -> Pass:
         return dataclasses.replace(self, **changed)
@@ -156,9 +156,9 @@ class SAE(nn.Module):
         """Terms that add up to the training loss, over the parts of a batch too (part_of)."""
         return {"NormMSE": self.mean(squared_errors(p.target, p.x_hat)), **self.penalty(p)}
 
-    def strength(self, p: Pass) -> Tensor:
-        """Latents in units that compare between tokens and models."""
-        return p.latents
+    def strength(self, p: Pass) -> Tensor | Sparse:
+        """The code in units that compare between tokens and models."""
+        return p.code
 
     def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True, clean=None) -> Iterator[dict[int, Graft]]:
         """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from src import checkpoint, config, demo, files, hooks, lm
 from src.data import Batch
 from src.metrics import token_kl
+from src.ops import dense
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -142,7 +143,7 @@ class Steerer:
         if self.cfg.site is not None:
             return self.cfg.site
         latents = [latent for _, latent, _ in self.operations]
-        by_site = sae.decoder_norms()[:, latents].sum(1) if p.latents.dim() == 2 else sae.strength(p)[..., latents].sum((0, 2))
+        by_site = sae.decoder_norms()[:, latents].sum(1) if p.latents.dim() == 2 else dense(sae.strength(p))[..., latents].sum((0, 2))
         return sae.sites()[int(by_site.argmax())]
 
     def _hooks(self, ids: Tensor, start: int, cache: Any, edit: Callable[[Tensor], Tensor] | None, site: int | None) -> dict[int, Any]:

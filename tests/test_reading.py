@@ -48,7 +48,7 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
     for batch in rows.batches(7):
         hidden = hooks.read(applier.language_model, batch, sae.sites())
         p = sae.autoencode(sae.gather(hidden), token=batch.token_keys())
-        for _, latent, value in zip(*active(sae.strength(p).detach().flatten(0, -2)), strict=True):
+        for _, latent, value in zip(*(column.tolist() for column in active(sae.strength(p))), strict=True):
             largest[int(latent)] = max(largest.get(int(latent), 0.0), float(value))
     expected = {str(latent) for latent, value in largest.items() if value > 0.01}
     assert set(found["latent_context_map"]) == expected
