@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from src.ops import fast_bfloat16
+
 
 class Machine(NamedTuple):
     """FLOP/s of matrix products by number format, and bytes/s."""
@@ -158,4 +160,5 @@ def measured(device: str = "cpu", repeats: int = 5, side: int | None = None) -> 
     bandwidth = 8 * numbers / best(lambda: target.copy_(source))
     fp32 = rate(torch.float32)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    return Machine(f"{name}, measured", rate(torch.bfloat16), rate(torch.float32, "high") if cuda else fp32, fp32, bandwidth)
+    bf16 = rate(torch.bfloat16) if cuda or fast_bfloat16() else fp32  # emulated ones take minutes, and nothing here uses them
+    return Machine(f"{name}, measured", bf16, rate(torch.float32, "high") if cuda else fp32, fp32, bandwidth)

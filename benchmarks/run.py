@@ -41,6 +41,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         config, self.latents, self.k, self.batch, self.length = SHAPES[cfg.shape]
         self.device = cfg.device
+        self.bf16 = self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16  # what our language model runs in
         self.model_path = str(DEMO_LM if config is None else self._random_model(config))
         self.data_path = str(cfg.data_path or demo.build_corpus())
         self.tokenizer, self.config = AutoTokenizer.from_pretrained(self.model_path), AutoConfig.from_pretrained(self.model_path)
@@ -166,8 +167,8 @@ class Bench:
 
     def floor(self, *models):
         """{stage: seconds a token} of one training step of these models together."""
-        bf16 = self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16
-        number, step = "bf16" if bf16 else "fp32", self.batch * self.length
+        bf16, step = self.bf16, self.batch * self.length
+        number = "bf16" if bf16 else "fp32"
         shape, several = floors.shape_of(self.config, self.length, step), ("RouteSAE", "MLSAE", "Crosscoder")
         blocks, saes = floors.blocks(shape, self.site, 2 if bf16 else 4), []
         for name in models:
@@ -202,12 +203,16 @@ def training(bench):
         lambda: bench.ours("ours TopK", "TopK", output_dir=bench.folder / "TopK"),
         lambda: bench.ours("ours RouteSAE", "RouteSAE", **AS_PUBLISHED, output_dir=bench.folder / "RouteSAE"),
         lambda: bench.ours("ours RouteSAE, standard router", "RouteSAE"),
-        lambda: bench.ours("ours TopK, float32 LM", "TopK", dtype="float32"),
-        lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", **AS_PUBLISHED, dtype="float32"),
         lambda: bench.published("published TopK", "TopK"), lambda: bench.published("published RouteSAE", "RouteSAE"),
-        lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("sparsify", "sparsify, float32 LM", dtype="float32"),
+        lambda: bench.peer("sparsify", "sparsify", **({} if bench.bf16 else {"dtype": "float32"})),
         lambda: bench.peer("saelens", "sae-lens"), lambda: bench.peer("saelens", "sae-lens, autocast", autocast=True),
     ]
+    if bench.bf16:  # elsewhere float32 is what all of them run in
+        start += [
+            lambda: bench.ours("ours TopK, float32 LM", "TopK", dtype="float32"),
+            lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", **AS_PUBLISHED, dtype="float32"),
+            lambda: bench.peer("sparsify", "sparsify, float32 LM", dtype="float32"),
+        ]
     curves = ("ours TopK", "sparsify")
     done = bench.group("training", start, tokens, rounds, held_out=bench.held_out, curves=curves, profiled=3 * bench.batch * bench.length)
 
@@ -216,7 +221,7 @@ def training(bench):
 
     for model in ("RouteSAE", "TopK"):
         bench.target(f"train {model}, useful tokens/s against the method as published", 3, 5, against(f"published {model}", f"ours {model}"))
-        fp32 = against(f"published {model}", f"ours {model}, float32 LM")
+        fp32 = against(f"published {model}", f"ours {model}, float32 LM" if bench.bf16 else f"ours {model}")
         bench.target(f"the same with a float32 LM, {model}", 2.2, 2.6, fp32)
     for peer in ("sae-lens", "sparsify"):
         names = [name for name in done if name.startswith(peer)]

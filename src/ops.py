@@ -408,17 +408,25 @@ class SparseCode(Function):
         return by_x, by_encoder, by_bias, by_decoder
 
 
-def random_integers(keys: Tensor, seed: int, high: int, draw: int = 0) -> Tensor:
-    """One integer in [0, high) per key: a function of (key, seed, draw) alone, so batching changes nothing. int64 [N] -> [N]"""
+def random_integers(keys: Tensor, seed: int, high: int | Tensor, draw: int | Tensor = 0) -> Tensor:
+    """One integer in [0, high) per key: a function of (key, seed, draw) alone, so batching changes nothing. int64 [...] -> [...], broadcast"""
     half = 1 << 62  # Python's integers do not wrap around, int64's do
-    return _mix(_mix(_mix(keys + 1) + seed * 0x9E3779B97F4A7C1 % half) + draw * 0x2545F4914F6CDD1D % half) % high
+    return _mix(_mix(_mix(keys + 1) + seed * 0x9E3779B97F4A7C1 % half) + (draw * 0x2545F4914F6CDD1D & half - 1)) % high
 
 
 def random_subset(keys: Tensor, seed: int, n: int, k: int) -> Tensor:
-    """k distinct integers of [0, n) per key, uniform (Floyd's sampling). int64 [N] -> [N,k]"""
-    chosen = torch.empty(len(keys), k, dtype=torch.long, device=keys.device)
-    for i, top in enumerate(range(n - k, n)):
-        drawn = random_integers(keys, seed, top + 1, i)
-        taken = (chosen[:, :i] == drawn[:, None]).any(1)
-        chosen[:, i] = torch.where(taken, torch.full_like(drawn, top), drawn)
-    return chosen
+    """k distinct integers of [0, n) per key, uniform. int64 [N] -> [N,k]
+
+    Floyd's sampling: draw i comes from [0, n - k + i], and n - k + i takes its place where an earlier one has taken what it drew, that is
+    where an earlier one drew the same, or drew what was taken and so got n - k + j, equal to this draw. All at once, by doubled pointers.
+    """
+    place = torch.arange(k, device=keys.device)
+    drawn = random_integers(keys[:, None], seed, place + (n - k + 1), place)
+    ordered, order = drawn.sort(dim=1, stable=True)
+    taken = torch.zeros_like(drawn, dtype=torch.bool).scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+    earlier = drawn - (n - k)
+    earlier = torch.where((earlier >= 0) & (earlier < place), earlier, place)
+    for _ in range((k - 1).bit_length()):
+        taken = taken | taken.gather(1, earlier)
+        earlier = earlier.gather(1, earlier)
+    return torch.where(taken, place + (n - k), drawn)

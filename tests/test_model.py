@@ -6,7 +6,18 @@ import torch.nn.functional as F
 
 from src import model, ops
 from src.model import RouteSAE, TopK, build
-from src.ops import Jump_func, Step_func, active, pre_process, project_decoder_grad, random_subset, restrict, topk_sparsify, unit_norm_decoder
+from src.ops import (
+    Jump_func,
+    Step_func,
+    active,
+    pre_process,
+    project_decoder_grad,
+    random_integers,
+    random_subset,
+    restrict,
+    topk_sparsify,
+    unit_norm_decoder,
+)
 from src.sae import Pass
 from src.zoo import ZOO, canonical
 
@@ -120,6 +131,16 @@ def test_random_routing_and_randomk_do_not_depend_on_batching(hidden):
     assert all(len(set(row)) == 3 for row in subset.tolist())
     share = torch.bincount(subset.flatten(), minlength=10) / 4000
     assert (share - 0.3).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(("n", "k"), [(2048, 16), (100, 50), (64, 64), (64, 63), (3, 2), (1, 1)])
+def test_a_subset_is_floyds_one_integer_after_the_other(n, k):
+    keys = torch.arange(300)
+    one_by_one: list[list[int]] = [[] for _ in keys]
+    for i, top in enumerate(range(n - k, n)):
+        for chosen, drawn in zip(one_by_one, random_integers(keys, 7, top + 1, i).tolist(), strict=True):
+            chosen.append(top if drawn in chosen else drawn)
+    assert random_subset(keys, 7, n, k).tolist() == one_by_one
 
 
 def test_router_is_untrained_at_the_start_of_the_published_objective(hidden):
