@@ -205,13 +205,14 @@ def training(bench):
         lambda: bench.ours("ours RouteSAE, standard router", "RouteSAE"),
         lambda: bench.published("published TopK", "TopK"), lambda: bench.published("published RouteSAE", "RouteSAE"),
         lambda: bench.peer("sparsify", "sparsify", **({} if bench.bf16 else {"dtype": "float32"})),
-        lambda: bench.peer("saelens", "sae-lens"), lambda: bench.peer("saelens", "sae-lens, autocast", autocast=True),
+        lambda: bench.peer("saelens", "sae-lens"),
     ]
     if bench.bf16:  # elsewhere float32 is what all of them run in
         start += [
             lambda: bench.ours("ours TopK, float32 LM", "TopK", dtype="float32"),
             lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", **AS_PUBLISHED, dtype="float32"),
             lambda: bench.peer("sparsify", "sparsify, float32 LM", dtype="float32"),
+            lambda: bench.peer("saelens", "sae-lens, autocast", autocast=True),
         ]
     curves = ("ours TopK", "sparsify")
     done = bench.group("training", start, tokens, rounds, held_out=bench.held_out, curves=curves, profiled=3 * bench.batch * bench.length)

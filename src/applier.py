@@ -159,6 +159,10 @@ class Seen:
                 latent[index], value[index], classes[index], batch.row[row[where]], position[where], site[sample[index]], weight[where],
                 score[index], near,
             ))
+        self._look_into_pool(batch, sample, latent, per_token)
+
+    def _look_into_pool(self, batch: Batch, sample: Tensor, latent: Tensor, per_token: int) -> None:
+        """Which latents are active in the window of each row of the pool: one window in a row, its place drawn."""
         documents = batch.document.masked_fill(~batch.mask, -1).cpu().numpy()
         before = F.pad(batch.mask.sum(1).cumsum(0), (1, 0)).tolist()  # counted tokens of the rows above
         for i, number in enumerate(batch.row.tolist()):
@@ -168,7 +172,7 @@ class Seen:
                 first, last = window(documents[i], at, self.reach)
                 inside = before[i] + torch.searchsorted(counted, counted.new_tensor([first, last]))
                 begin, end = torch.searchsorted(sample, inside * per_token).tolist()
-                there = torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, latent[begin:end], True)
+                there = torch.zeros(len(self.density), dtype=torch.bool, device=latent.device).index_fill_(0, latent[begin:end], True)
                 self.windows[self.pool[number]] = batch.input_ids[i, first:last].tolist(), there.cpu()
 
     def merge(self, others: list[dict[str, Any]]) -> None:
