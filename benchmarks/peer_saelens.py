@@ -1,7 +1,8 @@
 """SAELens as a contender, from its own environment: its training runner with its defaults, TopK, on tokens cut before.
 
-The language model comes through its AutoModelForCausalLM class, as stored, and ends after the hooked block. Of the flags that its
-configuration names for speed, autocast is tried; torch.compile takes minutes on a CPU, and sparse activations fail there (aten::view).
+The language model comes through its AutoModelForCausalLM class, as stored or as the job's dtype says, and ends after the hooked block. Of the
+flags that its configuration names for speed, autocast is tried; torch.compile takes minutes on a CPU, and sparse activations fail there
+(aten::view).
 """
 
 import torch
@@ -22,7 +23,7 @@ def main():
         is_dataset_tokenized=True, streaming=False, exclude_special_tokens=True, training_tokens=job["tokens"],
         train_batch_size_tokens=step_tokens, store_batch_size_prompts=job["batch"],
         n_batches_in_buffer=16, device=job["device"], autocast=job.get("autocast", False), logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None, output_path=None,
+        checkpoint_path=None, output_path=None, model_from_pretrained_kwargs={"dtype": job["dtype"]} if "dtype" in job else {},
     )
     inner = SAETrainer.step
 
