@@ -5,7 +5,7 @@ import functools
 import torch
 from torch.profiler import record_function
 
-ACTIVATIONS = ("topk", "sort", "kthvalue", "relu", "clamp_min", "gt", "threshold", "jump")
+ACTIVATIONS = ("topk", "amax", "sort", "kthvalue", "relu", "clamp_min", "gt", "threshold", "jump")
 PRODUCTS = ("mm", "addmm", "bmm", "linear", "matmul", "embedding_bag", "baddbmm")
 
 
@@ -40,20 +40,22 @@ def mark():
 
 
 class Range:
-    """A stretch of time with a label; a code's is cut at its activation and at the first product after it."""
+    """A stretch of time with a label. A code's is cut where products and activations follow each other: encode and top-k in turns, since long
+    batches are encoded in slices, then decode from the last product on."""
 
     def __init__(self, label, event):
         self.label, self.start, self.end = label, event.time_range.start, event.time_range.end
-        self.inner, self.around, self.seen, self.activation, self.product, self.kernels = 0.0, False, False, None, None, []
+        self.inner, self.around, self.cuts, self.kernels = 0.0, False, [("encode", event.time_range.start)], []
+        self.product = False
 
     def note(self, event):
         operation = event.name.split("::")[-1].rstrip("_")
-        if operation in PRODUCTS and self.activation is None:
-            self.seen = True
-        elif operation in ACTIVATIONS and self.seen and self.activation is None:
-            self.activation = event.time_range.start
-        elif operation in PRODUCTS and self.product is None:
-            self.product = event.time_range.start
+        self.product |= operation in PRODUCTS
+        stage = self.cuts[-1][0]
+        if operation in PRODUCTS and stage == "top-k":
+            self.cuts.append(("encode", event.time_range.start))
+        elif operation in ACTIVATIONS and stage == "encode" and self.product:
+            self.cuts.append(("top-k", event.time_range.start))
         self.kernels.append((event.time_range.start, event.self_device_time_total))
 
     def shares(self, cuda):
@@ -61,8 +63,10 @@ class Range:
         if self.label != "code" or self.around:  # around another code lies routing
             label = "gather" if self.label == "code" else self.label
             return [(label, sum(took for _, took in self.kernels) if cuda else self.end - self.start - self.inner)]
-        activation = self.activation or self.end
-        edges = [("encode", self.start, activation), ("top-k", activation, self.product or self.end), ("decode", self.product or self.end, self.end)]
+        last = len(self.cuts) - 1
+        stages = ["decode" if i == last and i else stage for i, (stage, _) in enumerate(self.cuts)]
+        starts = [start for _, start in self.cuts]
+        edges = list(zip(stages, starts, [*starts[1:], self.end], strict=True))
         if not cuda:
             return [(stage, end - start) for stage, start, end in edges]
         return [(stage, sum(took for at, took in self.kernels if start <= at < end)) for stage, start, end in edges]

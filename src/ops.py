@@ -88,8 +88,10 @@ def L1_loss(latents: Tensor) -> Tensor:
 
 def topk_sparsify(pre_acts: Tensor, k: int) -> Tensor:
     """The k largest entries of the last dimension kept, signs included; the rest 0."""
-    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter(-1, indices, values)
+    if k >= pre_acts.shape[-1]:
+        return pre_acts
+    indices = largest(pre_acts.flatten(0, -2), k).view(*pre_acts.shape[:-1], k)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, pre_acts.gather(-1, indices))
 
 
 def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
@@ -124,14 +126,18 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def _best(values: Tensor, k: int) -> Tensor:
-    """largest() in one stage."""
-    width = values.shape[1]
-    if values.is_cuda or values.dtype is not torch.bfloat16 or not 0 < k < width <= 2**16:
-        return values.topk(k, dim=-1, sorted=False).indices
-    # as float32 a bfloat16 leaves 16 bits for its place, so that numpy's partition, three times as fast, brings the places along
-    keys = values.float().view(torch.int32).bitwise_or_(torch.arange(width, dtype=torch.int32)).view(torch.float32)
-    top = np.ascontiguousarray(np.partition(keys.numpy(), width - k, axis=1)[:, width - k :])
-    return torch.from_numpy(top).view(torch.int32).bitwise_and_(0xFFFF).long()
+    """largest() in one stage. On a CPU numpy's partition does the work: two to three times as fast as PyTorch's top-k."""
+    width, numbers = values.shape[1], values.detach()
+    if not values.is_cuda and 0 < k < width <= 2**16:
+        if values.dtype is torch.bfloat16:  # as float32 it leaves 16 bits for its place, so that the places come along
+            keys = numbers.float().view(torch.int32).bitwise_or_(torch.arange(width, dtype=torch.int32)).view(torch.float32)
+            top = np.ascontiguousarray(np.partition(keys.numpy(), width - k, axis=1)[:, width - k :])
+            return torch.from_numpy(top).view(torch.int32).bitwise_and_(0xFFFF).long()
+        smallest = np.partition(numbers.numpy(), width - k, axis=1)[:, width - k, None]
+        at = np.flatnonzero(numbers.numpy() >= smallest)
+        if len(at) == len(values) * k:  # no ties at the k-th place, nothing that is no number
+            return torch.from_numpy(at.reshape(-1, k) % width)
+    return values.topk(k, dim=-1, sorted=False).indices
 
 
 def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
