@@ -63,8 +63,9 @@ class Range:
         if self.label != "code" or self.around:  # around another code lies routing
             label = "gather" if self.label == "code" else self.label
             return [(label, sum(took for _, took in self.kernels) if cuda else self.end - self.start - self.inner)]
-        last = len(self.cuts) - 1
-        stages = ["decode" if i == last and i else stage for i, (stage, _) in enumerate(self.cuts)]
+        stages = [stage for stage, _ in self.cuts]
+        if len(stages) > 1 and stages[-1] == "encode":
+            stages[-1] = "decode"
         starts = [start for _, start in self.cuts]
         edges = list(zip(stages, starts, [*starts[1:], self.end], strict=True))
         if not cuda:
