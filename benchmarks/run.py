@@ -130,6 +130,8 @@ class Bench:
             "latents": self.latents, "k": self.k, "batch": self.batch, "length": self.length, "tokens": self.cfg.tokens, "device": self.device,
             "special": self.tokenizer.all_special_ids, "folder": str(self.folder / folder), **options,
         }
+        if not self.bf16:  # the checkpoint's bfloat16 would be emulated, at a tenth of the rate
+            job["dtype"] = "float32"
         return Contender(name, job, self.folder, str(python), f"peer_{folder}")
 
     def target(self, what, must, goal, found, unit="x", more_is_better=True, moonshot=None):
@@ -199,13 +201,12 @@ def _load():
 def training(bench):
     """Train against the method as published and against the peers; time to quality."""
     tokens, rounds = bench.cfg.tokens, bench.cfg.rounds
-    quick = {} if bench.bf16 else {"dtype": "float32"}  # the checkpoint's bfloat16 is emulated, at a tenth of the rate
     start = [
         lambda: bench.ours("ours TopK", "TopK", output_dir=bench.folder / "TopK"),
         lambda: bench.ours("ours RouteSAE", "RouteSAE", **AS_PUBLISHED, output_dir=bench.folder / "RouteSAE"),
         lambda: bench.ours("ours RouteSAE, standard router", "RouteSAE"),
         lambda: bench.published("published TopK", "TopK"), lambda: bench.published("published RouteSAE", "RouteSAE"),
-        lambda: bench.peer("sparsify", "sparsify", **quick), lambda: bench.peer("saelens", "sae-lens", **quick),
+        lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("saelens", "sae-lens"),
     ]
     if bench.bf16:  # elsewhere float32 is what all of them run in
         start += [
