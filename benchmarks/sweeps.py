@@ -61,6 +61,10 @@ def picture(found, path):
             axis.errorbar(list(points), middle, yerr=off, marker="o", capsize=3, label=contender)
         axis.set(xlabel=SWEEPS[name][0], ylabel=f"thousand {'SAE ' * (name == 'saes')}tokens/s", yscale="log")
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({value for points in curves.values() for value in points}))
+        axis.tick_params(labelsize=7)
+        for formatter in (axis.xaxis.set_major_formatter, axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatter("{x:g}")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)

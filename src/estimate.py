@@ -36,15 +36,16 @@ def unchanged(saes: list[SAE]) -> Iterator[None]:
 
 
 def step_bytes(sae: SAE, device: str) -> float:
-    """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and five tensors of the code's size.
+    """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and some tensors of the code's size.
 
-    The five are codes and their gradients alive at one time. An upper estimate: measured growth was .56 to .88 of it (docs/LOG.md).
+    Of a dense code five, codes and their gradients alive at one time: measured growth was .56 to .88 of the sum. Of a code by its entries two:
+    the gradient of dense products, or AuxK over half of the latents; without dead latents measured growth was .2 to .5 (docs/LOG.md).
     """
-    code = 0
+    more = 0.0
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*sae.parameters(), *sae.buffers())}
 
     def kept(n: int) -> int:
-        nonlocal code
+        nonlocal more
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -56,11 +57,11 @@ def step_bytes(sae: SAE, device: str) -> float:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             p = sae.autoencode(sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device))
             _terms = sae.loss(p)
-        code = 4 * p.code.shape.numel() // n
+        more = 4 * p.code.shape.numel() / n * (5 if isinstance(p.code, Tensor) else 2)
         return sum(sizes.values())
 
     with unchanged([sae]):
-        return max(0, kept(16) - kept(8)) / 8 + 5 * code
+        return max(0, kept(16) - kept(8)) / 8 + more
 
 
 def step_seconds(saes: list[SAE], language_model: nn.Module, rows: Rows, batch_size: int, sites: list[int], device: str) -> float:

@@ -61,7 +61,7 @@ class TopK(Dictionary):
             return super().autoencode(x, infer_k, theta, token)
         flat, sums = x.flatten(0, -2), self.latent_size >= SPARSE_FROM.get(x.device.type, torch.inf) * self.k
         token = torch.arange(len(flat), device=x.device) if token is None else token.flatten()
-        rows = max(1, ops.PIECE.get(x.device.type, 2**21) // self.latent_size) if self.apart else None
+        rows = max(256, ops.PIECE.get(x.device.type, 2**21) // self.latent_size) if self.apart else None
         x_hat, values, at = SparseCode.apply(
             flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts, here: self.choose(acts, token[here]),
             self.topk_relu, sums, rows,

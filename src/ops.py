@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 _narrow = False  # within narrow_factors(); a plain global, since gradients on CUDA are computed in threads of their own
-PIECE = {"cuda": 2**27}  # pre-activations at one time, half a GB
-GROUP = 8  # values a group in a two-stage top-k on a CPU: .9 of the time of one stage at k 16, .6 at 64 (docs/LOG.md)
+PIECE = {"cuda": 2**27}  # pre-activations at one time, half a GB; but at least 256 tokens, as products of fewer are slow
+GROUP = 8  # values a group in a two-stage top-k on a CPU (docs/LOG.md)
 
 
 @functools.cache
