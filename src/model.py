@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import distributed, ops, router
-from src.ops import Jump_func, Sparse, SparseCode, Step_func, kth_largest, largest, linear, random_subset, restrict, squared_errors, topk_sparsify
+from src.ops import Jump_func, Sparse, SparseCode, Step_func, kth_largest, linear, positions, random_subset, restrict, squared_errors
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
@@ -42,8 +42,7 @@ class TopK(Dictionary):
 
     def choose(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
         """Which latents stay, token by token: positions in the flat [N,F]."""
-        indices = largest(pre_acts, self.k)
-        return (indices + torch.arange(len(pre_acts), device=indices.device)[:, None] * self.latent_size).flatten()
+        return positions(pre_acts, self.k)
 
     def activate(self, pre_acts, token=None):
         flat = pre_acts.flatten()
@@ -59,23 +58,27 @@ class TopK(Dictionary):
     def autoencode(self, x, infer_k=None, theta=None, token=None):
         if infer_k is not None or theta is not None:
             return super().autoencode(x, infer_k, theta, token)
-        flat, sums = x.flatten(0, -2), self.latent_size >= SPARSE_FROM.get(x.device.type, torch.inf) * self.k
+        flat = x.flatten(0, -2)
         token = torch.arange(len(flat), device=x.device) if token is None else token.flatten()
-        rows = max(256, ops.PIECE.get(x.device.type, 2**21) // self.latent_size) if self.apart else None
-        x_hat, values, at = SparseCode.apply(
-            flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, lambda acts, here: self.choose(acts, token[here]),
-            self.topk_relu, sums, rows,
-        )
+        weights = self.encoder.weight, self.latent_bias, self.decoder.weight
+        x_hat, values, at = self._coded(flat, *weights, lambda acts, here: self.choose(acts, token[here]), self.k, self.topk_relu, self.apart)
         return Pass(x, Sparse(values, at, torch.Size([*x.shape[:-1], self.latent_size])), x_hat.view_as(x))
+
+    def _coded(self, x, encoder, bias, decoder, choose, k, clip, apart=True):
+        """SparseCode of k of these latents, in the form and slices that are quickest here."""
+        latents, device = len(encoder), x.device.type
+        rows = max(256, ops.PIECE.get(device, 2**21) // latents) if apart else None
+        return SparseCode.apply(x, self.pre_bias, encoder, bias, decoder, choose, clip, latents >= SPARSE_FROM.get(device, torch.inf) * k, rows)
 
     def penalty(self, p):
         dead = (self.silent > self.dead_after).nonzero()[:, 0] if self.auxk_coeff else self.silent[:0]
         if not len(dead):
             return {}
         x, error = p.target.flatten(0, -2), (p.target - p.x_hat).detach().flatten(0, -2)
-        pre_acts = linear(x, self.encoder.weight[dead], self.latent_bias[dead], self.pre_bias)
-        kept = F.relu(topk_sparsify(pre_acts, min(len(dead), self.hidden_size // 2, 512)))
-        missed = (error - linear(kept, self.decoder.weight[:, dead])).square().sum(-1).view(p.target.shape[:-1])
+        k = min(len(dead), self.hidden_size // 2, 512)
+        weights = self.encoder.weight[dead], self.latent_bias[dead], self.decoder.weight[:, dead]
+        x_hat, _, _ = self._coded(x, *weights, lambda acts, _: positions(acts, k), k, True)
+        missed = (error - (x_hat - self.pre_bias)).square().sum(-1).view(p.target.shape[:-1])
         variance = self.average((error - self.average(error)).square().sum(-1)).clamp_min(1e-12)
         return {"AuxK": self.auxk_coeff * self.mean(missed) / variance}
 

@@ -88,8 +88,6 @@ def L1_loss(latents: Tensor) -> Tensor:
 
 def topk_sparsify(pre_acts: Tensor, k: int) -> Tensor:
     """The k largest entries of the last dimension kept, signs included; the rest 0."""
-    if k >= pre_acts.shape[-1]:
-        return pre_acts
     indices = largest(pre_acts.flatten(0, -2), k).view(*pre_acts.shape[:-1], k)
     return torch.zeros_like(pre_acts).scatter(-1, indices, pre_acts.gather(-1, indices))
 
@@ -114,6 +112,8 @@ def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = 
 
 def largest(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order. [N,F] -> int64 [N,k]"""
+    if k == values.shape[1]:
+        return torch.arange(k, device=values.device).expand(len(values), k)
     kernels = _kernels(values) if values.dtype is torch.float32 else None
     if kernels and values.shape[1] <= kernels.WIDEST:
         return kernels.largest(values, k)
@@ -138,6 +138,12 @@ def _best(values: Tensor, k: int) -> Tensor:
         if len(at) == len(values) * k:  # no ties at the k-th place, nothing that is no number
             return torch.from_numpy(at.reshape(-1, k) % width)
     return values.topk(k, dim=-1, sorted=False).indices
+
+
+def positions(values: Tensor, k: int) -> Tensor:
+    """Of the k largest of each row, in the flat tensor, row by row. [N,F] -> int64 [N k]"""
+    indices = largest(values, k)
+    return (indices + torch.arange(len(values), device=indices.device)[:, None] * values.shape[1]).flatten()
 
 
 def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
