@@ -38,8 +38,9 @@ def rounding(found):
     sae, x = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda(), torch.randn(2048, 512, device="cuda")
     exact = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda().double()
     exact.load_state_dict(sae.state_dict())
-    for name, least in (("dense products", torch.inf), ("sums of rows", 0)):
-        model.SPARSE_FROM["cuda"] = least
+    form = ops.SparseCode.form
+    for name in ("products", "rows", "sums"):
+        ops.SparseCode.form = lambda ratio, x, name=name: name
         with ops.narrow_factors():
             a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
         others = (a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32
@@ -50,24 +51,33 @@ def rounding(found):
                 sum(one.loss(p).values()).backward()
         off |= {n: float((p.grad - q.grad).norm() / q.grad.norm()) for (n, p), q in zip(sae.named_parameters(), exact.parameters(), strict=True)}
         found[f"relative errors against float64, {name}"] = off
+    ops.SparseCode.form = form
 
 
 def topk(found, n=32768, f=16384, k=64):
     from src import kernels
 
     values = torch.randn(n, f, device="cuda")
-    half = values.bfloat16()
-
-    def groups(size=32):
-        grouped = values.view(n, -1, size)
-        best = grouped.amax(-1).topk(k, sorted=False).indices
-        inside = grouped.gather(1, best[..., None].expand(-1, -1, size)).flatten(1).topk(k, sorted=False).indices
-        return best.gather(1, inside // size) * size + inside % size
-
     found["top-k"] = {
         "torch": timed(lambda: values.topk(k, sorted=False), 3), "torch, sorted": timed(lambda: values.topk(k), 3),
-        "torch, bfloat16": timed(lambda: half.topk(k, sorted=False), 3), "two stages": timed(groups, 3),
         "kernel": timed(lambda: kernels.largest(values, k)), "zero in place": timed(values.zero_),
+    }
+
+
+def rows_of_active(found, n=32704, f=16384, k=64, d=2048):
+    """A code decoded, and its gradient taken, by rows of a table in bfloat16 and by dense products; the dense code made for these or not."""
+    table, dense = torch.randn(f, d, device="cuda").bfloat16(), torch.zeros(n, f, device="cuda", dtype=torch.bfloat16)
+    latent, values, grad = torch.randint(f, (n * k,), device="cuda"), torch.randn(n * k, device="cuda"), torch.randn(n, d, device="cuda")
+    bounds, at = torch.arange(0, n * k + 1, k, device="cuda"), torch.arange(n, device="cuda").repeat_interleave(k) * f + latent
+    narrowed = grad.bfloat16()
+
+    def filled():
+        dense.zero_().view(-1)[at] = values.bfloat16()
+
+    found["rows"] = {
+        "sums": timed(lambda: ops.row_sums(values, latent, bounds, table)), "dots": timed(lambda: ops.row_dots(grad, latent, bounds, table)),
+        "dense product": timed(lambda: ops.product(dense, table)), "dense gradient": timed(lambda: (narrowed @ table.T).view(-1)[at]),
+        "dense code": timed(filled),
     }
 
 
@@ -111,14 +121,15 @@ def sae_with_states(name, shape, **options):
 def steps(found, shape):
     """One update of an SAE, its states given; peak memory with them."""
     published = {"router_objective": "published", "router_balance": "none"}
-    forms = [("TopK", {}, "bf16"), ("TopK", {}, "tf32"), ("TopK", {}, "sums"), ("RouteSAE", published, "bf16"), ("Crosscoder", {}, "tf32")]
-    forms += [(name, {}, "bf16") for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder", "MLSAE")]
-    narrow, found["steps"] = ops.narrow, {}
+    forms = [(name, {}, how) for name in ("TopK", "MLSAE") for how in ("products", "rows", "sums")]
+    forms += [(name, {}, "tf32") for name in ("TopK", "Crosscoder")]
+    forms += [(name, {}, "") for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")] + [("RouteSAE", published, "")]
+    narrow, form, found["steps"] = ops.narrow, ops.SparseCode.form, {}
     for name, more, how in forms:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         ops.narrow = (lambda x: x) if how == "tf32" else narrow
-        model.SPARSE_FROM["cuda"] = 0 if how == "sums" else torch.inf
+        ops.SparseCode.form = form if how in ("", "tf32") else lambda ratio, x, how=how: how
         run, hidden, token = sae_with_states(name, shape, **more)
         number = itertools.count()
         took = timed(lambda run=run, hidden=hidden, token=token, number=number: run.step(hidden, token, next(number), False), 5)
@@ -126,14 +137,15 @@ def steps(found, shape):
         found["steps"][label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
         print(label, found["steps"][label], flush=True)
         run = hidden = None  # the next one needs the room
-    ops.narrow = narrow
+    ops.narrow, ops.SparseCode.form = narrow, form
 
 
 def profile(found, shape, out):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    for name, more in (("RouteSAE", {"router_objective": "published", "router_balance": "none"}), ("MLSAE", {})):
+    for name in ("RouteSAE", "MLSAE", "JumpReLU", "Crosscoder"):
+        more = {"router_objective": "published", "router_balance": "none"} if name == "RouteSAE" else {}
         run, hidden, token = sae_with_states(name, shape, **more)
         run.step(hidden, token, 0, False)
         with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
@@ -143,8 +155,9 @@ def profile(found, shape, out):
 
 
 PARTS = {
-    "rounding": lambda found, cfg: rounding(found), "topk": lambda found, cfg: topk(found), "lm": lambda found, cfg: forward(found, cfg.shape),
-    "steps": lambda found, cfg: steps(found, cfg.shape), "profile": lambda found, cfg: profile(found, cfg.shape, Path(cfg.output_dir)),
+    "rounding": lambda found, cfg: rounding(found), "topk": lambda found, cfg: topk(found), "rows": lambda found, cfg: rows_of_active(found),
+    "lm": lambda found, cfg: forward(found, cfg.shape), "steps": lambda found, cfg: steps(found, cfg.shape),
+    "profile": lambda found, cfg: profile(found, cfg.shape, Path(cfg.output_dir)),
 }
 
 

@@ -1,6 +1,6 @@
-"""A TopK step (code, loss, gradients) by sums of rows against the same by dense products: `python -m benchmarks.sparse_code`.
+"""A TopK step (code, loss, gradients) in each form of SparseCode: `python -m benchmarks.sparse_code`.
 
-Ratios of minima within one run, one line a setting; the crossing sets SPARSE_FROM in src/model.py. On CUDA: --hidden_size 2048 --tokens 32768.
+Minima within one run, one line a setting; the crossings set SPARSE_FROM and ROWS_FROM in src/ops.py. On CUDA: --hidden_size 2048 --tokens 32768.
 """
 
 import argparse
@@ -8,17 +8,24 @@ import time
 
 import torch
 
-from src import checkpoint, model
+from src import checkpoint, ops
 from src.model import TopK
+from src.ops import SparseCode
+
+FORMS = "products", "rows", "sums"
+SETTINGS = (
+    (256, 32), (256, 16), (512, 32), (1024, 64), (2048, 64), (2048, 16), (8192, 64), (16384, 256), (16384, 64), (16384, 32), (32768, 32), (65536, 64),
+)
 
 
-def step(sae: TopK, x: torch.Tensor, dense: bool) -> float:
+def step(sae: TopK, x: torch.Tensor, form: str) -> float:
     """Seconds."""
     started = time.perf_counter()
-    model.SPARSE_FROM[x.device.type] = torch.inf if dense else 0
-    p = sae.autoencode(x)
-    sae.zero_grad()
-    sum(sae.loss(p).values()).backward()
+    SparseCode.form = lambda ratio, x: form
+    with ops.narrow_factors():
+        p = sae.autoencode(x)
+        sae.zero_grad()
+        sum(sae.loss(p).values()).backward()
     float(sae.pre_bias.grad[0])  # waits for a device that runs ahead
     return time.perf_counter() - started
 
@@ -31,13 +38,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     cfg = parser.parse_args()
     device = torch.device(checkpoint.pick_device(cfg.device))
-    print(f"{device}, {torch.get_num_threads()} threads, hidden {cfg.hidden_size}, {cfg.tokens} tokens, torch {torch.__version__}")
-    print(f"{'latents':>8} {'k':>4} {'dense ms':>9} {'sparse ms':>10} {'ratio':>6}")
-    for latents, k in ((256, 32), (256, 16), (512, 32), (1024, 64), (2048, 64), (2048, 16), (8192, 64), (16384, 64), (16384, 32), (65536, 64)):
+    print(f"{device}, {torch.get_num_threads()} threads, hidden {cfg.hidden_size}, {cfg.tokens} tokens, torch {torch.__version__}; milliseconds")
+    print(f"{'latents':>8} {'k':>4} {'ratio':>6} " + " ".join(f"{form:>9}" for form in FORMS))
+    for latents, k in SETTINGS:
         sae, x = TopK(cfg.hidden_size, latents, k, auxk_coeff=0.0).to(device), torch.randn(cfg.tokens, cfg.hidden_size, device=device)
-        times = [(step(sae, x, True), step(sae, x, False)) for _ in range(cfg.repeats)]
-        dense, sparse = (min(column) * 1e3 for column in zip(*times, strict=True))
-        print(f"{latents:>8} {k:>4} {dense:>9.1f} {sparse:>10.1f} {dense / sparse:>6.2f}", flush=True)
+        times = [[step(sae, x, form) for form in FORMS] for _ in range(cfg.repeats)]
+        print(f"{latents:>8} {k:>4} {latents // k:>6} " + " ".join(f"{min(column) * 1e3:>9.1f}" for column in zip(*times, strict=True)), flush=True)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,9 @@ class Applier:
         cfg, sae = self.cfg, self.sae
         seen = Seen(sae, rows, reach, Table(sae.latent_size, 3 * cfg.top_n, max_per_token), Table(sae.latent_size, SAMPLE), cfg.seed)
         mine = rows.batches(cfg.batch_size, start=distributed.rank(), every=distributed.world())  # whole batches: each is coded as it would be alone
-        for batch in tqdm(mine, "applying", math.ceil(len(rows) / cfg.batch_size / distributed.world()), unit=" batches", mininterval=1):
+        batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
+        lm.compile_if_it_pays(cfg, self.language_model, cfg.batch_size, batches)
+        for batch in tqdm(mine, "applying", batches, unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue

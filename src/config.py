@@ -138,7 +138,10 @@ OPTIONS: dict[str, Option] = {
     "save_every": Option("training", interval, (600.0, "s"), "save the unfinished run: steps (500) or time (90s, 10m); 0: on signals (default: 10m)"),
     "resume": Option("training", str, "auto", "auto: continue an unfinished run; never: start again (with --overwrite)", ("auto", "never")),
     "deterministic": Option("training", boolean, False, "on CUDA: only algorithms that repeat bit for bit (slower)"),
-    "compile_lm": Option("training", str, "auto", "compile the language model's blocks: auto (CUDA, not short runs), yes, no", ("auto", "yes", "no")),
+    "compile_lm": Option(
+        "training evaluation application", str, "auto", "compile the language model's blocks: auto (CUDA, not short runs), yes, no",
+        ("auto", "yes", "no"),
+    ),
     "max_memory_hint": Option("training", float, None, "GB a run may need by estimate, more is refused (default: warn above what is free)", above=0),
     "use_wandb": Option("training", boolean, False, "log to Weights & Biases too"),
     "wandb_project": Option("training", str, "RouteSAE-repro", "project name there"),

@@ -114,10 +114,12 @@ class Evaluator:
         rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
         sites = sorted({site for subject in self.subjects for site in subject.sae.sites()})
         patching = bool(OF_THE_MODEL & set(cfg.metric))
+        batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
+        lm.compile_if_it_pays(cfg, model, cfg.batch_size, batches * (1 + patching * len(self.subjects)))
         checked, tokens = False, 0
         means = self._site_means(model, rows, sites) if "Recovered" in cfg.metric else {}
         mine = rows.batches(cfg.batch_size, start=distributed.rank(), every=distributed.world())  # whole batches: each is coded as it would be alone
-        for batch in tqdm(mine, "evaluating", math.ceil(len(rows) / cfg.batch_size / distributed.world()), unit=" batches", mininterval=1):
+        for batch in tqdm(mine, "evaluating", batches, unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue

@@ -5,13 +5,14 @@ N tokens, D hidden, F latents, L sites, V vocabulary.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import router
+from src import ops, router
 from src.ops import Sparse, firings, squared_errors
 
 UNITS = {
@@ -36,17 +37,24 @@ class Prediction:
     """What the language model predicts at some positions, for others to be compared with. Logits [N,V], targets int64 [N]."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        self.log_p, self.targets = logits.float().log_softmax(-1), targets
-        self.p = self.log_p.exp()
-        self.ce = self._ce(self.log_p)
+        self.logits, self.targets = logits.float(), targets
+        self.ce = F.cross_entropy(self.logits, targets, reduction="none")
 
-    def _ce(self, log_q: Tensor) -> Tensor:
-        return -log_q.gather(-1, self.targets[:, None])[:, 0]
+    @cached_property
+    def log_p(self) -> Tensor:
+        return self.logits.log_softmax(-1)
+
+    @cached_property
+    def p(self) -> Tensor:
+        return self.log_p.exp()
 
     def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(KL(this || other), cross-entropy of the other) of each token, in nats [N]."""
-        log_q = logits.float().log_softmax(-1)
-        return (self.p * (self.log_p - log_q)).sum(-1), self._ce(log_q)
+        logits = logits.float()
+        if fast := ops.kernels(logits):
+            return fast.compare(self.logits, logits, self.targets)  # reads both once
+        log_q = logits.log_softmax(-1)
+        return (self.p * (self.log_p - log_q)).sum(-1), -log_q.gather(-1, self.targets[:, None])[:, 0]
 
 
 class Sum:

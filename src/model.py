@@ -19,10 +19,6 @@ from src.ops import Jump_func, Sparse, SparseCode, Step_func, kth_largest, linea
 from src.sae import SAE, Dictionary, Pass, routed_sites
 from src.zoo import canonical
 
-# Latents per active one from which sums of rows beat dense products: measured on a CPU (benchmarks/sparse_code.py); on CUDA extrapolated from one
-# measured ratio, 2.5 times as slow at 256 (docs/LOG.md).
-SPARSE_FROM = {"cpu": 8, "cuda": 1200}
-
 
 class TopK(Dictionary):
     """Exactly the k largest pre-activations (Gao et al. 2024), dead latents revived by AuxK (same paper, appendix A.2).
@@ -60,15 +56,9 @@ class TopK(Dictionary):
             return super().autoencode(x, infer_k, theta, token)
         flat = x.flatten(0, -2)
         token = torch.arange(len(flat), device=x.device) if token is None else token.flatten()
-        weights = self.encoder.weight, self.latent_bias, self.decoder.weight
-        x_hat, values, at = self._coded(flat, *weights, lambda acts, here: self.choose(acts, token[here]), self.k, self.topk_relu, self.apart)
+        how = (lambda acts, here: self.choose(acts, token[here])), self.k, self.topk_relu, self.apart
+        x_hat, values, at = SparseCode.apply(flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, *how)
         return Pass(x, Sparse(values, at, torch.Size([*x.shape[:-1], self.latent_size])), x_hat.view_as(x))
-
-    def _coded(self, x, encoder, bias, decoder, choose, k, clip, apart=True):
-        """SparseCode of k of these latents, in the form and slices that are quickest here."""
-        latents, device = len(encoder), x.device.type
-        rows = max(256, ops.PIECE.get(device, 2**21) // latents) if apart else None
-        return SparseCode.apply(x, self.pre_bias, encoder, bias, decoder, choose, clip, latents >= SPARSE_FROM.get(device, torch.inf) * k, rows)
 
     def penalty(self, p):
         dead = (self.silent > self.dead_after).nonzero()[:, 0] if self.auxk_coeff else self.silent[:0]
@@ -77,7 +67,7 @@ class TopK(Dictionary):
         x, error = p.target.flatten(0, -2), (p.target - p.x_hat).detach().flatten(0, -2)
         k = min(len(dead), self.hidden_size // 2, 512)
         weights = self.encoder.weight[dead], self.latent_bias[dead], self.decoder.weight[:, dead]
-        x_hat, _, _ = self._coded(x, *weights, lambda acts, _: positions(acts, k), k, True)
+        x_hat, _, _ = SparseCode.apply(x, self.pre_bias, *weights, lambda acts, _: positions(acts, k), k, True, True)
         missed = (error - (x_hat - self.pre_bias)).square().sum(-1).view(p.target.shape[:-1])
         variance = self.average((error - self.average(error)).square().sum(-1)).clamp_min(1e-12)
         return {"AuxK": self.auxk_coeff * self.mean(missed) / variance}

@@ -17,6 +17,10 @@ from torch.autograd import Function
 _narrow = False  # within narrow_factors(); a plain global, since gradients on CUDA are computed in threads of their own
 PIECE = {"cuda": 2**27}  # pre-activations at one time, half a GB; but at least 256 tokens, as products of fewer are slow
 GROUP = 8  # values a group in a two-stage top-k on a CPU (docs/LOG.md)
+# Latents per active one from which a code is decoded and differentiated by the rows of its active latents in place of dense products: all of it,
+# measured on a CPU (benchmarks/sparse_code.py), on CUDA extrapolated; and, where there are kernels, all but the gradients of weights.
+SPARSE_FROM = {"cpu": 8, "cuda": 1200}
+ROWS_FROM = {"cuda": 128}
 
 
 @functools.cache
@@ -25,9 +29,9 @@ def fast_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def _kernels(x: Tensor) -> Any:
-    """src.kernels for a tensor on CUDA; None elsewhere, and where Triton cannot build them."""
-    return _working_kernels() if x.is_cuda else None
+def kernels(x: Tensor) -> Any:
+    """src.kernels for a tensor on CUDA; None elsewhere, in float64, and where Triton cannot build them."""
+    return _working_kernels() if x.is_cuda and x.dtype is not torch.float64 else None
 
 
 @functools.cache
@@ -64,16 +68,34 @@ def standardised(states: list[Tensor], eps: float) -> Tensor:
     first = states[0]
     x = torch.empty(*first.shape[:-1], len(states), first.shape[-1], device=first.device)
     for i, h in enumerate(states):
-        if kernels := _kernels(h):
-            kernels.standardise(h.flatten(0, -2), eps, x.flatten(0, -3)[:, i])  # one pass over memory in place of five
+        if fast := kernels(h):
+            fast.standardise(h.flatten(0, -2), eps, x.flatten(0, -3)[:, i])  # one pass over memory in place of five
         else:
             pre_process(h, eps, x[..., i, :])
     return x
 
 
+class SquaredErrors(Function):
+    """squared_errors with half the passes over memory that automatic differentiation of its formula takes."""
+
+    @staticmethod
+    def forward(ctx, x, x_hat):
+        off, norm = x - x_hat, torch.linalg.vector_norm(x, dim=-1).square().clamp_min(torch.finfo(x.dtype).tiny)
+        errors = torch.linalg.vector_norm(off, dim=-1).square() / norm
+        ctx.save_for_backward(x if ctx.needs_input_grad[0] else None, off, norm, errors)
+        return errors
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, off, norm, errors = ctx.saved_tensors
+        share = (2 * grad / norm)[..., None]
+        by_off = off * share
+        return None if x is None else by_off - x * (share * errors[..., None]), -by_off if ctx.needs_input_grad[1] else None
+
+
 def squared_errors(x: Tensor, x_hat: Tensor) -> Tensor:
     """||x - x_hat||^2 / ||x||^2 of each token; 0 stands below as the smallest positive number. [...,D] -> [...]"""
-    return (x - x_hat).square().sum(-1) / x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+    return SquaredErrors.apply(x, x_hat)
 
 
 def Normalized_MSE_loss(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -114,9 +136,9 @@ def largest(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order. [N,F] -> int64 [N,k]"""
     if k == values.shape[1]:
         return torch.arange(k, device=values.device).expand(len(values), k)
-    kernels = _kernels(values) if values.dtype is torch.float32 else None
-    if kernels and values.shape[1] <= kernels.WIDEST:
-        return kernels.largest(values, k)
+    fast = kernels(values) if values.dtype is torch.float32 else None
+    if fast and values.shape[1] <= fast.WIDEST:
+        return fast.largest(values, k)
     groups = values.shape[1] // GROUP
     if not values.is_cuda and values.shape[1] % GROUP == 0 and groups >= 2 * k:  # the k largest lie in the k groups with the largest maxima
         best = _best(values.view(len(values), GROUP, groups).amax(1), k)
@@ -210,6 +232,11 @@ def firings(code: Tensor | Sparse) -> Tensor:
     return (code != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()  # on a CPU a quarter of the time of a sum in int64
 
 
+def _near(x: Tensor, threshold: Tensor, bandwidth: float, grad: Tensor) -> Tensor:
+    """The gradient summed over tokens where x lies within the rectangle around its threshold. [...,F], [F], [...,F] -> [F]"""
+    return torch.where((x - threshold).abs_() < bandwidth / 2, grad, 0).sum_to_size(threshold.shape)
+
+
 class Jump_func(Function):
     """x * 1[x > threshold] with a rectangle-kernel gradient for the threshold (Rajamanoharan et al. 2024b, eq. 11)."""
 
@@ -222,9 +249,7 @@ class Jump_func(Function):
     @staticmethod
     def backward(ctx, grad):
         x, threshold = ctx.saved_tensors
-        window = ((x - threshold).abs() < ctx.bandwidth / 2).to(grad.dtype)
-        to_threshold = -(threshold / ctx.bandwidth) * window * grad
-        return (x > threshold) * grad, to_threshold.sum_to_size(threshold.shape), None
+        return (x > threshold) * grad, -threshold / ctx.bandwidth * _near(x, threshold, ctx.bandwidth, grad), None
 
 
 class Step_func(Function):
@@ -239,8 +264,7 @@ class Step_func(Function):
     @staticmethod
     def backward(ctx, grad):
         x, threshold = ctx.saved_tensors
-        window = ((x - threshold).abs() < ctx.bandwidth / 2).to(grad.dtype)
-        return torch.zeros_like(x), (-(1 / ctx.bandwidth) * window * grad).sum_to_size(threshold.shape), None
+        return None, -1 / ctx.bandwidth * _near(x, threshold, ctx.bandwidth, grad), None
 
 
 def _decoders(model: nn.Module) -> list[nn.Linear]:
@@ -342,81 +366,114 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, shift: Tensor 
     return Linear.apply(x.reshape(-1, x.shape[-1]), shift, weight, bias).view(*x.shape[:-1], len(weight))
 
 
+def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+    """values[e] table[latent[e]] summed over the entries e of each bag: bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> [N,D]"""
+    if fast := kernels(table):
+        return fast.row_sums(values, latent, bounds, table)
+    return nn.functional.embedding_bag(latent, table.to(values.dtype), bounds, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+
+def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+    """<grad[n], table[latent[e]]> of every entry e of bag n. [N,D], [E], [N+1], [F,D] -> [E]"""
+    if fast := kernels(table):
+        return fast.row_dots(grad, latent, bounds, table)
+    with torch.enable_grad():  # the library's gradient for weights of a bag: no [N,k,D] tensor
+        weights = grad.new_zeros(len(latent), requires_grad=True)
+        (dots,) = torch.autograd.grad(row_sums(weights, latent, bounds, table), weights, grad)
+    return dots
+
+
 class SparseCode(Function):
     """A code that keeps few pre-activations, decoded and differentiated without a product for the input's gradient that nobody asks for.
 
-    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, clip, sums, rows) -> (x_hat [N,D], values [E],
-    their positions in the flat code [E], token by token). choose maps the pre-activations of a slice of at most `rows` tokens (None: of all,
-    exact), and that slice, to the positions in them that stay; clip cuts negative values. sums: sums of the active latents' rows alone, in
-    place of dense products. Gradients flow through x_hat.
+    apply(x [N,D], pre_bias [D], encoder [F,D], latent_bias [F], decoder [D,F], choose, k, clip, apart) -> (x_hat [N,D], values [E], their
+    positions in the flat code [E], token by token). choose maps the pre-activations of a slice of tokens, and that slice, to the positions in
+    them that stay, about k a token; clip cuts negative values. apart: whether tokens can be sliced. Gradients flow through x_hat.
     """
 
     @staticmethod
-    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, clip, sums, rows):
+    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, k, clip, apart):
+        rows = max(256, PIECE.get(x.device.type, 2**21) // len(encoder)) if apart else max(1, len(x))
         centred = x - pre_bias
         factors = narrow(centred), narrow(encoder)
-        rounded = rows and _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16()  # gradients stay exact
+        rounded = apart and _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16()  # gradients stay exact
         given, weight, bias = (t.bfloat16() for t in (centred, encoder, latent_bias)) if rounded else (*factors, latent_bias)
         found = []
-        for start in range(0, max(1, len(x)), rows or max(1, len(x))):
-            here = slice(start, start + rows if rows else None)
+        for start in range(0, max(1, len(x)), rows):
+            here = slice(start, start + rows)
             pre_acts = product(given[here], weight.T).add_(bias)
             chosen = choose(pre_acts, here)
             found.append((chosen + start * len(encoder), pre_acts.view(-1)[chosen].to(latent_bias.dtype)))
         at, values = (torch.cat(column) for column in zip(*found, strict=True))
         if clip:
             at, values = at[values > 0], values[values > 0]
-        if sums:
-            token, latent = at.div(len(encoder), rounding_mode="floor"), at.remainder(len(encoder))
-            columns, bags = decoder.T.contiguous(), SparseCode.starts(token, len(x))
-            x_hat = nn.functional.embedding_bag(latent, columns, bags, mode="sum", per_sample_weights=values) + pre_bias
-            ctx.save_for_backward(centred, encoder, columns, values, token, latent, bags)
-        else:
+        ctx.form = SparseCode.form(len(encoder) / k, x)
+        if ctx.form == "products":
             decoder = narrow(decoder)
             code = Sparse(values.to(decoder.dtype), at, torch.Size([len(x), len(encoder)])).dense()
             x_hat = product(code, decoder.T).add_(pre_bias)
             ctx.save_for_backward(*factors, decoder, code, at)
-        ctx.sums = sums
+        else:
+            token, latent = at.div(len(encoder), rounding_mode="floor"), at.remainder(len(encoder))
+            columns, bounds = narrow(decoder).T.contiguous(), SparseCode.bounds(token, len(x))
+            x_hat = row_sums(values, latent, bounds, columns) + pre_bias
+            ctx.save_for_backward(*factors, columns, values, token, latent, bounds)
         ctx.mark_non_differentiable(values, at)
         ctx.set_materialize_grads(False)
         return x_hat, values, at
 
     @staticmethod
-    def starts(index: Tensor, count: int) -> Tensor:
-        """Where the run of each of 0 ... count-1 begins in a sorted index."""
-        return torch.searchsorted(index, torch.arange(count, device=index.device))
+    def form(ratio: float, x: Tensor) -> str:
+        """What is quickest for so many latents per active one: "sums" of rows, "rows" but for the weights' gradients, or dense "products"."""
+        device = x.device.type
+        if ratio >= SPARSE_FROM.get(device, torch.inf):
+            return "sums"
+        return "rows" if ratio >= ROWS_FROM.get(device, torch.inf) and (kernels(x) or not x.is_cuda) else "products"
+
+    @staticmethod
+    def bounds(index: Tensor, count: int) -> Tensor:
+        """Where the run of each of 0 ... count-1 begins in a sorted index, and where the last one ends."""
+        return torch.searchsorted(index, torch.arange(count + 1, device=index.device))
 
     @staticmethod
     def backward(ctx, grad, _values, _at):
         if grad is None:
             return (None,) * 9
-        through = SparseCode.sums_of_rows if ctx.sums else SparseCode.dense_products
-        by_x, by_encoder, by_bias, by_decoder = through(grad, *ctx.saved_tensors, ctx.needs_input_grad[0])
+        through = SparseCode.by_products if ctx.form == "products" else SparseCode.by_rows
+        by_x, by_encoder, by_bias, by_decoder = through(grad, *ctx.saved_tensors, ctx.needs_input_grad[0], ctx.form == "sums")
         # tokens summed first: a vector times the encoder, no product
         by_pre_bias = grad.sum(0) - by_bias @ ctx.saved_tensors[1].to(by_bias.dtype)
         return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None, None
 
     @staticmethod
-    def dense_products(grad, centred, encoder, decoder, code, at, input_too):
+    def by_products(grad, centred, encoder, decoder, code, at, input_too, _):
         grad = grad.to(code.dtype)
         by_latent = grad @ decoder
         by_value = by_latent.view(-1)[at]
         by_latent.zero_().view(-1)[at] = by_value
         by_x = product(by_latent, encoder) if input_too else None
-        return by_x, product(by_latent.T, centred), by_latent.sum(0, dtype=torch.promote_types(code.dtype, torch.float32)), product(grad.T, code)
+        return by_x, *SparseCode.of_weights(by_latent, centred), product(grad.T, code)
 
     @staticmethod
-    def sums_of_rows(grad, centred, encoder, rows, values, token, latent, bags, input_too):
-        bag = nn.functional.embedding_bag
-        with torch.enable_grad():  # the library's gradient for weights of a bag: <grad, row> without a [N,k,D] tensor
-            weights = values.detach().requires_grad_()
-            (by_value,) = torch.autograd.grad(bag(latent, rows, bags, mode="sum", per_sample_weights=weights), weights, grad)
+    def of_weights(by_latent, centred):
+        """(gradient of the encoder, of its bias)"""
+        return product(by_latent.T, centred), by_latent.sum(0, dtype=torch.promote_types(by_latent.dtype, torch.float32))
+
+    @staticmethod
+    def by_rows(grad, centred, encoder, columns, values, token, latent, bounds, input_too, all_of_it):
+        by_value = row_dots(grad, latent, bounds, columns)
+        by_x = row_sums(by_value, latent, bounds, encoder) if input_too else None
+        if not all_of_it:  # one dense code after the other in the same place
+            at, narrowed = token * len(encoder) + latent, narrow(grad)
+            code = Sparse(values.to(narrowed.dtype), at, torch.Size([len(grad), len(encoder)])).dense()
+            by_decoder = product(narrowed.T, code)
+            code.view(-1)[at] = by_value.to(code.dtype)
+            return by_x, *SparseCode.of_weights(code, centred), by_decoder
         latent_sorted, order = latent.sort(stable=True)
-        source, ends = token[order], SparseCode.starts(latent_sorted, len(encoder))
-        by_decoder = bag(source, grad, ends, mode="sum", per_sample_weights=values[order]).T
-        by_encoder = bag(source, centred, ends, mode="sum", per_sample_weights=by_value[order])
-        by_bias = torch.zeros_like(encoder[:, 0]).index_add_(0, latent, by_value)
-        by_x = bag(latent, encoder, bags, mode="sum", per_sample_weights=by_value) if input_too else None
+        source, ends = token[order], SparseCode.bounds(latent_sorted, len(encoder))
+        by_decoder = row_sums(values[order], source, ends, grad).T
+        by_encoder = row_sums(by_value[order], source, ends, centred)
+        by_bias = torch.zeros(len(encoder), dtype=by_value.dtype, device=grad.device).index_add_(0, latent, by_value)
         return by_x, by_encoder, by_bias, by_decoder
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src import config, distributed
-from src.ops import firings, narrow_factors, project_decoder_grad, unit_norm_decoder
+from src.ops import narrow_factors, project_decoder_grad, unit_norm_decoder
 from src.sae import SAE, WARM_START, Pass
 
 
@@ -204,7 +204,7 @@ class Run:
             self._agree_on_parts(step, *batch)
         p, terms = self._within_memory(step, *batch) if distributed.world() == 1 else self._gradients(*batch)
         with torch.no_grad():
-            found = torch.stack([*terms.values(), firings(p.code).sum() / (batch[2] * p.code.shape[1:-1].numel())])
+            found = torch.stack([*terms.values(), p.fired.sum() / (batch[2] * p.code.shape[1:-1].numel())])
             distributed.total_([found, *(q.grad for q in self.sae.parameters() if q.grad is not None)])
             now = dict(zip([*terms, "L0"], found, strict=True))
             loss = found[:-1].sum()

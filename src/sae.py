@@ -38,6 +38,11 @@ class Pass:
         """The dense code. [N,F] or [N,L,F]"""
         return dense(self.code)
 
+    @cached_property
+    def fired(self) -> Tensor:
+        """In how many codes each latent is not 0. int64 [F]"""
+        return firings(self.code)
+
     def with_(self, **changed: Any) -> Pass:
         return dataclasses.replace(self, **changed)
 
@@ -200,8 +205,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, p: Pass, progress: float) -> None:
         """Counters and schedules, over all processes; progress is the share of the run that is done."""
-        fired = firings(p.code)
-        counts = self.total(torch.cat([fired, fired.new_tensor([p.code.shape[:-1].numel()])]))
+        counts = self.total(torch.cat([p.fired, p.fired.new_tensor([p.code.shape[:-1].numel()])]))
         self.seen += counts[-1]
         self.silent += counts[-1]
         self.silent.masked_fill_(counts[:-1] > 0, 0)

@@ -30,7 +30,6 @@ from src.run import Run
 from src.tracking import wandb_init
 
 REPORTS, APART = 50, 10  # reports of a run; of a short one fewer, down to 10, to be so many steps apart: one costs as much as a forward pass
-COMPILE_FROM = 200  # steps that make up for compiling: on one H200 it took 6 s and saved 30 ms of 150 a step (docs/LOG.md)
 
 
 def set_seed(seed: int) -> None:
@@ -222,9 +221,8 @@ class Trainer:
                 name, options, _ = self.combinations[i]
                 sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options).to(cfg.device)
                 runs.append(Run(sae, self.titles[i], options, cfg, total))
-            if cfg.compile_lm == "yes" or (cfg.compile_lm == "auto" and "cuda" in cfg.device and total >= COMPILE_FROM and not cfg.deterministic):
-                mine = distributed.share(min(cfg.batch_size, len(rows)))
-                lm.compile_blocks(language_model, mine.stop - mine.start, cfg.max_length)
+            mine = distributed.share(min(cfg.batch_size, len(rows)))
+            lm.compile_if_it_pays(cfg, language_model, mine.stop - mine.start, total)
             self.estimate = Estimate(cfg, [run.sae for run in runs], language_model, rows, total, self.home)
             return self._loop(runs, rows, language_model, total, saved)
 

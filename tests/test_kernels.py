@@ -14,13 +14,32 @@ from src.files import ROOT
 INTERPRETED = """
 import torch
 from src import kernels, ops
-for n, f, k in ((5, 300, 16), (3, 1024, 64), (4, 64, 64), (2, 2048, 1), (1, 1, 1), (0, 64, 2)):
+torch.manual_seed(0)
+for n, f, k in ((5, 300, 16), (3, 1024, 64), (4, 2000, 16), (5, 4100, 100), (4, 64, 64), (2, 2048, 1), (2, 2048, 300), (1, 1, 1), (0, 64, 2)):
     values = torch.randn(n, f, device=DEVICE)
-    values[: n // 2] = values[: n // 2].round()  # ties
+    values[: n // 2] = values[: n // 2].round() + 0.0  # ties; +0, as the kernel puts -0 below it
     values[1:2] = -values[1:2].abs()
+    values[2:3, : f // 2] = -torch.inf
+    values[3:4, : f - k // 2] = 0.5  # more equal values than there is room for
     found = kernels.largest(values, k)
-    assert found.shape == (n, k) and (found.diff(dim=1) > 0).all()
-    assert torch.equal(values.gather(1, found).sort(1).values, values.topk(k).values.sort(1).values), (n, f, k)
+    assert found.shape == (n, k)
+    assert torch.equal(found.sort(1).values, values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values), (n, f, k)
+for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.float32), (4, 0, 5, 64, torch.float32), (0, 0, 5, 64, torch.float32)):
+    table, values = torch.randn(f, d, device=DEVICE).to(dtype), torch.randn(e, device=DEVICE)
+    latent, grad = torch.randint(f, (e,), device=DEVICE), torch.randn(n, d, device=DEVICE)
+    bag = torch.randint(n, (e,), device=DEVICE).sort().values if e else latent  # some are empty
+    bounds = ops.SparseCode.bounds(bag, n)
+    sums = torch.zeros(n, d, device=DEVICE).index_add_(0, bag, values[:, None] * table[latent].float())
+    assert torch.allclose(kernels.row_sums(values, latent, bounds, table), sums, atol=1e-5)
+    assert torch.allclose(kernels.row_dots(grad, latent, bounds, table), (grad[bag] * table[latent].float()).sum(1), atol=1e-4)
+for n, v in ((5, 9000), (3, 4096), (0, 10)):
+    logits = torch.randn(n, v, device=DEVICE) * 5
+    others, targets = logits + torch.randn_like(logits) * 0.1, torch.randint(v, (n,), device=DEVICE)
+    kl, ce = kernels.compare(logits, others, targets)
+    log_p, log_q = (x.double().log_softmax(-1) for x in (logits, others))
+    assert torch.allclose(kl, (log_p.exp() * (log_p - log_q)).sum(-1).float(), rtol=1e-3, atol=2e-6)
+    assert torch.allclose(ce, -log_q.gather(1, targets[:, None])[:, 0].float(), atol=1e-5)
+    assert not kernels.compare(logits, logits, targets)[0].any()
 for dtype in (torch.bfloat16, torch.float32):
     h, out = (torch.randn(7, 200, device=DEVICE) * 9 + 3).to(dtype), torch.zeros(7, 3, 100, device=DEVICE)
     kernels.standardise(h[:, :100], 1e-5, out[:, 1])
@@ -54,9 +73,9 @@ def test_kernels_equal_their_twins_on_cuda():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("least", [0, torch.inf], ids=["sums of rows", "dense products"])
-def test_narrow_factors_change_a_step_by_their_rounding(least, monkeypatch):
-    monkeypatch.setitem(model.SPARSE_FROM, "cuda", least)
+@pytest.mark.parametrize("form", ["sums", "rows", "products"])
+def test_narrow_factors_change_a_step_by_their_rounding(form, monkeypatch):
+    monkeypatch.setattr(ops.SparseCode, "form", lambda ratio, x: form)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     options = {"latent_size": 1024, "k": 16, "layer": 4}
     sae, exact = (model.build("TopK", 256, 16, options).cuda().to(dtype) for dtype in (torch.float, torch.double))
