@@ -144,6 +144,8 @@ def profile(found, shape, out):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    out.mkdir(parents=True, exist_ok=True)
+
     for name in ("RouteSAE", "MLSAE", "JumpReLU", "Crosscoder"):
         more = {"router_objective": "published", "router_balance": "none"} if name == "RouteSAE" else {}
         run, hidden, token = sae_with_states(name, shape, **more)
@@ -151,7 +153,7 @@ def profile(found, shape, out):
         with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
             run.step(hidden, token, 1, False)
             torch.cuda.synchronize()
-        (out / f"profile_{name}.txt").write_text(p.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=60))
+        (out / f"profile_{name}.txt").write_text(p.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60))
 
 
 PARTS = {

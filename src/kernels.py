@@ -10,8 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 32768  # latents of a row that one program holds in registers
-RANKED = 256  # candidates that are compared each with each
+MOST = 512  # of a row's largest; more of them are too many to be compared each with each
+
+
+@triton.jit
+def _keys(values, at, width):
+    """Integers in the order of the floats there."""
+    bits = tl.load(values + at, mask=at < width, other=-float("inf")).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -23,71 +29,84 @@ def _places(mask):
 
 
 @triton.jit
-def _keys(value):
-    """Integers in the order of the floats."""
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _largest(values, out, waiting, width, stride, k: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr):
+def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     values += row * stride
-    at = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    there = at < width
-    key = _keys(tl.load(values + at, mask=there, other=-float("inf")))
-    few = False
-    if ROOM:  # at least k values reach the k-th largest of the lanes' maxima, and seldom many more: a bound by a histogram of the maxima
-        best = tl.max(key, 0)
-        low = tl.min(best, 0).to(tl.int64)
-        span = tl.maximum(tl.max(best, 0).to(tl.int64) - low, 1)
-        bin = ((best.to(tl.int64) - low).to(tl.float32) * (255 / span.to(tl.float32))).to(tl.int32)
-        from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
-        lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
-        bound = tl.min(tl.where(bin >= lowest, best, 2147483647))
-        candidate = (key >= bound) & there
-        count = tl.sum(candidate.to(tl.int32))
-        few = count <= ROOM
-        if few:
-            waiting += row * ROOM
-            tl.store(waiting + _places(candidate), at, mask=candidate)
-            tl.debug_barrier()
-            slot = tl.arange(0, ROOM)
-            index = tl.load(waiting + slot, mask=slot < count, other=2147483647)
-            one = _keys(tl.load(values + index, mask=slot < count, other=-float("inf")))
-            before = (one[None, :] > one[:, None]) | ((one[None, :] == one[:, None]) & (index[None, :] < index[:, None]))
-            place = tl.sum(before.to(tl.int32), 1)
-            tl.store(out + row * k + place, index.to(tl.int64), mask=(slot < count) & (place < k))
-    if not few:
-        # the largest threshold that at least k keys reach, bit by bit from the sign down, ended early where exactly k reach it
-        reached = tl.sum((key >= 0).to(tl.int32))
-        threshold = tl.where(reached >= k, 0, -2147483648)
-        reached = tl.where(reached >= k, reached, width)
-        bit = 30
-        while (bit >= 0) & (reached != k):
-            higher = threshold + (1 << bit)
-            count = tl.sum((key >= higher).to(tl.int32))
-            threshold = tl.where(count >= k, higher, threshold)
-            reached = tl.where(count >= k, count, reached)
+    out += row * k
+    waiting += row * ROOM
+    tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    best = tl.full((LANES,), -2147483648, tl.int32)
+    for start in range(0, width, ROWS * LANES):
+        best = tl.maximum(best, tl.max(_keys(values, start + tile, width), 0))
+    # at least k values reach the k-th largest of the lanes' maxima, and seldom many more: a bound for it by a histogram of the maxima
+    low = tl.min(best, 0).to(tl.int64)
+    span = tl.maximum(tl.max(best, 0).to(tl.int64) - low, 1)
+    bin = ((best.to(tl.int64) - low).to(tl.float32) * (255 / span.to(tl.float32))).to(tl.int32)
+    from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
+    lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
+    bound = tl.min(tl.where(bin >= lowest, best, 2147483647))
+    counts = tl.zeros((LANES,), tl.int32)
+    for start in range(0, width, ROWS * LANES):
+        at = start + tile
+        candidate = (_keys(values, at, width) >= bound) & (at < width)
+        slot = tl.atomic_add(taken + row + tl.zeros_like(at), 1, mask=candidate, sem="relaxed", scope="cta")
+        tl.store(waiting + slot, at, mask=candidate & (slot < ROOM))
+        counts += tl.sum(candidate.to(tl.int32), 0)
+    count = tl.sum(counts)
+    tl.debug_barrier()
+    if count <= ROOM:  # they came in any order; their places follow from comparing each with each
+        slot, some = tl.arange(0, ROOM), tl.arange(0, 32)
+        index = tl.load(waiting + slot, mask=slot < count, other=2147483647)
+        key, place = _keys(values, index, width), tl.zeros((ROOM,), tl.int32)
+        for start in range(0, count, 32):
+            other = tl.load(waiting + start + some, mask=start + some < count, other=2147483647)
+            other_key = _keys(values, other, width)
+            before = (other_key[None, :] > key[:, None]) | ((other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None]))
+            place += tl.sum(before.to(tl.int32), 1)
+        tl.store(out + place, index.to(tl.int64), mask=(slot < count) & (place < k))
+    else:
+        # the largest threshold that at least k keys reach, bit by bit from the sign down; of those equal to it the first ones
+        threshold, bit = -2147483648, 31
+        while bit >= 0:
+            higher = tl.where(bit == 31, 0, threshold + (1 << bit))
+            counts = tl.zeros((LANES,), tl.int32)
+            for start in range(0, width, ROWS * LANES):
+                counts += tl.sum(((_keys(values, start + tile, width) >= higher) & (start + tile < width)).to(tl.int32), 0)
+            threshold = tl.where(tl.sum(counts) >= k, higher, threshold)
             bit -= 1
-        equal = (key == threshold) & there
-        wanted = tl.sum(equal.to(tl.int32)) - (reached - k)  # of the equal smallest the first ones
-        kept = ((key > threshold) & there) | (equal & (_places(equal) < wanted))
-        tl.store(out + row * k + _places(kept), at.to(tl.int64), mask=kept)
+        counts = tl.zeros((LANES,), tl.int32)
+        for start in range(0, width, ROWS * LANES):
+            counts += tl.sum((_keys(values, start + tile, width) > threshold).to(tl.int32), 0)
+        above, written, equals = tl.sum(counts), 0, 0
+        for start in range(0, width, ROWS * LANES):
+            at = start + tile
+            key = _keys(values, at, width)
+            equal = (key == threshold) & (at < width)
+            kept = (key > threshold) | (equal & (equals + _places(equal) < k - above))
+            tl.store(out + written + _places(kept), at.to(tl.int64), mask=kept)
+            written += tl.sum(kept.to(tl.int32))
+            equals += tl.sum(equal.to(tl.int32))
+
+
+def _lanes(k: int) -> int:
+    return max(512, triton.next_power_of_2(8 * k))
+
+
+def finds(width: int, k: int) -> bool:
+    """Whether largest() is made for so many of a row of this width."""
+    return k <= MOST and 2 * _lanes(k) <= width
 
 
 def largest(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row, in no order; of equal values the first. float32 [N,F] -> int64 [N,k]"""
-    width = values.shape[1]
-    out = torch.empty(len(values), k, dtype=torch.long, device=values.device)
-    block, lanes, room = triton.next_power_of_2(width), max(512, triton.next_power_of_2(8 * k)), max(64, triton.next_power_of_2(2 * k))
-    if room > RANKED or 2 * lanes > width:
-        room = 0
-    lanes = min(lanes, block)
-    waiting = torch.empty(len(values), room, dtype=torch.int32, device=values.device)
-    if len(values):
-        warps = min(16, max(1, block // 512))
-        _largest[(len(values),)](values, out, waiting, width, values.stride(0), k, block // lanes, lanes, room, num_warps=warps)
+    """Indices of the k largest of each row, in no order; of equal values (-0 is below 0) the first. float32 [N,F] -> int64 [N,k]"""
+    n, width = values.shape
+    room = max(64, triton.next_power_of_2(2 * k))
+    out = torch.empty(n, k, dtype=torch.long, device=values.device)
+    waiting = torch.empty(n, room, dtype=torch.int32, device=values.device)
+    taken = torch.zeros(n, dtype=torch.int32, device=values.device)
+    if n:
+        lanes = _lanes(k)
+        _largest[(n,)](values, out, waiting, taken, width, values.stride(0), k, max(1, 2048 // lanes), lanes, room, num_warps=min(16, lanes // 128))
     return out
 
 
