@@ -129,7 +129,7 @@ def standardise(states: Tensor, eps: float, out: Tensor) -> None:
 
 
 @triton.jit
-def _row_sums(values, latent, bounds, table, out, width, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+def _row_sums(values, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
     bag = tl.program_id(0).to(tl.int64)
     first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
     at, some = tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
@@ -138,7 +138,7 @@ def _row_sums(values, latent, bounds, table, out, width, AT_ONCE: tl.constexpr, 
         there = entry + some < end
         value = tl.load(values + entry + some, mask=there, other=0.0)
         row = tl.load(latent + entry + some, mask=there, other=0)
-        part = tl.load(table + row[:, None] * width + at[None, :], mask=there[:, None] & (at < width)[None, :], other=0.0)
+        part = tl.load(table + row[:, None] * stride + at[None, :], mask=there[:, None] & (at < width)[None, :], other=0.0)
         total += tl.sum(value[:, None] * part.to(tl.float32), 0)
     tl.store(out + bag * width + at, total, mask=at < width)
 
@@ -149,12 +149,12 @@ def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> T
     if len(out):
         block = triton.next_power_of_2(table.shape[1])
         warps = min(8, max(1, block // 512))
-        _row_sums[(len(bounds) - 1,)](values, latent, bounds, table, out, table.shape[1], 4, block, num_warps=warps)
+        _row_sums[(len(bounds) - 1,)](values, latent, bounds, table, out, table.shape[1], table.stride(0), 4, block, num_warps=warps)
     return out
 
 
 @triton.jit
-def _row_dots(grad, latent, bounds, table, out, width, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+def _row_dots(grad, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
     bag = tl.program_id(0).to(tl.int64)
     first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
     at, some = tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
@@ -162,7 +162,7 @@ def _row_dots(grad, latent, bounds, table, out, width, AT_ONCE: tl.constexpr, BL
     for entry in range(first, end, AT_ONCE):
         there = entry + some < end
         row = tl.load(latent + entry + some, mask=there, other=0)
-        part = tl.load(table + row[:, None] * width + at[None, :], mask=there[:, None] & (at < width)[None, :], other=0.0)
+        part = tl.load(table + row[:, None] * stride + at[None, :], mask=there[:, None] & (at < width)[None, :], other=0.0)
         tl.store(out + entry + some, tl.sum(mine[None, :] * part.to(tl.float32), 1), mask=there)
 
 
@@ -172,7 +172,7 @@ def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Ten
     if len(latent):
         block = triton.next_power_of_2(table.shape[1])
         warps = min(8, max(1, block // 512))
-        _row_dots[(len(bounds) - 1,)](grad.contiguous(), latent, bounds, table, out, table.shape[1], 4, block, num_warps=warps)
+        _row_dots[(len(bounds) - 1,)](grad.contiguous(), latent, bounds, table, out, table.shape[1], table.stride(0), 4, block, num_warps=warps)
     return out
 
 

@@ -159,7 +159,7 @@ class _Sparsified:
         return self.l1_coeff * self.warm * self.gain * self.push
 
     def _l1(self, latents: Tensor, norms: Tensor) -> dict[str, Tensor]:
-        per_token = latents.mean(-1) if self.l1_mean else (latents * norms).sum(-1)
+        per_token = latents.mean(-1) if self.l1_mean else latents @ norms
         return {"L1": self._coefficient() * self.mean(per_token)}
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ class Gated(_Sparsified, Dictionary):
         return linear(x, self.encoder.weight, shift=self.pre_bias)
 
     def activate(self, pre_acts, token=None):
-        return (pre_acts + self.gate_bias > 0) * F.relu(self.r_mag.exp() * pre_acts + self.mag_bias)
+        return (pre_acts > -self.gate_bias) * F.relu(torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts))
 
     def penalty(self, p):
         if not self.gated_aux:

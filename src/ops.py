@@ -325,15 +325,32 @@ def narrow_factors() -> Iterator[None]:
         _narrow = before
 
 
+def narrows(x: Tensor) -> bool:
+    """Whether x is a factor that goes in bfloat16: on CUDA in training, as that takes half the time of TF32 and is switched off together with it."""
+    return _narrow and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 and _has_bfloat16(x.device)
+
+
 def narrow(x: Tensor) -> Tensor:
-    """A factor of a product on CUDA: in training in bfloat16, which takes half the time of TF32 and is switched off together with that."""
-    wanted = _narrow and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 and _has_bfloat16(x.device)
-    return x.bfloat16() if wanted else x
+    return x.bfloat16() if narrows(x) else x
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b, of narrow factors too in float32."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype is torch.bfloat16 else torch.mm(a, b)
+
+
+def affine_factors(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in bfloat16 whose product is x weight^T + bias: a pass over the result less. [N,D], [F,D], [F] -> [N,D+8], [F,D+8]
+
+    Three columns of the eight, which keep rows aligned, hold the bias in parts, so that it is as exact as in float32.
+    """
+    width = x.shape[1]
+    a, b = (torch.zeros(len(t), width + 8, dtype=torch.bfloat16, device=t.device) for t in (x, weight))
+    a[:, :width], b[:, :width], a[:, width : width + 3] = x, weight, 1
+    for i in range(width, width + 3):
+        b[:, i] = bias
+        bias = bias - b[:, i]
+    return a, b
 
 
 class Linear(Function):
@@ -344,10 +361,12 @@ class Linear(Function):
 
     @staticmethod
     def forward(ctx, x, shift, weight, bias):
-        x, weight = narrow(x if shift is None else x - shift), narrow(weight)
-        ctx.save_for_backward(x, weight)
-        y = product(x, weight.T)
-        return y if bias is None else y.add_(bias)
+        x = x if shift is None else x - shift
+        joined = bias is not None and narrows(x)
+        a, b = affine_factors(x, weight, bias) if joined else (narrow(x), narrow(weight))
+        ctx.save_for_backward(a[:, : x.shape[1]], b[:, : x.shape[1]])
+        y = product(a, b.T)
+        return y if bias is None or joined else y.add_(bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -394,14 +413,18 @@ class SparseCode(Function):
     @staticmethod
     def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, k, clip, apart):
         rows = max(256, PIECE.get(x.device.type, 2**21) // len(encoder)) if apart else max(1, len(x))
-        centred = x - pre_bias
-        factors = narrow(centred), narrow(encoder)
-        rounded = apart and _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16()  # gradients stay exact
-        given, weight, bias = (t.bfloat16() for t in (centred, encoder, latent_bias)) if rounded else (*factors, latent_bias)
+        given, weight, bias = x - pre_bias, encoder, latent_bias
+        factors = given, encoder
+        if narrows(x):
+            given, weight = affine_factors(given, encoder, bias)
+            factors, bias = (given[:, : x.shape[1]], weight[:, : x.shape[1]]), None
+        elif apart and _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16():
+            given, weight, bias = (t.bfloat16() for t in (given, encoder, bias))  # gradients stay exact
         found = []
         for start in range(0, max(1, len(x)), rows):
             here = slice(start, start + rows)
-            pre_acts = product(given[here], weight.T).add_(bias)
+            pre_acts = product(given[here], weight.T)
+            pre_acts = pre_acts if bias is None else pre_acts.add_(bias)
             chosen = choose(pre_acts, here)
             found.append((chosen + start * len(encoder), pre_acts.view(-1)[chosen].to(latent_bias.dtype)))
         at, values = (torch.cat(column) for column in zip(*found, strict=True))

@@ -26,7 +26,7 @@ for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (2, 2048, 1), (2, 
     assert found.shape == (n, k)
     assert torch.equal(found.sort(1).values, values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values), (n, f, k)
 for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.float32), (4, 0, 5, 64, torch.float32), (0, 0, 5, 64, torch.float32)):
-    table, values = torch.randn(f, d, device=DEVICE).to(dtype), torch.randn(e, device=DEVICE)
+    table, values = torch.randn(f, d + 8, device=DEVICE).to(dtype)[:, :d], torch.randn(e, device=DEVICE)
     latent, grad = torch.randint(f, (e,), device=DEVICE), torch.randn(n, d, device=DEVICE)
     bag = torch.randint(n, (e,), device=DEVICE).sort().values if e else latent  # some are empty
     bounds = ops.SparseCode.bounds(bag, n)

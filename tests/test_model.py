@@ -326,6 +326,15 @@ def test_in_training_a_code_is_that_of_bfloat16_factors_and_its_gradients_are_ex
     assert torch.allclose(by_encoder, wanted, atol=1e-4)
 
 
+def test_a_bias_in_the_factors_of_a_product_is_as_exact_as_float32():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(9, 16), torch.randn(7, 16), torch.randn(7)
+    a, b = ops.affine_factors(x, weight, bias)
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert torch.allclose(a.float() @ b.float().T, a[:, :16].float() @ b[:, :16].float().T + bias, atol=1e-6)
+    assert torch.allclose(a[:, :16].float(), x, rtol=2**-8) and not torch.equal(a[:, :16].float(), x)
+
+
 @pytest.mark.parametrize("without", ["", "shift", "bias"])
 def test_a_linear_map_of_shifted_states_has_the_values_and_gradients_of_autograd(without):
     torch.manual_seed(0)
