@@ -338,7 +338,7 @@ def rates(bench):
     short.go(math.inf)
     short.end()
     common = {"SAE_path": trained(bench), "output_dir": bench.folder / "RouteSAE", "model_path": bench.model_path, "device": bench.device}
-    options = {**common, "batch_size": bench.batch, "max_tokens": None, "split": "all"}
+    options = {**common, "batch_size": bench.batch, "max_tokens": None, "split": "all", "compile_lm": "yes"}  # as 10M tokens have it by default
     metrics = ["--metric", "NormMSE", "KLDiv"]
     evaluation = Contender("evaluate", {"kind": "evaluate", "argv": flags(options) + metrics}, bench.folder)
     reading = Contender("apply", {"kind": "apply", "argv": flags(options)}, bench.folder)

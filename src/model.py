@@ -220,7 +220,7 @@ class Gated(_Sparsified, Dictionary):
         return linear(x, self.encoder.weight, shift=self.pre_bias)
 
     def activate(self, pre_acts, token=None):
-        return (pre_acts > -self.gate_bias) * F.relu(torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts))
+        return torch.where(pre_acts > -self.gate_bias, F.relu(torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts)), 0)
 
     def penalty(self, p):
         if not self.gated_aux:

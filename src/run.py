@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src import config, distributed
-from src.ops import narrow_factors, project_decoder_grad, unit_norm_decoder
+from src.ops import narrow_factors, project_decoder_grad, sign_step_, unit_norm_decoder
 from src.sae import SAE, WARM_START, Pass
 
 
@@ -68,10 +68,7 @@ class Signum(torch.optim.Optimizer):
                     continue
                 if "z" not in self.state[p]:
                     self.state[p]["z"] = p.clone(memory_format=torch.preserve_format)
-                z, sign = self.state[p]["z"], p.grad.sign().masked_fill_(self.found_inf > 0, 0)
-                p.lerp_(z, share * (1 - self.found_inf))
-                p.add_(sign, alpha=-lr * (1 - self.momentum * (1 - share)))
-                z.add_(sign, alpha=-lr)
+                sign_step_(p, self.state[p]["z"], p.grad, share, lr * (1 - self.momentum * (1 - share)), lr, self.found_inf)
 
 
 def make_optimizer(name: str, params: list[Tensor], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -33,6 +33,14 @@ for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.
     sums = torch.zeros(n, d, device=DEVICE).index_add_(0, bag, values[:, None] * table[latent].float())
     assert torch.allclose(kernels.row_sums(values, latent, bounds, table), sums, atol=1e-5)
     assert torch.allclose(kernels.row_dots(grad, latent, bounds, table), (grad[bag] * table[latent].float()).sum(1), atol=1e-4)
+for stop in (0.0, 1.0):
+    y, z, grad, stop = (*(torch.randn(3, 1700, device=DEVICE) for _ in range(3)), torch.tensor(stop, device=DEVICE))
+    grad[0] = 0
+    mine = y.clone(), z.clone()
+    kernels.sign_step(*mine, grad, 0.25, 0.3, 0.7, stop)
+    ops.sign_step_(y_twin := y.cpu().clone(), z_twin := z.cpu().clone(), grad.cpu(), 0.25, 0.3, 0.7, stop.cpu())
+    assert torch.allclose(mine[0].cpu(), y_twin, atol=1e-6) and torch.allclose(mine[1].cpu(), z_twin, atol=1e-6)
+    assert torch.equal(mine[0], y) == bool(stop)
 for n, v in ((5, 9000), (3, 4096), (0, 10)):
     logits = torch.randn(n, v, device=DEVICE) * 5
     others, targets = logits + torch.randn_like(logits) * 0.1, torch.randint(v, (n,), device=DEVICE)
