@@ -38,17 +38,23 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
     best = tl.full((LANES,), -2147483648, tl.int32)
     for start in range(0, width, ROWS * LANES):
         best = tl.maximum(best, tl.max(_keys(values, start + tile, width), 0))
-    # at least k values reach the k-th largest of the lanes' maxima, and seldom many more: a bound for it by a histogram of the maxima
-    low = tl.min(best, 0).to(tl.int64)
-    span = tl.maximum(tl.max(best, 0).to(tl.int64) - low, 1)
-    bin = ((best.to(tl.int64) - low).to(tl.float32) * (255 / span.to(tl.float32))).to(tl.int32)
-    from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
-    lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
-    bound = tl.min(tl.where(bin >= lowest, best, 2147483647))
+    # at least k values reach the k-th largest of the lanes' maxima, and seldom many more. Histograms of the maxima find it, each of what
+    # lies in one bin of the one before, until few more than k are above
+    low, high, reached = tl.min(best, 0), tl.max(best, 0), LANES
+    while (reached > k + k // 4) & (low < high):
+        scale = 255 / (high.to(tl.int64) - low.to(tl.int64)).to(tl.float32)
+        place = (tl.minimum(tl.maximum(best, low), high).to(tl.int64) - low.to(tl.int64)).to(tl.float32)
+        bin = (place * scale).to(tl.int32)
+        from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
+        lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
+        top = tl.max(tl.where((bin <= lowest) & (best <= high), best, -2147483648), 0)
+        low = tl.min(tl.where((bin >= lowest) & (best >= low), best, 2147483647), 0)
+        high = tl.maximum(top, low)
+        reached = tl.sum((best >= low).to(tl.int32))
     counts = tl.zeros((LANES,), tl.int32)
     for start in range(0, width, ROWS * LANES):
         at = start + tile
-        candidate = (_keys(values, at, width) >= bound) & (at < width)
+        candidate = (_keys(values, at, width) >= low) & (at < width)
         slot = tl.atomic_add(taken + row + tl.zeros_like(at), 1, mask=candidate, sem="relaxed", scope="cta")
         tl.store(waiting + slot, at, mask=candidate & (slot < ROOM))
         counts += tl.sum(candidate.to(tl.int32), 0)
@@ -106,7 +112,7 @@ def largest(values: Tensor, k: int) -> Tensor:
     taken = torch.zeros(n, dtype=torch.int32, device=values.device)
     if n:
         lanes = _lanes(k)
-        _largest[(n,)](values, out, waiting, taken, width, values.stride(0), k, max(1, 2048 // lanes), lanes, room, num_warps=min(16, lanes // 128))
+        _largest[(n,)](values, out, waiting, taken, width, values.stride(0), k, max(1, 1024 // lanes), lanes, room, num_warps=min(16, lanes // 128))
     return out
 
 

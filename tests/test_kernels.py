@@ -15,13 +15,15 @@ INTERPRETED = """
 import torch
 from src import kernels, ops
 torch.manual_seed(0)
-for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (2, 2048, 1), (2, 8192, 512), (0, 1024, 2)):
+for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (9, 2048, 64), (2, 2048, 1), (2, 8192, 512), (0, 1024, 2)):
     assert kernels.finds(f, k) and not kernels.finds(f // 9, k)
     values = torch.randn(n, f, device=DEVICE)
     values[: n // 2] = values[: n // 2].round() + 0.0  # ties; +0, as the kernel puts -0 below it
     values[1:2] = -values[1:2].abs()
     values[2:3, : f // 2] = -torch.inf
     values[3:4, : f - k // 2] = 0.5  # more equal values than there is room for
+    values[4:5] *= torch.logspace(-30, 30, f, device=DEVICE)
+    values[4:5, 7:9] = values[4:5, 7:9].new_tensor([torch.inf, -torch.inf])
     found = kernels.largest(values, k)
     assert found.shape == (n, k)
     assert torch.equal(found.sort(1).values, values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values), (n, f, k)
