@@ -32,6 +32,11 @@ SHAPES = {  # language model (None: the demo's), latents, k, rows a step, tokens
 AS_PUBLISHED = {"router_objective": "published", "router_balance": "none"}  # the router that the method as published trains
 EIGHT = ("TopK", "RandomK", "Vanilla", "Gated", "JumpReLU", "RouteSAE", "Crosscoder", "MLSAE")
 
+SETS = {  # models whose rate is held together: minutes for 100M tokens that are must, goal, moonshot
+    "RouteSAE": (["RouteSAE"], 8.3, 6.5, 5.0), "Crosscoder": (["Crosscoder"], 21, 16, 13), "MLSAE": (["MLSAE"], 18, 13.7, 11),
+    "zoo": (list(EIGHT), 45, 31, 25),
+}
+
 
 class Bench:
     """One benchmark: its shapes, text, held-out states, and what was found."""
@@ -321,18 +326,20 @@ def minutes(costs, tokens):
 def rates(bench):
     """Rates held for a minute, and what they come to for the tokens of a real run: the table of one large GPU."""
     endless = {"max_tokens": None, "num_epochs": 100_000}
-    sets = {
-        "RouteSAE": (["RouteSAE"], 8.3, 6.5, 5.0), "Crosscoder": (["Crosscoder"], 21, 16, 13), "MLSAE": (["MLSAE"], 18, 13.7, 11),
-        "zoo": (list(EIGHT), 45, 31, 25),
-    }
     print("held rates ...", flush=True)
-    for name, (models, must, goal, moonshot) in sets.items():
+    for name in bench.cfg.rate_of:
+        models, must, goal, moonshot = SETS[name]
         options = {**endless, **(AS_PUBLISHED if "RouteSAE" in models else {}), "output_dir": bench.folder / f"held_{name}"}
         done = held(bench, f"ours {name}", lambda name=name, models=models, options=options: bench.ours(f"ours {name}", *models, **options))
         bench.target(f"{name}, 100M tokens at the rate held", must, goal, minutes(done.costs(), 1e8), "min", False, moonshot)
         if name == "RouteSAE":
             peak = done.result()["peak_bytes"] / 1e9
             bench.target("peak memory, RouteSAE", 40, 20, {"median": peak, "low": peak, "high": peak, "turns": 1}, "GB", False, 16)
+
+
+def reading(bench):
+    """How long evaluation and contexts take for the tokens of a real run, of a RouteSAE that has had twenty steps."""
+    print("reading ...", flush=True)
     options = {**AS_PUBLISHED, "output_dir": bench.folder / "RouteSAE", "max_tokens": 20 * bench.batch * bench.length}
     short = bench.ours("RouteSAE to read", "RouteSAE", **options)
     short.go(math.inf)
@@ -341,8 +348,8 @@ def rates(bench):
     options = {**common, "batch_size": bench.batch, "max_tokens": None, "split": "all", "compile_lm": "yes"}  # as 10M tokens have it by default
     metrics = ["--metric", "NormMSE", "KLDiv"]
     evaluation = Contender("evaluate", {"kind": "evaluate", "argv": flags(options) + metrics}, bench.folder)
-    reading = Contender("apply", {"kind": "apply", "argv": flags(options)}, bench.folder)
-    for name, contender, limits in (("evaluate 10M tokens, RouteSAE KL", evaluation, (3, 1.75, 1.33)), ("apply 10M tokens", reading, (5, 1.67, 1))):
+    contexts = Contender("apply", {"kind": "apply", "argv": flags(options)}, bench.folder)
+    for name, contender, limits in (("evaluate 10M tokens, RouteSAE KL", evaluation, (3, 1.75, 1.33)), ("apply 10M tokens", contexts, (5, 1.67, 1))):
         try:
             contender.go(1, counted=False)
             contender.go(math.inf)  # all there is, to its end
@@ -352,13 +359,21 @@ def rates(bench):
         must, goal, moonshot = limits
         bench.target(f"{name} (from {last['tokens']:,})", must, goal, minutes([last["seconds"] / last["tokens"]], 1e7), "min", False, moonshot)
         bench.save()
+        print(f"  {name}: {last['tokens']:,} in {last['seconds']:.1f} s", flush=True)
 
+
+def against_published(bench):
+    """The held rate of RouteSAE against that of the method as published."""
     published = held(bench, "published RouteSAE", lambda: bench.published("published RouteSAE", "RouteSAE", tokens=10**12), warm=2)
-    ours = next(one for one in bench.found["groups"]["held"] if one["name"] == "ours RouteSAE")
-    bench.target("train RouteSAE, useful tokens/s against the method as published", 10, 19, ratios(published.costs(), [1 / r for r in ours["rates"]]))
+    ours = next((one for one in bench.found["groups"]["held"] if one["name"] == "ours RouteSAE"), None)
+    found = ours and ratios(published.costs(), [1 / rate for rate in ours["rates"]])
+    bench.target("train RouteSAE, useful tokens/s against the method as published", 10, 19, found)
 
 
-PARTS = {"training": training, "six": six, "evaluate": evaluating, "apply": applying, "rates": rates}
+PARTS = {
+    "training": training, "six": six, "evaluate": evaluating, "apply": applying, "rates": rates, "reading": reading, "published": against_published,
+}
+ON = {"cuda": ("rates", "reading", "published"), "cpu": ("training", "six", "evaluate", "apply")}
 
 
 def common(parser, rounds):
@@ -381,13 +396,14 @@ def main(argv=None):
     parser.add_argument("--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders")
     parser.add_argument("--apply", type=int, default=60_000, help="tokens contexts are extracted from")
     parser.add_argument("--held", type=float, default=65, help="seconds a rate is held where rates are measured")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: rates on CUDA, elsewhere the others)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help=f"parts (default on CUDA: {' '.join(ON['cuda'])}; else {' '.join(ON['cpu'])})")
+    parser.add_argument("--rate_of", nargs="+", choices=SETS, default=list(SETS), help="whose rates are held")
     cfg = parser.parse_args(argv)
     if cfg.quick:
         cfg.shape, cfg.tokens, cfg.rounds, cfg.held_out, cfg.evaluate, cfg.apply = "tiny", 3000, 3, 500, 1000, 500
     started = time.perf_counter()
     bench = Bench(cfg)
-    for name in cfg.only or (["rates"] if cfg.device == "cuda" else ["training", "six", "evaluate", "apply"]):
+    for name in cfg.only or ON["cuda" if "cuda" in cfg.device else "cpu"]:
         PARTS[name](bench)
     bench.found["seconds"], bench.found["load_after"] = time.perf_counter() - started, _load()
     bench.found["floors"] = {model: bench.floor(model) for model in EIGHT} | {"zoo": bench.floor(*EIGHT)}
