@@ -5,7 +5,6 @@ N tokens, D hidden, F latents, L sites, V vocabulary.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,24 +36,22 @@ class Prediction:
     """What the language model predicts at some positions, for others to be compared with. Logits [N,V], targets int64 [N]."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        self.logits, self.targets = logits.float(), targets
-        self.ce = F.cross_entropy(self.logits, targets, reduction="none")
+        self.logits, self.targets, self.fast = logits.float(), targets, ops.kernels(logits)
+        if self.fast:  # reads logits once, keeps nothing else
+            _, self.ce = self.fast.compare(self.logits, self.logits, targets)
+        else:
+            self.log_p = self.logits.log_softmax(-1)
+            self.p, self.ce = self.log_p.exp(), self._ce(self.log_p)
 
-    @cached_property
-    def log_p(self) -> Tensor:
-        return self.logits.log_softmax(-1)
-
-    @cached_property
-    def p(self) -> Tensor:
-        return self.log_p.exp()
+    def _ce(self, log_q: Tensor) -> Tensor:
+        return -log_q.gather(-1, self.targets[:, None])[:, 0]
 
     def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(KL(this || other), cross-entropy of the other) of each token, in nats [N]."""
-        logits = logits.float()
-        if fast := ops.kernels(logits):
-            return fast.compare(self.logits, logits, self.targets)  # reads both once
-        log_q = logits.log_softmax(-1)
-        return (self.p * (self.log_p - log_q)).sum(-1), -log_q.gather(-1, self.targets[:, None])[:, 0]
+        if self.fast:
+            return self.fast.compare(self.logits, logits.float(), self.targets)
+        log_q = logits.float().log_softmax(-1)
+        return (self.p * (self.log_p - log_q)).sum(-1), self._ce(log_q)
 
 
 class Sum:

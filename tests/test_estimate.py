@@ -1,13 +1,17 @@
 """What a run will need is said before it starts and held against what happened."""
 
 import json
+import platform
 import re
+import subprocess
+import sys
 
+import pytest
 import torch
 
 from src import estimate
 from src.config import parse
-from src.files import DEMO_LM
+from src.files import DEMO_LM, ROOT
 from src.lm import get_language_model
 from src.model import build
 from src.trainer import Trainer
@@ -54,3 +58,24 @@ def test_timing_a_step_changes_no_weight_and_leaves_no_gradient():
 
 def test_durations_read_as_people_say_them():
     assert [estimate.duration(s) for s in (0.25, 75, 3600, 90061)] == ["0.25 s", "1 min 15 s", "1 h", "1 d 1 h"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_a_step_frees_stays_for_the_next_one():
+    code = """
+import resource, sys, torch
+from src.checkpoint import pick_device
+if sys.argv[1] == "kept":
+    pick_device("cpu")
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    return [torch.ones(2 << 20) for _ in range(4)]
+work()
+before = faults()
+for _ in range(10):
+    work()
+print(faults() - before)
+"""
+    kept, not_kept = (int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT)) for how in ("kept", "not"))
+    assert kept < 20_000 < not_kept  # pages of 4 kB: ten times four tensors of 8 MB have 82,000
