@@ -126,11 +126,11 @@ def steps(found, shape):
     forms = [(name, {}, how) for name in ("TopK", "MLSAE") for how in ("products", "rows", "sums")]
     forms += [(name, {}, "tf32") for name in ("TopK", "Crosscoder")]
     forms += [(name, {}, "") for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")] + [("RouteSAE", published, "")]
-    narrow, form, found["steps"] = ops.narrow, ops.SparseCode.form, {}
+    narrows, form, found["steps"] = ops.narrows, ops.SparseCode.form, {}
     for name, more, how in forms:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        ops.narrow = (lambda x: x) if how == "tf32" else narrow
+        ops.narrows = (lambda x: False) if how == "tf32" else narrows
         ops.SparseCode.form = form if how in ("", "tf32") else lambda ratio, x, how=how: how
         run, hidden, token = sae_with_states(name, shape, **more)
         number = itertools.count()
@@ -139,7 +139,7 @@ def steps(found, shape):
         found["steps"][label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
         print(label, found["steps"][label], flush=True)
         run = hidden = None  # the next one needs the room
-    ops.narrow, ops.SparseCode.form = narrow, form
+    ops.narrows, ops.SparseCode.form = narrows, form
 
 
 def profile(found, shape, out):

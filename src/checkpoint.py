@@ -50,7 +50,10 @@ def pick_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0]}); try --device auto") from error
-    if str(device).startswith("cuda"):  # TF32: an SAE's float32 products in an eighth of the time, factors rounded to 10 bits
+    if str(device).startswith("cuda"):
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # kernels of Triton run on the current device, wherever their tensors are
+        # TF32: an SAE's float32 products in an eighth of the time, factors rounded to 10 bits
         torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # bfloat16 factors in training go with it
     else:
         keep_freed_memory()

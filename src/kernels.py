@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA, each with a plain twin in ops.py that says what it computes. Imported where a tensor is on CUDA, by ops.kernels.
+"""Triton kernels for CUDA, each with a plain twin, in ops.py or metrics.py, that says what it computes. Imported by ops.kernels, for tensors there.
 
 N rows, D hidden, F latents, E entries of a code. TRITON_INTERPRET=1 runs them on a CPU, which is how the tests compare them with their twins.
 """
@@ -13,11 +13,16 @@ from torch import Tensor
 MOST = 512  # of a row's largest; more of them are too many to be compared each with each
 
 
+def _rows(x: Tensor) -> Tensor:
+    """With neighbours in a row next to each other in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @triton.jit
 def _keys(values, at, width):
-    """Integers in the order of the floats there."""
-    bits = tl.load(values + at, mask=at < width, other=-float("inf")).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    """Integers in the order of the floats there, the least one outside."""
+    bits = tl.load(values + at, mask=at < width, other=0.0).to(tl.int32, bitcast=True)
+    return tl.where(at < width, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -2147483648)
 
 
 @triton.jit
@@ -63,7 +68,7 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
     if count <= ROOM:  # they came in any order; their places follow from comparing each with each
         slot, some = tl.arange(0, ROOM), tl.arange(0, 32)
         index = tl.load(waiting + slot, mask=slot < count, other=2147483647)
-        key, place = _keys(values, index, width), tl.zeros((ROOM,), tl.int32)
+        key, place = _keys(values, index, width), tl.zeros((ROOM,), tl.int32)  # no such index: below all
         for start in range(0, count, 32):
             other = tl.load(waiting + start + some, mask=start + some < count, other=2147483647)
             other_key = _keys(values, other, width)
@@ -105,7 +110,7 @@ def finds(width: int, k: int) -> bool:
 
 def largest(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order; of equal values (-0 is below 0) the first. float32 [N,F] -> int64 [N,k]"""
-    n, width = values.shape
+    values, (n, width) = _rows(values), values.shape
     room = max(64, triton.next_power_of_2(2 * k))
     out = torch.empty(n, k, dtype=torch.long, device=values.device)
     waiting = torch.empty(n, room, dtype=torch.int32, device=values.device)
@@ -151,7 +156,7 @@ def _row_sums(values, latent, bounds, table, out, width, stride, AT_ONCE: tl.con
 
 def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """values[e] table[latent[e]] summed over the entries e of each bag, bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> float32 [N,D]"""
-    out = torch.empty(len(bounds) - 1, table.shape[1], device=table.device)
+    out, table = torch.empty(len(bounds) - 1, table.shape[1], device=table.device), _rows(table)
     if len(out):
         block = triton.next_power_of_2(table.shape[1])
         warps = min(8, max(1, block // 512))
@@ -174,7 +179,7 @@ def _row_dots(grad, latent, bounds, table, out, width, stride, AT_ONCE: tl.const
 
 def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """<grad[n], table[latent[e]]> of every entry e of bag n. [N,D], [E], [N+1], [F,D] -> float32 [E]"""
-    out = torch.empty(len(latent), device=table.device)
+    out, table = torch.empty(len(latent), device=table.device), _rows(table)
     if len(latent):
         block = triton.next_power_of_2(table.shape[1])
         warps = min(8, max(1, block // 512))
@@ -214,9 +219,8 @@ def _compare(logits, others, targets, divergence, loss, width, BLOCK: tl.constex
         apart = apart * shrink + tl.sum(tl.where(there, weight * (a - b), 0.0))
         other_total = other_total * tl.exp(other_most - other_new) + tl.sum(tl.exp(b - other_new))
         most, other_most = new, other_new
-    normaliser, other_normaliser = most + tl.log(total), other_most + tl.log(other_total)
-    tl.store(divergence + row, apart / total - normaliser + other_normaliser)
-    tl.store(loss + row, other_normaliser - tl.load(others + row * width + tl.load(targets + row)).to(tl.float32))
+    tl.store(divergence + row, apart / total - (most - other_most) - tl.log(total / other_total))
+    tl.store(loss + row, other_most + tl.log(other_total) - tl.load(others + row * width + tl.load(targets + row)).to(tl.float32))
 
 
 def compare(logits: Tensor, others: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

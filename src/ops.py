@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 _narrow = False  # within narrow_factors(); a plain global, since gradients on CUDA are computed in threads of their own
 PIECE = {"cuda": 2**27}  # pre-activations at one time, half a GB; but at least 256 tokens, as products of fewer are slow
@@ -20,7 +21,7 @@ GROUP = 8  # values a group in a two-stage top-k on a CPU (docs/LOG.md)
 # Latents per active one from which a code is decoded and differentiated by the rows of its active latents in place of dense products: all of it,
 # measured on a CPU (benchmarks/sparse_code.py), on CUDA extrapolated; and, where there are kernels, all but the gradients of weights.
 SPARSE_FROM = {"cpu": 8, "cuda": 1200}
-ROWS_FROM = {"cuda": 128}
+ROWS_FROM = 128
 
 
 @functools.cache
@@ -86,6 +87,7 @@ class SquaredErrors(Function):
         return errors
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, off, norm, errors = ctx.saved_tensors
         share = (2 * grad / norm)[..., None]
@@ -352,12 +354,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def affine_factors(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors in bfloat16 whose product is x weight^T + bias: a pass over the result less. [N,D], [F,D], [F] -> [N,D+8], [F,D+8]
+    """Factors in bfloat16 whose product is x weight^T + bias: a pass over the result less. [N,D], [F,D], [F] -> [N,D+16], [F,D+16]
 
-    Three columns of the eight, which keep rows aligned, hold the bias in parts, so that it is as exact as in float32.
+    Three columns of the sixteen, which keep rows aligned, hold the bias in parts, so that it is as exact as in float32.
     """
     width = x.shape[1]
-    a, b = (torch.zeros(len(t), width + 8, dtype=torch.bfloat16, device=t.device) for t in (x, weight))
+    a, b = (torch.zeros(len(t), width + 16, dtype=torch.bfloat16, device=t.device) for t in (x, weight))
     a[:, :width], b[:, :width], a[:, width : width + 3] = x, weight, 1
     for i in range(width, width + 3):
         b[:, i] = bias
@@ -442,17 +444,17 @@ class SparseCode(Function):
         at, values = (torch.cat(column) for column in zip(*found, strict=True))
         if clip:
             at, values = at[values > 0], values[values > 0]
-        ctx.form = SparseCode.form(len(encoder) / k, x)
+        ctx.form = SparseCode.form(len(encoder) / max(1, k), x)
         if ctx.form == "products":
             decoder = narrow(decoder)
             code = Sparse(values.to(decoder.dtype), at, torch.Size([len(x), len(encoder)])).dense()
             x_hat = product(code, decoder.T).add_(pre_bias)
             ctx.save_for_backward(*factors, decoder, code, at)
         else:
-            token, latent = at.div(len(encoder), rounding_mode="floor"), at.remainder(len(encoder))
-            columns, bounds = narrow(decoder).T.contiguous(), SparseCode.bounds(token, len(x))
+            latent, columns = at.remainder(len(encoder)), narrow(decoder).T.contiguous()
+            bounds = SparseCode.bounds(at, len(x), len(encoder))
             x_hat = row_sums(values, latent, bounds, columns) + pre_bias
-            ctx.save_for_backward(*factors, columns, values, token, latent, bounds)
+            ctx.save_for_backward(*factors, columns, values, at, latent, bounds)
         ctx.mark_non_differentiable(values, at)
         ctx.set_materialize_grads(False)
         return x_hat, values, at
@@ -460,15 +462,14 @@ class SparseCode(Function):
     @staticmethod
     def form(ratio: float, x: Tensor) -> str:
         """What is quickest for so many latents per active one: "sums" of rows, "rows" but for the weights' gradients, or dense "products"."""
-        device = x.device.type
-        if ratio >= SPARSE_FROM.get(device, torch.inf):
+        if ratio >= SPARSE_FROM.get(x.device.type, torch.inf):
             return "sums"
-        return "rows" if ratio >= ROWS_FROM.get(device, torch.inf) and (kernels(x) or not x.is_cuda) else "products"
+        return "rows" if ratio >= ROWS_FROM and kernels(x) else "products"
 
     @staticmethod
-    def bounds(index: Tensor, count: int) -> Tensor:
-        """Where the run of each of 0 ... count-1 begins in a sorted index, and where the last one ends."""
-        return torch.searchsorted(index, torch.arange(count + 1, device=index.device))
+    def bounds(index: Tensor, count: int, size: int = 1) -> Tensor:
+        """Where the run of each of 0 ... count-1 begins in a sorted index of things of that size, and where the last one ends."""
+        return torch.searchsorted(index, torch.arange(0, (count + 1) * size, size, device=index.device))
 
     @staticmethod
     def backward(ctx, grad, _values, _at):
@@ -495,17 +496,18 @@ class SparseCode(Function):
         return product(by_latent.T, centred), by_latent.sum(0, dtype=torch.promote_types(by_latent.dtype, torch.float32))
 
     @staticmethod
-    def by_rows(grad, centred, encoder, columns, values, token, latent, bounds, input_too, all_of_it):
+    def by_rows(grad, centred, encoder, columns, values, at, latent, bounds, input_too, all_of_it):
+        grad = grad.contiguous()
         by_value = row_dots(grad, latent, bounds, columns)
         by_x = row_sums(by_value, latent, bounds, encoder) if input_too else None
         if not all_of_it:  # one dense code after the other in the same place
-            at, narrowed = token * len(encoder) + latent, narrow(grad)
+            narrowed = grad.to(centred.dtype)
             code = Sparse(values.to(narrowed.dtype), at, torch.Size([len(grad), len(encoder)])).dense()
             by_decoder = product(narrowed.T, code)
             code.view(-1)[at] = by_value.to(code.dtype)
             return by_x, *SparseCode.of_weights(code, centred), by_decoder
         latent_sorted, order = latent.sort(stable=True)
-        source, ends = token[order], SparseCode.bounds(latent_sorted, len(encoder))
+        source, ends = at.div(len(encoder), rounding_mode="floor")[order], SparseCode.bounds(latent_sorted, len(encoder))
         by_decoder = row_sums(values[order], source, ends, grad).T
         by_encoder = row_sums(by_value[order], source, ends, centred)
         by_bias = torch.zeros(len(encoder), dtype=by_value.dtype, device=grad.device).index_add_(0, latent, by_value)

@@ -10,7 +10,7 @@ from typing import Any
 
 OFFICIAL = {"lamda": "l1_coeff", "threshold": "act_threshold"}  # what the published code calls them
 # Never taken from a training's recipe by another stage: sizes of that run, and its part of the text.
-OF_ITS_RUN = {"split", "max_samples", "max_tokens", "dtype", "seed"}
+OF_ITS_RUN = {"split", "max_samples", "max_tokens", "dtype", "seed", "compile_lm"}
 
 
 def _load(path: Path) -> dict[str, Any]:

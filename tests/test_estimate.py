@@ -78,4 +78,4 @@ for _ in range(10):
 print(faults() - before)
 """
     kept, not_kept = (int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT)) for how in ("kept", "not"))
-    assert kept < 20_000 < not_kept  # pages of 4 kB: ten times four tensors of 8 MB have 82,000
+    assert kept < 0.5 * not_kept

@@ -26,6 +26,12 @@ for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (9, 2048, 64), (2,
     values[4:5, 7:9] = values[4:5, 7:9].new_tensor([torch.inf, -torch.inf])
     found = kernels.largest(values, k)
     assert found.shape == (n, k)
+    assert torch.equal(kernels.largest(values.T.contiguous().T, k), found)
+    broken = values[:2].clone()  # numbers that are none have a sign: below all others with a minus, above them without
+    broken[:, 5:] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    broken[1:] = -broken[1:]
+    for i, row in enumerate(kernels.largest(broken, k).tolist()):
+        assert len(set(row)) == k and set(row) < set(range(f)) and (i == 1 or k < 5 or set(range(5)) <= set(row))
     assert torch.equal(found.sort(1).values, values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values), (n, f, k)
 for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.float32), (4, 0, 5, 64, torch.float32), (0, 0, 5, 64, torch.float32)):
     table, values = torch.randn(f, d + 8, device=DEVICE).to(dtype)[:, :d], torch.randn(e, device=DEVICE)
@@ -35,6 +41,9 @@ for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.
     sums = torch.zeros(n, d, device=DEVICE).index_add_(0, bag, values[:, None] * table[latent].float())
     assert torch.allclose(kernels.row_sums(values, latent, bounds, table), sums, atol=1e-5)
     assert torch.allclose(kernels.row_dots(grad, latent, bounds, table), (grad[bag] * table[latent].float()).sum(1), atol=1e-4)
+    same = torch.ones(1, 1, device=DEVICE).expand(f, d)
+    assert torch.allclose(kernels.row_sums(values, latent, bounds, same), kernels.row_sums(values, latent, bounds, same.contiguous()))
+    assert torch.allclose(kernels.row_dots(grad, latent, bounds, same), grad.sum(1)[bag], atol=1e-4)
 for stop in (0.0, 1.0):
     y, z, grad, stop = (*(torch.randn(3, 1700, device=DEVICE) for _ in range(3)), torch.tensor(stop, device=DEVICE))
     grad[0] = 0
@@ -48,7 +57,7 @@ for n, v in ((5, 9000), (3, 4096), (0, 10)):
     others, targets = logits + torch.randn_like(logits) * 0.1, torch.randint(v, (n,), device=DEVICE)
     kl, ce = kernels.compare(logits, others, targets)
     log_p, log_q = (x.double().log_softmax(-1) for x in (logits, others))
-    assert torch.allclose(kl, (log_p.exp() * (log_p - log_q)).sum(-1).float(), rtol=1e-3, atol=2e-6)
+    assert torch.allclose(kl, (log_p.exp() * (log_p - log_q)).sum(-1).float(), rtol=1e-5, atol=1e-6)
     assert torch.allclose(ce, -log_q.gather(1, targets[:, None])[:, 0].float(), atol=1e-5)
     assert not kernels.compare(logits, logits, targets)[0].any()
 for dtype in (torch.bfloat16, torch.float32):

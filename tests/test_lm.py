@@ -152,3 +152,9 @@ def test_compiled_blocks_serve_one_shape_and_leave_others_and_hooks_alone(monkey
         assert torch.equal(read_sites(model, ids, [3])[3], after[5]) and len(calls) == 5
     read_sites(model, ids, [3])
     assert len(calls) == 8  # resuming has put the compiled ones back
+    compile_blocks(model, 2, 8)  # again: nothing is wrapped twice
+    read_sites(model, ids, [3])
+    assert len(calls) == 11
+    compile_blocks(model, 1, 8)
+    read_sites(model, ids, [3])
+    assert len(calls) == 11 and torch.equal(read_sites(model, ids[:1], [5])[5], other[5]) and len(calls) == 16

@@ -89,8 +89,8 @@ def test_typed_wins_over_the_file_the_file_over_the_environment_and_recipes(tmp_
     assert cfg.k == [4] and cfg.data_path == "from_file"
     assert cfg.optimizer == "adam"  # the recipe of the models says signum
     assert config.model_options(cfg, "Vanilla")["l1_coeff"] == [0.5] and cfg.batch_size == 64  # null: as if not there
-    config.fill_from_recipe(cfg, {"options": {"k": 32, "optimizer": "signum", "max_length": 99}})
-    assert cfg.k == [4] and cfg.optimizer == "adam" and cfg.max_length == 99
+    config.fill_from_recipe(cfg, {"options": {"k": 32, "optimizer": "signum", "max_length": 99, "compile_lm": "yes"}})
+    assert cfg.k == [4] and cfg.optimizer == "adam" and cfg.max_length == 99 and cfg.compile_lm == "auto"
     assert parse("train", []).data_path == "from_environment"
 
 
