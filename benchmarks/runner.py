@@ -12,7 +12,11 @@ from src.files import ROOT
 
 
 class Failed(RuntimeError):
-    """A contender ended or said something else than expected."""
+    """A contender (who) ended or said something else than expected."""
+
+    def __init__(self, said, who=None):
+        super().__init__(said)
+        self.who = who
 
 
 class Contender:
@@ -36,10 +40,10 @@ class Contender:
             line = self.process.stdout.readline()
         if not line:
             tail = self.log.read_text(errors="replace").strip().splitlines()[-12:]
-            raise Failed(f"{self.name} ended with code {self.process.wait()}; {self.log} ends:\n" + "\n".join(tail))
+            raise Failed(f"{self.name} ended with code {self.process.wait()}; {self.log} ends:\n" + "\n".join(tail), self.name)
         message = json.loads(line)
         if message["event"] != event:
-            raise Failed(f"{self.name}: {event} expected, {message['event']} found")
+            raise Failed(f"{self.name}: {event} expected, {message['event']} found", self.name)
         return message
 
     def ask(self, command, event="turn"):

@@ -23,13 +23,15 @@ SWEEPS = {  # attribute of the benchmark: (label, values on a CPU, values on CUD
 
 
 def contenders(bench, name, value):
-    """What is compared at one point of a sweep."""
+    """What is compared at one point of a sweep, by name."""
     if name == "saes":
-        return [lambda: bench.ours("ours TopK", "TopK", k=[bench.k + i for i in range(value)])]
-    return [
-        lambda: bench.ours("ours TopK", "TopK"), lambda: bench.ours("ours RouteSAE", "RouteSAE", **run.AS_PUBLISHED),
-        lambda: bench.published("published TopK", "TopK"), lambda: bench.peer("sparsify", "sparsify"), lambda: bench.peer("saelens", "sae-lens"),
-    ]
+        return {"ours TopK": lambda: bench.ours("ours TopK", "TopK", k=[bench.k + i for i in range(value)])}
+    return {
+        "ours TopK": lambda: bench.ours("ours TopK", "TopK"),
+        "ours RouteSAE": lambda: bench.ours("ours RouteSAE", "RouteSAE", **run.AS_PUBLISHED),
+        "published TopK": lambda: bench.published("published TopK", "TopK"),
+        "sparsify": lambda: bench.peer("sparsify", "sparsify"), "sae-lens": lambda: bench.peer("saelens", "sae-lens"),
+    }
 
 
 def sweep(bench, name, values, steps, rounds):
@@ -38,12 +40,17 @@ def sweep(bench, name, values, steps, rounds):
     for value in values:
         if name != "saes":
             setattr(bench, name, value)
-        try:
-            bench.group(f"{name} {value}", contenders(bench, name, value), steps * rounds * bench.batch * bench.length, rounds)
+        able = contenders(bench, name, value)
+        while able:
+            try:
+                bench.group(f"{name} {value}", able.values(), steps * rounds * bench.batch * bench.length, rounds)
+            except run.Failed as error:
+                print(f"{name} {value}: {error}\nagain without it ...", flush=True)
+                del able[error.who]
+                continue
             for one in bench.found["groups"][f"{name} {value}"]:
                 found.setdefault(one["name"], {})[value] = one
-        except run.Failed as error:
-            print(f"{name} {value}: {error}")
+            break
     if name != "saes":
         setattr(bench, name, before)
     return found
