@@ -23,7 +23,8 @@ def main():
         is_dataset_tokenized=True, streaming=False, exclude_special_tokens=True, training_tokens=job["tokens"],
         train_batch_size_tokens=step_tokens, store_batch_size_prompts=job["batch"],
         n_batches_in_buffer=max(16, job["batch"]), device=job["device"], autocast=job.get("autocast", False),
-        logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None, output_path=None, model_from_pretrained_kwargs={"dtype": job["dtype"]} if "dtype" in job else {},
+        logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None, output_path=None,
+        model_from_pretrained_kwargs={"dtype": job["dtype"]} if "dtype" in job else {},
     )
     inner = SAETrainer.step
 
