@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST = 512  # of a row's largest; more of them are too many to be compared each with each
+RANKED = 128  # largest of a row at most, for whose sake candidates are compared each with each
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -38,52 +38,56 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
     row = tl.program_id(0).to(tl.int64)
     values += row * stride
     out += row * k
-    waiting += row * ROOM
     tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    best = tl.full((LANES,), -2147483648, tl.int32)
-    for start in range(0, width, ROWS * LANES):
-        best = tl.maximum(best, tl.max(_keys(values, start + tile, width), 0))
-    # at least k values reach the k-th largest of the lanes' maxima, and seldom many more. Histograms of the maxima find it, each of what
-    # lies in one bin of the one before, until few more than k are above
-    low, high, reached = tl.min(best, 0), tl.max(best, 0), LANES
-    while (reached > k + k // 4) & (low < high):
-        scale = 255 / (high.to(tl.int64) - low.to(tl.int64)).to(tl.float32)
-        place = (tl.minimum(tl.maximum(best, low), high).to(tl.int64) - low.to(tl.int64)).to(tl.float32)
-        bin = (place * scale).to(tl.int32)
-        from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
-        lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
-        top = tl.max(tl.where((bin <= lowest) & (best <= high), best, -2147483648), 0)
-        low = tl.min(tl.where((bin >= lowest) & (best >= low), best, 2147483647), 0)
-        high = tl.maximum(top, low)
-        reached = tl.sum((best >= low).to(tl.int32))
-    counts = tl.zeros((LANES,), tl.int32)
-    for start in range(0, width, ROWS * LANES):
-        at = start + tile
-        candidate = (_keys(values, at, width) >= low) & (at < width)
-        slot = tl.atomic_add(taken + row + tl.zeros_like(at), 1, mask=candidate, sem="relaxed", scope="cta")
-        tl.store(waiting + slot, at, mask=candidate & (slot < ROOM))
-        counts += tl.sum(candidate.to(tl.int32), 0)
-    count = tl.sum(counts)
-    tl.debug_barrier()
-    if count <= ROOM:  # they came in any order; their places follow from comparing each with each
-        slot, some = tl.arange(0, ROOM), tl.arange(0, 32)
-        index = tl.load(waiting + slot, mask=slot < count, other=2147483647)
-        key, place = _keys(values, index, width), tl.zeros((ROOM,), tl.int32)  # no such index: below all
-        for start in range(0, count, 32):
-            other = tl.load(waiting + start + some, mask=start + some < count, other=2147483647)
-            other_key = _keys(values, other, width)
-            before = (other_key[None, :] > key[:, None]) | ((other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None]))
-            place += tl.sum(before.to(tl.int32), 1)
-        tl.store(out + place, index.to(tl.int64), mask=(slot < count) & (place < k))
-    else:
-        # the largest threshold that at least k keys reach, bit by bit from the sign down; of those equal to it the first ones
-        threshold, bit = -2147483648, 31
-        while bit >= 0:
+    few = False
+    if ROOM:
+        best = tl.full((LANES,), -2147483648, tl.int32)
+        for start in range(0, width, ROWS * LANES):
+            best = tl.maximum(best, tl.max(_keys(values, start + tile, width), 0))
+        # at least k values reach the k-th largest of the lanes' maxima, and seldom many more. Histograms of the maxima find it, each of what
+        # lies in one bin of the one before, until few more than k are above
+        low, high, reached = tl.min(best, 0), tl.max(best, 0), LANES
+        while (reached > k + k // 4) & (low < high):
+            scale = 255 / (high.to(tl.int64) - low.to(tl.int64)).to(tl.float32)
+            place = (tl.minimum(tl.maximum(best, low), high).to(tl.int64) - low.to(tl.int64)).to(tl.float32)
+            bin = (place * scale).to(tl.int32)
+            from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
+            lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
+            high = tl.max(tl.where((bin <= lowest) & (best <= high), best, -2147483648), 0)
+            low = tl.min(tl.where((bin >= lowest) & (best >= low), best, 2147483647), 0)
+            reached = tl.sum((best >= low).to(tl.int32))
+        waiting += row * ROOM
+        counts = tl.zeros((LANES,), tl.int32)
+        for start in range(0, width, ROWS * LANES):
+            at = start + tile
+            candidate = (_keys(values, at, width) >= low) & (at < width)
+            slot = tl.atomic_add(taken + row + tl.zeros_like(at), 1, mask=candidate, sem="relaxed", scope="cta")
+            tl.store(waiting + slot, at, mask=candidate & (slot < ROOM))
+            counts += tl.sum(candidate.to(tl.int32), 0)
+        count = tl.sum(counts)
+        tl.debug_barrier()
+        few = count <= ROOM
+        if few:  # they came in any order; their places follow from comparing each with each
+            slot, some = tl.arange(0, ROOM), tl.arange(0, 32)
+            index = tl.load(waiting + slot, mask=slot < count, other=2147483647)
+            key, place = _keys(values, index, width), tl.zeros((ROOM,), tl.int32)  # no such index: below all
+            for start in range(0, count, 32):
+                other = tl.load(waiting + start + some, mask=start + some < count, other=2147483647)
+                other_key = _keys(values, other, width)
+                before = (other_key[None, :] > key[:, None]) | ((other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None]))
+                place += tl.sum(before.to(tl.int32), 1)
+            tl.store(out + place, index.to(tl.int64), mask=(slot < count) & (place < k))
+    if not few:
+        # the largest threshold that at least k keys reach, bit by bit from the sign down, until exactly k do; of those equal to it the first ones
+        threshold, reached, bit = -2147483648, width, 31
+        while (bit >= 0) & (reached != k):
             higher = tl.where(bit == 31, 0, threshold + (1 << bit))
             counts = tl.zeros((LANES,), tl.int32)
             for start in range(0, width, ROWS * LANES):
                 counts += tl.sum(((_keys(values, start + tile, width) >= higher) & (start + tile < width)).to(tl.int32), 0)
-            threshold = tl.where(tl.sum(counts) >= k, higher, threshold)
+            count = tl.sum(counts)
+            threshold = tl.where(count >= k, higher, threshold)
+            reached = tl.where(count >= k, count, reached)
             bit -= 1
         counts = tl.zeros((LANES,), tl.int32)
         for start in range(0, width, ROWS * LANES):
@@ -99,25 +103,17 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
             equals += tl.sum(equal.to(tl.int32))
 
 
-def _lanes(k: int) -> int:
-    return max(512, triton.next_power_of_2(8 * k))
-
-
-def finds(width: int, k: int) -> bool:
-    """Whether largest() is made for so many of a row of this width."""
-    return k <= MOST and 2 * _lanes(k) <= width
-
-
 def largest(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order; of equal values (-0 is below 0) the first. float32 [N,F] -> int64 [N,k]"""
     values, (n, width) = _rows(values), values.shape
-    room = max(64, triton.next_power_of_2(2 * k))
+    lanes = max(512, triton.next_power_of_2(8 * k))
+    room = max(64, triton.next_power_of_2(2 * k)) if k <= RANKED and 2 * lanes <= width else 0
+    lanes = lanes if room else 512
     out = torch.empty(n, k, dtype=torch.long, device=values.device)
     waiting = torch.empty(n, room, dtype=torch.int32, device=values.device)
     taken = torch.zeros(n, dtype=torch.int32, device=values.device)
     if n:
-        lanes = _lanes(k)
-        _largest[(n,)](values, out, waiting, taken, width, values.stride(0), k, max(1, 1024 // lanes), lanes, room, num_warps=min(16, lanes // 128))
+        _largest[(n,)](values, out, waiting, taken, width, values.stride(0), k, 1024 // lanes, lanes, room, num_warps=4)
     return out
 
 

@@ -40,7 +40,7 @@ def _working_kernels() -> Any:
     try:
         from src import kernels
 
-        kernels.largest(torch.zeros(1, 1024, device="cuda"), 1)
+        kernels.largest(torch.zeros(1, 1, device="cuda"), 1)
     except Exception as error:  # no Triton, no C compiler for it, a card that it does not know: each library has its own kinds of error
         warnings.warn(f"Triton's kernels do not work here ({type(error).__name__}: {error}); plain PyTorch takes their place", stacklevel=3)
         return None
@@ -139,7 +139,7 @@ def largest(values: Tensor, k: int) -> Tensor:
     if k == values.shape[1]:
         return torch.arange(k, device=values.device).expand(len(values), k)
     fast = kernels(values) if values.dtype is torch.float32 else None
-    if fast and fast.finds(values.shape[1], k):
+    if fast:
         return fast.largest(values, k)
     groups = values.shape[1] // GROUP
     if not values.is_cuda and values.shape[1] % GROUP == 0 and groups >= 2 * k:  # the k largest lie in the k groups with the largest maxima

@@ -15,15 +15,14 @@ INTERPRETED = """
 import torch
 from src import kernels, ops
 torch.manual_seed(0)
-for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (9, 2048, 64), (2, 2048, 1), (2, 8192, 512), (0, 1024, 2)):
-    assert kernels.finds(f, k) and not kernels.finds(f // 9, k)
+for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (9, 2048, 64), (2, 2048, 1), (5, 700, 512), (4, 64, 64), (1, 1, 1), (0, 1024, 2)):
     values = torch.randn(n, f, device=DEVICE)
     values[: n // 2] = values[: n // 2].round() + 0.0  # ties; +0, as the kernel puts -0 below it
     values[1:2] = -values[1:2].abs()
     values[2:3, : f // 2] = -torch.inf
     values[3:4, : f - k // 2] = 0.5  # more equal values than there is room for
     values[4:5] *= torch.logspace(-30, 30, f, device=DEVICE)
-    values[4:5, 7:9] = values[4:5, 7:9].new_tensor([torch.inf, -torch.inf])
+    values[4:5, 7:8], values[4:5, 8:9] = torch.inf, -torch.inf
     found = kernels.largest(values, k)
     assert found.shape == (n, k)
     assert torch.equal(kernels.largest(values.T.contiguous().T, k), found)
@@ -31,7 +30,7 @@ for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (9, 2048, 64), (2,
     broken[:, 5:] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
     broken[1:] = -broken[1:]
     for i, row in enumerate(kernels.largest(broken, k).tolist()):
-        assert len(set(row)) == k and set(row) < set(range(f)) and (i == 1 or k < 5 or set(range(5)) <= set(row))
+        assert len(set(row)) == k and set(row) <= set(range(f)) and (i == 1 or k < 5 or set(range(5)) <= set(row))
     assert torch.equal(found.sort(1).values, values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values), (n, f, k)
 for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.float32), (4, 0, 5, 64, torch.float32), (0, 0, 5, 64, torch.float32)):
     table, values = torch.randn(f, d + 8, device=DEVICE).to(dtype)[:, :d], torch.randn(e, device=DEVICE)
