@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +192,17 @@ class Seen:
         same = {name: getattr(self, name) for name in (*COUNTS, "maximum", "windows", "routing")}
         return same | {"top": self.top.kept, "sample": self.sample.kept}
 
+    @cached_property
+    def silent(self) -> np.ndarray:
+        """Whether a latent is off in a window that has a text. bool [windows,F]; looked at when all are in."""
+        return np.stack([~there.numpy() & bool(ids) for ids, there in self.windows])
+
     def without(self, latent: int, texts: list[tuple[str, ...]], shown: set[tuple[str, ...]]) -> list[int]:
         """Numbers of up to NEGATIVES windows in which the latent is silent, another choice for each latent.
 
         None whose text, of `texts`, is among those shown: what went before may set a latent off in one of two windows with the same text.
         """
-        silent = [i for i, (ids, there) in enumerate(self.windows) if ids and not there[latent] and texts[i] not in shown]
+        silent = [i for i in self.silent[:, latent].nonzero()[0].tolist() if texts[i] not in shown]
         order = random_integers(torch.tensor(silent, dtype=torch.long), self.seed, 2**24, latent).argsort().tolist()
         return [silent[i] for i in order[:NEGATIVES]]
 
