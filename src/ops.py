@@ -429,10 +429,10 @@ class SparseCode(Function):
         rows = max(256, PIECE.get(x.device.type, 2**21) // len(encoder)) if apart else max(1, len(x))
         given, weight, bias = x - pre_bias, encoder, latent_bias
         factors = given, encoder
-        if narrows(x):
+        if narrows(given):
             given, weight = affine_factors(given, encoder, bias)
             factors, bias = (given[:, : x.shape[1]], weight[:, : x.shape[1]]), None
-        elif apart and _narrow and x.device.type == "cpu" and x.dtype is torch.float32 and fast_bfloat16():
+        elif apart and _narrow and x.device.type == "cpu" and given.dtype is torch.float32 and fast_bfloat16():
             given, weight, bias = (t.bfloat16() for t in (given, encoder, bias))  # gradients stay exact
         found = []
         for start in range(0, max(1, len(x)), rows):
