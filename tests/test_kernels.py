@@ -105,6 +105,10 @@ for name, forms, more in (
             off = float((a.grad - b.grad).norm() / b.grad.norm().clamp_min(1e-12)) if b.grad is not None else 0.0
             bound = (0.5 if label == "threshold" else 0.2) if NARROW else 1e-5  # the few values near a threshold enter and leave its window
             assert (a.grad is None) == (b.grad is None) and off < bound, (name, form, label, off)
+sae, x = build("TopK", 32, 16, {"latent_size": 64, "k": 4, "layer": 4}).double(), torch.randn(5, 32)
+SparseCode.form = lambda ratio, x: "products"
+with ops.narrow_factors():  # a float32 state of a float64 SAE
+    assert torch.allclose(sae.autoencode(x).x_hat, sae.autoencode(x.double()).x_hat, rtol=1e-12)
 """
 
 
