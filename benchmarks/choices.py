@@ -58,7 +58,7 @@ def topk(found, n=32768, f=16384, k=64):
     from src import kernels
 
     values = torch.randn(n, f, device="cuda")
-    few = values - 3  # positive
+    few = values - 3  # of which few are positive, as in a trained SAE
     found["top-k"] = {
         "torch": timed(lambda: values.topk(k, sorted=False), 3), "torch, sorted": timed(lambda: values.topk(k), 3),
         "kernel": timed(lambda: kernels.largest(values, k)), "kernel, few positive": timed(lambda: kernels.largest(few, k)),
@@ -147,7 +147,6 @@ def profile(found, shape, out):
     from torch.profiler import profile as profiler
 
     out.mkdir(parents=True, exist_ok=True)
-
     for name in ("RouteSAE", "MLSAE", "JumpReLU", "Crosscoder"):
         more = {"router_objective": "published", "router_balance": "none"} if name == "RouteSAE" else {}
         run, hidden, token = sae_with_states(name, shape, **more)

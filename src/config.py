@@ -375,7 +375,7 @@ def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
 
     Neither the split nor sizes of the training run (rows, tokens, device) are taken over.
     """
-    own = NEUTRAL | {"split", "max_samples", "max_tokens", "dtype", "seed", "compile_lm"}
+    own = NEUTRAL | runfile.OF_ITS_RUN
     saved = dict(recipe.get("options", {})) | {key: recipe[key] for key in ("model_path", "data_path") if recipe.get(key)}
     for name, value in saved.items():
         if name in own or name in cfg.typed or name not in OPTIONS or value is None or not hasattr(cfg, name):

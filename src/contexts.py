@@ -132,10 +132,10 @@ class TokenText:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Texts of consecutive tokens; a character spread over several tokens stands whole at its first one, '' at the others."""
-        pieces, i = [self.text[token] for token in ids], 0
+        pieces = [self.text[token] for token in ids]
         if "\ufffd" not in "".join(pieces):
             return pieces
-        pieces = []
+        pieces, i = [], 0
         while i < len(ids):
             n, text = 1, self.text[ids[i]]
             while "\ufffd" in text and n < 8 and i + n < len(ids):

@@ -37,7 +37,7 @@ class Prediction:
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
         self.logits, self.targets, self.fast = logits.float(), targets, ops.kernels(logits)
-        if self.fast:  # reads logits once, keeps nothing else
+        if self.fast:  # keeps nothing but the logits
             _, self.ce = self.fast.compare(self.logits, self.logits, targets)
         else:
             self.log_p = self.logits.log_softmax(-1)

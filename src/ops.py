@@ -345,6 +345,7 @@ def narrows(x: Tensor) -> bool:
 
 
 def narrow(x: Tensor) -> Tensor:
+    """A factor of a product, in bfloat16 where narrows() says so."""
     return x.bfloat16() if narrows(x) else x
 
 

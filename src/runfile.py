@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 OFFICIAL = {"lamda": "l1_coeff", "threshold": "act_threshold"}  # what the published code calls them
-# Never taken from a training's recipe by another stage: sizes of that run, and its part of the text.
+# Never taken from a training's recipe by another stage: sizes of that run, its part of the text, what its machine was made to do.
 OF_ITS_RUN = {"split", "max_samples", "max_tokens", "dtype", "seed", "compile_lm"}
 
 
