@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA, each with a plain twin, in ops.py or metrics.py, that says what it computes. ops.kernels imports them, where there is a GPU.
+"""Triton kernels for CUDA, each with a plain twin in ops.py or metrics.py that says what it computes. ops.kernels imports them.
 
 N rows, D hidden, F latents, E entries of a code. TRITON_INTERPRET=1 runs them on a CPU, which is how the tests compare them with their twins.
 """
