@@ -76,18 +76,18 @@ def ours(job, turns):
         stages.mark()
     turns.breakdown = stages.breakdown
     kept = []
-    uncounted, trial = Rows.batch, estimate.step_seconds
+    uncounted, trial = Rows.batch, estimate.step_cost
     done = count(turns, lambda: kept.extend(training_objects()))
     counted = Rows.batch
 
-    def step_seconds(*arguments):  # the trial before a training, which its time is estimated from, is none of its steps
+    def step_cost(*arguments):  # the trial before a training, which its time is estimated from, is none of its steps
         Rows.batch = uncounted
         try:
             return trial(*arguments)
         finally:
             Rows.batch = counted
 
-    estimate.step_seconds = step_seconds
+    estimate.step_cost = step_cost
 
     def measure(path):
         saes, optimizers = kept
@@ -177,8 +177,16 @@ def apply(job, turns):
     """Contexts found, as apply.py does it, decoding included."""
     from src.applier import Applier
     from src.config import parse
+    from src.data import Rows
 
+    uncounted, write = Rows.batch, Applier._write
     done = count(turns)
+
+    def after_the_pass(self, *arguments):  # rows that are read once more, for their text, are not counted once more
+        Rows.batch = uncounted
+        return write(self, *arguments)
+
+    Applier._write = after_the_pass
     Applier(parse("apply", job["argv"])).run()
     turns.finished(done())
 

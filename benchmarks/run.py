@@ -380,7 +380,7 @@ def common(parser, rounds):
     """Options of every benchmark here."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--shape", choices=SHAPES, default="llama" if cuda else "demo", help="which language model and SAE sizes")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--peers", help="folder of the peers' environments")
     parser.add_argument("--tokens", type=int, default=300_000, help="training tokens of each contender")
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender, the first not counted")

@@ -14,6 +14,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 source scripts/common.sh
 source scripts/env_setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"  # torchrun's own 30 s may be too few to save in
 head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --rdzv_backend c10d \
   --rdzv_id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" train.py "$@" &

@@ -43,16 +43,18 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(device: str) -> str:
-    """`auto` is CUDA where there is one. Raises ValueError for a device that is not here."""
+    """`auto` is CUDA where there is one. Raises ValueError for a device that is not here, or of a kind nothing was written for."""
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"  # one of several processes has its own by now (distributed.start)
+    if str(device).split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}; known are auto, cpu, cuda and cuda:NUMBER")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0]}); try --device auto") from error
     if str(device).startswith("cuda"):
         if torch.device(device).index is not None:
-            torch.cuda.set_device(device)  # kernels of Triton run on the current device, wherever their tensors are
+            torch.cuda.set_device(device)  # what names no device then means this one
         # TF32: an SAE's float32 products in an eighth of the time, factors rounded to 10 bits
         torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # bfloat16 factors in training go with it
     else:

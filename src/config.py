@@ -418,7 +418,11 @@ def run_stage(stage: str, function: Callable[[Namespace], Any], argv: Sequence[s
         if speaks():
             print(f"{stage}.py: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported for a word of help
+            error = ValueError(f"{error}; lower --batch_size, or --max_length")
+        elif isinstance(error, RuntimeError):
+            raise
         if cfg.debug:
             print(printable(redacted(traceback.format_exc(), getattr(cfg, "api_key", None))), file=sys.stderr)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

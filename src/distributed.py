@@ -198,7 +198,10 @@ def main_first(function: Callable[[], T]) -> T:
 
 
 def to_main(thing: T, device: str) -> list[T]:
-    """That of every process, in the main one, its tensors on this device; of this one elsewhere. Not for what others may have sent: unpickled."""
+    """That of every process, in the main one, its tensors on this device or, where they were there, on the CPU; of this one elsewhere.
+
+    Not for what others may have sent: unpickled.
+    """
     if world() == 1:
         return [thing]
     buffer = io.BytesIO()
@@ -206,7 +209,13 @@ def to_main(thing: T, device: str) -> list[T]:
     found: list[Any] | None = [None] * world() if main() else None
     with _reported():
         dist.gather_object(buffer.getvalue(), found)
-    return [thing] if found is None else [torch.load(io.BytesIO(one), map_location=device, weights_only=False) for one in found]
+    if found is None:
+        return [thing]
+
+    def place(storage: Any, there: str) -> Any:
+        return storage if there == "cpu" else torch.serialization.default_restore_location(storage, device)
+
+    return [torch.load(io.BytesIO(one), map_location=place, weights_only=False) for one in found]
 
 
 def copy_from_main_(tensors: Sequence[Tensor]) -> None:

@@ -36,7 +36,7 @@ def unchanged(saes: list[SAE]) -> Iterator[None]:
 
 
 def step_bytes(sae: SAE, device: str) -> float:
-    """Bytes a token takes in one update: what the backward pass needs (what 16 tokens keep beyond 8), and some tensors of the code's size.
+    """Bytes a token takes in one update on a CPU: what the backward pass needs (what 16 tokens keep beyond 8), and some tensors of the code's size.
 
     Of a dense code five, codes and their gradients alive at one time: measured growth was .56 to .88 of the sum. Of a code by its entries two:
     the gradient of dense products, or AuxK over half of the latents; without dead latents measured growth was .2 to .5 (docs/LOG.md).
@@ -64,27 +64,47 @@ def step_bytes(sae: SAE, device: str) -> float:
         return max(0, kept(16) - kept(8)) / 8 + more
 
 
-def step_seconds(saes: list[SAE], language_model: nn.Module, rows: Rows, batch_size: int, sites: list[int], device: str) -> float:
-    """Seconds of one step, from the forward and backward passes of a few rows; changes no SAE. The update itself is not in it."""
+def step_cost(saes: list[SAE], language_model: nn.Module, rows: Rows, batch_size: int, sites: list[int], device: str) -> tuple[float, float]:
+    """(seconds, bytes beyond weights) of one step in this process, without the update; changes no SAE.
+
+    Measured: on CUDA on all rows of the step, and on half as many as often as memory is short (AuxK, which begins later, is not in it);
+    elsewhere on a few of them, the bytes reckoned by step_bytes. Raises torch.OutOfMemoryError where not even one row fits.
+    """
+    on_cuda = str(device).startswith("cuda")
 
     def trial(n: int) -> float:
-        batch = rows.batch(list(range(n))).to(device)
-        if str(device).startswith("cuda"):
+        batch = rows.batch(list(range(n)))
+        token = batch.token_keys().to(device)
+        if on_cuda:
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        hidden = hooks.read(language_model, batch, sites)
+        hidden = hooks.read(language_model, batch.to(device), sites)
         for sae in saes if batch.mask.any() else []:
-            loss = sum(sae.loss(sae.autoencode(sae.gather(hidden), token=batch.token_keys())).values())
+            loss = sum(sae.loss(sae.autoencode(sae.gather(hidden), token=token)).values())
             torch.autograd.grad(loss, [p for p in sae.parameters() if p.requires_grad], allow_unused=True)
-        if str(device).startswith("cuda"):
+        if on_cuda:
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
     mine = -(-min(batch_size, len(rows)) // distributed.world())  # rows of a step in this process
-    n = max(1, min(mine, TRIAL_TOKENS // rows.max_length))
+    n = mine if on_cuda else max(1, min(mine, TRIAL_TOKENS // rows.max_length))
     with distributed.alone(), unchanged(saes), narrow_factors():
-        trial(1)  # the first call of anything is slower
-        return trial(n) * mine / n
+        while True:
+            try:
+                if on_cuda:
+                    torch.cuda.reset_peak_memory_stats(device)
+                trial(n)  # the first call of anything is slower: compiling is in it
+                seconds = trial(n) * mine / n
+                break
+            except torch.OutOfMemoryError:
+                if n == 1:
+                    raise
+            n //= 2  # outside the handler, whose traceback holds the tensors
+        if on_cuda:
+            peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+            return seconds, peak * mine / n
+        a_token = max(step_bytes(sae, device) for sae in saes) + 4 * saes[0].hidden_size * len(sites)
+        return seconds, batch_size / distributed.world() * rows.max_length * a_token
 
 
 def peak_resident() -> int:
@@ -122,14 +142,13 @@ class Estimate:
         sites = sorted({site for sae in saes for site in sae.sites()})
         weights = [sum(p.numel() for p in sae.parameters()) * 4 for sae in saes]
         states = [size * (3 if cfg.optimizer == "adam" else 2) for size in weights]
-        self.seconds = steps * step_seconds(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
+        seconds, step = step_cost(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
+        self.seconds = steps * seconds
         there = sum(p.numel() * p.element_size() for p in language_model.parameters()) + sum(weights) if on_cuda else resident()
         need = {
             "language model and weights" if on_cuda else "this process by now": there,
             "gradients and optimiser": sum(states),
-            "one step": cfg.batch_size / distributed.world() * cfg.max_length * (
-                max(step_bytes(sae, cfg.device) for sae in saes) + 4 * saes[0].hidden_size * len(sites)
-            ),
+            "one step": step,
         }
         self.memory = sum(need.values()) / GIGA
         if cfg.max_memory_hint is not None and self.memory > cfg.max_memory_hint:

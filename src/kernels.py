@@ -5,12 +5,27 @@ N rows, D hidden, F latents, E entries of a code. TRITON_INTERPRET=1 runs them o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 RANKED = 128  # largest of a row at most, for whose sake candidates are compared each with each
+
+
+def _beside(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches on the device of its first tensor; Triton takes the thread's current one."""
+
+    @functools.wraps(launch)
+    def run(first: Tensor, *more: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *more)
+
+    return run
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -103,6 +118,7 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
             equals += tl.sum(equal.to(tl.int32))
 
 
+@_beside
 def largest(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order; of equal values (-0 is below 0) the first. float32 [N,F] -> int64 [N,k]"""
     values, (n, width) = _rows(values), values.shape
@@ -127,6 +143,7 @@ def _standardise(states, out, width, stride, out_stride, eps, BLOCK: tl.constexp
     tl.store(out + row * out_stride + at, centred / (std + eps), mask=at < width)
 
 
+@_beside
 def standardise(states: Tensor, eps: float, out: Tensor) -> None:
     """out [N,D] = (h - mean) / (std + eps) of every row of states [N,D], of any float type; rows of both may lie apart."""
     if len(states):
@@ -150,6 +167,7 @@ def _row_sums(values, latent, bounds, table, out, width, stride, AT_ONCE: tl.con
     tl.store(out + bag * width + at, total, mask=at < width)
 
 
+@_beside
 def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """values[e] table[latent[e]] summed over the entries e of each bag, bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> float32 [N,D]"""
     out, table = torch.empty(len(bounds) - 1, table.shape[1], device=table.device), _rows(table)
@@ -173,6 +191,7 @@ def _row_dots(grad, latent, bounds, table, out, width, stride, AT_ONCE: tl.const
         tl.store(out + entry + some, tl.sum(mine[None, :] * part.to(tl.float32), 1), mask=there)
 
 
+@_beside
 def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """<grad[n], table[latent[e]]> of every entry e of bag n. [N,D], [E], [N+1], [F,D] -> float32 [E]"""
     out, table = torch.empty(len(latent), device=table.device), _rows(table)
@@ -194,6 +213,7 @@ def _sign_step(y, z, grad, stop, share, by, lr, count, BLOCK: tl.constexpr):
         tl.store(z + at, ahead - lr * sign, mask=there)
 
 
+@_beside
 def sign_step(y: Tensor, z: Tensor, grad: Tensor, share: float, by: float, lr: float, stop: Tensor) -> None:
     """ops.sign_step_ of float32 tensors that lie in one piece, in one pass over memory."""
     _sign_step[(triton.cdiv(y.numel(), 2048),)](y, z, grad, stop, share, by, lr, y.numel(), 2048, num_warps=8)
@@ -215,10 +235,11 @@ def _compare(logits, others, targets, divergence, loss, width, BLOCK: tl.constex
         apart = apart * shrink + tl.sum(tl.where(there, weight * (a - b), 0.0))
         other_total = other_total * tl.exp(other_most - other_new) + tl.sum(tl.exp(b - other_new))
         most, other_most = new, other_new
-    tl.store(divergence + row, apart / total - (most - other_most) - tl.log(total / other_total))
+    tl.store(divergence + row, apart / total - (most - other_most) - tl.log(tl.div_rn(total, other_total)))
     tl.store(loss + row, other_most + tl.log(other_total) - tl.load(others + row * width + tl.load(targets + row)).to(tl.float32))
 
 
+@_beside
 def compare(logits: Tensor, others: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(KL(softmax of logits || softmax of others), cross-entropy of the others) of each row, in nats. [N,V], [N,V], int64 [N] -> float32 [N], [N]"""
     divergence, loss = (torch.empty(len(logits), device=logits.device) for _ in range(2))

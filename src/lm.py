@@ -8,6 +8,7 @@ Shapes: B rows, S positions, D hidden, V vocabulary, N counted tokens.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import os
 import pickle
@@ -175,14 +176,23 @@ def _decode(model: nn.Module, input_ids: Tensor, **more: Any) -> Any:
     return model.get_decoder()(input_ids=input_ids if device.type == "meta" else input_ids.to(device), **more)
 
 
+def _keeping(input_ids: Tensor, sites: list[int]) -> tuple[dict[int, Tensor], dict[int, Callable[[Any], None]]]:
+    """(what will be {site: hidden [B,S,D]} on the device of input_ids, the hooks that fill it)"""
+    found: dict[int, Tensor] = {}
+
+    def keep(output: Any, site: int) -> None:
+        found[site] = hidden_of(output).to(input_ids.device)
+
+    return found, {site: functools.partial(keep, site=site) for site in sites}
+
+
 @torch.no_grad()
 def read_sites(model: nn.Module, input_ids: Tensor, sites: list[int], **more: Any) -> dict[int, Tensor]:
     """{site: hidden [B,S,D]} from one forward pass that ends after the last site: no later block, no head, no cache.
 
     The states are brought to the device of input_ids, wherever the blocks are.
     """
-    found: dict[int, Tensor] = {}
-    keep = {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output).to(input_ids.device))) for site in sites}
+    found, keep = _keeping(input_ids, sites)
     with hooked(model, keep, stop=True):
         _decode(model, input_ids, **({"use_cache": False} | more))
     return found
@@ -191,8 +201,8 @@ def read_sites(model: nn.Module, input_ids: Tensor, sites: list[int], **more: An
 @torch.no_grad()
 def read_through(model: nn.Module, input_ids: Tensor, sites: list[int]) -> tuple[dict[int, Tensor], Tensor]:
     """What read_sites and final_states give, from one forward pass."""
-    found: dict[int, Tensor] = {}
-    with hooked(model, {site: (lambda output, site=site: found.__setitem__(site, hidden_of(output))) for site in sites}):
+    found, keep = _keeping(input_ids, sites)
+    with hooked(model, keep):
         return found, final_states(model, input_ids)
 
 

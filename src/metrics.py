@@ -14,6 +14,7 @@ from torch import Tensor
 from src import ops, router
 from src.ops import Sparse, firings, squared_errors
 
+PIECE = 4096  # tokens in float64 at one time
 UNITS = {
     "NormMSE": "share of squared norm", "FVU": "share of variance", "L0": "latents a token", "Dead": "share of latents",
     "Density": "share of tokens", "KLDiv": "nats a token", "KLDiv_seq": "nats a sequence", "DeltaCE": "nats a token",
@@ -115,13 +116,14 @@ class Reconstruction(Measure):
     def update(self, target: Tensor, x_hat: Tensor) -> None:
         """[N,D] or [N,L,D]"""
         self.norm_mse.update(squared_errors(target, x_hat))
-        x, y = target.double(), x_hat.double()
-        self.error.add((x - y).square().sum((0, -1)))
-        self.first.add(x.sum(0))
-        self.second.add(x.square().sum((0, -1)))
-        self.cross.add((x * y).sum((0, -1)))
-        self.hat.add(y.square().sum((0, -1)))
-        self.n += len(x)
+        self.n += len(target)
+        for x, y in zip(target.split(PIECE), x_hat.split(PIECE), strict=True):
+            x, y = x.double(), y.double()
+            self.error.add((x - y).square().sum((0, -1)))
+            self.first.add(x.sum(0))
+            self.second.add(x.square().sum((0, -1)))
+            self.cross.add((x * y).sum((0, -1)))
+            self.hat.add(y.square().sum((0, -1)))
 
     def compute(self) -> dict[str, Any]:
         """FVU: error over variance around the data mean. Shrinkage: E|x_hat|^2 / E<x_hat, x>, below 1 where norms are too small."""

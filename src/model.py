@@ -77,7 +77,7 @@ class TopK(Dictionary):
         super().after_step(p, progress)
         # a run of 1.5M tokens did best with dead latents called dead after 3 % of it; long runs use the papers' 10M tokens
         auto = (0.03 * self.seen.double() / max(progress, 1e-9)).clamp_max(1e7)
-        self.dead_after.copy_(auto if self.dead_tokens is None else torch.tensor(float(self.dead_tokens)))
+        self.dead_after.copy_(auto if self.dead_tokens is None else torch.full_like(auto, self.dead_tokens))
 
 
 class BatchTopK(TopK):
@@ -109,7 +109,7 @@ class BatchTopK(TopK):
         _, _, values = ops.active(p.code)
         smallest = -distributed.largest(-values.min() if len(values) else self.cut.new_tensor(-torch.inf))
         smallest = torch.where(smallest.isinf(), self.cut, smallest)
-        share = self.total(self.seen.new_tensor(p.code.shape[:-1].numel())) / self.seen * progress  # of the run in this step
+        share = self.total(self.seen.new_full((), p.code.shape[:-1].numel())) / self.seen * progress  # of the run in this step
         self.cut.copy_(smallest if self.cut.isnan() else self.cut.lerp(smallest, (20 * share).clamp(0.01, 1)))  # memory: 5 % of a short run
 
 

@@ -178,7 +178,7 @@ def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lamb
     """
     values = values.detach().flatten().float()
     bits = torch.where(values > 0, values, 0).view(torch.int32)  # positive floats are ordered as their bits are
-    high, place = _bin_from_above(bits >> 16, total(torch.tensor(k, device=values.device)), total)
+    high, place = _bin_from_above(bits >> 16, total(torch.full((), k, device=values.device)), total)
     low, _ = _bin_from_above(bits[bits >> 16 == high] & 0xFFFF, place, total)
     return (high << 16 | low).to(torch.int32).view(torch.float32)
 

@@ -143,7 +143,7 @@ class Run:
 
     @narrow_factors()
     def _gradients(self, hidden: dict[int, Tensor], token: Tensor, whole: int, first: int) -> tuple[Pass, dict[str, Tensor]]:
-        """Forward and backward over `parts` slices of the tokens; (what all slices gave, this process's shares of the loss terms).
+        """Forward and backward over `parts` slices of the tokens; (the pass, or the code of all slices; this process's shares of the loss terms).
 
         Terms that look at a batch as a whole (the variance in AuxK, a top-k over the batch) then look at each slice.
         """
@@ -158,7 +158,7 @@ class Run:
             own = self.sae.loss(p)
             terms = {name: terms.get(name, 0.0) + term.detach() for name, term in own.items()}
             torch.stack(list(own.values())).sum().backward()
-            passes.append(p if parts == 1 else p.detached())
+            passes.append(p if parts == 1 else p.differentiated())
         self.sae.part_of(whole, first)
         return p if parts == 1 else Pass.joined(passes), terms
 

@@ -54,10 +54,10 @@ class Pass:
         code = Sparse.joined(codes) if isinstance(codes[0], Sparse) else torch.cat(codes)
         return Pass(code=code, **{name: None if parts[0] is None else torch.cat(parts) for name, parts in join.items()})
 
-    def detached(self) -> Pass:
-        """Without its graph."""
-        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(Pass)}
-        return Pass(**{name: value.detach() if isinstance(value, Tensor) else value for name, value in held.items()})
+    def differentiated(self) -> Pass:
+        """What is read after the backward pass: the code and where it was routed, without graph. target, x_hat and pre_acts are None."""
+        held = {name: getattr(self, name) for name in ("code", "weights", "scale", "inputs")}
+        return Pass(None, x_hat=None, **{name: value.detach() if isinstance(value, Tensor) else value for name, value in held.items()})
 
 
 class Plain(NamedTuple):
@@ -150,7 +150,7 @@ class SAE(nn.Module):
     def average(self, x: Tensor) -> Tensor:
         """Mean over the tokens here and in the other processes, nan where there are none. No gradient. [N,...] -> [...]"""
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        sums = self.total(torch.cat([x.sum(0).flatten(), x.new_tensor([len(x)])]))
+        sums = self.total(torch.cat([x.sum(0).flatten(), x.new_full((1,), len(x))]))
         return (sums[:-1] / sums[-1]).view(x.shape[1:])
 
     def penalty(self, p: Pass) -> dict[str, Tensor]:
@@ -204,8 +204,11 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def after_step(self, p: Pass, progress: float) -> None:
-        """Counters and schedules, over all processes; progress is the share of the run that is done."""
-        counts = self.total(torch.cat([p.fired, p.fired.new_tensor([p.code.shape[:-1].numel()])]))
+        """Counters and schedules, over all processes; progress is the share of the run that is done.
+
+        Numbers are filled in, not copied from the host, for which CUDA would be waited for.
+        """
+        counts = self.total(torch.cat([p.fired, p.fired.new_full((1,), p.code.shape[:-1].numel())]))
         self.seen += counts[-1]
         self.silent += counts[-1]
         self.silent.masked_fill_(counts[:-1] > 0, 0)

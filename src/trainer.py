@@ -252,6 +252,7 @@ class Trainer:
             print(f"continuing at step {at.step} of {total} ({path})")
         wandb = wandb_init(cfg.wandb_project, self._settings(), self.home.name, self.home) if cfg.use_wandb and distributed.main() else None
         started, every, saved_at = time.time() - at.seconds, max(1, min(APART, total // 10), total // REPORTS), (at.step, time.monotonic())
+        distributed.from_main(lambda: None)  # a step waits 45 s for the others, who may still be reading
         signals.in_loop = True
         with self._log_from(at.log_bytes) as lines, tqdm(total=total, initial=at.step, desc="training", unit=" steps", mininterval=1) as bar:
             for step in range(at.step, total):
@@ -263,9 +264,9 @@ class Trainer:
                 whole, first = int(batch.mask.sum()), int(batch.mask[: mine.start].sum())
                 due = (step + 1) % every == 0 or step + 1 == total
                 if whole:
-                    part = batch.part(mine).to(cfg.device)
-                    hidden = hooks.read(language_model, part, sites)
-                    keys = part.token_keys() + step // per_epoch * len(rows) * cfg.max_length
+                    part = batch.part(mine)
+                    keys = (part.token_keys() + step // per_epoch * len(rows) * cfg.max_length).to(cfg.device)
+                    hidden = hooks.read(language_model, part.to(cfg.device), sites)
                     for run in alive:
                         run.sae.part_of(whole, first)
                         if not at.tokens:

@@ -14,6 +14,7 @@ from benchmarks import contenders, report, stages, sweeps
 from benchmarks.gate import Gate, score
 from benchmarks.runner import ratios
 from src import estimate
+from src.applier import Applier
 from src.data import Rows
 from src.files import DEMO_LM, ROOT
 from src.ops import fast_bfloat16
@@ -44,11 +45,20 @@ def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, monkeypat
     commands = ["go 1", f"measure {tmp_path / 'held_out.pt'}", "go 400", "go 600", f"measure {tmp_path / 'held_out.pt'}", "end"]
     with monkeypatch.context() as put_back:
         put_back.setattr(Rows, "batch", Rows.batch)
-        put_back.setattr(estimate, "step_seconds", estimate.step_seconds)
+        put_back.setattr(estimate, "step_cost", estimate.step_cost)
         ready, first, early, second, last, late = played(contenders.ours, {"argv": argv, "kind": "ours"}, commands)
     assert ready["event"] == "ready" and first["steps"] == 1 and 100 < first["tokens"] <= 124
     assert second["steps"] == 3 and second["done"] >= 400 and last["final"] and sum(m["tokens"] for m in (first, second, last)) == last["done"]
     assert late["NormMSE"] != early["NormMSE"] and late["L0"] == 4 and second["peak"] > 1e7
+
+    read = {"SAE_path": tmp_path / "out/SAE_models/TopK_text.pt", "output_dir": tmp_path, "act_threshold": 0, "lines": 1, "device": "cpu"}
+    argv = [part for name, value in read.items() for part in (f"--{name}", str(value))]
+    with monkeypatch.context() as put_back:
+        put_back.setattr(Rows, "batch", Rows.batch)
+        put_back.setattr(Applier, "_write", Applier._write)
+        *_, last = played(contenders.apply, {"argv": argv}, ["go 1", "go 100000", "end"])
+    contexts = json.loads((tmp_path / "contexts" / "TopK_text_contexts.json").read_text())
+    assert last["done"] == contexts["tokens"] and contexts["latent_context_map"]
 
     job = {"model_path": str(DEMO_LM), "data_path": str(text), "device": "cpu", "batch": 4, "length": 32, "split": "train", "tokens": 300, "rows": 40}
     recipe = ["--model", "TopK", "--recipe", "published", "--latent_size", "64", "--k", "4"]

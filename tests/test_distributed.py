@@ -18,7 +18,7 @@ import time
 import pytest
 import torch
 
-from src import files
+from src import distributed, files
 from src.applier import Applier
 from src.config import complete, parse, run_stage
 from src.contexts import Events, Table
@@ -262,6 +262,15 @@ def test_evaluation_and_contexts_of_two_processes_are_those_of_one_to_the_last_d
 
 
 # ------------------------------------------------------------------------------------------------- the parts
+
+
+def test_what_was_on_the_cpu_arrives_there_and_the_rest_on_the_device_asked_for(monkeypatch):
+    for name, answer in (("world", 2), ("main", True)):
+        monkeypatch.setattr(distributed, name, lambda answer=answer: answer)
+    monkeypatch.setattr(distributed.dist, "gather_object", lambda mine, found: found.__setitem__(slice(None), [mine, mine]))
+    sent = {"window": torch.arange(3), "sum": torch.zeros(2, device="meta")}  # as a GPU's, of which there is none here
+    (_, arrived), (_, on_cpu) = distributed.to_main(sent, "meta"), distributed.to_main({"window": sent["window"]}, "cpu")
+    assert arrived["window"].tolist() == on_cpu["window"].tolist() == [0, 1, 2] and arrived["sum"].device.type == "meta"
 
 
 def test_the_kth_largest_is_found_among_ties_shares_and_too_few_values():

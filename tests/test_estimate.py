@@ -48,8 +48,19 @@ def test_timing_a_step_changes_no_weight_and_leaves_no_gradient():
             ids = torch.randint(3, 4000, (len(rows), 16))
             return Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), torch.arange(len(rows)))
 
-    assert estimate.step_seconds(saes, lm, Text(), 8, list(range(4, 13)), "cpu") > 0
-    assert all(estimate.step_bytes(sae, "cpu") > 0 for sae in saes)
+    seconds, size = estimate.step_cost(saes, lm, Text(), 8, list(range(4, 13)), "cpu")
+    assert seconds > 0 and size > 0
+    assert estimate.step_cost(saes[:1], lm, Text(), 8, [12], "cpu")[1] < size
+    whole, tried = saes[0].autoencode, []
+
+    def limited(x, **more):
+        tried.append(len(x))
+        if len(x) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(x, **more)
+
+    saes[0].autoencode = limited
+    assert estimate.step_cost(saes[:1], lm, Text(), 8, [12], "cpu")[0] > 0 and tried[:3] == [48, 16, 16]
     for sae, tensors in zip(saes, before, strict=True):
         now = dict((*sae.named_parameters(), *sae.named_buffers()))
         assert all(torch.equal(now[k], v) or (v.isnan().all() and now[k].isnan().all()) for k, v in tensors.items())

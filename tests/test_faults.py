@@ -536,6 +536,17 @@ def test_a_terminal_that_lacks_letters_ends_no_run(monkeypatch):
     assert narrow.buffer.getvalue().decode("cp1252").strip() == r"\u6a21\u578b \U0001f98a caf\xe9".replace(r"\xe9", "\u00e9")
 
 
+def test_memory_that_ends_and_devices_nothing_was_written_for_are_one_line(capsys):
+    def short(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    assert run_stage("evaluate", short, []) == 2 and "20.00 GiB.; lower --batch_size" in the_error(capsys)
+    assert run_stage("evaluate", lambda cfg: checkpoint.pick_device("mps"), []) == 2
+    assert "--device mps; known are auto, cpu, cuda" in the_error(capsys)
+    with pytest.raises(RuntimeError):  # a fault of the program's is told whole
+        run_stage("evaluate", lambda cfg: torch.zeros(2) @ torch.zeros(3), [])
+
+
 def test_data_sources_give_usable_names():
     for source, name in (
         ("data/openweb/", "openweb"), ("x/train.jsonl.gz", "train"), ("my data/*.jsonl", "my_data"), ("x/part-*.jsonl", "part-"), ("/", "data"),
