@@ -53,11 +53,11 @@ class Head:
         self.at[:, :-1] = batch.mask[:, 1:]  # predictions of counted tokens, from the position before
         self.at &= batch.mask  # made where the residual may be replaced
         self.model, self.clean, self.targets = model, clean[self.at], batch.input_ids.roll(-1, 1)[self.at]
-        self.waiting: list[tuple[Subject, str, Tensor]] = []
+        self.waiting: list[tuple[list[tuple[Subject, str]], Tensor]] = []
 
-    def add(self, subject: Subject, label: str, states: Tensor) -> None:
-        """states: [B,S,D] of one patched run."""
-        self.waiting.append((subject, label, states[self.at]))
+    def add(self, takers: list[tuple[Subject, str]], states: Tensor) -> None:
+        """states [B,S,D] of one patched run, and whose run of what name it is."""
+        self.waiting.append((takers, states[self.at]))
         if len(self.waiting) == self.HELD:
             self.measure()
 
@@ -65,12 +65,13 @@ class Head:
         for start in range(0, len(self.targets), lm.HEAD_CHUNK):
             here = slice(start, start + lm.HEAD_CHUNK)
             clean = metrics.Prediction(lm.logits_of(self.model, self.clean[here]), self.targets[here])
-            for subject, label, states in self.waiting:
+            for takers, states in self.waiting:
                 kl, ce = clean.compare(lm.logits_of(self.model, states[here]))
-                subject.note(subject.kl, label, kl)
-                subject.note(subject.ce, label, ce)
-                if "/" not in label:
-                    subject.note(subject.ce, f"{label}/clean", clean.ce)
+                for subject, label in takers:
+                    subject.note(subject.kl, label, kl)
+                    subject.note(subject.ce, label, ce)
+                    if "/" not in label:
+                        subject.note(subject.ce, f"{label}/clean", clean.ce)
         self.waiting = []
 
 
@@ -117,7 +118,10 @@ class Evaluator:
         batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
         lm.compile_if_it_pays(cfg, model, cfg.batch_size, batches * (1 + patching * len(self.subjects)))
         checked, tokens = False, 0
-        means = self._site_means(model, rows, sites) if "Recovered" in cfg.metric else {}
+        ablations: dict[str, dict[int, Tensor]] = {}  # what takes the place of a site's states
+        if "Recovered" in cfg.metric:
+            means = self._site_means(model, rows, sites)
+            ablations = {"zero": {site: torch.zeros_like(mean) for site, mean in means.items()}, "mean": means}
         mine = rows.batches(cfg.batch_size, start=distributed.rank(), every=distributed.world())  # whole batches: each is coded as it would be alone
         for batch in tqdm(mine, "evaluating", batches, unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
@@ -128,10 +132,13 @@ class Evaluator:
             hidden = {site: state[batch.mask].float() for site, state in full.items()}
             tokens += int(batch.mask.sum())
             head = None if final is None else Head(model, final, batch)
+            whole: dict[tuple[str, int], list[tuple[Subject, str]]] = {}
             for subject in self.subjects:
                 p = self._measure_code(subject, hidden, batch)
                 if head is not None:
-                    self._measure_patched(subject, p, model, batch, full, hidden, means, head)
+                    self._measure_patched(subject, p, model, batch, full, hidden, ablations, head, whole)
+            for (kind, site), takers in whole.items():
+                head.add(takers, hooks.patched_states(model, batch, self._ablated([site], {}, ablations[kind]), full))
             if head is not None:
                 head.measure()
         measured = distributed.to_main((tokens, checked, [subject.measured() for subject in self.subjects]), cfg.device)
@@ -178,16 +185,19 @@ class Evaluator:
             subject.routing.update(p.weights, errors, metrics.squared_errors(p.target, p.x_hat), batch.input_ids[batch.mask])
         return p
 
-    def _measure_patched(self, subject: Subject, p: Pass, model, batch: Batch, full, hidden, means, head: Head) -> None:
+    def _measure_patched(self, subject: Subject, p: Pass, model, batch: Batch, full, hidden, ablations, head: Head, whole) -> None:
+        """Adds to `whole` which ablations it needs of all tokens at one site: these are the same for every SAE there, and are run once."""
         cfg = self.cfg
         for number, grafts in enumerate(subject.sae.grafts(hidden, infer_k=cfg.infer_k, theta=cfg.theta, token=batch.token_keys(), clean=p)):
             runs = {f"run_{number}": grafts}
-            if means:
-                kept = {site: (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True) for site, graft in grafts.items() if len(grafts) > 1}
-                runs[f"run_{number}/zero"] = self._ablated(grafts, kept, {site: torch.zeros_like(mean) for site, mean in means.items()})
-                runs[f"run_{number}/mean"] = self._ablated(grafts, kept, means)
+            if len(grafts) == 1:
+                for kind in ablations:
+                    whole.setdefault((kind, *grafts), []).append((subject, f"run_{number}/{kind}"))
+            elif ablations:
+                kept = {site: (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True) for site, graft in grafts.items()}
+                runs |= {f"run_{number}/{kind}": self._ablated(grafts, kept, put) for kind, put in ablations.items()}
             for label, run in runs.items():
-                head.add(subject, label, hooks.patched_states(model, batch, run, full))
+                head.add([(subject, label)], hooks.patched_states(model, batch, run, full))
 
     def _ablated(self, sites: Iterable[int], kept: dict[int, Tensor], put: dict[int, Tensor]) -> dict[int, Graft]:
         """The same tokens at the same sites, replaced by put[site]; kept[site] [N,1] says which tokens stay as they are."""

@@ -99,6 +99,20 @@ def test_one_metric_of_one_checkpoint_is_a_number(text, tmp_path):
         assert isinstance(evaluate(tmp_path, "--metric", metric), float)
 
 
+def test_ablations_of_a_site_are_run_once_for_all_its_saes_and_are_those_of_one(text, tmp_path, monkeypatch):
+    train(text, tmp_path, "--model", "TopK", "Vanilla", "RouteSAE", "--layer", "6")
+    patched, runs = hooks.patched_states, []
+    monkeypatch.setattr(hooks, "patched_states", lambda *given: runs.append(given) or patched(*given))
+    monkeypatch.setattr(hooks, "self_check", lambda *_: True)
+    paths = [str(tmp_path / "out" / "SAE_models" / f"{name}_text.pt") for name in ("TopK", "Vanilla", "RouteSAE")]
+    together = evaluate(tmp_path, "--SAE_path", *paths, "--metric", "all")
+    assert len(runs) == 2 * (3 + 2 + 2)  # of two batches: three codes, the site ablated both ways, the routed tokens both ways
+    for path in paths:
+        (alone,) = evaluate(tmp_path, "--SAE_path", path, "--metric", "all").values()
+        assert alone == together[alone["title"]]
+    assert len(runs) == 2 * (7 + 9)
+
+
 def test_batch_size_changes_no_metric(text, tmp_path):
     train(text, tmp_path, "--model", "RandomK")
     one, three = (evaluate(tmp_path, "--metric", "NormMSE", "KLDiv", "--batch_size", size)["RandomK_text"] for size in ("1", "3"))
