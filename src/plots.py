@@ -90,6 +90,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
         axis.set(xlabel="L0, active latents a token", ylabel=label, xscale="log", yscale="log")
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter("{x:g}")
+            side.set_minor_locator(plt.matplotlib.ticker.LogLocator(subs=(2, 3, 5)))  # all nine would run into each other
             side.set_minor_formatter("{x:.2g}")
         axis.grid(alpha=0.3, which="both")
     routed = [result for result in results if "Routing" in result]
