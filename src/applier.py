@@ -237,6 +237,7 @@ class Applier:
         cfg = self.cfg
         if self.language_model is None:
             self.tokenizer, self.language_model = hooks.open_language_model(cfg, [self.sae])
+        lm.check_length(self.language_model, cfg.max_length)
         rows = distributed.main_first(lambda: open_rows(cfg, self.tokenizer))
         self.text = self._token_text()
         self.top: Events | None = None
@@ -260,7 +261,11 @@ class Applier:
         if output_path is None:
             name = f"{files.safe_name(self.recipe['title'])}_contexts.json" + (".gz" if cfg.gzip else "")
             output_path = Path(cfg.output_dir) / files.CONTEXT_DIR / name
-        path = files.save_json(result, output_path, indent=None)
+        path = Path(output_path)
+        if latents or not path.exists():
+            files.save_json(result, path, indent=None)
+        else:
+            print(f"{path} stays as it was")
         if not latents:
             hint = f"the largest of {int(seen.density.sum())} activations is {seen.largest:.4g}"
             print(f"nothing kept: {hint}; --act_threshold {0.5 * seen.largest:.3g} --lines 1 would keep some")
@@ -424,6 +429,7 @@ class Applier:
             "rows": len(rows), "split": cfg.split, "data_path": str(cfg.data_path), "data_fingerprint": rows.fingerprint,
             "largest_activation": round(seen.largest, 4), "latents_above_threshold": int((seen.maximum > threshold).sum()),
             "latents_that_fire": int((seen.density > 0).sum()), "seed": cfg.seed, "infer_k": cfg.infer_k, "theta": cfg.theta,
+            "weights_sum": self.recipe["weights_sum"],
         }
         if seen.routing is not None:
             weights, batch = seen.routing

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -188,6 +189,14 @@ def _weights(path: Path, device: str) -> dict[str, Tensor]:
     return weights
 
 
+def weights_sum(sae: SAE) -> str:
+    """What tells an SAE from another of the same title: results carry it."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(sae.state_dict().items()):
+        found.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 PUBLISHED_EPS = 1e-6  # of the standardisation in both public RouteSAE repositories; a bare file does not say
 TITLES = {  # how swei2001/RouteSAEs names its files, and what the names say; beauefui/RouteSAE-repro begins them with the model's name
     r"L(?P<layer>\d+)_K(?P<k>\d+)_": "TopK", r"L(?P<layer>\d+)_VL": "Vanilla", r"L(?P<layer>\d+)_GL": "Gated", r"L(?P<layer>\d+)_JL": "JumpReLU",
@@ -254,6 +263,7 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
     if extra:
         raise ValueError(f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}")
     sae.load_state_dict(weights)
+    recipe = recipe | {"weights_sum": weights_sum(sae)}
     title = path.stem if path.is_file() else files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
     return sae.to(device).eval(), recipe | {"title": recipe.get("title", title)}
 
@@ -266,7 +276,11 @@ def open_saes(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
     cfg.device = pick_device(getattr(cfg, "device", "cpu"))
     given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer", "norm_eps")}
     given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
-    return [load(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+    opened = [load(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+    if all("format_version" in recipe for _, recipe in opened):
+        for key in sorted(set(given) - {"routing", "norm_eps"}):  # which evaluation and export can change
+            print(f"warning: --{key} does nothing for a trained SAE, whose recipe says it" + ("; --infer_k is what you may want" * (key == "k")))
+    return opened
 
 
 def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
@@ -275,5 +289,11 @@ def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
     models = {recipe.get("model_path") for _, recipe in opened} - {None}
     if len(models) > 1 and not cfg.model_path:
         raise ValueError(f"the checkpoints belong to different language models ({', '.join(sorted(models))}); take them apart")
+    for _, recipe in opened:
+        known, named = recipe.get("model_path"), recipe.get("model_name")
+        if named and not known and not cfg.model_path:
+            raise ValueError(f"{recipe['title']} was trained on {named}, which its recipe gives no place of; name it with --model_path")
+        if known and cfg.model_path and "model_path" in cfg.typed and Path(known).resolve() != Path(cfg.model_path).resolve():
+            print(f"warning: {recipe['title']} was trained on {known}, not on {cfg.model_path}")
     config.fill_from_recipe(cfg, opened[0][1])
     return opened

@@ -302,7 +302,8 @@ class Rows(Dataset):
             preparation.run(texts, tokenizer, body, chunking, limit)
             if not report.tokens:
                 empty = f"{report.lines} lines read, {report.reasons() or ('all in other splits' if report.lines else 'nothing in it')}"
-                raise DataError(f"no usable text for split {split!r} in {source} ({empty})")
+                todo = "; name the folder that holds the other splits too, or add --split all" if report.lines and not report.reasons() else ""
+                raise DataError(f"no usable text for split {split!r} in {source} ({empty}){todo}")
         except DataError as error:
             if not isinstance(error, StreamError):
                 shutil.rmtree(work)

@@ -112,6 +112,7 @@ class Evaluator:
     def run(self) -> float | dict[str, dict[str, Any]]:
         cfg = self.cfg
         tokenizer, model = hooks.open_language_model(cfg, [subject.sae for subject in self.subjects])
+        lm.check_length(model, cfg.max_length)
         rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
         sites = sorted({site for subject in self.subjects for site in subject.sae.sites()})
         patching = bool(OF_THE_MODEL & set(cfg.metric))
@@ -230,7 +231,7 @@ class Evaluator:
         header = {
             "title": subject.title, "model": sae.name, "sites": sae.sites(), "tokens": tokens, "rows": n_rows, "split": cfg.split, "k": target,
             "data_path": str(cfg.data_path), "data_fingerprint": fingerprint, "model_path": str(cfg.model_path), "infer_k": cfg.infer_k,
-            "theta": cfg.theta, "trained_tokens": subject.recipe.get("tokens"),
+            "theta": cfg.theta, "weights_sum": subject.recipe["weights_sum"], "trained_tokens": subject.recipe.get("tokens"),
             "step_tokens_per_s": subject.recipe.get("final", {}).get("step_tokens_per_s"),
         }
         units = {name: unit for name, unit in metrics.UNITS.items() if name in found}
@@ -244,4 +245,8 @@ class Evaluator:
         print(" " * wide + "".join(f"{name:>16}" for name in columns))
         for title, result in results.items():
             print(f"{title:<{wide}}" + "".join(f"{result[name]:>16.4f}" if isinstance(result.get(name), float) else f"{'-':>16}" for name in columns))
+        for title, routing in ((title, result["Routing"]) for title, result in results.items() if "Routing" in result):
+            share = ", ".join(f"{site}: {share:.2f}" for site, share in zip(routing["sites"], routing["share"], strict=True))
+            print(f"{title}: share of tokens at each site {share}; entropy (1: even) of the shares {routing['share_entropy']:.2f}, "
+                  f"of a token's p {routing['p_entropy']:.2f}; agreement with the best site {routing['agrees_with_best_site_unscaled']:.2f}")
         print("NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, above 0.8 failed. KLDiv: nats per real token.")

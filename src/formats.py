@@ -145,6 +145,9 @@ def export(sae: SAE, recipe: Mapping[str, Any], output_dir: str | Path, kind: st
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} is there already; --overwrite replaces it")
     found = files.load_json(path) if (path := Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json").exists() else {}
+    if found.get("weights_sum", recipe.get("weights_sum")) != recipe.get("weights_sum"):
+        print(f"{path}: of another SAE that had this name; its figures are left out of the card. Run evaluate.py and export again with --overwrite")
+        found = {}
     contents, lines = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, public(recipe))
     contents["README.md"] = card(sae, public(recipe), found, lines).encode
     return files.write_folder(folder, {name: (lambda file, make=make: file.write(make())) for name, make in contents.items()}, manifest=False)
@@ -246,7 +249,9 @@ def card(sae: SAE, recipe: Mapping[str, Any], found: Mapping[str, Any], lines: l
     if found:
         measured = {name: found[name] for name in SHOWN if isinstance(found.get(name), float)}
         units = found.get("units", {})
-        text += [f"On {found.get('tokens')} held-out tokens (`{_cell(found.get('split'))}` split):", "", "| metric | value | unit |", "|---|---|---|"]
+        split = _cell(found.get("split"))
+        text += [f"On {found.get('tokens')}{' held-out' * (split == 'eval')} tokens (`{split}` split):", ""]
+        text += ["| metric | value | unit |", "|---|---|---|"]
         text += [f"| {name} | {value:.4g} | {_cell(units.get(name, ''))} |" for name, value in measured.items()]
     else:
         text += ["Not measured: run `evaluate.py` on the checkpoint and export again with `--overwrite`."]

@@ -106,6 +106,17 @@ def block_at(model: nn.Module, site: int) -> nn.Module:
     return found[site - 1]
 
 
+def check_length(model: nn.Module, length: int) -> None:
+    """Raises ValueError for rows longer than the positions this model has learned; warns where longer ones than it was made for go through."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if not limit or length <= limit:
+        return
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if sum(isinstance(module, nn.Embedding) for module in decoder.modules()) > 1:  # beside that of the tokens
+        raise ValueError(f"{length} tokens in a row, and the language model has {limit} positions; lower --max_length, or write less text")
+    print(f"warning: {length} tokens in a row, and the language model was made for {limit}")
+
+
 def compile_if_it_pays(cfg: Namespace, model: nn.Module, rows: int, passes: int) -> None:
     """Compiles the blocks for batches of so many rows where --compile_lm says so: by default on CUDA, for at least COMPILE_FROM passes."""
     often = "cuda" in str(cfg.device) and passes >= COMPILE_FROM and not getattr(cfg, "deterministic", False)

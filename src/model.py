@@ -577,7 +577,7 @@ def build(name: str, hidden_size: int, n_layers: int | None, options: Mapping[st
     config = {key: value for key, value in options.items() if key in known and value is not None}
     config |= {"hidden_size": hidden_size, "n_layers": n_layers}
     if cls is not RouteSAE and "layer" in known and n_layers and "routed" not in config:
-        config.setdefault("layer", 3 * n_layers // 4)
+        config.setdefault("layer", max(1, 3 * n_layers // 4))
     if "n_layers" not in known:
         del config["n_layers"]
     sae = cls(**config)

@@ -9,6 +9,7 @@ import argparse
 import base64
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,17 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=1000, help="features at most, strongest first")
     args = parser.parse_args()
     contexts, root = load_json(args.contexts), args.contexts.resolve().parent.parent
+    if not isinstance(contexts, dict) or not {"title", "latent_context_map", "sites"} <= set(contexts):
+        raise ValueError(f"{args.contexts} is no contexts file of apply.py")
     labels = args.labels or newest(root / "interpret", f"interp_{contexts['title']}.json")
     found = sorted((args.eval or root / "eval").glob("*.json"))
     evaluation = [load_json(path) for path in found if args.only in path.stem]
+    mine = contexts.get("weights_sum")
+    for result in [one for one in evaluation if one.get("title") == contexts["title"] and mine and one.get("weights_sum", mine) != mine]:
+        print(f"{result['title']}: was evaluated before it was trained anew; left out. Run evaluate.py again")
+        evaluation.remove(result)
+    if labels and labels.stat().st_mtime < args.contexts.stat().st_mtime:
+        print(f"warning: {labels} is older than the contexts; where the SAE was trained anew its labels are another's: run interpret.py again")
     picture = args.picture.read_bytes() if args.picture else b""
     columns = ("title", "L0", "NormMSE", "FVU", "KLDiv", "Recovered_mean", "Dead")
     evaluation = [{key: result.get(key) for key in columns} for result in evaluation]
@@ -129,4 +138,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"page: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -78,7 +78,9 @@ PLAIN_NAMES = {  # of the tensors -> of our parameters; matrices are transposed
 
 def routed_sites(n_layers: int, start_layer: int | None = None, end_layer: int | None = None) -> list[int]:
     """Sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive. Raises ValueError for a model too shallow, or a range outside it."""
-    if n_layers is None or n_layers < 4:
+    if start_layer is not None and end_layer is not None and not 1 <= start_layer < end_layer:
+        raise ValueError(f"--start_layer {start_layer} --end_layer {end_layer}; sites run from start to before end, and begin at 1")
+    if n_layers is None or (n_layers < 4 and (start_layer is None or end_layer is None)):
         raise ValueError(f"{n_layers} blocks; a model over several sites needs a language model of at least 4")
     start = n_layers // 4 if start_layer is None else start_layer
     end = 3 * n_layers // 4 + 1 if end_layer is None else end_layer

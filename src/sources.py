@@ -243,8 +243,13 @@ class Documents:
     def __iter__(self) -> Iterator[str]:
         report, split = self.report, self.split
         if is_local(self.source):
-            files, split = split_files(find_files(self.source), split)
+            found = find_files(self.source)
+            files, split = split_files(found, split)
             report.files = len(files)
+            apart = [file.name for file in found if re.match(r"(eval|apply|val|valid|validation|dev|test)([._-]|$)", file.name)]
+            if apart and split == self.split != "all":
+                print(f"warning: {', '.join(apart[:3])} is no split of its own here (files train*, eval* and apply* are, if all three are there); "
+                      "the documents of all files are split by their text")
             records = (pair for file in files for pair in _records(file, report))
             if self.start:  # reading again what is there costs little beside tokenising it
                 passed = self.start["report"]["lines"]

@@ -100,7 +100,8 @@ class Steerer:
             whole = torch.cat([ids, original], 1)
             clean, changed = (self._logits(whole, edit, site)[0, ids.shape[1] - 1 : -1] for edit in (None, self.edit))
             outputs[str(number)] = [{
-                "Human": given.get("prompt") or given["messages"][-1]["content"], "chosen": given.get("chosen"), "rejected": given.get("rejected"),
+                "Human": given["prompt"] if "messages" not in given else given["messages"][-1]["content"],
+                "chosen": given.get("chosen"), "rejected": given.get("rejected"),
                 "original_output": self.tokenizer.decode(original[0], skip_special_tokens=True),
                 "clamped_output": self.tokenizer.decode(steered[0], skip_special_tokens=True),
                 "site": site, "KL": float(token_kl(clean, changed).mean()),
@@ -125,13 +126,14 @@ class Steerer:
             text = self.tokenizer.apply_chat_template(given["messages"], tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            text = given.get("prompt") or "\n\n".join(message["content"] for message in given["messages"])
+            text = given["prompt"] if "messages" not in given else "\n\n".join(message["content"] for message in given["messages"])
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         if not ids:
             raise ValueError("an empty prompt, and a tokenizer without a begin-of-text token; give at least one word")
+        lm.check_length(self.model, len(ids) + self.cfg.max_new_tokens)
         return torch.tensor([ids], device=self.cfg.device)
 
     def _site(self, ids: Tensor) -> int | None:

@@ -99,6 +99,13 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str
     return [(key, before[key], value) for key, value in wanted.items() if before[key] != value]
 
 
+def _sae_of(line: bytes) -> Any:
+    """Whose line of metrics.jsonl it is."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        return json.loads(line).get("sae")
+    return None
+
+
 def said(value: Any) -> str:
     """An option's value as one would type it."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -197,10 +204,13 @@ class Trainer:
                     shutil.rmtree(self.states)
             return float(checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")["final"]["loss"])
         self._try_to_build(todo, cfg.hidden_size or 2**20, cfg.n_layers or 2**10)  # before the language model is loaded
-        for folder in (self.folder, self.home):
+        shared = [] if cfg.tag else [self.home.parent / files.safe_name(title) for title in self.titles]  # with an SAE that trains alone elsewhere
+        runs_of = list(dict.fromkeys([self.home, *shared]))
+        for folder in (self.folder, *runs_of):
             distributed.from_main(lambda folder=folder: files.probe(folder))
         with contextlib.ExitStack() as stack, Signals() as self.signals:
-            distributed.from_main(lambda: stack.enter_context(files.locked(self.home)))
+            for folder in runs_of:
+                distributed.from_main(lambda folder=folder: stack.enter_context(files.locked(folder)))
             saved = distributed.from_main(self._unfinished)
             if saved is not None:
                 todo = [i for i, title in enumerate(self.titles) if title in saved[1]["training"] or i in todo]
@@ -213,6 +223,7 @@ class Trainer:
                 if getattr(cfg, name) not in (None, found):
                     raise ValueError(f"--{name} {getattr(cfg, name)}, but the language model has {found}; leave the flag out")
             self._try_to_build(todo, **sizes)  # before a long text is tokenised
+            lm.check_length(language_model, cfg.max_length)
             rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
             total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
             runs = []
@@ -254,7 +265,8 @@ class Trainer:
         started, every, saved_at = time.time() - at.seconds, max(1, min(APART, total // 10), total // REPORTS), (at.step, time.monotonic())
         distributed.from_main(lambda: None)  # a step waits 45 s for the others, who may still be reading
         signals.in_loop = True
-        with self._log_from(at.log_bytes) as lines, tqdm(total=total, initial=at.step, desc="training", unit=" steps", mininterval=1) as bar:
+        log = self._log_from(at.log_bytes, {run.title for run in runs})
+        with log as lines, tqdm(total=total, initial=at.step, desc="training", unit=" steps", mininterval=1) as bar:
             for step in range(at.step, total):
                 alive = [run for run in runs if not run.failed]
                 if not alive:
@@ -287,7 +299,8 @@ class Trainer:
                     path = distributed.from_main(lambda: self._save_state(runs, at, lines, len(rows)))
                     saved_at = at.step, time.monotonic()
                     if signals.asked:
-                        raise Interrupted(signals.asked, f"step {at.step} of {total} is saved in {path}; the same command continues")
+                        again = " without --resume never" * (cfg.resume == "never")
+                        raise Interrupted(signals.asked, f"step {at.step} of {total} is saved in {path}; the same command{again} continues")
         if wandb is not None:
             wandb.finish()
         return self._finish(runs, rows, at)
@@ -323,11 +336,20 @@ class Trainer:
         epoch, index = divmod(step, math.ceil(len(rows) / self.cfg.batch_size))
         return rows.order(self.cfg.seed, epoch)[index * self.cfg.batch_size : (index + 1) * self.cfg.batch_size]
 
-    def _log_from(self, size: int) -> BinaryIO:
-        """metrics.jsonl, cut to what it held when the state was saved: no line twice."""
+    def _log_from(self, size: int, titles: set[str]) -> BinaryIO:
+        """metrics.jsonl, cut to what it held when the state was saved: no line twice. At a run's beginning: to the lines of other SAEs."""
         if not distributed.main():
             return open(os.devnull, "ab", buffering=0)
-        lines = files.open_to_append(self.log, "ab", buffering=0)
+        lines = files.open_to_append(self.log, "a+b", buffering=0)
+        if not size:
+            lines.seek(0)
+            there = lines.read()
+            others = b"".join(line for line in there.splitlines(True) if line.endswith(b"\n") and _sae_of(line) not in titles)
+            if others != there:
+                lines.close()
+                files.write_atomic(self.log, lambda file: file.write(others))
+                lines = files.open_to_append(self.log, "a+b", buffering=0)
+            size = len(others)
         if lines.tell() < size:
             print(f"warning: {self.log} is shorter than when the state was saved; lines are missing there")
         lines.truncate(min(size, lines.tell()))

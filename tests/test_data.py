@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from src import data, sources
 from src.data import OpenWebTextDataset, Rows, create_dataloader
 from src.files import DEMO_LM, ROOT, data_name
-from src.sources import DataError, find_files, write_splits
+from src.sources import DataError, Documents, Report, find_files, write_splits
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +331,12 @@ def test_a_killed_download_goes_on_and_ends_with_the_same_files(tmp_path, monkey
 def test_the_download_script_names_a_set_without_code_and_passes_its_arguments():
     script = (ROOT / "scripts" / "download_data.sh").read_text()
     assert "python -m src.sources" in script and "openwebtext" not in script.lower().replace("openwebtext-like", "")
+
+
+def test_files_named_as_splits_that_are_none_and_splits_that_are_elsewhere_are_said(tmp_path, capsys):
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i} " * 9}) + "\n" for i in range(40)))
+    list(Documents(str(tmp_path), "train", Report("text", 0.5)))
+    assert "validation.jsonl is no split of its own here" in capsys.readouterr().out
+    list(Documents(str(tmp_path / "train.jsonl"), "train", Report("text", 0.5)))
+    assert not capsys.readouterr().out

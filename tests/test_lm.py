@@ -7,7 +7,7 @@ import torch
 
 from src.config import parse
 from src.files import DEMO_LM
-from src.lm import block_at, blocks, compile_blocks, final_states, get_language_model, hooked, logits_of, read_sites, resumed_at
+from src.lm import block_at, blocks, check_length, compile_blocks, final_states, get_language_model, hooked, logits_of, read_sites, resumed_at
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +158,19 @@ def test_compiled_blocks_serve_one_shape_and_leave_others_and_hooks_alone(monkey
     compile_blocks(model, 1, 8)
     read_sites(model, ids, [3])
     assert len(calls) == 11 and torch.equal(read_sites(model, ids[:1], [5])[5], other[5]) and len(calls) == 16
+
+
+def test_rows_longer_than_learned_positions_are_refused_and_others_warned_of(capsys):
+    from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+
+    learned = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=16, vocab_size=32))
+    rotary = LlamaModel(LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=16, vocab_size=32,
+    ))
+    for model in (learned, rotary):
+        check_length(model, 16)
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match="17 tokens in a row, and the language model has 16 positions"):
+        check_length(learned, 17)
+    check_length(rotary, 17)
+    assert "was made for 16" in capsys.readouterr().out

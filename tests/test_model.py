@@ -447,3 +447,12 @@ def test_a_crosscoder_finds_shared_and_local_features_and_their_sites():
     best = cosine[shared:].argmax(1)
     norms = sae.decoder_norms()[:, best]
     assert (norms[home, torch.arange(local)] / norms.sum(0)).mean() > 0.95
+
+
+def test_shallow_language_models_and_ranges_that_cannot_be():
+    assert build("TopK", 8, 1, {"latent_size": 16, "k": 2}).sites() == [1]
+    assert build("MLSAE", 8, 3, {"latent_size": 16, "k": 2, "start_layer": 1, "end_layer": 4}).sites() == [1, 2, 3]
+    with pytest.raises(ValueError, match="at least 4"):
+        build("MLSAE", 8, 3, {"latent_size": 16, "k": 2})
+    with pytest.raises(ValueError, match="--start_layer 10 --end_layer 5;"):
+        build("RouteSAE", 8, 2**10, {"latent_size": 16, "k": 2, "start_layer": 10, "end_layer": 5})

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 
-from src import checkpoint, hooks, lm, plots
+from src import checkpoint, files, formats, hooks, lm, page, plots
+from src.applier import Applier
 from src.config import OPTIONS, parse, run_stage
 from src.data import Rows
 from src.evaluator import Evaluator
@@ -59,7 +61,8 @@ def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, c
     lines = [json.loads(line) for line in next((tmp_path / "out" / "runs").rglob("metrics.jsonl")).open()]
     first, last = ([line for line in lines if line["sae"] == "TopK_text"][i] for i in (0, -1))
     assert last["NormMSE"] < first["NormMSE"]
-    assert "warning" not in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "warning" not in printed.err and "RouteSAE_text: share of tokens at each site 4: 0." in printed.out
 
 
 def test_a_model_trained_alone_or_beside_others_is_bit_identical(text, tmp_path):
@@ -97,6 +100,55 @@ def test_one_metric_of_one_checkpoint_is_a_number(text, tmp_path):
     train(text, tmp_path)
     for metric in ("NormMSE", "Recovered", "Dead"):
         assert isinstance(evaluate(tmp_path, "--metric", metric), float)
+
+
+def test_figures_and_labels_of_an_sae_trained_anew_are_not_taken_for_the_new_ones(text, tmp_path, capsys, monkeypatch):
+    out, title = tmp_path / "out", "TopK_text"
+    contexts = ["--output_dir", str(out), "--act_threshold", "0", "--lines", "1", "--max_samples", "8"]
+    train(text, tmp_path)
+    evaluate(tmp_path)
+    train(text, tmp_path, "--layer", "4", "--overwrite", "1")
+    Applier(parse("apply", contexts)).run()
+    sae, recipe = checkpoint.load(out / "SAE_models" / f"{title}.pt")
+    card = (formats.export(sae, recipe, out, "hf") / "README.md").read_text()
+    assert "Not measured" in card and "of another SAE that had this name" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["page", str(out / "contexts" / f"{title}_contexts.json"), str(tmp_path / "page.html")])
+    page.main()
+    assert "was evaluated before it was trained anew" in capsys.readouterr().out
+    evaluate(tmp_path)
+    card = (formats.export(sae, recipe, out, "hf", overwrite=True) / "README.md").read_text()
+    assert "held-out tokens (`eval` split)" in card and "NormMSE" in card
+    page.main()
+    assert "left out" not in capsys.readouterr().out
+    before = (out / "contexts" / f"{title}_contexts.json").read_bytes()
+    Applier(parse("apply", [*contexts, "--act_threshold", "1e9"])).run()
+    assert "nothing kept" in capsys.readouterr().out and (out / "contexts" / f"{title}_contexts.json").read_bytes() == before
+
+
+def test_runs_that_share_an_sae_or_a_tag_spare_each_other(text, tmp_path):
+    other = tmp_path / "out" / "runs" / "TopK_text"
+    files.probe(other)
+    with files.locked(other), pytest.raises(ValueError, match="is being written by process"):
+        train(text, tmp_path, "--model", "TopK", "Vanilla")
+    for name in ("TopK", "Vanilla", "TopK"):
+        train(text, tmp_path, "--model", name, "--tag", "t", "--overwrite", "1")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "runs" / "t" / "metrics.jsonl").open()]
+    steps = [line["step"] for line in lines if line["sae"] == "TopK_text_t"]
+    assert steps == sorted(set(steps)) and {line["sae"] for line in lines} == {"TopK_text_t", "Vanilla_text_t"}
+
+
+def test_what_does_not_go_with_a_checkpoint_is_said(text, tmp_path, capsys):
+    train(text, tmp_path)
+    path = tmp_path / "out" / "SAE_models" / "TopK_text.json"
+    other = shutil.copytree(DEMO_LM, tmp_path / "other")
+    evaluate(tmp_path, "--metric", "NormMSE", "--k", "2", "--model_path", str(other))
+    said = capsys.readouterr().out
+    assert "--k does nothing for a trained SAE" in said and f"was trained on {DEMO_LM}, not on {other}" in said
+    recipe = json.loads(path.read_text())
+    del recipe["model_path"]
+    path.write_text(json.dumps(recipe | {"model_name": "mine"}))
+    with pytest.raises(ValueError, match="was trained on mine, .* name it with --model_path"):
+        evaluate(tmp_path)
 
 
 def test_ablations_of_a_site_are_run_once_for_all_its_saes_and_are_those_of_one(text, tmp_path, monkeypatch):
