@@ -340,15 +340,14 @@ class Trainer:
         """metrics.jsonl, cut to what it held when the state was saved: no line twice. At a run's beginning: to the lines of other SAEs."""
         if not distributed.main():
             return open(os.devnull, "ab", buffering=0)
-        lines = files.open_to_append(self.log, "a+b", buffering=0)
+        lines = files.open_to_append(self.log, "ab", buffering=0)
         if not size:
-            lines.seek(0)
-            there = lines.read()
+            there = self.log.read_bytes()
             others = b"".join(line for line in there.splitlines(True) if line.endswith(b"\n") and _sae_of(line) not in titles)
             if others != there:
                 lines.close()
                 files.write_atomic(self.log, lambda file: file.write(others))
-                lines = files.open_to_append(self.log, "a+b", buffering=0)
+                lines = files.open_to_append(self.log, "ab", buffering=0)
             size = len(others)
         if lines.tell() < size:
             print(f"warning: {self.log} is shorter than when the state was saved; lines are missing there")
