@@ -193,7 +193,8 @@ def weights_sum(sae: SAE) -> str:
     """What tells an SAE from another of the same title: results carry it."""
     found = hashlib.blake2b(digest_size=8)
     for name, value in sorted(sae.state_dict().items()):
-        found.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(name.encode())
+        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 

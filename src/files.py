@@ -146,6 +146,12 @@ def append(file: BinaryIO, data: bytes) -> None:
         raise OSError(f"cannot write {file.name} ({error.strerror or error}); mend that and run the same command again") from error
 
 
+def of_another_sae(result: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether two that bear one title were made with other weights, as far as both say."""
+    both = result.get("weights_sum"), known.get("weights_sum")
+    return None not in both and both[0] != both[1]
+
+
 def newest(folder: str | os.PathLike, pattern: str) -> Path | None:
     """The most recently written file matching pattern in folder, or None."""
     found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)

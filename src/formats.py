@@ -145,7 +145,7 @@ def export(sae: SAE, recipe: Mapping[str, Any], output_dir: str | Path, kind: st
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} is there already; --overwrite replaces it")
     found = files.load_json(path) if (path := Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json").exists() else {}
-    if found.get("weights_sum", recipe.get("weights_sum")) != recipe.get("weights_sum"):
+    if files.of_another_sae(found, recipe):
         print(f"{path}: of another SAE that had this name; its figures are left out of the card. Run evaluate.py and export again with --overwrite")
         found = {}
     contents, lines = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, public(recipe))

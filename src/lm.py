@@ -112,7 +112,8 @@ def check_length(model: nn.Module, length: int) -> None:
     if not limit or length <= limit:
         return
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if sum(isinstance(module, nn.Embedding) for module in decoder.modules()) > 1:  # beside that of the tokens
+    tables = (m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings())
+    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's has two more
         raise ValueError(f"{length} tokens in a row, and the language model has {limit} positions; lower --max_length, or write less text")
     print(f"warning: {length} tokens in a row, and the language model was made for {limit}")
 

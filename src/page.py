@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from src.files import ROOT, load_json, newest, save_text
+from src.files import ROOT, load_json, newest, of_another_sae, save_text
 
 ASSETS = ROOT / "assets" / "page"  # page.css and page.js, put into the page as they are
 
@@ -124,8 +124,7 @@ def main() -> None:
     labels = args.labels or newest(root / "interpret", f"interp_{contexts['title']}.json")
     found = sorted((args.eval or root / "eval").glob("*.json"))
     evaluation = [load_json(path) for path in found if args.only in path.stem]
-    mine = contexts.get("weights_sum")
-    for result in [one for one in evaluation if one.get("title") == contexts["title"] and mine and one.get("weights_sum", mine) != mine]:
+    for result in [one for one in evaluation if one.get("title") == contexts["title"] and of_another_sae(one, contexts)]:
         print(f"{result['title']}: was evaluated before it was trained anew; left out. Run evaluate.py again")
         evaluation.remove(result)
     if labels and labels.stat().st_mtime < args.contexts.stat().st_mtime:

@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
+from src.files import ROOT
 from src.page import page
 from src.plots import between, families, table
 from tests.browser import CHROMIUM, Browser
@@ -101,3 +104,13 @@ def test_a_frontier_is_read_off_between_its_points_only():
     family = families(rows)["Vanilla_d"]
     assert between(family, 16.0)["NormMSE"] == pytest.approx(0.2) and between(family, 64.0) is None
     assert "Vanilla_d, read off its frontier" in table(rows)
+
+
+def test_a_file_that_is_no_contexts_file_is_one_line(tmp_path):
+    (tmp_path / "foreign.json").write_text('{"a": 1}')
+    (tmp_path / "cut.json").write_text('{"title": "TopK')
+    for name, wanted in (("foreign.json", "is no contexts file"), ("cut.json", "is not readable JSON"), ("missing.json", "No such file")):
+        done = subprocess.run(
+            [sys.executable, "-m", "src.page", str(tmp_path / name), str(tmp_path / "p.html")], cwd=ROOT, capture_output=True, text=True,
+        )
+        assert done.returncode == 2 and wanted in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "p.html").exists()
