@@ -44,12 +44,18 @@ def rounding(found):
         with ops.narrow_factors():
             a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
         others = (a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32
-        off = {"x_hat": float((a.x_hat - b.x_hat).detach().norm() / b.x_hat.detach().norm()), "other latents": float(others)}
+        off = {
+            "x_hat": float((a.x_hat - b.x_hat).detach().norm() / b.x_hat.detach().norm()),
+            "other latents": float(others),
+        }
         for one, p in ((sae, a), (exact, b)):
             one.zero_grad()
             with ops.narrow_factors():
                 sum(one.loss(p).values()).backward()
-        off |= {n: float((p.grad - q.grad).norm() / q.grad.norm()) for (n, p), q in zip(sae.named_parameters(), exact.parameters(), strict=True)}
+        off |= {
+            n: float((p.grad - q.grad).norm() / q.grad.norm())
+            for (n, p), q in zip(sae.named_parameters(), exact.parameters(), strict=True)
+        }
         found[f"relative errors against float64, {name}"] = off
     ops.SparseCode.form = form
 
@@ -60,25 +66,39 @@ def topk(found, n=32768, f=16384, k=64):
     values = torch.randn(n, f, device="cuda")
     few = values - 3  # of which few are positive, as in a trained SAE
     found["top-k"] = {
-        "torch": timed(lambda: values.topk(k, sorted=False), 3), "torch, sorted": timed(lambda: values.topk(k), 3),
-        "kernel": timed(lambda: kernels.largest(values, k)), "kernel, few positive": timed(lambda: kernels.largest(few, k)),
+        "torch": timed(lambda: values.topk(k, sorted=False), 3),
+        "torch, sorted": timed(lambda: values.topk(k), 3),
+        "kernel": timed(lambda: kernels.largest(values, k)),
+        "kernel, few positive": timed(lambda: kernels.largest(few, k)),
         "zero in place": timed(values.zero_),
     }
 
 
 def rows_of_active(found, n=32704, f=16384, k=64, d=2048):
     """A code decoded, and its gradient taken, by rows of a table in bfloat16 and by dense products; the dense code made for these or not."""
-    table, dense = torch.randn(f, d, device="cuda").bfloat16(), torch.zeros(n, f, device="cuda", dtype=torch.bfloat16)
-    latent, values, grad = torch.randint(f, (n * k,), device="cuda"), torch.randn(n * k, device="cuda"), torch.randn(n, d, device="cuda")
-    bounds, at = torch.arange(0, n * k + 1, k, device="cuda"), torch.arange(n, device="cuda").repeat_interleave(k) * f + latent
+    table, dense = (
+        torch.randn(f, d, device="cuda").bfloat16(),
+        torch.zeros(n, f, device="cuda", dtype=torch.bfloat16),
+    )
+    latent, values, grad = (
+        torch.randint(f, (n * k,), device="cuda"),
+        torch.randn(n * k, device="cuda"),
+        torch.randn(n, d, device="cuda"),
+    )
+    bounds, at = (
+        torch.arange(0, n * k + 1, k, device="cuda"),
+        torch.arange(n, device="cuda").repeat_interleave(k) * f + latent,
+    )
     narrowed = grad.bfloat16()
 
     def filled():
         dense.zero_().view(-1)[at] = values.bfloat16()
 
     found["rows"] = {
-        "sums": timed(lambda: ops.row_sums(values, latent, bounds, table)), "dots": timed(lambda: ops.row_dots(grad, latent, bounds, table)),
-        "dense product": timed(lambda: ops.product(dense, table)), "dense gradient": timed(lambda: (narrowed @ table.T).view(-1)[at]),
+        "sums": timed(lambda: ops.row_sums(values, latent, bounds, table)),
+        "dots": timed(lambda: ops.row_dots(grad, latent, bounds, table)),
+        "dense product": timed(lambda: ops.product(dense, table)),
+        "dense gradient": timed(lambda: (narrowed @ table.T).view(-1)[at]),
         "dense code": timed(filled),
     }
 
@@ -86,7 +106,9 @@ def rows_of_active(found, n=32704, f=16384, k=64, d=2048):
 def language_model(shape):
     fields, *_ = SHAPES[shape]
     with torch.device("cuda"):
-        made = LlamaForCausalLM(LlamaConfig(**fields, max_position_embeddings=512)).to(torch.bfloat16)
+        made = LlamaForCausalLM(LlamaConfig(**fields, max_position_embeddings=512)).to(
+            torch.bfloat16
+        )
     return made.requires_grad_(False).eval()
 
 
@@ -101,21 +123,37 @@ def forward(found, shape):
     lm.compile_blocks(made, rows, length)
     after = lm.read_sites(made, ids, sites)
     torch.cuda.synchronize()
-    off = max(float((after[s].float() - before[s].float()).norm() / before[s].float().norm()) for s in sites)
-    found["LM"] |= {"compiling, s": time.perf_counter() - started, "compiled": timed(lambda: lm.read_sites(made, ids, sites), 7), "difference": off}
+    off = max(
+        float((after[s].float() - before[s].float()).norm() / before[s].float().norm())
+        for s in sites
+    )
+    found["LM"] |= {
+        "compiling, s": time.perf_counter() - started,
+        "compiled": timed(lambda: lm.read_sites(made, ids, sites), 7),
+        "difference": off,
+    }
     found["LM"]["graphs"] = torch._dynamo.utils.counters["stats"].get("unique_graphs")
 
 
 def sae_with_states(name, shape, **options):
     """(run, random states of its sites, token keys)"""
     fields, latents, k, rows, length = SHAPES[shape]
-    cfg = config.parse("train", ["--model", name, "--device", "cuda", "--latent_size", str(latents), "--k", str(k)])
+    cfg = config.parse(
+        "train", ["--model", name, "--device", "cuda", "--latent_size", str(latents), "--k", str(k)]
+    )
     config.complete(cfg)
-    values = config.model_options(cfg, name) | {"k": k, "layer": 3 * fields["num_hidden_layers"] // 4} | options
+    values = (
+        config.model_options(cfg, name)
+        | {"k": k, "layer": 3 * fields["num_hidden_layers"] // 4}
+        | options
+    )
     values = {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
     sae = model.build(name, fields["hidden_size"], fields["num_hidden_layers"], values).cuda()
     run, n = Run(sae, name, values, cfg, 100), rows * length - rows
-    hidden = {site: torch.randn(n, sae.hidden_size, device="cuda", dtype=torch.bfloat16) for site in sae.sites()}
+    hidden = {
+        site: torch.randn(n, sae.hidden_size, device="cuda", dtype=torch.bfloat16)
+        for site in sae.sites()
+    }
     run.warm_start(hidden)
     return run, hidden, torch.arange(n, device="cuda")
 
@@ -125,7 +163,10 @@ def steps(found, shape):
     published = {"router_objective": "published", "router_balance": "none"}
     forms = [(name, {}, how) for name in ("TopK", "MLSAE") for how in ("products", "rows", "sums")]
     forms += [(name, {}, "tf32") for name in ("TopK", "Crosscoder")]
-    forms += [(name, {}, "") for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")] + [("RouteSAE", published, "")]
+    forms += [
+        (name, {}, "")
+        for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")
+    ] + [("RouteSAE", published, "")]
     narrows, form, found["steps"] = ops.narrows, ops.SparseCode.form, {}
     for name, more, how in forms:
         torch.cuda.empty_cache()
@@ -134,7 +175,12 @@ def steps(found, shape):
         ops.SparseCode.form = form if how in ("", "tf32") else lambda ratio, x, how=how: how
         run, hidden, token = sae_with_states(name, shape, **more)
         number = itertools.count()
-        took = timed(lambda run=run, hidden=hidden, token=token, number=number: run.step(hidden, token, next(number), False), 5)
+        took = timed(
+            lambda run=run, hidden=hidden, token=token, number=number: run.step(
+                hidden, token, next(number), False
+            ),
+            5,
+        )
         label = f"{name}{' published' if more else ''} {how}"
         found["steps"][label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
         print(label, found["steps"][label], flush=True)
@@ -148,24 +194,37 @@ def profile(found, shape, out):
 
     out.mkdir(parents=True, exist_ok=True)
     for name in ("RouteSAE", "MLSAE", "JumpReLU", "Crosscoder"):
-        more = {"router_objective": "published", "router_balance": "none"} if name == "RouteSAE" else {}
+        more = (
+            {"router_objective": "published", "router_balance": "none"}
+            if name == "RouteSAE"
+            else {}
+        )
         run, hidden, token = sae_with_states(name, shape, **more)
         run.step(hidden, token, 0, False)
         with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
             run.step(hidden, token, 1, False)
             torch.cuda.synchronize()
-        (out / f"profile_{name}.txt").write_text(p.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60))
+        (out / f"profile_{name}.txt").write_text(
+            p.key_averages().table(
+                sort_by="self_device_time_total", row_limit=25, max_name_column_width=60
+            )
+        )
 
 
 PARTS = {
-    "rounding": lambda found, cfg: rounding(found), "topk": lambda found, cfg: topk(found), "rows": lambda found, cfg: rows_of_active(found),
-    "lm": lambda found, cfg: forward(found, cfg.shape), "steps": lambda found, cfg: steps(found, cfg.shape),
+    "rounding": lambda found, cfg: rounding(found),
+    "topk": lambda found, cfg: topk(found),
+    "rows": lambda found, cfg: rows_of_active(found),
+    "lm": lambda found, cfg: forward(found, cfg.shape),
+    "steps": lambda found, cfg: steps(found, cfg.shape),
     "profile": lambda found, cfg: profile(found, cfg.shape, Path(cfg.output_dir)),
 }
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.choices", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output_dir", default="outputs/benchmark")
@@ -175,7 +234,9 @@ def main():
     for name in cfg.only:
         PARTS[name](found, cfg)
         torch.cuda.empty_cache()
-        save_json(found, Path(cfg.output_dir) / "choices.json")  # what is measured stays, should a later part fail
+        save_json(
+            found, Path(cfg.output_dir) / "choices.json"
+        )  # what is measured stays, should a later part fail
     print(json.dumps(found, indent=1))
 
 

@@ -48,11 +48,20 @@ def score(sae, states):
     device = next(sae.parameters()).device
     with torch.no_grad():
         for at in torch.arange(n).split(4096):
-            p = sae.autoencode(sae.gather({site: states[site][at].to(device) for site in sae.sites()}), token=at.to(device))
+            p = sae.autoencode(
+                sae.gather({site: states[site][at].to(device) for site in sae.sites()}),
+                token=at.to(device),
+            )
             errors.append(squared_errors(p.target, p.x_hat).flatten().cpu())
-            fired += torch.bincount(active(p.latents.flatten(0, -2))[1], minlength=sae.latent_size).cpu()
+            fired += torch.bincount(
+                active(p.latents.flatten(0, -2))[1], minlength=sae.latent_size
+            ).cpu()
     samples = sum(map(len, errors))
-    return {"NormMSE": float(torch.cat(errors).mean()), "dead": float((fired == 0).float().mean()), "L0": float(fired.sum()) / samples}
+    return {
+        "NormMSE": float(torch.cat(errors).mean()),
+        "dead": float((fired == 0).float().mean()),
+        "L0": float(fired.sum()) / samples,
+    }
 
 
 def training_objects():
@@ -61,9 +70,15 @@ def training_objects():
     from src.sae import SAE
 
     alive = gc.get_objects()
-    saes = [one for one in alive if issubclass(type(one), SAE) and next(one.parameters()).device.type != "meta"]
+    saes = [
+        one
+        for one in alive
+        if issubclass(type(one), SAE) and next(one.parameters()).device.type != "meta"
+    ]
     inner = {id(part) for sae in saes for part in sae.children()}
-    return [sae for sae in saes if id(sae) not in inner], [one for one in alive if type(one) is Signum]
+    return [sae for sae in saes if id(sae) not in inner], [
+        one for one in alive if type(one) is Signum
+    ]
 
 
 def ours(job, turns):
@@ -80,7 +95,9 @@ def ours(job, turns):
     done = count(turns, lambda: kept.extend(training_objects()))
     counted = Rows.batch
 
-    def step_cost(*arguments):  # the trial before a training, which its time is estimated from, is none of its steps
+    def step_cost(
+        *arguments,
+    ):  # the trial before a training, which its time is estimated from, is none of its steps
         Rows.batch = uncounted
         try:
             return trial(*arguments)
@@ -111,9 +128,20 @@ def model_and_rows(job):
     from src.data import Rows
 
     tokenizer = AutoTokenizer.from_pretrained(job["model_path"])
-    language_model = AutoModelForCausalLM.from_pretrained(job["model_path"], dtype=torch.float32).eval().to(job["device"])
+    language_model = (
+        AutoModelForCausalLM.from_pretrained(job["model_path"], dtype=torch.float32)
+        .eval()
+        .to(job["device"])
+    )
     chunking = {} if job.get("packed") else {"chunking": "words"}
-    rows = Rows(job["data_path"], tokenizer, job["length"], job["split"], max_samples=job["rows"], **chunking)
+    rows = Rows(
+        job["data_path"],
+        tokenizer,
+        job["length"],
+        job["split"],
+        max_samples=job["rows"],
+        **chunking,
+    )
     return language_model.requires_grad_(False), rows
 
 
@@ -135,7 +163,9 @@ def published(job, turns):
     options = model_options(cfg, job["model"]) | {"k": cfg.k[0]}
     config = language_model.config
     torch.manual_seed(42)
-    sae = model.build(job["model"], config.hidden_size, config.num_hidden_layers, options).to(job["device"])
+    sae = model.build(job["model"], config.hidden_size, config.num_hidden_layers, options).to(
+        job["device"]
+    )
     done = 0
 
     def passed(batches):
@@ -146,9 +176,18 @@ def published(job, turns):
             done += int(attention_mask.sum())
             yield input_ids, attention_mask
 
-    per_batch = sum(int(mask.sum()) for _, mask in [next(published_batches(rows, 64, "cpu"))]) / 64 * job["batch"]
+    per_batch = (
+        sum(int(mask.sum()) for _, mask in [next(published_batches(rows, 64, "cpu"))])
+        / 64
+        * job["batch"]
+    )
     steps = plain.published(
-        language_model, passed(published_batches(rows, job["batch"], job["device"])), sae, sae.sites(), options, round(job["tokens"] / per_batch)
+        language_model,
+        passed(published_batches(rows, job["batch"], job["device"])),
+        sae,
+        sae.sites(),
+        options,
+        round(job["tokens"] / per_batch),
     )
 
     def measure(path):
@@ -182,7 +221,9 @@ def apply(job, turns):
     uncounted, write = Rows.batch, Applier._write
     done = count(turns)
 
-    def after_the_pass(self, *arguments):  # rows that are read once more, for their text, are not counted once more
+    def after_the_pass(
+        self, *arguments
+    ):  # rows that are read once more, for their text, are not counted once more
         Rows.batch = uncounted
         return write(self, *arguments)
 
@@ -204,7 +245,9 @@ def evaluate_published(job, turns):
     totals = []
 
     def logits(ids, mask):
-        return language_model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return language_model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        )
 
     def patched(ids, mask, site_of):
         """The logits with each site replaced, where a token is routed there, by what the SAE makes of it."""
@@ -213,13 +256,18 @@ def evaluate_published(job, turns):
             def replace(_module, _args, output):
                 h = output if isinstance(output, torch.Tensor) else output[0]
                 mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
-                x_hat = plain.decode(inner, plain.largest(plain.encode(inner, plain.standardise(h)), k))
+                x_hat = plain.decode(
+                    inner, plain.largest(plain.encode(inner, plain.standardise(h)), k)
+                )
                 h = torch.where((site_of == index)[..., None], x_hat * (std + 1e-5) + mean, h)
                 return h if isinstance(output, torch.Tensor) else (h, *output[1:])
 
             return replace
 
-        handles = [language_model.model.layers[site - 1].register_forward_hook(hook(i)) for i, site in enumerate(sites)]
+        handles = [
+            language_model.model.layers[site - 1].register_forward_hook(hook(i))
+            for i, site in enumerate(sites)
+        ]
         try:
             return logits(ids, mask).logits
         finally:
@@ -235,22 +283,38 @@ def evaluate_published(job, turns):
         x = plain.standardise(torch.stack([out.hidden_states[site] for site in sites], dim=2))
         p = (x.sum(-2) @ w["router.weight"].T).softmax(-1)
         if job["metric"] == "NormMSE":
-            routed = (p.max(-1).values[..., None] * x.gather(2, p.argmax(-1)[..., None, None].expand(*x.shape[:2], 1, x.shape[-1]))[:, :, 0])
+            routed = (
+                p.max(-1).values[..., None]
+                * x.gather(2, p.argmax(-1)[..., None, None].expand(*x.shape[:2], 1, x.shape[-1]))[
+                    :, :, 0
+                ]
+            )
             x_hat = plain.decode(inner, plain.largest(plain.encode(inner, routed), k))
             totals.append(plain.error(routed, x_hat).mean())
             continue
         changed = patched(ids, mask, p.argmax(-1))
         if job["metric"] == "KLDiv":
             clean, other = out.logits.log_softmax(-1), changed.log_softmax(-1)
-            totals.append(torch.nn.functional.kl_div(other, clean, log_target=True, reduction="batchmean"))
+            totals.append(
+                torch.nn.functional.kl_div(other, clean, log_target=True, reduction="batchmean")
+            )
         else:
-            ce = [torch.nn.functional.cross_entropy(one[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for one in (out.logits, changed)]
+            ce = [
+                torch.nn.functional.cross_entropy(one[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+                for one in (out.logits, changed)
+            ]
             totals.append(ce[1] - ce[0])
     turns.finished(done)
     print(f"{job['metric']}: {float(torch.stack(totals).mean()):.4f}")
 
 
-KINDS = {"ours": ours, "published": published, "evaluate": evaluate, "evaluate_published": evaluate_published, "apply": apply}
+KINDS = {
+    "ours": ours,
+    "published": published,
+    "evaluate": evaluate,
+    "evaluate_published": evaluate_published,
+    "apply": apply,
+}
 
 
 def main():

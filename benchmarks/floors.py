@@ -56,7 +56,9 @@ DATASHEET = {
     "H100": Machine("H100 SXM, datasheet", 989e12, 494e12, 67e12, 3.35e12),
     "H200": Machine("H200 SXM, datasheet", 989e12, 494e12, 67e12, 4.8e12),
 }
-H200_REACHED = Machine("H200, highest rates measured on one", 790e12, 395e12, 52e12, 4.3e12)  # fp32 without TF32 is assumed
+H200_REACHED = Machine(
+    "H200, highest rates measured on one", 790e12, 395e12, 52e12, 4.3e12
+)  # fp32 without TF32 is assumed
 LLAMA_1B = Shape(2048, 16, 32, 8, 64, 8192, 128256, 512, 64 * 512)
 STAGES = ("data", "LM", "gather", "encode", "top-k", "decode", "backward", "optimiser")
 
@@ -65,7 +67,15 @@ def shape_of(config, length: int, step: int) -> Shape:
     """The Shape of a transformers configuration."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads, config.num_key_value_heads, head
-    return Shape(config.hidden_size, config.num_hidden_layers, *heads, config.intermediate_size, config.vocab_size, length, step)
+    return Shape(
+        config.hidden_size,
+        config.num_hidden_layers,
+        *heads,
+        config.intermediate_size,
+        config.vocab_size,
+        length,
+        step,
+    )
 
 
 def blocks(shape: Shape, count: int, width: int = 2) -> Work:
@@ -83,15 +93,28 @@ def head(shape: Shape, width: int = 2) -> Work:
     return Work(2 * shape.hidden * shape.vocabulary, width * shape.vocabulary)
 
 
-def sae(model: str, hidden: int, latents: int, k: int, sites: int = 1, step: int = 1, *, sparse: bool = False, width: int = 2,
-        adam: bool = True, frozen_decoder: bool = False) -> dict[str, Work]:
+def sae(
+    model: str,
+    hidden: int,
+    latents: int,
+    k: int,
+    sites: int = 1,
+    step: int = 1,
+    *,
+    sparse: bool = False,
+    width: int = 2,
+    adam: bool = True,
+    frozen_decoder: bool = False,
+) -> dict[str, Work]:
     """{stage: work} of one training step over `step` tokens, per token.
 
     sparse: decode and differentiate by the k rows, else by dense products (models without a fixed k always). frozen_decoder: Gated's auxiliary
     loss. A step never needs the gradient of the input: that of pre_bias sums over tokens first, that of a router takes O(k).
     """
     product, row = Work(2 * hidden * latents), Work(0, width * latents)
-    many, joint = (sites, 1) if model == "MLSAE" else (1, sites) if model == "Crosscoder" else (1, 1)  # codes a token; dictionaries a code
+    many, joint = (
+        (sites, 1) if model == "MLSAE" else (1, sites) if model == "Crosscoder" else (1, 1)
+    )  # codes a token; dictionaries a code
     k_sparse = model in ("TopK", "RandomK", "BatchTopK", "RouteSAE", "MLSAE")
     rows_of_k = Work(0, k * hidden * width)
     by_rows = sparse and k_sparse
@@ -105,10 +128,13 @@ def sae(model: str, hidden: int, latents: int, k: int, sites: int = 1, step: int
         "decode": rows_of_k * many if by_rows else (product * joint + row * 2) * many,
         "backward": rows_of_k * 3 * many if by_rows else (product * 3 * joint + row * 4) * many,
         # moments, weight and gradient read, moments and weight written, a copy in half precision; sign steps with an average: two sets of weights
-        "optimiser": Work(0, weights * (30 if adam else 22) / step) + (Work(0, 12 * hidden * latents / step) if joint == 1 else Work()),
+        "optimiser": Work(0, weights * (30 if adam else 22) / step)
+        + (Work(0, 12 * hidden * latents / step) if joint == 1 else Work()),
     }
     if model == "Crosscoder":
-        stages["decode"] += Work(0, 3 * width * hidden * sites)  # every site's reconstruction written, read with its target
+        stages["decode"] += Work(
+            0, 3 * width * hidden * sites
+        )  # every site's reconstruction written, read with its target
     if frozen_decoder:
         stages["decode"] += product + row
         stages["backward"] += product + row * 2
@@ -121,10 +147,17 @@ def seconds(work: Work, machine: Machine, number: str) -> float:
 
 
 def step_floor(
-    saes: list[dict[str, Work]], language_model: Work, machine: Machine, lm_number: str = "bf16", sae_number: str = "bf16"
+    saes: list[dict[str, Work]],
+    language_model: Work,
+    machine: Machine,
+    lm_number: str = "bf16",
+    sae_number: str = "bf16",
 ) -> dict[str, float]:
     """{stage: seconds a token} of SAEs trained from one pass of the language model, "total" among them."""
-    found = {"data": 12 / machine.bandwidth, "LM": seconds(language_model, machine, lm_number)}  # a token id of 4 bytes, read and written as 8
+    found = {
+        "data": 12 / machine.bandwidth,
+        "LM": seconds(language_model, machine, lm_number),
+    }  # a token id of 4 bytes, read and written as 8
     for stage in STAGES[2:]:
         found[stage] = sum(seconds(one[stage], machine, sae_number) for one in saes)
     return found | {"total": sum(found.values())}
@@ -160,5 +193,9 @@ def measured(device: str = "cpu", repeats: int = 5, side: int | None = None) -> 
     bandwidth = 8 * numbers / best(lambda: target.copy_(source))
     fp32 = rate(torch.float32)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    bf16 = rate(torch.bfloat16) if cuda or fast_bfloat16() else fp32  # emulated ones take minutes, and nothing here uses them
-    return Machine(f"{name}, measured", bf16, rate(torch.float32, "high") if cuda else fp32, fp32, bandwidth)
+    bf16 = (
+        rate(torch.bfloat16) if cuda or fast_bfloat16() else fp32
+    )  # emulated ones take minutes, and nothing here uses them
+    return Machine(
+        f"{name}, measured", bf16, rate(torch.float32, "high") if cuda else fp32, fp32, bandwidth
+    )

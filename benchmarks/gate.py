@@ -23,7 +23,14 @@ class Gate:
         if out is None:
             os.dup2(2, 1)
         self.cuda = torch.cuda.is_available()
-        self.until, self.started, self.before, self.tokens, self.last, self.took = None, 0.0, 0, 0, 0.0, []
+        self.until, self.started, self.before, self.tokens, self.last, self.took = (
+            None,
+            0.0,
+            0,
+            0,
+            0.0,
+            [],
+        )
         self.profiler, self.measure, self.breakdown = None, None, None
 
     def step(self, tokens):
@@ -51,17 +58,28 @@ class Gate:
         if self.cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.started
-        found = {"event": "turn", "seconds": seconds, "tokens": self.tokens - self.before, "steps": len(self.took), "done": self.tokens}
+        found = {
+            "event": "turn",
+            "seconds": seconds,
+            "tokens": self.tokens - self.before,
+            "steps": len(self.took),
+            "done": self.tokens,
+        }
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
-            found["stages"], self.profiler = self.breakdown(self.profiler, seconds, found["tokens"]), None
+            found["stages"], self.profiler = (
+                self.breakdown(self.profiler, seconds, found["tokens"]),
+                None,
+            )
         return found | {"peak": self.peak()}
 
     def peak(self):
         """Bytes: of this process, or of its CUDA device where there is one."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
-        with open("/proc/self/status") as file:  # getrusage would give what the runner had when it started this process, if that was more
+        with (
+            open("/proc/self/status") as file
+        ):  # getrusage would give what the runner had when it started this process, if that was more
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
     def _wait(self, message):
@@ -76,7 +94,9 @@ class Gate:
             break
         self.until, self.before, self.took = float(value), self.tokens, []
         if command == "profile":
-            kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.cuda
+            kinds = [torch.profiler.ProfilerActivity.CPU] + [
+                torch.profiler.ProfilerActivity.CUDA
+            ] * self.cuda
             self.profiler = torch.profiler.profile(activities=kinds).__enter__()
         if self.cuda:
             torch.cuda.synchronize()
@@ -92,7 +112,11 @@ def score(states, reconstruct, piece=4096):
             mean = h.mean(-1, keepdim=True)
             errors.append((h - h_hat.float()).square().sum(-1) / (h - mean).square().sum(-1))
             fired = fired + active
-    return {"NormMSE": float(torch.cat(errors).mean()), "dead": float((fired == 0).float().mean()), "L0": float(fired.sum()) / len(states)}
+    return {
+        "NormMSE": float(torch.cat(errors).mean()),
+        "dead": float((fired == 0).float().mean()),
+        "L0": float(fired.sum()) / len(states),
+    }
 
 
 def job():

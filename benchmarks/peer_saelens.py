@@ -7,7 +7,12 @@ flags that its configuration names for speed, autocast is tried; torch.compile t
 
 import torch
 from datasets import Dataset
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, TopKTrainingSAEConfig
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.training.sae_trainer import SAETrainer
 
 from benchmarks import gate
@@ -18,12 +23,23 @@ def main():
     rows = torch.load(job["rows"])
     step_tokens = job["batch"] * job["length"]
     cfg = LanguageModelSAERunnerConfig(
-        sae=TopKTrainingSAEConfig(d_in=job["hidden"], d_sae=job["latents"], k=job["k"]), model_name=job["model_path"],
-        model_class_name="AutoModelForCausalLM", hook_name=f"model.layers.{job['site'] - 1}", context_size=job["length"],
-        is_dataset_tokenized=True, streaming=False, exclude_special_tokens=True, training_tokens=job["tokens"],
-        train_batch_size_tokens=step_tokens, store_batch_size_prompts=job["batch"],
-        n_batches_in_buffer=max(16, job["batch"]), device=job["device"], autocast=job.get("autocast", False),
-        logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None, output_path=None,
+        sae=TopKTrainingSAEConfig(d_in=job["hidden"], d_sae=job["latents"], k=job["k"]),
+        model_name=job["model_path"],
+        model_class_name="AutoModelForCausalLM",
+        hook_name=f"model.layers.{job['site'] - 1}",
+        context_size=job["length"],
+        is_dataset_tokenized=True,
+        streaming=False,
+        exclude_special_tokens=True,
+        training_tokens=job["tokens"],
+        train_batch_size_tokens=step_tokens,
+        store_batch_size_prompts=job["batch"],
+        n_batches_in_buffer=max(16, job["batch"]),
+        device=job["device"],
+        autocast=job.get("autocast", False),
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=None,
         model_from_pretrained_kwargs={"dtype": job["dtype"]} if "dtype" in job else {},
     )
     inner = SAETrainer.step
@@ -46,7 +62,9 @@ def main():
 
     turns.measure = measure
     try:
-        LanguageModelSAETrainingRunner(cfg, override_dataset=Dataset.from_dict({"input_ids": rows.tolist()})).run()
+        LanguageModelSAETrainingRunner(
+            cfg, override_dataset=Dataset.from_dict({"input_ids": rows.tolist()})
+        ).run()
         turns.finished(done)
     except gate.Enough:
         pass

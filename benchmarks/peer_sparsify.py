@@ -23,7 +23,13 @@ def main():
     sae = SaeConfig(num_latents=job["latents"], k=job["k"])
     options = {"optimizer": job["optimizer"]} if "optimizer" in job else {}
     cfg = TrainConfig(
-        sae, batch_size=job["batch"], layers=[job["site"] - 1], exclude_tokens=job["special"], log_to_wandb=False, save_dir=str(folder), **options
+        sae,
+        batch_size=job["batch"],
+        layers=[job["site"] - 1],
+        exclude_tokens=job["special"],
+        log_to_wandb=False,
+        save_dir=str(folder),
+        **options,
     )
     trainer = Trainer(cfg, MemmapDataset(str(binary), job["length"], dtype=np.uint32), model)
 
@@ -42,7 +48,9 @@ def main():
 
         def reconstruct(h):
             acts, indices, _ = coder.encode(h)
-            return coder.decode(acts, indices), torch.bincount(indices[acts != 0], minlength=coder.num_latents)
+            return coder.decode(acts, indices), torch.bincount(
+                indices[acts != 0], minlength=coder.num_latents
+            )
 
         found = gate.score(torch.load(path)[job["site"]], reconstruct)
         for one in averaged:

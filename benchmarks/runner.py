@@ -25,22 +25,39 @@ class Contender:
         self.log = Path(folder) / f"{name.replace(' ', '_').replace('/', '_')}.log"
         command = [python, "-m", f"benchmarks.{module}", json.dumps(job)]
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": paths,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         started = time.perf_counter()
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=folder,
+                env=environment,
             )
         self._answer("ready")
         self.loading = time.perf_counter() - started
 
     def _answer(self, event):
         line = self.process.stdout.readline()
-        while line and not line.startswith('{"event"'):  # printed by a library before the gate was there
+        while line and not line.startswith(
+            '{"event"'
+        ):  # printed by a library before the gate was there
             line = self.process.stdout.readline()
         if not line:
             tail = self.log.read_text(errors="replace").strip().splitlines()[-12:]
-            raise Failed(f"{self.name} ended with code {self.process.wait()}; {self.log} ends:\n" + "\n".join(tail), self.name)
+            raise Failed(
+                f"{self.name} ended with code {self.process.wait()}; {self.log} ends:\n"
+                + "\n".join(tail),
+                self.name,
+            )
         message = json.loads(line)
         if message["event"] != event:
             raise Failed(f"{self.name}: {event} expected, {message['event']} found", self.name)
@@ -66,7 +83,9 @@ class Contender:
     def measure(self, path):
         """Held-out quality, beside the tokens and seconds of training so far."""
         done, seconds = self.turns[-1]["done"], sum(turn["seconds"] for turn in self.turns)
-        self.qualities.append(self.ask(f"measure {path}", "quality") | {"tokens": done, "seconds": seconds})
+        self.qualities.append(
+            self.ask(f"measure {path}", "quality") | {"tokens": done, "seconds": seconds}
+        )
 
     def end(self):
         try:
@@ -89,9 +108,17 @@ class Contender:
         rates = [1 / cost for cost in self.costs()]
         last = self.qualities[-1] if self.qualities else {}
         return {
-            "name": self.name, "tokens_per_s": statistics.median(rates) if rates else None, "spread": [min(rates), max(rates)] if rates else None,
-            "turns": len(rates), "first_step_s": self.loading + self.turns[0]["seconds"], "peak_bytes": max(turn["peak"] for turn in self.turns),
-            "NormMSE": last.get("NormMSE"), "dead": last.get("dead"), "L0": last.get("L0"), "curve": self.qualities, "stages": self.stages,
+            "name": self.name,
+            "tokens_per_s": statistics.median(rates) if rates else None,
+            "spread": [min(rates), max(rates)] if rates else None,
+            "turns": len(rates),
+            "first_step_s": self.loading + self.turns[0]["seconds"],
+            "peak_bytes": max(turn["peak"] for turn in self.turns),
+            "NormMSE": last.get("NormMSE"),
+            "dead": last.get("dead"),
+            "L0": last.get("L0"),
+            "curve": self.qualities,
+            "stages": self.stages,
             "rates": rates,
         }
 
@@ -116,4 +143,13 @@ def play(contenders, tokens, rounds, held_out=None, curves=(), profiled=0):
 def ratios(slow, fast):
     """{"median", "low", "high"}: how many times as many tokens a second, turn by turn of the same round. Lists of seconds a token."""
     found = [a / b for a, b in zip(slow, fast, strict=False)]
-    return {"median": statistics.median(found), "low": min(found), "high": max(found), "turns": len(found)} if found else None
+    return (
+        {
+            "median": statistics.median(found),
+            "low": min(found),
+            "high": max(found),
+            "turns": len(found),
+        }
+        if found
+        else None
+    )

@@ -14,7 +14,18 @@ from src.ops import SparseCode
 
 FORMS = "products", "rows", "sums"
 SETTINGS = (
-    (256, 32), (256, 16), (512, 32), (1024, 64), (2048, 64), (2048, 16), (8192, 64), (16384, 256), (16384, 64), (16384, 32), (32768, 32), (65536, 64),
+    (256, 32),
+    (256, 16),
+    (512, 32),
+    (1024, 64),
+    (2048, 64),
+    (2048, 16),
+    (8192, 64),
+    (16384, 256),
+    (16384, 64),
+    (16384, 32),
+    (32768, 32),
+    (65536, 64),
 )
 
 
@@ -38,12 +49,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     cfg = parser.parse_args()
     device = torch.device(checkpoint.pick_device(cfg.device))
-    print(f"{device}, {torch.get_num_threads()} threads, hidden {cfg.hidden_size}, {cfg.tokens} tokens, torch {torch.__version__}; milliseconds")
+    print(
+        f"{device}, {torch.get_num_threads()} threads, hidden {cfg.hidden_size}, {cfg.tokens} tokens, torch {torch.__version__}; milliseconds"
+    )
     print(f"{'latents':>8} {'k':>4} {'ratio':>6} " + " ".join(f"{form:>9}" for form in FORMS))
     for latents, k in SETTINGS:
-        sae, x = TopK(cfg.hidden_size, latents, k, auxk_coeff=0.0).to(device), torch.randn(cfg.tokens, cfg.hidden_size, device=device)
+        sae, x = (
+            TopK(cfg.hidden_size, latents, k, auxk_coeff=0.0).to(device),
+            torch.randn(cfg.tokens, cfg.hidden_size, device=device),
+        )
         times = [[step(sae, x, form) for form in FORMS] for _ in range(cfg.repeats)]
-        print(f"{latents:>8} {k:>4} {latents // k:>6} " + " ".join(f"{min(column) * 1e3:>9.1f}" for column in zip(*times, strict=True)), flush=True)
+        print(
+            f"{latents:>8} {k:>4} {latents // k:>6} "
+            + " ".join(f"{min(column) * 1e3:>9.1f}" for column in zip(*times, strict=True)),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

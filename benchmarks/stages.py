@@ -31,7 +31,12 @@ def mark():
     ranged(lm, "read_sites", "bench:LM")
     ranged(hooks, "read", "bench:gather")
     for cls in {sae.SAE, sae.Dictionary, *model.CLASSES.values()}:
-        for method, label in (("gather", "bench:gather"), ("autoencode", "bench:code"), ("loss", "bench:decode"), ("after_step", "bench:rest")):
+        for method, label in (
+            ("gather", "bench:gather"),
+            ("autoencode", "bench:code"),
+            ("loss", "bench:decode"),
+            ("after_step", "bench:rest"),
+        ):
             if method in vars(cls):
                 ranged(cls, method, label)
     ranged(torch.Tensor, "backward", "bench:backward")
@@ -45,7 +50,12 @@ class Range:
 
     def __init__(self, label, event):
         self.label, self.start, self.end = label, event.time_range.start, event.time_range.end
-        self.inner, self.around, self.cuts, self.kernels = 0.0, False, [("encode", event.time_range.start)], []
+        self.inner, self.around, self.cuts, self.kernels = (
+            0.0,
+            False,
+            [("encode", event.time_range.start)],
+            [],
+        )
         self.product = False
 
     def note(self, event):
@@ -62,7 +72,14 @@ class Range:
         """(stage, microseconds)"""
         if self.label != "code" or self.around:  # around another code lies routing
             label = "gather" if self.label == "code" else self.label
-            return [(label, sum(took for _, took in self.kernels) if cuda else self.end - self.start - self.inner)]
+            return [
+                (
+                    label,
+                    sum(took for _, took in self.kernels)
+                    if cuda
+                    else self.end - self.start - self.inner,
+                )
+            ]
         stages = [stage for stage, _ in self.cuts]
         if len(stages) > 1 and stages[-1] == "encode":
             stages[-1] = "decode"
@@ -70,12 +87,17 @@ class Range:
         edges = list(zip(stages, starts, [*starts[1:], self.end], strict=True))
         if not cuda:
             return [(stage, end - start) for stage, start, end in edges]
-        return [(stage, sum(took for at, took in self.kernels if start <= at < end)) for stage, start, end in edges]
+        return [
+            (stage, sum(took for at, took in self.kernels if start <= at < end))
+            for stage, start, end in edges
+        ]
 
 
 def breakdown(profiler, seconds, tokens):
     """{stage: seconds a token}: on a CPU by the clock, on CUDA by kernels; what is in no stage is the rest."""
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    events = [
+        event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU
+    ]
     cuda, ranges, open_ranges = any(event.self_device_time_total for event in events), [], []
     for event in sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end)):
         while open_ranges and open_ranges[-1].end <= event.time_range.start:
@@ -89,7 +111,9 @@ def breakdown(profiler, seconds, tokens):
             open_ranges.append(new)
         elif open_ranges:
             open_ranges[-1].note(event)
-    spent = dict.fromkeys(("data", "LM", "gather", "encode", "top-k", "decode", "backward", "optimiser"), 0.0)
+    spent = dict.fromkeys(
+        ("data", "LM", "gather", "encode", "top-k", "decode", "backward", "optimiser"), 0.0
+    )
     for one in ranges:
         for stage, took in one.shares(cuda):
             if stage in spent:

@@ -16,5 +16,7 @@ latents = files.load_json(path)["latent_context_map"]
 print(f"{kept} latents with contexts")
 if latents:
     strongest = max(latents, key=lambda latent: latents[latent]["max_activation"])
-    for value, tokens in list(zip(latents[strongest]["activations"], latents[strongest]["tokens"], strict=True))[:5]:
+    for value, tokens in list(
+        zip(latents[strongest]["activations"], latents[strongest]["tokens"], strict=True)
+    )[:5]:
         print(f"latent {strongest}  {value:6.2f}  {''.join(tokens)!r}")

@@ -7,7 +7,9 @@ import sys
 from src.reader import Reader
 
 # %% By path, folder or hub name; without a name the newest SAE. The language model is the one it was trained on.
-trained = os.path.join(os.environ.get("OUTPUT_DIR", "outputs"), "SAE_models", "RouteSAE_demo_example.pt")
+trained = os.path.join(
+    os.environ.get("OUTPUT_DIR", "outputs"), "SAE_models", "RouteSAE_demo_example.pt"
+)
 reader = Reader(sys.argv[1] if sys.argv[1:] else trained)
 reading = reader.read("Returns the number of bytes written to the file.")
 print(reading)

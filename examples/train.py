@@ -13,4 +13,6 @@ loss = Trainer(cfg).run()
 
 # %% Weights, and the recipe beside them: all that is needed to train the same SAE again.
 recipe = files.load_json(f"{cfg.output_dir}/{files.SAE_DIR}/RouteSAE_demo_example.json")
-print(f"loss {loss:.3f}; sites {recipe['sites']}; {recipe['tokens']:,} tokens; NormMSE of the last step {recipe['final']['NormMSE']:.3f}")
+print(
+    f"loss {loss:.3f}; sites {recipe['sites']}; {recipe['tokens']:,} tokens; NormMSE of the last step {recipe['final']['NormMSE']:.3f}"
+)

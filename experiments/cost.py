@@ -42,40 +42,85 @@ def cost(name: str, options: dict[str, Any], shape: dict[str, int]) -> Cost:
     """Of one SAE of the zoo on a language model of that shape. It is not allocated; a small one says how many codes a token has."""
     with torch.device("meta"):
         sae = model.build(name, shape["hidden_size"], shape["n_layers"], options)
-    small = model.build(name, shape["hidden_size"], shape["n_layers"], options | {"latent_size": 16, "k": 2})
-    p = small.autoencode(small.gather({site: torch.randn(2, shape["hidden_size"]) for site in sae.sites()}), token=torch.arange(2))
-    numbers, codes = sum(weight.numel() for weight in sae.parameters()), p.latents.numel() / (2 * small.latent_size)
+    small = model.build(
+        name, shape["hidden_size"], shape["n_layers"], options | {"latent_size": 16, "k": 2}
+    )
+    p = small.autoencode(
+        small.gather({site: torch.randn(2, shape["hidden_size"]) for site in sae.sites()}),
+        token=torch.arange(2),
+    )
+    numbers, codes = (
+        sum(weight.numel() for weight in sae.parameters()),
+        p.latents.numel() / (2 * small.latent_size),
+    )
     code = 2 * numbers * codes
     sites, blocks, head = sae.sites(), 2 * shape["blocks"], 2 * shape["head"]
     runs = [sites[0]] if p.weights is not None or len(sites) == 1 else sites
     patched = sum(blocks * (1 - site / shape["n_layers"]) + 2 * head for site in runs)
-    return Cost(3 * code, code, patched, sites[-1] / shape["n_layers"], 16 * numbers, 5 * 4 * codes * sae.latent_size)
+    return Cost(
+        3 * code,
+        code,
+        patched,
+        sites[-1] / shape["n_layers"],
+        16 * numbers,
+        5 * 4 * codes * sae.latent_size,
+    )
 
 
-def floors(groups: Sequence[Any], scale: Any, options: list[str], reads: Callable[[str, int], bool]) -> dict[str, Any]:
+def floors(
+    groups: Sequence[Any], scale: Any, options: list[str], reads: Callable[[str, int], bool]
+) -> dict[str, Any]:
     """{"train", "evaluate", "apply": seconds at least; "memory": bytes at least of the largest training; two rates; the device}
 
     reads(model, seed): whether contexts of that SAE are made.
     """
-    trainers = [Trainer(config.parse("train", [*group.argv, "--seed", str(group.seed), *options])) for group in groups]
+    trainers = [
+        Trainer(config.parse("train", [*group.argv, "--seed", str(group.seed), *options]))
+        for group in groups
+    ]
     cfg = trainers[0].cfg
-    _, language_model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
+    _, language_model = lm.get_language_model(
+        cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code
+    )
     text = lm.text_config(language_model)
     shape = {
-        "hidden_size": text.hidden_size, "n_layers": len(lm.blocks(language_model)), "head": text.hidden_size * text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "n_layers": len(lm.blocks(language_model)),
+        "head": text.hidden_size * text.vocab_size,
         "blocks": sum(p.numel() for p in lm.blocks(language_model).parameters()),
     }
     loaded = sum(p.numel() * p.element_size() for p in language_model.parameters())
-    fast, exact = rate(cfg.device, next(language_model.parameters()).dtype), rate(cfg.device, torch.float32)
-    found = {"train": 0.0, "evaluate": 0.0, "apply": 0.0, "memory": 0.0, "rate": exact, "lm_rate": fast, "device": cfg.device}
+    fast, exact = (
+        rate(cfg.device, next(language_model.parameters()).dtype),
+        rate(cfg.device, torch.float32),
+    )
+    found = {
+        "train": 0.0,
+        "evaluate": 0.0,
+        "apply": 0.0,
+        "memory": 0.0,
+        "rate": exact,
+        "lm_rate": fast,
+        "device": cfg.device,
+    }
     below, logits = 2 * shape["blocks"], 2 * shape["head"]
     for trainer in trainers:
         saes = [cost(name, chosen, shape) for name, chosen, _ in trainer.combinations]
         code = sum(sae.code for sae in saes)
-        found["train"] += scale.train * (below * max(sae.depth for sae in saes) / fast + sum(sae.train for sae in saes) / exact)
-        found["evaluate"] += scale.evaluate * ((below + logits + sum(sae.patched for sae in saes)) / fast + code / exact)
-        read = [sae for sae, (name, _, _) in zip(saes, trainer.combinations, strict=True) if reads(name, trainer.cfg.seed)]
-        found["apply"] += scale.apply * sum(below * sae.depth / fast + sae.code / exact for sae in read)
+        found["train"] += scale.train * (
+            below * max(sae.depth for sae in saes) / fast + sum(sae.train for sae in saes) / exact
+        )
+        found["evaluate"] += scale.evaluate * (
+            (below + logits + sum(sae.patched for sae in saes)) / fast + code / exact
+        )
+        read = [
+            sae
+            for sae, (name, _, _) in zip(saes, trainer.combinations, strict=True)
+            if reads(name, trainer.cfg.seed)
+        ]
+        found["apply"] += scale.apply * sum(
+            below * sae.depth / fast + sae.code / exact for sae in read
+        )
         step = trainer.cfg.batch_size * trainer.cfg.max_length * max(sae.step for sae in saes)
         found["memory"] = max(found["memory"], loaded + sum(sae.weights for sae in saes) + step)
     return found
@@ -83,7 +128,9 @@ def floors(groups: Sequence[Any], scale: Any, options: list[str], reads: Callabl
 
 def said(found: dict[str, Any], scale: Any) -> str:
     """One paragraph for the terminal."""
-    parts = ", ".join(f"{stage} {found[stage] / 3600:.2g} h" for stage in ("train", "evaluate", "apply"))
+    parts = ", ".join(
+        f"{stage} {found[stage] / 3600:.2g} h" for stage in ("train", "evaluate", "apply")
+    )
     total = sum(found[stage] for stage in ("train", "evaluate", "apply")) / 3600
     return (
         f"{scale.train:,} training, {scale.evaluate:,} evaluation, {scale.apply:,} applied tokens a SAE; at least {total:.2g} h ({parts}) and "

@@ -18,22 +18,60 @@ from src.data import Rows
 
 def rows_of(cfg: argparse.Namespace, tokenizer: object, split: str, max_tokens: int) -> Rows:
     return Rows(
-        cfg.data_path, tokenizer, cfg.max_length, split, text_key=cfg.text_key, chunking=cfg.chunking, max_tokens=max_tokens,
+        cfg.data_path,
+        tokenizer,
+        cfg.max_length,
+        split,
+        text_key=cfg.text_key,
+        chunking=cfg.chunking,
+        max_tokens=max_tokens,
         max_bad_frac=cfg.max_bad_frac,
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.routing", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each SAE (default: 1M)")
-    parser.add_argument("--eval_tokens", type=int, default=200_000, help="tokens measured (default: 200k)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="one matrix of SAEs each (default: 42 43 44)")
-    parser.add_argument("--output_dir", default="outputs/routing", help="folder of weights and measurements (default: outputs/routing)")
-    parser.add_argument("--docs", type=Path, default=None, help="folder of the tables and pictures (default: the output folder)")
-    parser.add_argument("--smoke", action="store_true", help="40k training tokens, 2k measured, two seeds, 256 latents: does everything run?")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.routing",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1_000_000, help="training tokens of each SAE (default: 1M)"
+    )
+    parser.add_argument(
+        "--eval_tokens", type=int, default=200_000, help="tokens measured (default: 200k)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[42, 43, 44],
+        help="one matrix of SAEs each (default: 42 43 44)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        default="outputs/routing",
+        help="folder of weights and measurements (default: outputs/routing)",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=None,
+        help="folder of the tables and pictures (default: the output folder)",
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="40k training tokens, 2k measured, two seeds, 256 latents: does everything run?",
+    )
     own, rest = parser.parse_known_args(argv)
     if own.smoke:
-        own.tokens, own.eval_tokens, own.seeds, rest = 40_000, 2_000, own.seeds[:2], ["--latent_size", "256", "--k", "8", *rest]
+        own.tokens, own.eval_tokens, own.seeds, rest = (
+            40_000,
+            2_000,
+            own.seeds[:2],
+            ["--latent_size", "256", "--k", "8", *rest],
+        )
     argv = ["--max_tokens", str(own.tokens), "--output_dir", own.output_dir, *rest]
     try:
         paths = {}
@@ -42,16 +80,29 @@ def main(argv: list[str] | None = None) -> int:
             demo.stand_in(cfg)
             config.complete(cfg)
             cfg.device = checkpoint.pick_device(cfg.device)
-            tokenizer, language_model = lm.get_language_model(cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code)
+            tokenizer, language_model = lm.get_language_model(
+                cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code
+            )
             cfg.n_layers = len(lm.blocks(language_model))
-            routing_runs.train(argv, seed, language_model, rows_of(cfg, tokenizer, "train", own.tokens), cfg.n_layers)
-            rows = rows_of(cfg, tokenizer, "eval", 10 * own.eval_tokens)  # rows drawn from many documents
+            routing_runs.train(
+                argv,
+                seed,
+                language_model,
+                rows_of(cfg, tokenizer, "train", own.tokens),
+                cfg.n_layers,
+            )
+            rows = rows_of(
+                cfg, tokenizer, "eval", 10 * own.eval_tokens
+            )  # rows drawn from many documents
             order = rows.order(0, 0)[: -(-own.eval_tokens // cfg.max_length)]
             folder = Path(own.output_dir) / "measured"
             paths[seed] = routing_measure.measure(cfg, seed, language_model, rows, order, folder)
         routing_report.write(cfg, paths, own.docs or Path(own.output_dir))
     except KeyboardInterrupt as stop:
-        print(f"routing: interrupted{f'; {stop}' if str(stop) else ''}; the same command goes on from here", file=sys.stderr)
+        print(
+            f"routing: interrupted{f'; {stop}' if str(stop) else ''}; the same command goes on from here",
+            file=sys.stderr,
+        )
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError) as error:
         print(f"routing: error: {error}", file=sys.stderr)

@@ -41,14 +41,23 @@ class Member(NamedTuple):
 
 def first_matrix(n_layers: int, cfg: Namespace) -> list[Member]:
     """TopK at each routed site, MLSAE, random routing, and each router."""
-    members = [Member(f"topk_{site}", "TopK", {"layer": site}) for site in routed_sites(n_layers, cfg.start_layer, cfg.end_layer)]
-    members += [Member("mlsae", "MLSAE", {}), Member("random", "RouteSAE", ALONE | {"routing": "random"})]
+    members = [
+        Member(f"topk_{site}", "TopK", {"layer": site})
+        for site in routed_sites(n_layers, cfg.start_layer, cfg.end_layer)
+    ]
+    members += [
+        Member("mlsae", "MLSAE", {}),
+        Member("random", "RouteSAE", ALONE | {"routing": "random"}),
+    ]
     return members + [Member(name, "RouteSAE", options) for name, options in ROUTERS.items()]
 
 
 def second_matrix(shares: dict[str, list[float]]) -> list[Member]:
     """A RouteSAE with random assignment at each router's shares."""
-    return [Member(f"{name}_shares", "RouteSAE", ALONE | {"routing": "random", "route_shares": value}) for name, value in shares.items()]
+    return [
+        Member(f"{name}_shares", "RouteSAE", ALONE | {"routing": "random", "route_shares": value})
+        for name, value in shares.items()
+    ]
 
 
 def third_matrix(shares: dict[str, list[float]]) -> list[Member]:
@@ -67,7 +76,11 @@ class Matrix(Trainer):
     def _combine(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         (k,) = self.cfg.k
         for member in self.members:
-            yield member.model, config.model_options(self.cfg, member.model) | {"k": k} | member.options, {"member": member.name}
+            yield (
+                member.model,
+                config.model_options(self.cfg, member.model) | {"k": k} | member.options,
+                {"member": member.name},
+            )
 
     def _title(self, name: str, swept: dict[str, Any]) -> str:
         return f"{swept['member']}_seed{self.cfg.seed}"
@@ -80,18 +93,28 @@ def path_of(cfg: Namespace, name: str, seed: int) -> Path:
 
 def options_of(argv: list[str], seed: int, phase: str) -> Namespace:
     """The options of one training, by the training stage's own rules."""
-    return config.parse("train", [*argv, "--model", "RouteSAE", "--seed", str(seed), "--tag", f"routing_seed{seed}_{phase}"])
+    return config.parse(
+        "train",
+        [*argv, "--model", "RouteSAE", "--seed", str(seed), "--tag", f"routing_seed{seed}_{phase}"],
+    )
 
 
 @torch.no_grad()
 def router_weights(
-    saes: dict[str, SAE], language_model: nn.Module, rows: Rows, order: np.ndarray, batch_size: int, device: str
+    saes: dict[str, SAE],
+    language_model: nn.Module,
+    rows: Rows,
+    order: np.ndarray,
+    batch_size: int,
+    device: str,
 ) -> dict[str, Tensor]:
     """Each router's p at every counted token [N,L]."""
     sites = sorted({site for sae in saes.values() for site in sae.sites()})
     found: dict[str, list[Tensor]] = {name: [] for name in saes}
     for at in range(0, len(order), batch_size):
-        hidden = hooks.read(language_model, rows.batch(order[at : at + batch_size]).to(device), sites)
+        hidden = hooks.read(
+            language_model, rows.batch(order[at : at + batch_size]).to(device), sites
+        )
         for name, sae in saes.items():
             found[name].append(sae.get_router_weights(sae.gather(hidden), sae.aggre))
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -107,6 +130,12 @@ def train(argv: list[str], seed: int, language_model: nn.Module, rows: Rows, n_l
         saes = {name: checkpoint.load(path_of(cfg, name, seed), device)[0] for name in ROUTERS}
         order = rows.order(seed, 0)[: -(-50_000 // rows.max_length)]
         weights = router_weights(saes, language_model, rows, order, cfg.batch_size or 16, device)
-        files.save_json({name: [round(float(share), 6) for share in router.load(p)] for name, p in weights.items()}, noted)
+        files.save_json(
+            {
+                name: [round(float(share), 6) for share in router.load(p)]
+                for name, p in weights.items()
+            },
+            noted,
+        )
     for phase, members in (("second", second_matrix), ("third", third_matrix)):
         Matrix(options_of(argv, seed, phase), members(files.load_json(noted))).run()

@@ -30,7 +30,16 @@ from src import config, files, formats, model, zoo
 from src.sae import SAE
 
 FORMAT_VERSION = 1
-RECIPE = {"model": str, "config": dict, "options": dict, "final": dict, "title": str, "model_path": str, "data_path": str, "format_version": int}
+RECIPE = {
+    "model": str,
+    "config": dict,
+    "options": dict,
+    "final": dict,
+    "title": str,
+    "model_path": str,
+    "data_path": str,
+    "format_version": int,
+}
 
 
 def keep_freed_memory() -> None:
@@ -39,25 +48,34 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL(None)
-            for option, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, its largest; M_TRIM_THRESHOLD
+            for option, value in (
+                (-3, 2**25),
+                (-1, 2**31 - 1),
+            ):  # M_MMAP_THRESHOLD, its largest; M_TRIM_THRESHOLD
                 libc.mallopt(option, value)
 
 
 def pick_device(device: str) -> str:
     """`auto` is CUDA where there is one. Raises ValueError for a device that is not here, or of a kind nothing was written for."""
     if device == "auto":
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"  # one of several processes has its own by now (distributed.start)
+        device = (
+            "cuda:0" if torch.cuda.is_available() else "cpu"
+        )  # one of several processes has its own by now (distributed.start)
     if str(device).split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}; known are auto, cpu, cuda and cuda:NUMBER")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0]}); try --device auto") from error
+        raise ValueError(
+            f"--device {device} is not usable here ({str(error).splitlines()[0]}); try --device auto"
+        ) from error
     if str(device).startswith("cuda"):
         if torch.device(device).index is not None:
             torch.cuda.set_device(device)  # what names no device then means this one
         # TF32: an SAE's float32 products in an eighth of the time, factors rounded to 10 bits
-        torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # bfloat16 factors in training go with it
+        torch.backends.cuda.matmul.allow_tf32 = (
+            os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+        )  # bfloat16 factors in training go with it
     else:
         keep_freed_memory()
     return device
@@ -71,7 +89,14 @@ def environment() -> dict[str, Any]:
 @functools.cache
 def _program() -> dict[str, Any]:
     try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=False)
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=files.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
         commit = asked.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):  # no git here: the recipe then says null
         commit = None
@@ -93,7 +118,9 @@ def states(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)  # by step: clocks jump
 
 
-def save_state(folder: str | Path, step: int, meta: Mapping[str, Any], parts: Mapping[str, Any], keep: int = 2) -> Path:
+def save_state(
+    folder: str | Path, step: int, meta: Mapping[str, Any], parts: Mapping[str, Any], keep: int = 2
+) -> Path:
     """Writes meta (JSON) and parts (name -> tensors and numbers in dicts and lists) of one step; the newest `keep` states stay."""
     text = json.dumps({"format_version": FORMAT_VERSION, "step": step} | dict(meta)).encode()
     writers = {"meta.json": lambda file: file.write(text)}
@@ -121,7 +148,9 @@ def find_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         meta = files.load_json(path / "meta.json")
         if meta["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {meta['format_version']}, this program reads up to {FORMAT_VERSION}; update it")
+            raise ValueError(
+                f"{path} has format version {meta['format_version']}, this program reads up to {FORMAT_VERSION}; update it"
+            )
         for bad, error in damaged:
             print(f"warning: the state of {bad.name} is damaged ({error}); taking {path.name}")
             shutil.rmtree(bad.with_name(f"damaged-{bad.name}"), ignore_errors=True)
@@ -129,7 +158,9 @@ def find_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         return path, meta
     if damaged:
         found = "; ".join(str(error) for _, error in damaged)
-        raise ValueError(f"every saved state is damaged ({found}); restore one, or start again with --resume never --overwrite")
+        raise ValueError(
+            f"every saved state is damaged ({found}); restore one, or start again with --resume never --overwrite"
+        )
     return None
 
 
@@ -145,7 +176,9 @@ def save(sae: SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) ->
     """Writes <title>.json, then <title>.pt, each atomically; returns the path of the weights."""
     path = Path(folder) / f"{files.safe_name(title)}.pt"
     weights = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
-    files.save_json({"format_version": FORMAT_VERSION, "title": title} | dict(recipe), path.with_suffix(".json"))
+    files.save_json(
+        {"format_version": FORMAT_VERSION, "title": title} | dict(recipe), path.with_suffix(".json")
+    )
     return files.write_atomic(path, lambda file: torch.save(weights, file))
 
 
@@ -158,12 +191,18 @@ def read_recipe(path: str | Path) -> dict[str, Any] | None:
 def _readable(recipe: Any, path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not {"model", "config"} <= set(recipe):
         raise ValueError(f"{path} is no recipe of a checkpoint: it names no model")
-    odd = [key for key, kind in RECIPE.items() if key in recipe and not isinstance(recipe[key], kind)]
+    odd = [
+        key for key, kind in RECIPE.items() if key in recipe and not isinstance(recipe[key], kind)
+    ]
     if odd or not isinstance(recipe["config"].get("hidden_size"), int):
-        raise ValueError(f"{path} is no recipe of a checkpoint: {odd[0] if odd else 'its hidden_size'} is missing or of the wrong kind")
+        raise ValueError(
+            f"{path} is no recipe of a checkpoint: {odd[0] if odd else 'its hidden_size'} is missing or of the wrong kind"
+        )
     files.safe_name(recipe.get("title", "none"))  # others name files by it
     if recipe.get("format_version", 0) > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {recipe['format_version']}, this program reads up to {FORMAT_VERSION}; update it")
+        raise ValueError(
+            f"{path} has format version {recipe['format_version']}, this program reads up to {FORMAT_VERSION}; update it"
+        )
     return recipe
 
 
@@ -171,7 +210,9 @@ def newest(output_dir: str | Path) -> Path:
     """The most recently written checkpoint under an output folder. Raises ValueError where there is none."""
     found = files.newest(Path(output_dir) / files.SAE_DIR, "*.pt")
     if found is None:
-        raise ValueError(f"no checkpoint in {Path(output_dir) / files.SAE_DIR}; run train.py first, or name one with --SAE_path")
+        raise ValueError(
+            f"no checkpoint in {Path(output_dir) / files.SAE_DIR}; run train.py first, or name one with --SAE_path"
+        )
     return found
 
 
@@ -181,10 +222,18 @@ def _weights(path: Path, device: str) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds other things than tensors, or is damaged; nothing in it was run") from error
+        raise ValueError(
+            f"{path} holds other things than tensors, or is damaged; nothing in it was run"
+        ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no readable checkpoint ({str(error).splitlines()[0][:120] if str(error) else 'damaged'})") from error
-    if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(
+            f"{path} is no readable checkpoint ({str(error).splitlines()[0][:120] if str(error) else 'damaged'})"
+        ) from error
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
         raise ValueError(f"{path} is not a state dict of tensors")
     return weights
 
@@ -198,10 +247,17 @@ def weights_sum(sae: SAE) -> str:
     return found.hexdigest()
 
 
-PUBLISHED_EPS = 1e-6  # of the standardisation in both public RouteSAE repositories; a bare file does not say
+PUBLISHED_EPS = (
+    1e-6  # of the standardisation in both public RouteSAE repositories; a bare file does not say
+)
 TITLES = {  # how swei2001/RouteSAEs names its files, and what the names say; beauefui/RouteSAE-repro begins them with the model's name
-    r"L(?P<layer>\d+)_K(?P<k>\d+)_": "TopK", r"L(?P<layer>\d+)_VL": "Vanilla", r"L(?P<layer>\d+)_GL": "Gated", r"L(?P<layer>\d+)_JL": "JumpReLU",
-    r"(?P<aggre>sum|mean)_(?P<routing>hard|soft)_K(?P<k>\d+)_": "RouteSAE", r"ML_K(?P<k>\d+)_": "MLSAE", r"RDM_K(?P<k>\d+)_": "TopK",
+    r"L(?P<layer>\d+)_K(?P<k>\d+)_": "TopK",
+    r"L(?P<layer>\d+)_VL": "Vanilla",
+    r"L(?P<layer>\d+)_GL": "Gated",
+    r"L(?P<layer>\d+)_JL": "JumpReLU",
+    r"(?P<aggre>sum|mean)_(?P<routing>hard|soft)_K(?P<k>\d+)_": "RouteSAE",
+    r"ML_K(?P<k>\d+)_": "MLSAE",
+    r"RDM_K(?P<k>\d+)_": "TopK",
     r"Cross_CL": "Crosscoder",
 }
 
@@ -210,34 +266,66 @@ def _title(stem: str) -> tuple[list[str], dict[str, Any]]:
     """(models a file's name may mean, likeliest first; what else it says)."""
     for pattern, name in TITLES.items():
         if found := re.match(pattern, stem):
-            return [name], {key: int(value) if value.isdigit() else value for key, value in found.groupdict().items()}
-    return sorted((name for name in [*zoo.ZOO, *zoo.ALIASES] if stem.lower().startswith(name.lower())), key=len, reverse=True), {}
+            return [name], {
+                key: int(value) if value.isdigit() else value
+                for key, value in found.groupdict().items()
+            }
+    return sorted(
+        (name for name in [*zoo.ZOO, *zoo.ALIASES] if stem.lower().startswith(name.lower())),
+        key=len,
+        reverse=True,
+    ), {}
 
 
 def _guess(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe of a bare state dict: sizes from shapes; the model from `given`, the file name, or the one set of keys that fits."""
     prefix = "sae." if any(key.startswith("sae.") for key in weights) else ""
-    encoders = [value for key, value in weights.items() if key.startswith(f"{prefix}encoder.") and key.endswith("weight")]
+    encoders = [
+        value
+        for key, value in weights.items()
+        if key.startswith(f"{prefix}encoder.") and key.endswith("weight")
+    ]
     if not encoders:
-        raise ValueError(f"{path} holds no encoder (keys: {', '.join(list(weights)[:6])}); it is no SAE of this zoo")
+        raise ValueError(
+            f"{path} holds no encoder (keys: {', '.join(list(weights)[:6])}); it is no SAE of this zoo"
+        )
     latent_size, hidden_size = encoders[0].shape
     routed = weights["router.weight"].shape[0] if "router.weight" in weights else len(encoders)
     n_layers = given.get("n_layers") or (2 * (routed - 1) if routed > 1 else 16)
     named, told = _title(path.stem)
     typed = {key: value for key, value in given.items() if value is not None}
-    options = {"latent_size": latent_size, "k": min(64, latent_size), "norm_eps": PUBLISHED_EPS} | told | typed
+    options = (
+        {"latent_size": latent_size, "k": min(64, latent_size), "norm_eps": PUBLISHED_EPS}
+        | told
+        | typed
+    )
     order = [given["model"]] if given.get("model") else [*named, *zoo.ZOO]
     for name in dict.fromkeys(zoo.canonical(name) for name in order):
         candidate = model.build(name, hidden_size, n_layers, options)
         shapes = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
         if shapes == {key: tuple(value.shape) for key, value in weights.items()}:
-            used = {key: value for key, value in candidate.config.items() if key not in ("hidden_size", "latent_size")}
-            print(f"{path.name}: no recipe beside it; taken for {name} with {', '.join(f'{key} {value}' for key, value in used.items())}")
-            return {"model": name, "config": dict(candidate.config) | {"hidden_size": hidden_size, "n_layers": n_layers}, "options": {}}
-    raise ValueError(f"{path} fits no model of the zoo: {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:8])}")
+            used = {
+                key: value
+                for key, value in candidate.config.items()
+                if key not in ("hidden_size", "latent_size")
+            }
+            print(
+                f"{path.name}: no recipe beside it; taken for {name} with {', '.join(f'{key} {value}' for key, value in used.items())}"
+            )
+            return {
+                "model": name,
+                "config": dict(candidate.config)
+                | {"hidden_size": hidden_size, "n_layers": n_layers},
+                "options": {},
+            }
+    raise ValueError(
+        f"{path} fits no model of the zoo: {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:8])}"
+    )
 
 
-def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None = None) -> tuple[SAE, dict[str, Any]]:
+def load(
+    path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None = None
+) -> tuple[SAE, dict[str, Any]]:
     """(SAE in eval mode on device, recipe) of a checkpoint file, a folder of export.py or SAELens, or a hub name (formats.locate).
 
     `given` helps bare files along: model, k, layer, n_layers ... Raises ValueError for a missing, foreign or damaged file, for a repository that
@@ -252,9 +340,16 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
         recipe = read_recipe(path) or _guess(path, weights, given or {})
     values = dict(recipe["config"])
     try:
-        sae = model.build(zoo.canonical(recipe["model"]), values.pop("hidden_size"), values.pop("n_layers", None), values)
+        sae = model.build(
+            zoo.canonical(recipe["model"]),
+            values.pop("hidden_size"),
+            values.pop("n_layers", None),
+            values,
+        )
     except TypeError as error:
-        raise ValueError(f"{path.with_suffix('.json')}: its config makes no {recipe['model']} ({error})") from error
+        raise ValueError(
+            f"{path.with_suffix('.json')}: its config makes no {recipe['model']} ({error})"
+        ) from error
     for key, expected in sae.state_dict().items():
         there = tuple(weights[key].shape) if key in weights else "missing"
         if there != tuple(expected.shape):
@@ -262,10 +357,16 @@ def load(path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None 
             raise ValueError(f"{path}: {key} is {there}, {needs}; weights and recipe do not match")
     extra = sorted(set(weights) - set(sae.state_dict()))
     if extra:
-        raise ValueError(f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}")
+        raise ValueError(
+            f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}"
+        )
     sae.load_state_dict(weights)
     recipe = recipe | {"weights_sum": weights_sum(sae)}
-    title = path.stem if path.is_file() else files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
+    title = (
+        path.stem
+        if path.is_file()
+        else files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
+    )
     return sae.to(device).eval(), recipe | {"title": recipe.get("title", title)}
 
 
@@ -275,12 +376,33 @@ def open_saes(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
         cfg.SAE_path = [str(newest(cfg.output_dir))]
         print(f"taking the newest checkpoint: {cfg.SAE_path[0]}")
     cfg.device = pick_device(getattr(cfg, "device", "cpu"))
-    given = {key: getattr(cfg, key, None) for key in ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer", "norm_eps")}
-    given = {key: value[0] if isinstance(value, list) else value for key, value in given.items() if key in cfg.typed}
+    given = {
+        key: getattr(cfg, key, None)
+        for key in (
+            "k",
+            "layer",
+            "n_layers",
+            "aggre",
+            "routing",
+            "start_layer",
+            "end_layer",
+            "norm_eps",
+        )
+    }
+    given = {
+        key: value[0] if isinstance(value, list) else value
+        for key, value in given.items()
+        if key in cfg.typed
+    }
     opened = [load(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
     if all("format_version" in recipe for _, recipe in opened):
-        for key in sorted(set(given) - {"routing", "norm_eps"}):  # which evaluation and export can change
-            print(f"warning: --{key} does nothing for a trained SAE, whose recipe says it" + ("; --infer_k is what you may want" * (key == "k")))
+        for key in sorted(
+            set(given) - {"routing", "norm_eps"}
+        ):  # which evaluation and export can change
+            print(
+                f"warning: --{key} does nothing for a trained SAE, whose recipe says it"
+                + ("; --infer_k is what you may want" * (key == "k"))
+            )
     return opened
 
 
@@ -289,12 +411,21 @@ def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
     opened = open_saes(cfg)
     models = {recipe.get("model_path") for _, recipe in opened} - {None}
     if len(models) > 1 and not cfg.model_path:
-        raise ValueError(f"the checkpoints belong to different language models ({', '.join(sorted(models))}); take them apart")
+        raise ValueError(
+            f"the checkpoints belong to different language models ({', '.join(sorted(models))}); take them apart"
+        )
     for _, recipe in opened:
         known, named = recipe.get("model_path"), recipe.get("model_name")
         if named and not known and not cfg.model_path:
-            raise ValueError(f"{recipe['title']} was trained on {named}, which its recipe gives no place of; name it with --model_path")
-        if known and cfg.model_path and "model_path" in cfg.typed and Path(known).resolve() != Path(cfg.model_path).resolve():
+            raise ValueError(
+                f"{recipe['title']} was trained on {named}, which its recipe gives no place of; name it with --model_path"
+            )
+        if (
+            known
+            and cfg.model_path
+            and "model_path" in cfg.typed
+            and Path(known).resolve() != Path(cfg.model_path).resolve()
+        ):
             print(f"warning: {recipe['title']} was trained on {known}, not on {cfg.model_path}")
     config.fill_from_recipe(cfg, opened[0][1])
     return opened

@@ -30,7 +30,9 @@ class Events(NamedTuple):
     around: Tensor  # float16 [E,W]: strength at each token of the window
 
     def take(self, index: Tensor) -> Events:
-        return Events(*(part.index_select(0, index) for part in self))  # on a CPU faster than part[index]
+        return Events(
+            *(part.index_select(0, index) for part in self)
+        )  # on a CPU faster than part[index]
 
 
 def rank_in_group(group: Tensor) -> Tensor:
@@ -41,7 +43,9 @@ def rank_in_group(group: Tensor) -> Tensor:
     return at - torch.where(starts, at, 0).cummax(0).values if len(group) else at
 
 
-def best(latent: Tensor, group: Tensor, score: Tensor, per_group: int | None, per_latent: int) -> Tensor:
+def best(
+    latent: Tensor, group: Tensor, score: Tensor, per_group: int | None, per_latent: int
+) -> Tensor:
     """Indices of the per_latent best events of every latent of which at most per_group share a group; by latent, best first.
 
     Equal scores keep their order. Applied to kept events and new ones again and again it keeps what one call over all would.
@@ -71,14 +75,23 @@ class Table:
 
     def candidates(self, latent: Tensor, group: Tensor, score: Tensor) -> Tensor:
         """Which of new events may be kept: those above the last one of a latent that has its full number; the best of them where they are many."""
-        index = torch.arange(len(latent), device=latent.device) if self.floor is None else (score > self.floor[latent]).nonzero()[:, 0]
+        index = (
+            torch.arange(len(latent), device=latent.device)
+            if self.floor is None
+            else (score > self.floor[latent]).nonzero()[:, 0]
+        )
         if len(index) > self.n_latents * self.per_latent // 4:
-            index = index[best(latent[index], group[index], score[index], self.per_group, self.per_latent)]
+            index = index[
+                best(latent[index], group[index], score[index], self.per_group, self.per_latent)
+            ]
         return index
 
     def add(self, new: Events) -> None:
         self._waiting.append(new)
-        if sum(len(events.latent) for events in self._waiting) >= self.n_latents * self.per_latent // 2:
+        if (
+            sum(len(events.latent) for events in self._waiting)
+            >= self.n_latents * self.per_latent // 2
+        ):
             self._merge()
 
     @property
@@ -92,7 +105,11 @@ class Table:
         if others:
             parts = [*([self.kept] if self.kept is not None else []), *others]
             merged = Events(*(torch.cat(part) for part in zip(*parts, strict=True)))
-            for key in ("site", "position", "row"):  # as they stand in the text, since the first of equal scores is kept
+            for key in (
+                "site",
+                "position",
+                "row",
+            ):  # as they stand in the text, since the first of equal scores is kept
                 merged = merged.take(getattr(merged, key).argsort(stable=True))
             self._kept, self._waiting = None, [merged]
             self._merge()
@@ -103,10 +120,14 @@ class Table:
         parts = [*([self._kept] if self._kept is not None else []), *self._waiting]
         merged = Events(*(torch.cat(part) for part in zip(*parts, strict=True)))
         self._waiting = []
-        self._kept = kept = merged.take(best(merged.latent, merged.group, merged.score, self.per_group, self.per_latent))
+        self._kept = kept = merged.take(
+            best(merged.latent, merged.group, merged.score, self.per_group, self.per_latent)
+        )
         last = torch.bincount(kept.latent, minlength=self.n_latents).cumsum(0) - 1
         full = torch.diff(last, prepend=last.new_tensor([-1])) >= self.per_latent
-        self.floor = torch.full((self.n_latents,), -float("inf"), dtype=kept.score.dtype, device=kept.score.device)
+        self.floor = torch.full(
+            (self.n_latents,), -float("inf"), dtype=kept.score.dtype, device=kept.score.device
+        )
         self.floor[full] = kept.score[last[full]]
 
 
@@ -119,7 +140,9 @@ class TokenText:
         self.prefix = decode([anchor])
         self.text = [self._alone([i]) for i in range(vocabulary)]
         names: dict[str, int] = {}
-        self.group = torch.tensor([names.setdefault(self.name_of(i), len(names)) for i in range(vocabulary)])
+        self.group = torch.tensor(
+            [names.setdefault(self.name_of(i), len(names)) for i in range(vocabulary)]
+        )
         self.names = list(names)
 
     def _alone(self, ids: list[int]) -> str:
@@ -128,7 +151,11 @@ class TokenText:
 
     def name_of(self, token: int) -> str:
         text = self.text[token]
-        return text.strip().lower() or text or f"<{token}>" if "\ufffd" not in text else f"<bytes {token}>"
+        return (
+            text.strip().lower() or text or f"<{token}>"
+            if "\ufffd" not in text
+            else f"<bytes {token}>"
+        )
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Texts of consecutive tokens; a character spread over several tokens stands whole at its first one, '' at the others."""
@@ -170,4 +197,7 @@ def neutral(text: str) -> str:
 def marked(pieces: Sequence[str], at: int | Sequence[int]) -> str:
     """The whole window with the given tokens marked."""
     chosen = {at} if isinstance(at, int) else set(at)
-    return "".join(f"{OPEN}{neutral(piece)}{CLOSE}" if i in chosen else neutral(piece) for i, piece in enumerate(pieces))
+    return "".join(
+        f"{OPEN}{neutral(piece)}{CLOSE}" if i in chosen else neutral(piece)
+        for i, piece in enumerate(pieces)
+    )

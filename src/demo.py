@@ -50,13 +50,19 @@ def _docstrings(path: str) -> list[str]:
     """Docstrings of a source file in order, and long string tables of the pydoc kind."""
     try:
         tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError, RecursionError):  # test data of the standard library is broken on purpose
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+    ):  # test data of the standard library is broken on purpose
         return []
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 400:
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 400
+        ):
             text = node.value if " " in node.value else None
         else:
             text = None
@@ -69,7 +75,11 @@ def source_files() -> list[tuple[str, Path]]:
     """(package, file) of everything the corpus is read from, sorted."""
     paths = sysconfig.get_paths()
     stdlib = Path(paths["stdlib"])
-    files = [("python", f) for f in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(f.parts)]
+    files = [
+        ("python", f)
+        for f in stdlib.rglob("*.py")
+        if not {"site-packages", "dist-packages"} & set(f.parts)
+    ]
     for package in PACKAGES:
         files += [(package, f) for f in (Path(paths["purelib"]) / package).rglob("*.py")]
     return sorted((name, f) for name, f in files if "_pytest" not in f.parts)
@@ -90,13 +100,17 @@ def build_corpus() -> Path:
     characters: dict[str, int] = {}
     with ProcessPoolExecutor(2) as pool:
         strings = pool.map(_docstrings, [str(f) for _, f in files], chunksize=64)
-        for (package, file), texts in tqdm(zip(files, strings, strict=True), "demo text", len(files), unit=" files", mininterval=1):
+        for (package, file), texts in tqdm(
+            zip(files, strings, strict=True), "demo text", len(files), unit=" files", mininterval=1
+        ):
             kept = []
             for text in texts:
                 paragraphs = []
                 for paragraph in re.split(r"\n\s*\n", text):
                     normal = re.sub(r"\W+", " ", paragraph).lower().strip()
-                    digest = hashlib.blake2b(normal.encode("utf-8", "replace"), digest_size=8).digest()
+                    digest = hashlib.blake2b(
+                        normal.encode("utf-8", "replace"), digest_size=8
+                    ).digest()
                     if normal and digest not in seen:
                         seen.add(digest)
                         paragraphs.append(paragraph)
@@ -105,23 +119,38 @@ def build_corpus() -> Path:
             if len(document) < 200:
                 continue
             characters[package] = characters.get(package, 0) + len(document)
-            line = json.dumps({"text": document, "source": f"{package}/{file.stem}"}, ensure_ascii=False)
+            line = json.dumps(
+                {"text": document, "source": f"{package}/{file.stem}"}, ensure_ascii=False
+            )
             splits[next(name for name in splits if in_split(document, name))].append(line)
     for name, lines in splits.items():
         save_text("\n".join(lines) + "\n", folder / f"{name}.jsonl")
-    save_json({"characters": characters, "documents": {name: len(lines) for name, lines in splits.items()}, "split": SPLITS}, folder / "about.json")
+    save_json(
+        {
+            "characters": characters,
+            "documents": {name: len(lines) for name, lines in splits.items()},
+            "split": SPLITS,
+        },
+        folder / "about.json",
+    )
     return folder
 
 
 def stand_in(cfg: Any) -> None:
     """Fills in the demo LM and text where neither a flag, nor the environment, nor a download names others; says so."""
-    missing = [name for name in ("model_path", "data_path") if hasattr(cfg, name) and not getattr(cfg, name)]
+    missing = [
+        name
+        for name in ("model_path", "data_path")
+        if hasattr(cfg, name) and not getattr(cfg, name)
+    ]
     if not missing:
         return
     said = []
     if "model_path" in missing:
         cfg.model_path = str(DEMO_LM)
-        said.append("language model: the built-in demo LM (set MODEL_PATH or --model_path for another)")
+        said.append(
+            "language model: the built-in demo LM (set MODEL_PATH or --model_path for another)"
+        )
     if "data_path" in missing:
         cfg.data_path = str(distributed.main_first(build_corpus))
         said.append("text: the built-in demo text (set DATA_PATH or --data_path)")
@@ -141,11 +170,22 @@ def train_tokenizer(folder: Path, out: Path) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet
+        ),
+    )
     bos = SPECIAL[0]
-    bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, bpe.token_to_id(bos))])
+    bpe.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", None, [(bos, bpe.token_to_id(bos))]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=bos, eos_token=SPECIAL[1], pad_token=SPECIAL[2], model_max_length=512
+        tokenizer_object=bpe,
+        bos_token=bos,
+        eos_token=SPECIAL[1],
+        pad_token=SPECIAL[2],
+        model_max_length=512,
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(out)
@@ -158,12 +198,23 @@ def new_model(tokenizer: Any) -> nn.Module:
 
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=16, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    for block in model.model.layers:  # residual branches start at zero: 16 blocks train from the first step
+    for (
+        block
+    ) in model.model.layers:  # residual branches start at zero: 16 blocks train from the first step
         nn.init.zeros_(block.self_attn.o_proj.weight)
         nn.init.zeros_(block.mlp.down_proj.weight)
     return model
@@ -176,8 +227,15 @@ def score(model: nn.Module, tokenizer: Any, folder: Path, rows: int = 400) -> di
     for batch in tqdm(data.batches(16), "scoring", math.ceil(len(data) / 16), mininterval=1):
         loss, n = mean_loss(model, batch.input_ids, batch.mask)
         total, count = total + float(loss) * int(n), count + int(n)
-        text_bytes += sum(len(tokenizer.decode(ids[m].tolist()).encode()) for ids, m in zip(batch.input_ids, batch.mask, strict=True))
-    return {"perplexity": math.exp(total / count), "bits_per_byte": total / math.log(2) / text_bytes, "tokens": count}
+        text_bytes += sum(
+            len(tokenizer.decode(ids[m].tolist()).encode())
+            for ids, m in zip(batch.input_ids, batch.mask, strict=True)
+        )
+    return {
+        "perplexity": math.exp(total / count),
+        "bits_per_byte": total / math.log(2) / text_bytes,
+        "tokens": count,
+    }
 
 
 def train_lm(tokens: int, out: Path) -> None:
@@ -190,7 +248,9 @@ def train_lm(tokens: int, out: Path) -> None:
     model = new_model(tokenizer)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original")
+    muon = torch.optim.Muon(
+        matrices, lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original"
+    )
     adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
     peaks = [(muon, 0.02), (adam, 4e-3)]
     batch_size = 16
@@ -220,7 +280,9 @@ def train_lm(tokens: int, out: Path) -> None:
                 group["lr"] = peak * rate
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch.input_ids, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch.input_ids[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), batch.input_ids[:, 1:].flatten()
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, _ in peaks:
@@ -241,7 +303,10 @@ def train_lm(tokens: int, out: Path) -> None:
     model = model.to(torch.bfloat16).eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    figures = score(model, tokenizer, folder) | {"trained_tokens": steps * batch_size * CONTEXT, "seconds": round(seconds)}
+    figures = score(model, tokenizer, folder) | {
+        "trained_tokens": steps * batch_size * CONTEXT,
+        "seconds": round(seconds),
+    }
     save_json(figures, out / "score.json")
     print(figures)
 
@@ -250,10 +315,21 @@ def main() -> None:
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens to train on (default: 20 million, about an hour on 2 cores)")
-    parser.add_argument("--out", type=Path, default=DEMO_LM, help="where the model goes (default: assets/demo_lm)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=20_000_000,
+        help="tokens to train on (default: 20 million, about an hour on 2 cores)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=DEMO_LM, help="where the model goes (default: assets/demo_lm)"
+    )
     parser.add_argument("--corpus", action="store_true", help="only make the text")
-    parser.add_argument("--score", action="store_true", help="only print the held-out perplexity of the model at --out")
+    parser.add_argument(
+        "--score",
+        action="store_true",
+        help="only print the held-out perplexity of the model at --out",
+    )
     args = parser.parse_args()
     if args.corpus:
         print(build_corpus())

@@ -20,7 +20,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 PREPARING = timedelta(hours=3)  # what the others wait while one process tokenises or saves
-STEPPING = timedelta(seconds=45)  # what one process may be behind another within a step: a machine that is gone says nothing
+STEPPING = timedelta(
+    seconds=45
+)  # what one process may be behind another within a step: a machine that is gone says nothing
 BUCKET = 2**22  # numbers; smaller tensors travel together, larger ones alone and where they are
 _job: dict[str, Any] = {}  # store, steps (a process group)
 
@@ -53,15 +55,23 @@ def start(device: str) -> str:
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
         if device not in ("auto", "cuda"):
-            raise ValueError(f"--device {device} with several processes: each takes the GPU of its number; leave it out, or give --device cpu")
+            raise ValueError(
+                f"--device {device} with several processes: each takes the GPU of its number; leave it out, or give --device cpu"
+            )
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} here); lower --nproc_per_node")
+            raise ValueError(
+                f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} here); lower --nproc_per_node"
+            )
         torch.cuda.set_device(local)
     with _reported():
         store, number, size = next(dist.rendezvous("env://", timeout=PREPARING))
-        dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=PREPARING)
+        dist.init_process_group(
+            "gloo", store=store, rank=number, world_size=size, timeout=PREPARING
+        )
         _job["store"] = store
-        _job["steps"] = dist.new_group(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEPPING)
+        _job["steps"] = dist.new_group(
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEPPING
+        )
     if not main():
         sys.stdout = open(os.devnull, "w")
     return f"cuda:{local}" if cuda else "cpu"
@@ -99,10 +109,14 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what the backends raise, whatever has happened
-        reason = re.sub(r"\[\S*/\S*\] *", "", (str(error).splitlines() or [type(error).__name__])[0])
+        reason = re.sub(
+            r"\[\S*/\S*\] *", "", (str(error).splitlines() or [type(error).__name__])[0]
+        )
         reason = reason.split(". ")[0]  # without source file, advice and joke
         here = f"process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
-        raise Lost(f"{here} lost another one ({reason}); run the same command again: a training continues at its last saved state") from error
+        raise Lost(
+            f"{here} lost another one ({reason}); run the same command again: a training continues at its last saved state"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ within a step
@@ -165,7 +179,11 @@ def concat(x: Tensor) -> Tensor:
 
 def highest(*numbers: int) -> list[int]:
     """The highest over processes of each number: how they agree to stop, or to take more slices."""
-    return list(numbers) if world() == 1 else _reduced(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
+    return (
+        list(numbers)
+        if world() == 1
+        else _reduced(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
+    )
 
 
 def share(n: int) -> slice:
@@ -213,7 +231,11 @@ def to_main(thing: T, device: str) -> list[T]:
         return [thing]
 
     def place(storage: Any, there: str) -> Any:
-        return storage if there == "cpu" else torch.serialization.default_restore_location(storage, device)
+        return (
+            storage
+            if there == "cpu"
+            else torch.serialization.default_restore_location(storage, device)
+        )
 
     return [torch.load(io.BytesIO(one), map_location=place, weights_only=False) for one in found]
 

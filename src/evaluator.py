@@ -24,7 +24,11 @@ class Subject:
 
     def __init__(self, path: str, sae: SAE, recipe: dict[str, Any]) -> None:
         self.path, self.sae, self.recipe, self.title = path, sae, recipe, recipe["title"]
-        self.reconstruction, self.activity, self.routing = metrics.Reconstruction(), metrics.Activity(), metrics.Routing()
+        self.reconstruction, self.activity, self.routing = (
+            metrics.Reconstruction(),
+            metrics.Activity(),
+            metrics.Routing(),
+        )
         self.kl: dict[str, metrics.Mean] = {}
         self.ce: dict[str, metrics.Mean] = {}
 
@@ -33,14 +37,26 @@ class Subject:
 
     def measured(self) -> dict[str, metrics.Measure]:
         """All of it by name, apart from the SAE."""
-        tables = {f"{kind} {name}": mean for kind in ("kl", "ce") for name, mean in getattr(self, kind).items()}
-        return tables | {"reconstruction": self.reconstruction, "activity": self.activity, "routing": self.routing}
+        tables = {
+            f"{kind} {name}": mean
+            for kind in ("kl", "ce")
+            for name, mean in getattr(self, kind).items()
+        }
+        return tables | {
+            "reconstruction": self.reconstruction,
+            "activity": self.activity,
+            "routing": self.routing,
+        }
 
     def merge(self, measured: dict[str, metrics.Measure]) -> None:
         """Adds what another process has measured."""
         for key, theirs in measured.items():
             kind, _, name = key.partition(" ")
-            (getattr(self, kind).setdefault(name, metrics.Mean()) if name else getattr(self, kind)).merge(theirs)
+            (
+                getattr(self, kind).setdefault(name, metrics.Mean())
+                if name
+                else getattr(self, kind)
+            ).merge(theirs)
 
 
 class Head:
@@ -50,9 +66,15 @@ class Head:
 
     def __init__(self, model: torch.nn.Module, clean: Tensor, batch: Batch) -> None:
         self.at = torch.zeros_like(batch.mask)
-        self.at[:, :-1] = batch.mask[:, 1:]  # predictions of counted tokens, from the position before
+        self.at[:, :-1] = batch.mask[
+            :, 1:
+        ]  # predictions of counted tokens, from the position before
         self.at &= batch.mask  # made where the residual may be replaced
-        self.model, self.clean, self.targets = model, clean[self.at], batch.input_ids.roll(-1, 1)[self.at]
+        self.model, self.clean, self.targets = (
+            model,
+            clean[self.at],
+            batch.input_ids.roll(-1, 1)[self.at],
+        )
         self.waiting: list[tuple[list[tuple[Subject, str]], Tensor]] = []
 
     def add(self, takers: list[tuple[Subject, str]], states: Tensor) -> None:
@@ -64,7 +86,9 @@ class Head:
     def measure(self) -> None:
         for start in range(0, len(self.targets), lm.HEAD_CHUNK):
             here = slice(start, start + lm.HEAD_CHUNK)
-            clean = metrics.Prediction(lm.logits_of(self.model, self.clean[here]), self.targets[here])
+            clean = metrics.Prediction(
+                lm.logits_of(self.model, self.clean[here]), self.targets[here]
+            )
             for takers, states in self.waiting:
                 kl, ce = clean.compare(lm.logits_of(self.model, states[here]))
                 for subject, label in takers:
@@ -84,14 +108,21 @@ class Evaluator:
         self.cfg = cfg
         if "all" in cfg.metric:
             cfg.metric = [name for name in config.METRICS if name != "all"]
-        self.subjects = [Subject(path, *opened) for opened, path in zip(checkpoint.open_all(cfg), dict.fromkeys(cfg.SAE_path), strict=True)]
+        self.subjects = [
+            Subject(path, *opened)
+            for opened, path in zip(
+                checkpoint.open_all(cfg), dict.fromkeys(cfg.SAE_path), strict=True
+            )
+        ]
         for subject in self.subjects:
             self._vary(subject)
         titles = [subject.title for subject in self.subjects]
         twice = next((title for title in titles if titles.count(title) > 1), None)
         if twice:  # results are named by title: one would overwrite the other
             same = ", ".join(subject.path for subject in self.subjects if subject.title == twice)
-            raise ValueError(f"several checkpoints are called {twice} ({same}); evaluate them apart, with their own --output_dir")
+            raise ValueError(
+                f"several checkpoints are called {twice} ({same}); evaluate them apart, with their own --output_dir"
+            )
         demo.stand_in(cfg)
         config.complete(cfg)
         if cfg.split == "train":
@@ -111,25 +142,38 @@ class Evaluator:
     @torch.no_grad()
     def run(self) -> float | dict[str, dict[str, Any]]:
         cfg = self.cfg
-        tokenizer, model = hooks.open_language_model(cfg, [subject.sae for subject in self.subjects])
+        tokenizer, model = hooks.open_language_model(
+            cfg, [subject.sae for subject in self.subjects]
+        )
         lm.check_length(model, cfg.max_length)
         rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
         sites = sorted({site for subject in self.subjects for site in subject.sae.sites()})
         patching = bool(OF_THE_MODEL & set(cfg.metric))
         batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
-        lm.compile_if_it_pays(cfg, model, cfg.batch_size, batches * (1 + patching * len(self.subjects)))
+        lm.compile_if_it_pays(
+            cfg, model, cfg.batch_size, batches * (1 + patching * len(self.subjects))
+        )
         checked, tokens = False, 0
         ablations: dict[str, dict[int, Tensor]] = {}  # what takes the place of a site's states
         if "Recovered" in cfg.metric:
             means = self._site_means(model, rows, sites)
-            ablations = {"zero": {site: torch.zeros_like(mean) for site, mean in means.items()}, "mean": means}
-        mine = rows.batches(cfg.batch_size, start=distributed.rank(), every=distributed.world())  # whole batches: each is coded as it would be alone
+            ablations = {
+                "zero": {site: torch.zeros_like(mean) for site, mean in means.items()},
+                "mean": means,
+            }
+        mine = rows.batches(
+            cfg.batch_size, start=distributed.rank(), every=distributed.world()
+        )  # whole batches: each is coded as it would be alone
         for batch in tqdm(mine, "evaluating", batches, unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue
             checked = checked or (patching and hooks.self_check(model, batch, sites))
-            full, final = lm.read_through(model, batch.input_ids, sites) if patching else (lm.read_sites(model, batch.input_ids, sites), None)
+            full, final = (
+                lm.read_through(model, batch.input_ids, sites)
+                if patching
+                else (lm.read_sites(model, batch.input_ids, sites), None)
+            )
             hidden = {site: state[batch.mask].float() for site, state in full.items()}
             tokens += int(batch.mask.sum())
             head = None if final is None else Head(model, final, batch)
@@ -137,35 +181,70 @@ class Evaluator:
             for subject in self.subjects:
                 p = self._measure_code(subject, hidden, batch)
                 if head is not None:
-                    self._measure_patched(subject, p, model, batch, full, hidden, ablations, head, whole)
+                    self._measure_patched(
+                        subject, p, model, batch, full, hidden, ablations, head, whole
+                    )
             for (kind, site), takers in whole.items():
-                head.add(takers, hooks.patched_states(model, batch, self._ablated([site], {}, ablations[kind]), full))
+                head.add(
+                    takers,
+                    hooks.patched_states(
+                        model, batch, self._ablated([site], {}, ablations[kind]), full
+                    ),
+                )
             if head is not None:
                 head.measure()
-        measured = distributed.to_main((tokens, checked, [subject.measured() for subject in self.subjects]), cfg.device)
+        measured = distributed.to_main(
+            (tokens, checked, [subject.measured() for subject in self.subjects]), cfg.device
+        )
         return distributed.from_main(lambda: self._conclude(measured, rows, patching))
 
-    def _conclude(self, parts: list[tuple[int, bool, list[dict[str, metrics.Measure]]]], rows: Rows, patching: bool) -> float | dict[str, Any]:
+    def _conclude(
+        self,
+        parts: list[tuple[int, bool, list[dict[str, metrics.Measure]]]],
+        rows: Rows,
+        patching: bool,
+    ) -> float | dict[str, Any]:
         """Files, table and value of run() from what each process has measured."""
-        cfg, tokens, checked = self.cfg, sum(part[0] for part in parts), any(part[1] for part in parts)
+        cfg, tokens, checked = (
+            self.cfg,
+            sum(part[0] for part in parts),
+            any(part[1] for part in parts),
+        )
         for _, _, measured in parts[1:]:
             for subject, theirs in zip(self.subjects, measured, strict=True):
                 subject.merge(theirs)
-        if not tokens or (patching and not all(subject.kl and all(mean.count for mean in subject.kl.values()) for subject in self.subjects)):
+        if not tokens or (
+            patching
+            and not all(
+                subject.kl and all(mean.count for mean in subject.kl.values())
+                for subject in self.subjects
+            )
+        ):
             what = "prediction between counted tokens" if tokens else "counted token"
-            raise ValueError(f"no {what} in the evaluation rows (--max_length {cfg.max_length}); use longer rows or more text")
+            raise ValueError(
+                f"no {what} in the evaluation rows (--max_length {cfg.max_length}); use longer rows or more text"
+            )
         if patching and not checked:
-            raise ValueError("no evaluation row has a counted token to check the hooks with; use longer rows")
-        results = {subject.title: self._result(subject, tokens, len(rows), rows.fingerprint) for subject in self.subjects}
+            raise ValueError(
+                "no evaluation row has a counted token to check the hooks with; use longer rows"
+            )
+        results = {
+            subject.title: self._result(subject, tokens, len(rows), rows.fingerprint)
+            for subject in self.subjects
+        }
         self._show(results)
         if len(results) == 1 and len(cfg.metric) == 1:
             (result,) = results.values()
-            value = result.get(cfg.metric[0], result.get(f"{cfg.metric[0]}_mean"))  # Recovered: against mean ablation
+            value = result.get(
+                cfg.metric[0], result.get(f"{cfg.metric[0]}_mean")
+            )  # Recovered: against mean ablation
             if isinstance(value, float):
                 return value
         return results
 
-    def _site_means(self, model: torch.nn.Module, rows: Rows, sites: list[int]) -> dict[int, Tensor]:
+    def _site_means(
+        self, model: torch.nn.Module, rows: Rows, sites: list[int]
+    ) -> dict[int, Tensor]:
         """Mean raw residual per site over the first rows: what mean ablation puts in place."""
         sums, count = {site: 0.0 for site in sites}, 0
         for batch in rows.batches(self.cfg.batch_size):
@@ -182,29 +261,66 @@ class Evaluator:
         subject.reconstruction.update(p.target, p.x_hat)
         subject.activity.update(p.code)
         if p.weights is not None and "Routing" in self.cfg.metric:
-            errors = subject.sae.site_errors(x, None, self.cfg.infer_k, self.cfg.theta)  # codes the states of all sites
-            subject.routing.update(p.weights, errors, metrics.squared_errors(p.target, p.x_hat), batch.input_ids[batch.mask])
+            errors = subject.sae.site_errors(
+                x, None, self.cfg.infer_k, self.cfg.theta
+            )  # codes the states of all sites
+            subject.routing.update(
+                p.weights,
+                errors,
+                metrics.squared_errors(p.target, p.x_hat),
+                batch.input_ids[batch.mask],
+            )
         return p
 
-    def _measure_patched(self, subject: Subject, p: Pass, model, batch: Batch, full, hidden, ablations, head: Head, whole) -> None:
+    def _measure_patched(
+        self,
+        subject: Subject,
+        p: Pass,
+        model,
+        batch: Batch,
+        full,
+        hidden,
+        ablations,
+        head: Head,
+        whole,
+    ) -> None:
         """Adds to `whole` which ablations it needs of all tokens at one site: these are the same for every SAE there, and are run once."""
         cfg = self.cfg
-        for number, grafts in enumerate(subject.sae.grafts(hidden, infer_k=cfg.infer_k, theta=cfg.theta, token=batch.token_keys(), clean=p)):
+        for number, grafts in enumerate(
+            subject.sae.grafts(
+                hidden, infer_k=cfg.infer_k, theta=cfg.theta, token=batch.token_keys(), clean=p
+            )
+        ):
             runs = {f"run_{number}": grafts}
             if len(grafts) == 1:
                 for kind in ablations:
                     whole.setdefault((kind, *grafts), []).append((subject, f"run_{number}/{kind}"))
             elif ablations:
-                kept = {site: (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True) for site, graft in grafts.items()}
-                runs |= {f"run_{number}/{kind}": self._ablated(grafts, kept, put) for kind, put in ablations.items()}
+                kept = {
+                    site: (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True)
+                    for site, graft in grafts.items()
+                }
+                runs |= {
+                    f"run_{number}/{kind}": self._ablated(grafts, kept, put)
+                    for kind, put in ablations.items()
+                }
             for label, run in runs.items():
                 head.add([(subject, label)], hooks.patched_states(model, batch, run, full))
 
-    def _ablated(self, sites: Iterable[int], kept: dict[int, Tensor], put: dict[int, Tensor]) -> dict[int, Graft]:
+    def _ablated(
+        self, sites: Iterable[int], kept: dict[int, Tensor], put: dict[int, Tensor]
+    ) -> dict[int, Graft]:
         """The same tokens at the same sites, replaced by put[site]; kept[site] [N,1] says which tokens stay as they are."""
-        return {site: lambda h, s=site: torch.where(kept[s], h, put[s]) if s in kept else put[s].expand_as(h) for site in sites}
+        return {
+            site: lambda h, s=site: (
+                torch.where(kept[s], h, put[s]) if s in kept else put[s].expand_as(h)
+            )
+            for site in sites
+        }
 
-    def _result(self, subject: Subject, tokens: int, n_rows: int, fingerprint: str) -> dict[str, Any]:
+    def _result(
+        self, subject: Subject, tokens: int, n_rows: int, fingerprint: str
+    ) -> dict[str, Any]:
         cfg, sae = self.cfg, subject.sae
         found: dict[str, Any] = subject.reconstruction.compute() | subject.activity.compute()
         if subject.routing.chosen.count:
@@ -214,39 +330,84 @@ class Evaluator:
             kl = [subject.kl[run].compute() for run in runs]
             count = subject.kl[runs[0]].count
             found |= {"KLDiv": sum(kl) / len(kl), "KLDiv_seq": sum(kl) / len(kl) * count / n_rows}
-            delta = [subject.ce[run].compute() - subject.ce[f"{run}/clean"].compute() for run in runs]
-            found |= {"DeltaCE": sum(delta) / len(delta), "CE_clean": subject.ce[f"{runs[0]}/clean"].compute()}
+            delta = [
+                subject.ce[run].compute() - subject.ce[f"{run}/clean"].compute() for run in runs
+            ]
+            found |= {
+                "DeltaCE": sum(delta) / len(delta),
+                "CE_clean": subject.ce[f"{runs[0]}/clean"].compute(),
+            }
             if len(runs) > 1:
                 found |= {"KLDiv_per_site": kl, "DeltaCE_per_site": delta}
             for kind in ("zero", "mean"):
                 if f"{runs[0]}/{kind}" in subject.ce:
-                    worse = [subject.ce[f"{run}/{kind}"].compute() - subject.ce[f"{run}/clean"].compute() for run in runs]
+                    worse = [
+                        subject.ce[f"{run}/{kind}"].compute() - subject.ce[f"{run}/clean"].compute()
+                        for run in runs
+                    ]
                     found[f"Recovered_{kind}"] = 1 - sum(delta) / sum(worse)
-                    found[f"KLDiv_{kind}_ablation"] = sum(subject.kl[f"{run}/{kind}"].compute() for run in runs) / len(runs)
+                    found[f"KLDiv_{kind}_ablation"] = sum(
+                        subject.kl[f"{run}/{kind}"].compute() for run in runs
+                    ) / len(runs)
         if hasattr(sae, "decoder_norms"):
             norms = sae.decoder_norms()
             found["decoder_norms_per_site"] = norms.mean(1).tolist()
-            found["decoder_norms_per_latent"] = [[round(float(norm), 4) for norm in latent] for latent in norms.T.tolist()]  # [F][L]
+            found["decoder_norms_per_latent"] = [
+                [round(float(norm), 4) for norm in latent] for latent in norms.T.tolist()
+            ]  # [F][L]
         target = getattr(sae, "k", None)
         header = {
-            "title": subject.title, "model": sae.name, "sites": sae.sites(), "tokens": tokens, "rows": n_rows, "split": cfg.split, "k": target,
-            "data_path": str(cfg.data_path), "data_fingerprint": fingerprint, "model_path": str(cfg.model_path), "infer_k": cfg.infer_k,
-            "theta": cfg.theta, "weights_sum": subject.recipe["weights_sum"], "trained_tokens": subject.recipe.get("tokens"),
+            "title": subject.title,
+            "model": sae.name,
+            "sites": sae.sites(),
+            "tokens": tokens,
+            "rows": n_rows,
+            "split": cfg.split,
+            "k": target,
+            "data_path": str(cfg.data_path),
+            "data_fingerprint": fingerprint,
+            "model_path": str(cfg.model_path),
+            "infer_k": cfg.infer_k,
+            "theta": cfg.theta,
+            "weights_sum": subject.recipe["weights_sum"],
+            "trained_tokens": subject.recipe.get("tokens"),
             "step_tokens_per_s": subject.recipe.get("final", {}).get("step_tokens_per_s"),
         }
         units = {name: unit for name, unit in metrics.UNITS.items() if name in found}
         result = header | found | {"units": units}
-        files.save_json(result | checkpoint.environment(), Path(cfg.output_dir) / files.EVAL_DIR / f"{files.safe_name(subject.title)}.json")
+        files.save_json(
+            result | checkpoint.environment(),
+            Path(cfg.output_dir) / files.EVAL_DIR / f"{files.safe_name(subject.title)}.json",
+        )
         return result
 
     def _show(self, results: dict[str, dict[str, Any]]) -> None:
-        columns = [name for name in metrics.UNITS if any(name in result for result in results.values())]
+        columns = [
+            name for name in metrics.UNITS if any(name in result for result in results.values())
+        ]
         wide = max(len(title) for title in results) + 2
         print(" " * wide + "".join(f"{name:>16}" for name in columns))
         for title, result in results.items():
-            print(f"{title:<{wide}}" + "".join(f"{result[name]:>16.4f}" if isinstance(result.get(name), float) else f"{'-':>16}" for name in columns))
-        for title, routing in ((title, result["Routing"]) for title, result in results.items() if "Routing" in result):
-            share = ", ".join(f"{site}: {share:.2f}" for site, share in zip(routing["sites"], routing["share"], strict=True))
-            print(f"{title}: share of tokens at each site {share}; entropy (1: even) of the shares {routing['share_entropy']:.2f}, "
-                  f"of a token's p {routing['p_entropy']:.2f}; agreement with the best site {routing['agrees_with_best_site_unscaled']:.2f}")
-        print("NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, above 0.8 failed. KLDiv: nats per real token.")
+            print(
+                f"{title:<{wide}}"
+                + "".join(
+                    f"{result[name]:>16.4f}"
+                    if isinstance(result.get(name), float)
+                    else f"{'-':>16}"
+                    for name in columns
+                )
+            )
+        for title, routing in (
+            (title, result["Routing"]) for title, result in results.items() if "Routing" in result
+        ):
+            share = ", ".join(
+                f"{site}: {share:.2f}"
+                for site, share in zip(routing["sites"], routing["share"], strict=True)
+            )
+            print(
+                f"{title}: share of tokens at each site {share}; entropy (1: even) of the shares {routing['share_entropy']:.2f}, "
+                f"of a token's p {routing['p_entropy']:.2f}; agreement with the best site {routing['agrees_with_best_site_unscaled']:.2f}"
+            )
+        print(
+            "NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, above 0.8 failed. KLDiv: nats per real token."
+        )

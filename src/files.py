@@ -24,9 +24,21 @@ from typing import Any, BinaryIO
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_LM = ROOT / "assets" / "demo_lm"
 
-SECRETS = ("OPENAI_API_KEY", "AZURE_OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
+SECRETS = (
+    "OPENAI_API_KEY",
+    "AZURE_OPENAI_API_KEY",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "WANDB_API_KEY",
+)  # environment variables
 SAE_DIR, EVAL_DIR, CONTEXT_DIR, INTERPRET_DIR, RUN_DIR, CLAMP_DIR, EXPORT_DIR = (
-    "SAE_models", "eval", "contexts", "interpret", "runs", "clamp", "export"
+    "SAE_models",
+    "eval",
+    "contexts",
+    "interpret",
+    "runs",
+    "clamp",
+    "export",
 )
 
 
@@ -50,8 +62,14 @@ def safe_name(name: str) -> str:
     if not cleaned or re.search(r"[/\\\x00-\x1f\x7f]", name):
         shown = name if len(name) < 80 else name[:80] + "..."
         raise ValueError(f"{shown!r} cannot name a file; use letters, digits, '-', '_' or '.'")
-    if len(cleaned.encode()) > 120:  # bytes, as file systems count; the sum keeps long names of different runs apart
-        cleaned = cleaned.encode()[:107].decode("utf-8", "ignore") + "-" + hashlib.sha256(cleaned.encode()).hexdigest()[:12]
+    if (
+        len(cleaned.encode()) > 120
+    ):  # bytes, as file systems count; the sum keeps long names of different runs apart
+        cleaned = (
+            cleaned.encode()[:107].decode("utf-8", "ignore")
+            + "-"
+            + hashlib.sha256(cleaned.encode()).hexdigest()[:12]
+        )
     return cleaned
 
 
@@ -70,8 +88,12 @@ def printable(text: str) -> str:
 
 def data_name(path: str | os.PathLike) -> str:
     """Short name of a data source for titles: `data/openwebtext2/` -> `openwebtext2`, `x/train.jsonl.gz` -> `train`."""
-    for part in reversed(re.split(r"[/\\]", str(path))):  # a glob such as `texts/*.jsonl` is named by its folder
-        name = re.sub(r"[*?\[\]\x00-\x1f\x7f]+", "_", re.sub(r"(\.(jsonl|json|parquet|gz|zst))+$", "", part)).strip("_")
+    for part in reversed(
+        re.split(r"[/\\]", str(path))
+    ):  # a glob such as `texts/*.jsonl` is named by its folder
+        name = re.sub(
+            r"[*?\[\]\x00-\x1f\x7f]+", "_", re.sub(r"(\.(jsonl|json|parquet|gz|zst))+$", "", part)
+        ).strip("_")
         if re.search(r"[^\W_]", name):
             return safe_name(name)
     return "data"
@@ -88,13 +110,17 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
     """Calls write(file) on a temporary file in the same folder, then renames it to path: old content or new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(
+        prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp gives 0600, which locks out a shared cluster's group
+        os.chmod(
+            temporary, 0o666 & ~umask()
+        )  # mkstemp gives 0600, which locks out a shared cluster's group
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -109,7 +135,12 @@ def save_text(text: str, path: str | os.PathLike) -> Path:
 
 def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Path:
     """Writes JSON (UTF-8, two-space indent; `.gz` compresses), atomically. NaN and infinity raise ValueError."""
-    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False).encode("utf-8", "replace") + b"\n"
+    text = (
+        json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False).encode(
+            "utf-8", "replace"
+        )
+        + b"\n"
+    )
     if str(path).endswith(".gz"):
         text = gzip.compress(text, mtime=0)
     return write_atomic(path, lambda file: file.write(text))
@@ -121,14 +152,26 @@ def load_json(path: str | os.PathLike) -> Any:
     try:
         with opened(path, "rt", encoding="utf-8") as file:
             return json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, RecursionError, zlib.error) as error:
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        gzip.BadGzipFile,
+        EOFError,
+        RecursionError,
+        zlib.error,
+    ) as error:
         raise Unusable(f"{path} is not readable JSON ({error})") from error
 
 
 def open_to_append(path: str | os.PathLike, mode: str = "a", **more: Any) -> Any:
     """Opens a file that grows. Raises ValueError for a symbolic link in its place: it may lead out of the output folder."""
     try:
-        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666), **more)
+        return open(
+            path,
+            mode,
+            opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666),
+            **more,
+        )
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ValueError(f"{path} is a symbolic link; remove it") from error
@@ -143,7 +186,9 @@ def append(file: BinaryIO, data: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         file.truncate(size)
-        raise OSError(f"cannot write {file.name} ({error.strerror or error}); mend that and run the same command again") from error
+        raise OSError(
+            f"cannot write {file.name} ({error.strerror or error}); mend that and run the same command again"
+        ) from error
 
 
 def of_another_sae(result: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
@@ -190,7 +235,9 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def write_folder(path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]], manifest: bool = True) -> Path:
+def write_folder(
+    path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]], manifest: bool = True
+) -> Path:
     """Calls write(file) for each name, adds a manifest of sizes and SHA-256 sums (unless told not to), and renames the whole to path: complete or
     not there.
 
@@ -237,7 +284,10 @@ def seal(folder: str | os.PathLike, name: str) -> None:
     for path in sorted(Path(folder).iterdir()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-            sums[path.name] = {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            sums[path.name] = {
+                "size": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
     save_json({"folder": name, "files": sums}, Path(folder) / "manifest.json")
     _sync(Path(folder))
 
@@ -247,11 +297,15 @@ def verify_folder(path: str | os.PathLike) -> None:
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        expected = {
+            name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
         if manifest["folder"] != path.name:
             raise ValueError(f"it is the manifest of {manifest['folder']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}/manifest.json: {error if isinstance(error, ValueError) else type(error).__name__}") from error
+        raise ValueError(
+            f"{path}/manifest.json: {error if isinstance(error, ValueError) else type(error).__name__}"
+        ) from error
     for name, (size, digest) in expected.items():
         try:
             with open(path / name, "rb") as file:
@@ -270,16 +324,25 @@ def probe(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / f".probe-{os.getpid()}", lambda file: file.write(b"x" * 4096)).unlink()
+        write_atomic(
+            folder / f".probe-{os.getpid()}", lambda file: file.write(b"x" * 4096)
+        ).unlink()
     except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror or error}); check --output_dir, its permissions and free space") from error
+        raise OSError(
+            f"cannot write to {folder} ({error.strerror or error}); check --output_dir, its permissions and free space"
+        ) from error
 
 
 def _running(owner: Mapping[str, Any]) -> bool:
     """Whether the process a lock names may still run: it does on this host, or cannot be asked."""
     if owner.get("host") != socket.gethostname():
-        requeued = owner.get("job") is not None and owner["job"] == os.environ.get("SLURM_JOB_ID")  # a requeued job keeps its id
-        return not (requeued and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > int(owner.get("restart") or 0))
+        requeued = owner.get("job") is not None and owner["job"] == os.environ.get(
+            "SLURM_JOB_ID"
+        )  # a requeued job keeps its id
+        return not (
+            requeued
+            and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > int(owner.get("restart") or 0)
+        )
     try:
         os.kill(int(owner["pid"]), 0)
     except ProcessLookupError:
@@ -290,7 +353,9 @@ def _running(owner: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike, name: str = "lock", instead: str = "use --tag NAME") -> Iterator[None]:
+def locked(
+    folder: str | os.PathLike, name: str = "lock", instead: str = "use --tag NAME"
+) -> Iterator[None]:
     """One writer per folder, named in folder/lock by host and process. Raises ValueError naming it where there is another.
 
     The kernel's lock on the file settles it among processes of one machine and ends with its holder, so that none goes stale; the
@@ -315,13 +380,24 @@ def locked(folder: str | os.PathLike, name: str = "lock", instead: str = "use --
         dead = state == "ours" and owner.get("host") == socket.gethostname()
         if state == "taken" or (owner and not dead and _running(owner)):
             who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
-            raise ValueError(f"{folder} is being written by {who}; wait for it or {instead} (if it is gone, delete {path})")
+            raise ValueError(
+                f"{folder} is being written by {who}; wait for it or {instead} (if it is gone, delete {path})"
+            )
         file.truncate(0)
-        job = {"job": os.environ.get("SLURM_JOB_ID"), "restart": os.environ.get("SLURM_RESTART_COUNT")}
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")} | job
+        job = {
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restart": os.environ.get("SLURM_RESTART_COUNT"),
+        }
+        mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        } | job
         file.write(json.dumps(mine))
         file.flush()
         try:
             yield
         finally:
-            file.truncate(0)  # kept, empty: a file that vanished could be locked twice, by whoever still has it open
+            file.truncate(
+                0
+            )  # kept, empty: a file that vanished could be locked twice, by whoever still has it open

@@ -19,10 +19,17 @@ from torch import Tensor, nn
 from src import files, hub, model
 from src.sae import PLAIN_NAMES, SAE, Plain
 
-LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS = "cfg.json", "sae_weights.safetensors", "config.json", "model.safetensors"
+LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "config.json",
+    "model.safetensors",
+)
 LENS_EPS = 1e-5  # what SAELens' layer_norm adds to the standard deviation; it cannot be set there
 LENS_VERSION = "6.54.12"  # of the layout written here; older ones are read too
-HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?")
+HUB_NAME = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
+)
 SHOWN = ("NormMSE", "FVU", "L0", "Dead", "KLDiv", "DeltaCE", "Recovered_zero", "Recovered_mean")
 
 
@@ -37,8 +44,12 @@ def _topk(pre: Tensor, k: int) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "standard": lambda product, sae: F.relu(product + sae.b_enc),
     "topk": lambda product, sae: _topk(product + sae.b_enc, sae.k),
-    "jumprelu": lambda product, sae: F.relu(product + sae.b_enc) * (product + sae.b_enc > sae.threshold),
-    "gated": lambda product, sae: (product + sae.b_gate > 0) * F.relu(sae.r_mag.exp() * product + sae.b_mag),
+    "jumprelu": lambda product, sae: (
+        F.relu(product + sae.b_enc) * (product + sae.b_enc > sae.threshold)
+    ),
+    "gated": lambda product, sae: (
+        (product + sae.b_gate > 0) * F.relu(sae.r_mag.exp() * product + sae.b_mag)
+    ),
 }
 
 
@@ -49,18 +60,41 @@ class SiteSAE(nn.Module):
     (default: TransformerLens'); `model_name` what SAEBench is to load.
     """
 
-    def __init__(self, sae: SAE, site: int, form: Plain, model_name: str | None = None, hook_name: str | None = None) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        site: int,
+        form: Plain,
+        model_name: str | None = None,
+        hook_name: str | None = None,
+    ) -> None:
         super().__init__()
         self.k, self.caveat, self._standardise = form.k, form.caveat, sae.standardise
         self.architecture = form.architecture
         for name, value in form.tensors.items():
-            setattr(self, name, nn.Parameter(value.detach(), requires_grad=False))  # shared with the SAE
+            setattr(
+                self, name, nn.Parameter(value.detach(), requires_grad=False)
+            )  # shared with the SAE
         d_in, d_sae = self.W_enc.shape
         self.cfg = _Config(
-            architecture=form.architecture, architecture_str=form.architecture, d_in=d_in, d_sae=d_sae, model_name=model_name,
-            hook_name=hook_name or hook_of(site), hook_layer=site - 1, hook_head_index=None, dtype="float32", device=str(self.device),
-            context_size=128, prepend_bos=True, normalize_activations="none", dataset_path="", seqpos_slice=(None,), model_from_pretrained_kwargs={},
-            dataset_trust_remote_code=False, exclude_special_tokens=None,
+            architecture=form.architecture,
+            architecture_str=form.architecture,
+            d_in=d_in,
+            d_sae=d_sae,
+            model_name=model_name,
+            hook_name=hook_name or hook_of(site),
+            hook_layer=site - 1,
+            hook_head_index=None,
+            dtype="float32",
+            device=str(self.device),
+            context_size=128,
+            prepend_bos=True,
+            normalize_activations="none",
+            dataset_path="",
+            seqpos_slice=(None,),
+            model_from_pretrained_kwargs={},
+            dataset_trust_remote_code=False,
+            exclude_special_tokens=None,
         )
         self._moments: tuple[Tensor, Tensor] | None = None
 
@@ -81,7 +115,9 @@ class SiteSAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> raw states. Raises ValueError where the states they are of were not the last to be encoded."""
         if self._moments is None or self._moments[0].shape[:-1] != latents.shape[:-1]:
-            raise ValueError("decode needs mean and standard deviation of the states: encode them first, then decode a code of the same tokens")
+            raise ValueError(
+                "decode needs mean and standard deviation of the states: encode them first, then decode a code of the same tokens"
+            )
         mean, std = self._moments
         return (latents @ self.W_dec + self.b_dec) * std.to(self.dtype) + mean.to(self.dtype)
 
@@ -91,7 +127,9 @@ class SiteSAE(nn.Module):
 
 class _Config(SimpleNamespace):
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "metadata"}  # which SAEBench adds
+        return {
+            key: value for key, value in vars(self).items() if key != "metadata"
+        }  # which SAEBench adds
 
 
 def hook_of(site: int) -> str:
@@ -101,16 +139,27 @@ def hook_of(site: int) -> str:
 
 def site_of(hook: str) -> int:
     """Site of a hook's name, TransformerLens' or a module's of transformers. Raises ValueError for one off the residual stream."""
-    for pattern, shift in ((r"blocks\.(\d+)\.hook_resid_post", 1), (r"blocks\.(\d+)\.hook_resid_pre", 0), (r"[\w.]*\b(?:layers|h)\.(\d+)", 1)):
+    for pattern, shift in (
+        (r"blocks\.(\d+)\.hook_resid_post", 1),
+        (r"blocks\.(\d+)\.hook_resid_pre", 0),
+        (r"[\w.]*\b(?:layers|h)\.(\d+)", 1),
+    ):
         found = re.fullmatch(pattern, hook)
         if found and int(found[1]) + shift > 0:
             return int(found[1]) + shift
-    raise ValueError(f"it reads {hook!r}, which is the output of no decoder block; SAEs here read those alone")
+    raise ValueError(
+        f"it reads {hook!r}, which is the output of no decoder block; SAEs here read those alone"
+    )
 
 
-def site_saes(sae: SAE, model_name: str | None = None, hook_names: Mapping[int, str] | None = None) -> dict[int, SiteSAE]:
+def site_saes(
+    sae: SAE, model_name: str | None = None, hook_names: Mapping[int, str] | None = None
+) -> dict[int, SiteSAE]:
     """{site: SiteSAE}. Raises ValueError with the reason where the SAE has no plain form, or its code differs from it."""
-    made = {site: SiteSAE(sae, site, form, model_name, (hook_names or {}).get(site)) for site, form in sae.plain().items()}
+    made = {
+        site: SiteSAE(sae, site, form, model_name, (hook_names or {}).get(site))
+        for site, form in sae.plain().items()
+    }
     for site, form in sae.plain().items():
         compare(sae, form, made[site])
     return made
@@ -121,13 +170,17 @@ def compare(sae: SAE, form: Plain, made: SiteSAE, tokens: int = 1024) -> None:
     """Raises ValueError where the plain form's code of random states differs from the SAE's own by more than rounding."""
     below = int((form.tensors["threshold"] < 0).sum()) if "threshold" in form.tensors else 0
     if below:
-        raise ValueError(f"{below} thresholds lie below 0 and let negative values through, which the {form.architecture} of SAELens clips")
+        raise ValueError(
+            f"{below} thresholds lie below 0 and let negative values through, which the {form.architecture} of SAELens clips"
+        )
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(tokens, sae.hidden_size, generator=generator).to(made.device)
     ours, theirs = form.code(sae.standardise(h)[0]), made.encode(h)
     if (ours < 0).any():
         share = float((ours < 0).any(-1).float().mean())
-        raise ValueError(f"negative values are among the latents (on {share:.1%} of random states) and SAELens clips them; train with --topk_relu 1")
+        raise ValueError(
+            f"negative values are among the latents (on {share:.1%} of random states) and SAELens clips them; train with --topk_relu 1"
+        )
     wrong = float(((ours - theirs).abs() > 1e-4 * ours.amax().clamp_min(1)).any(-1).float().mean())
     if wrong > 1e-3:  # at a tie, rounding may choose another latent
         raise ValueError(f"the exported form gives other latents on {wrong:.1%} of random states")
@@ -136,7 +189,9 @@ def compare(sae: SAE, form: Plain, made: SiteSAE, tokens: int = 1024) -> None:
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def export(sae: SAE, recipe: Mapping[str, Any], output_dir: str | Path, kind: str, overwrite: bool = False) -> Path:
+def export(
+    sae: SAE, recipe: Mapping[str, Any], output_dir: str | Path, kind: str, overwrite: bool = False
+) -> Path:
     """Writes export/<kind>/<title> under output_dir, complete or not at all, and returns it.
 
     Raises ValueError where the format cannot hold the SAE, and where the folder is there already.
@@ -144,13 +199,23 @@ def export(sae: SAE, recipe: Mapping[str, Any], output_dir: str | Path, kind: st
     folder = Path(output_dir) / files.EXPORT_DIR / kind / files.safe_name(recipe["title"])
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} is there already; --overwrite replaces it")
-    found = files.load_json(path) if (path := Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json").exists() else {}
+    found = (
+        files.load_json(path)
+        if (path := Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json").exists()
+        else {}
+    )
     if files.of_another_sae(found, recipe):
-        print(f"{path}: of another SAE that had this name; its figures are left out of the card. Run evaluate.py and export again with --overwrite")
+        print(
+            f"{path}: of another SAE that had this name; its figures are left out of the card. Run evaluate.py and export again with --overwrite"
+        )
         found = {}
     contents, lines = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, public(recipe))
     contents["README.md"] = card(sae, public(recipe), found, lines).encode
-    return files.write_folder(folder, {name: (lambda file, make=make: file.write(make())) for name, make in contents.items()}, manifest=False)
+    return files.write_folder(
+        folder,
+        {name: (lambda file, make=make: file.write(make())) for name, make in contents.items()},
+        manifest=False,
+    )
 
 
 def public(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +223,11 @@ def public(recipe: Mapping[str, Any]) -> dict[str, Any]:
     shown = json.loads(json.dumps(dict(recipe)))
     paths = ("model_path", "data_path")
     options = shown.get("options", {}).items()
-    shown["options"] = {key: value for key, value in options if key not in paths and not (isinstance(value, str) and Path(value).is_absolute())}
+    shown["options"] = {
+        key: value
+        for key, value in options
+        if key not in paths and not (isinstance(value, str) and Path(value).is_absolute())
+    }
     for key in paths:
         value = shown.pop(key, None)
         if not value or value == "None":
@@ -174,14 +243,22 @@ def public(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _tensors(module: nn.Module) -> Callable[[], bytes]:
     from safetensors.torch import save
 
-    return lambda: save({name: value.cpu().float().contiguous().clone() for name, value in module.state_dict().items()}, {"format": "pt"})
+    return lambda: save(
+        {
+            name: value.cpu().float().contiguous().clone()
+            for name, value in module.state_dict().items()
+        },
+        {"format": "pt"},
+    )
 
 
 def _json(data: Any) -> Callable[[], bytes]:
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False).encode
 
 
-def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
+def _lens_files(
+    sae: SAE, recipe: dict[str, Any]
+) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
     norm = {"none": "none", "token": "layer_norm"}[sae.input_norm]
     if norm == "layer_norm" and sae.norm_eps != LENS_EPS:
         raise ValueError(
@@ -192,23 +269,52 @@ def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[dict[str, Callable[[]
     made = site_saes(sae)
     for site, one in made.items():
         config = {
-            "architecture": one.architecture, "d_in": one.cfg.d_in, "d_sae": one.cfg.d_sae, "dtype": "float32", "device": "cpu",
-            "apply_b_dec_to_input": True, "normalize_activations": norm, "reshape_activations": "none",
-            **({"k": one.k, "rescale_acts_by_decoder_norm": _unit(one.W_dec)} if one.architecture == "topk" else {}),
+            "architecture": one.architecture,
+            "d_in": one.cfg.d_in,
+            "d_sae": one.cfg.d_sae,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": norm,
+            "reshape_activations": "none",
+            **(
+                {"k": one.k, "rescale_acts_by_decoder_norm": _unit(one.W_dec)}
+                if one.architecture == "topk"
+                else {}
+            ),
             "metadata": {
-                "sae_lens_version": LENS_VERSION, "model_name": recipe.get("model_name"), "hook_name": one.cfg.hook_name,
-                "hook_layer": site - 1, "hook_head_index": None, "model_class_name": "HookedTransformer", "prepend_bos": True,
-                "context_size": recipe.get("options", {}).get("max_length"), "dataset_path": recipe.get("data_name"),
-                "source": "RouteSAE-repro", "source_model": sae.name, "source_title": recipe["title"], "caveat": one.caveat or None,
+                "sae_lens_version": LENS_VERSION,
+                "model_name": recipe.get("model_name"),
+                "hook_name": one.cfg.hook_name,
+                "hook_layer": site - 1,
+                "hook_head_index": None,
+                "model_class_name": "HookedTransformer",
+                "prepend_bos": True,
+                "context_size": recipe.get("options", {}).get("max_length"),
+                "dataset_path": recipe.get("data_name"),
+                "source": "RouteSAE-repro",
+                "source_model": sae.name,
+                "source_title": recipe["title"],
+                "caveat": one.caveat or None,
             },
         }
-        contents |= {f"{one.cfg.hook_name}/{LENS_CONFIG}": _json(config), f"{one.cfg.hook_name}/{LENS_WEIGHTS}": _tensors(one)}
+        contents |= {
+            f"{one.cfg.hook_name}/{LENS_CONFIG}": _json(config),
+            f"{one.cfg.hook_name}/{LENS_WEIGHTS}": _tensors(one),
+        }
     first = next(iter(made.values()))
     lines = [
-        "```python", "from sae_lens import SAE", "", f'sae = SAE.load_from_disk("{first.cfg.hook_name}")  # in this folder',
-        f'sae = SAE.from_pretrained("user/repository", "{first.cfg.hook_name}")  # once it is pushed', "```", "",
+        "```python",
+        "from sae_lens import SAE",
+        "",
+        f'sae = SAE.load_from_disk("{first.cfg.hook_name}")  # in this folder',
+        f'sae = SAE.from_pretrained("user/repository", "{first.cfg.hook_name}")  # once it is pushed',
+        "```",
+        "",
         "Same latents as the original up to float32 rounding, checked on random states when this was written. Reconstructions differ by 1e-5 of a "
-        "standard deviation, which SAELens leaves out when it scales back." if norm == "layer_norm" else "Same latents as the original.",
+        "standard deviation, which SAELens leaves out when it scales back."
+        if norm == "layer_norm"
+        else "Same latents as the original.",
     ]
     return contents, [*lines, *(["", first.caveat] if first.caveat else [])]
 
@@ -218,12 +324,23 @@ def _unit(W_dec: Tensor) -> bool:
     return bool((W_dec.norm(dim=-1) - 1).abs().max() < 1e-5)
 
 
-def _hub_files(sae: SAE, recipe: dict[str, Any]) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
+def _hub_files(
+    sae: SAE, recipe: dict[str, Any]
+) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
     contents = {HUB_CONFIG: _json(recipe), HUB_WEIGHTS: _tensors(sae)}
     lines = [
-        "In a checkout of RouteSAE-repro:", "", "```python", "from src import checkpoint", "",
-        'sae, recipe = checkpoint.load("user/repository")  # or the path of this folder', "```", "", "```bash",
-        "python evaluate.py --SAE_path user/repository --metric NormMSE KLDiv", "```", "",
+        "In a checkout of RouteSAE-repro:",
+        "",
+        "```python",
+        "from src import checkpoint",
+        "",
+        'sae, recipe = checkpoint.load("user/repository")  # or the path of this folder',
+        "```",
+        "",
+        "```bash",
+        "python evaluate.py --SAE_path user/repository --metric NormMSE KLDiv",
+        "```",
+        "",
         f"`{HUB_WEIGHTS}` is the state dict, `{HUB_CONFIG}` the recipe: constructor values, options, data fingerprint, versions.",
     ]
     return contents, lines
@@ -236,25 +353,48 @@ def card(sae: SAE, recipe: Mapping[str, Any], found: Mapping[str, Any], lines: l
     if base and HUB_NAME.fullmatch(base) and base != str(files.DEMO_LM.relative_to(files.ROOT)):
         head += [f"base_model: {base}"]
     rows = {
-        "model": sae.name, "language model": recipe.get("model_name"), "sites (1 = output of the first block)": ", ".join(map(str, sae.sites())),
-        "hidden size": sae.hidden_size, "latents": sae.latent_size, "active latents a token (k)": getattr(sae, "k", None),
-        "input": f"each token standardised, eps {sae.norm_eps:g}" if sae.input_norm == "token" else "raw states",
-        "training text": recipe.get("data_name"), "training tokens": recipe.get("tokens"), "tokens a row": options.get("max_length"),
-        "recipe": options.get("recipe"), "seed": recipe.get("seed"), "commit of the training program": recipe.get("git_commit"),
+        "model": sae.name,
+        "language model": recipe.get("model_name"),
+        "sites (1 = output of the first block)": ", ".join(map(str, sae.sites())),
+        "hidden size": sae.hidden_size,
+        "latents": sae.latent_size,
+        "active latents a token (k)": getattr(sae, "k", None),
+        "input": f"each token standardised, eps {sae.norm_eps:g}"
+        if sae.input_norm == "token"
+        else "raw states",
+        "training text": recipe.get("data_name"),
+        "training tokens": recipe.get("tokens"),
+        "tokens a row": options.get("max_length"),
+        "recipe": options.get("recipe"),
+        "seed": recipe.get("seed"),
+        "commit of the training program": recipe.get("git_commit"),
     }
     text = ["---", "# license: (yours to choose)", *head, "---", "", f"# {recipe['title']}", ""]
-    text += ["A sparse autoencoder of a language model's residual stream.", "", "| | |", "|---|---|"]
+    text += [
+        "A sparse autoencoder of a language model's residual stream.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
     text += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None]
     text += ["", "## Loading", "", *lines, "", "## Measured", ""]
     if found:
         measured = {name: found[name] for name in SHOWN if isinstance(found.get(name), float)}
         units = found.get("units", {})
         split = _cell(found.get("split"))
-        text += [f"On {found.get('tokens')}{' held-out' * (split == 'eval')} tokens (`{split}` split):", ""]
+        text += [
+            f"On {found.get('tokens')}{' held-out' * (split == 'eval')} tokens (`{split}` split):",
+            "",
+        ]
         text += ["| metric | value | unit |", "|---|---|---|"]
-        text += [f"| {name} | {value:.4g} | {_cell(units.get(name, ''))} |" for name, value in measured.items()]
+        text += [
+            f"| {name} | {value:.4g} | {_cell(units.get(name, ''))} |"
+            for name, value in measured.items()
+        ]
     else:
-        text += ["Not measured: run `evaluate.py` on the checkpoint and export again with `--overwrite`."]
+        text += [
+            "Not measured: run `evaluate.py` on the checkpoint and export again with `--overwrite`."
+        ]
     return "\n".join([*text, ""])
 
 
@@ -272,7 +412,9 @@ def locate(name: str | Path) -> Path:
     Raises ValueError that says which it was: nothing there, no such repository, gated, no token, offline.
     """
     path, found = Path(name), HUB_NAME.fullmatch(str(name))
-    local = path.suffix in (".pt", ".json", ".safetensors") or {".", ".."} & set(str(name).split("/"))
+    local = path.suffix in (".pt", ".json", ".safetensors") or {".", ".."} & set(
+        str(name).split("/")
+    )
     if path.exists() or local or not found:
         return path
     repo, folder = found["repo"], found["folder"].strip("/")
@@ -281,9 +423,13 @@ def locate(name: str | Path) -> Path:
     wanted = (LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS)
     patterns = [f"{folder}/{file}" for file in wanted] if folder else [*wanted, f"*/{LENS_CONFIG}"]
     try:
-        there = huggingface_hub.snapshot_download(repo, revision=found["revision"], allow_patterns=patterns)
+        there = huggingface_hub.snapshot_download(
+            repo, revision=found["revision"], allow_patterns=patterns
+        )
     except (OSError, ValueError) as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         why = hub.reason(error, repo) or f"the hub answered: {said[:160]}"
         raise ValueError(f"no file or folder {name}; {why}") from error
     return Path(there) / folder
@@ -297,10 +443,18 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
             return _read_lens(_load(path / LENS_WEIGHTS), files.load_json(path / LENS_CONFIG))
         except ValueError as error:
-            raise ValueError(f"{path}: this SAE of SAELens cannot be held exactly here: {error}") from error
+            raise ValueError(
+                f"{path}: this SAE of SAELens cannot be held exactly here: {error}"
+            ) from error
     inside = sorted(file.parent.name for file in path.glob(f"*/{LENS_CONFIG}"))
-    hint = f"; it has SAEs in {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}: name one" if inside else ""
-    raise ValueError(f"{path} holds neither {HUB_CONFIG} and {HUB_WEIGHTS} nor {LENS_CONFIG} and {LENS_WEIGHTS}{hint}")
+    hint = (
+        f"; it has SAEs in {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}: name one"
+        if inside
+        else ""
+    )
+    raise ValueError(
+        f"{path} holds neither {HUB_CONFIG} and {HUB_WEIGHTS} nor {LENS_CONFIG} and {LENS_WEIGHTS}{hint}"
+    )
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -313,7 +467,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no readable safetensors file ({error})") from error
 
 
-def _read_lens(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_lens(
+    tensors: dict[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Decoder bias not applied at the input, and norms that TopK chooses by, are folded into the encoder: the same code, up to rounding."""
     about = config.get("metadata") or config  # before version 6 one level held all
     kind = config.get("architecture") or "standard"
@@ -324,14 +480,20 @@ def _read_lens(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> tuple[d
         raise ValueError(f"its activation is {function!r}")
     if kind == "topk" and not isinstance(config.get("k"), int):
         raise ValueError("it does not say k")
-    name = next((name for name, cls in model.CLASSES.items() if vars(cls).get("architecture") == kind), None)
+    name = next(
+        (name for name, cls in model.CLASSES.items() if vars(cls).get("architecture") == kind), None
+    )
     if name is None:
         known = sorted({cls.architecture for cls in model.CLASSES.values()} - {""})
         raise ValueError(f"its architecture is {kind!r}; known are {', '.join(known)}")
     norm = config.get("normalize_activations") or "none"
     if norm not in ("none", "layer_norm"):
-        raise ValueError(f"its inputs are scaled by {norm!r}; known are none, layer_norm (fold_activation_norm_scaling_factor makes it none)")
-    if config.get("reshape_activations", "none") != "none" or config.get("finetuning_scaling_factor"):
+        raise ValueError(
+            f"its inputs are scaled by {norm!r}; known are none, layer_norm (fold_activation_norm_scaling_factor makes it none)"
+        )
+    if config.get("reshape_activations", "none") != "none" or config.get(
+        "finetuning_scaling_factor"
+    ):
         raise ValueError("it reshapes or rescales what it reads")
     site = site_of(about.get("hook_name") or about.get("hook_point") or "")
     missing = {"W_enc", "W_dec", "b_dec"} - set(tensors)
@@ -341,16 +503,38 @@ def _read_lens(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     found = {key: value.float() for key, value in tensors.items()}
     if kind == "topk" and config.get("rescale_acts_by_decoder_norm"):
         norms = found["W_dec"].norm(dim=-1)
-        found |= {"W_enc": found["W_enc"] * norms, "b_enc": found["b_enc"] * norms, "W_dec": found["W_dec"] / norms[:, None]}
+        found |= {
+            "W_enc": found["W_enc"] * norms,
+            "b_enc": found["b_enc"] * norms,
+            "W_dec": found["W_dec"] / norms[:, None],
+        }
     if not config.get("apply_b_dec_to_input", True):
         shift = found["b_dec"] @ found["W_enc"]
-        scales = {"b_enc": 1.0, "b_gate": 1.0, "b_mag": found["r_mag"].exp() if "r_mag" in found else 1.0}
+        scales = {
+            "b_enc": 1.0,
+            "b_gate": 1.0,
+            "b_mag": found["r_mag"].exp() if "r_mag" in found else 1.0,
+        }
         found |= {key: found[key] + shift * scale for key, scale in scales.items() if key in found}
     if "threshold" in found:
         found["threshold"] = found["threshold"].clamp_min(0)  # SAELens clips negative values anyway
-    weights = {ours: found[theirs].T if found[theirs].dim() == 2 else found[theirs] for theirs, ours in PLAIN_NAMES.items() if theirs in found}
+    weights = {
+        ours: found[theirs].T if found[theirs].dim() == 2 else found[theirs]
+        for theirs, ours in PLAIN_NAMES.items()
+        if theirs in found
+    }
     latent_size, hidden_size = weights["encoder.weight"].shape
-    values = {"hidden_size": hidden_size, "n_layers": None, "latent_size": latent_size, "layer": site, "norm_eps": LENS_EPS}
-    values |= {"input_norm": "none" if norm == "none" else "token"} | ({"k": config["k"], "topk_relu": True} if kind == "topk" else {})
+    values = {
+        "hidden_size": hidden_size,
+        "n_layers": None,
+        "latent_size": latent_size,
+        "layer": site,
+        "norm_eps": LENS_EPS,
+    }
+    values |= {"input_norm": "none" if norm == "none" else "token"} | (
+        {"k": config["k"], "topk_relu": True} if kind == "topk" else {}
+    )
     lm = about.get("model_name")
-    return weights, {"model": name, "config": values, "options": {}} | ({"model_path": lm} if lm and HUB_NAME.fullmatch(lm) else {})
+    return weights, {"model": name, "config": values, "options": {}} | (
+        {"model_path": lm} if lm and HUB_NAME.fullmatch(lm) else {}
+    )

@@ -7,7 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-RARELY_NEEDED = ("original/*", "*.gguf", "*.onnx", "onnx/*", "*.msgpack", "*.h5")  # other formats of the same weights
+RARELY_NEEDED = (
+    "original/*",
+    "*.gguf",
+    "*.onnx",
+    "onnx/*",
+    "*.msgpack",
+    "*.h5",
+)  # other formats of the same weights
 
 
 def chain(error: BaseException) -> list[BaseException]:
@@ -43,9 +50,14 @@ def reason(error: BaseException, name: str, page: str = "") -> str | None:
         return f"there is no {name} on the hub: is it spelt owner/name, without a typo? If it is private, {login} ({token})"
     if any_of(errors.RevisionNotFoundError):
         return f"{name} is there, but not the revision asked for"
-    if any_of(errors.OfflineModeIsEnabled) or (any_of(errors.LocalEntryNotFoundError) and os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")):
+    if any_of(errors.OfflineModeIsEnabled) or (
+        any_of(errors.LocalEntryNotFoundError)
+        and os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+    ):
         return f"{name} is not in the cache, and HF_HUB_OFFLINE forbids asking the hub: unset it, or give a folder"
-    if any_of(errors.LocalEntryNotFoundError, ConnectionError) or any("Connect" in type(one).__name__ for one in found):
+    if any_of(errors.LocalEntryNotFoundError, ConnectionError) or any(
+        "Connect" in type(one).__name__ for one in found
+    ):
         return f"{name} is not in the cache, and the hub cannot be reached: is there a network? Else give a folder"
     if any_of(errors.HfHubHTTPError):
         return f"the hub answered {', '.join(str(code) for code in status - {None}) or 'with an error'} for {name}: try again later"
@@ -57,13 +69,21 @@ def download(name: str, folder: str | os.PathLike) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, local_dir=folder, ignore_patterns=list(RARELY_NEEDED)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, local_dir=folder, ignore_patterns=list(RARELY_NEEDED)
+            )
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(reason(error, name) or f"cannot fetch {name} to {folder}: {error}") from error
+        raise ValueError(
+            reason(error, name) or f"cannot fetch {name} to {folder}: {error}"
+        ) from error
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m src.hub", description="Fetch a language model from the hub.")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.hub", description="Fetch a language model from the hub."
+    )
     parser.add_argument("name", help="owner/name")
     parser.add_argument("folder", help="where it goes")
     args = parser.parse_args()

@@ -49,7 +49,18 @@ def _places(mask):
 
 
 @triton.jit
-def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr):
+def _largest(
+    values,
+    out,
+    waiting,
+    taken,
+    width,
+    stride,
+    k: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    ROOM: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     values += row * stride
     out += row * k
@@ -64,7 +75,9 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
         low, high, reached = tl.min(best, 0), tl.max(best, 0), LANES
         while (reached > k + k // 4) & (low < high):
             scale = 255 / (high.to(tl.int64) - low.to(tl.int64)).to(tl.float32)
-            place = (tl.minimum(tl.maximum(best, low), high).to(tl.int64) - low.to(tl.int64)).to(tl.float32)
+            place = (tl.minimum(tl.maximum(best, low), high).to(tl.int64) - low.to(tl.int64)).to(
+                tl.float32
+            )
             bin = (place * scale).to(tl.int32)
             from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
             lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
@@ -76,7 +89,9 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
         for start in range(0, width, ROWS * LANES):
             at = start + tile
             candidate = (_keys(values, at, width) >= low) & (at < width)
-            slot = tl.atomic_add(taken + row + tl.zeros_like(at), 1, mask=candidate, sem="relaxed", scope="cta")
+            slot = tl.atomic_add(
+                taken + row + tl.zeros_like(at), 1, mask=candidate, sem="relaxed", scope="cta"
+            )
             tl.store(waiting + slot, at, mask=candidate & (slot < ROOM))
             counts += tl.sum(candidate.to(tl.int32), 0)
         count = tl.sum(counts)
@@ -85,11 +100,16 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
         if few:  # they came in any order; their places follow from comparing each with each
             slot, some = tl.arange(0, ROOM), tl.arange(0, 32)
             index = tl.load(waiting + slot, mask=slot < count, other=2147483647)
-            key, place = _keys(values, index, width), tl.zeros((ROOM,), tl.int32)  # no such index: below all
+            key, place = (
+                _keys(values, index, width),
+                tl.zeros((ROOM,), tl.int32),
+            )  # no such index: below all
             for start in range(0, count, 32):
                 other = tl.load(waiting + start + some, mask=start + some < count, other=2147483647)
                 other_key = _keys(values, other, width)
-                before = (other_key[None, :] > key[:, None]) | ((other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None]))
+                before = (other_key[None, :] > key[:, None]) | (
+                    (other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None])
+                )
                 place += tl.sum(before.to(tl.int32), 1)
             tl.store(out + place, index.to(tl.int64), mask=(slot < count) & (place < k))
     if not few:
@@ -99,7 +119,12 @@ def _largest(values, out, waiting, taken, width, stride, k: tl.constexpr, ROWS: 
             higher = tl.where(bit == 31, 0, threshold + (1 << bit))
             counts = tl.zeros((LANES,), tl.int32)
             for start in range(0, width, ROWS * LANES):
-                counts += tl.sum(((_keys(values, start + tile, width) >= higher) & (start + tile < width)).to(tl.int32), 0)
+                counts += tl.sum(
+                    ((_keys(values, start + tile, width) >= higher) & (start + tile < width)).to(
+                        tl.int32
+                    ),
+                    0,
+                )
             count = tl.sum(counts)
             threshold = tl.where(count >= k, higher, threshold)
             reached = tl.where(count >= k, count, reached)
@@ -129,7 +154,19 @@ def largest(values: Tensor, k: int) -> Tensor:
     waiting = torch.empty(n, room, dtype=torch.int32, device=values.device)
     taken = torch.zeros(n, dtype=torch.int32, device=values.device)
     if n:
-        _largest[(n,)](values, out, waiting, taken, width, values.stride(0), k, 1024 // lanes, lanes, room, num_warps=4)
+        _largest[(n,)](
+            values,
+            out,
+            waiting,
+            taken,
+            width,
+            values.stride(0),
+            k,
+            1024 // lanes,
+            lanes,
+            room,
+            num_warps=4,
+        )
     return out
 
 
@@ -149,11 +186,22 @@ def standardise(states: Tensor, eps: float, out: Tensor) -> None:
     if len(states):
         block = triton.next_power_of_2(states.shape[1])
         warps = min(16, max(1, block // 256))
-        _standardise[(len(states),)](states, out, states.shape[1], states.stride(0), out.stride(0), eps, block, num_warps=warps)
+        _standardise[(len(states),)](
+            states,
+            out,
+            states.shape[1],
+            states.stride(0),
+            out.stride(0),
+            eps,
+            block,
+            num_warps=warps,
+        )
 
 
 @triton.jit
-def _row_sums(values, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+def _row_sums(
+    values, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+):
     bag = tl.program_id(0).to(tl.int64)
     first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
     at, some = tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
@@ -162,7 +210,11 @@ def _row_sums(values, latent, bounds, table, out, width, stride, AT_ONCE: tl.con
         there = entry + some < end
         value = tl.load(values + entry + some, mask=there, other=0.0)
         row = tl.load(latent + entry + some, mask=there, other=0)
-        part = tl.load(table + row[:, None] * stride + at[None, :], mask=there[:, None] & (at < width)[None, :], other=0.0)
+        part = tl.load(
+            table + row[:, None] * stride + at[None, :],
+            mask=there[:, None] & (at < width)[None, :],
+            other=0.0,
+        )
         total += tl.sum(value[:, None] * part.to(tl.float32), 0)
     tl.store(out + bag * width + at, total, mask=at < width)
 
@@ -174,12 +226,25 @@ def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> T
     if len(out):
         block = triton.next_power_of_2(table.shape[1])
         warps = min(8, max(1, block // 512))
-        _row_sums[(len(bounds) - 1,)](values, latent, bounds, table, out, table.shape[1], table.stride(0), 4, block, num_warps=warps)
+        _row_sums[(len(bounds) - 1,)](
+            values,
+            latent,
+            bounds,
+            table,
+            out,
+            table.shape[1],
+            table.stride(0),
+            4,
+            block,
+            num_warps=warps,
+        )
     return out
 
 
 @triton.jit
-def _row_dots(grad, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+def _row_dots(
+    grad, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+):
     bag = tl.program_id(0).to(tl.int64)
     first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
     at, some = tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
@@ -187,7 +252,11 @@ def _row_dots(grad, latent, bounds, table, out, width, stride, AT_ONCE: tl.const
     for entry in range(first, end, AT_ONCE):
         there = entry + some < end
         row = tl.load(latent + entry + some, mask=there, other=0)
-        part = tl.load(table + row[:, None] * stride + at[None, :], mask=there[:, None] & (at < width)[None, :], other=0.0)
+        part = tl.load(
+            table + row[:, None] * stride + at[None, :],
+            mask=there[:, None] & (at < width)[None, :],
+            other=0.0,
+        )
         tl.store(out + entry + some, tl.sum(mine[None, :] * part.to(tl.float32), 1), mask=there)
 
 
@@ -198,7 +267,18 @@ def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Ten
     if len(latent):
         block = triton.next_power_of_2(table.shape[1])
         warps = min(8, max(1, block // 512))
-        _row_dots[(len(bounds) - 1,)](grad.contiguous(), latent, bounds, table, out, table.shape[1], table.stride(0), 4, block, num_warps=warps)
+        _row_dots[(len(bounds) - 1,)](
+            grad.contiguous(),
+            latent,
+            bounds,
+            table,
+            out,
+            table.shape[1],
+            table.stride(0),
+            4,
+            block,
+            num_warps=warps,
+        )
     return out
 
 
@@ -207,16 +287,24 @@ def _sign_step(y, z, grad, stop, share, by, lr, count, BLOCK: tl.constexpr):
     if tl.load(stop) == 0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         there = at < count
-        g, before, ahead = (tl.load(grad + at, mask=there), tl.load(y + at, mask=there), tl.load(z + at, mask=there))
+        g, before, ahead = (
+            tl.load(grad + at, mask=there),
+            tl.load(y + at, mask=there),
+            tl.load(z + at, mask=there),
+        )
         sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
         tl.store(y + at, before + share * (ahead - before) - by * sign, mask=there)
         tl.store(z + at, ahead - lr * sign, mask=there)
 
 
 @_beside
-def sign_step(y: Tensor, z: Tensor, grad: Tensor, share: float, by: float, lr: float, stop: Tensor) -> None:
+def sign_step(
+    y: Tensor, z: Tensor, grad: Tensor, share: float, by: float, lr: float, stop: Tensor
+) -> None:
     """ops.sign_step_ of float32 tensors that lie in one piece, in one pass over memory."""
-    _sign_step[(triton.cdiv(y.numel(), 2048),)](y, z, grad, stop, share, by, lr, y.numel(), 2048, num_warps=8)
+    _sign_step[(triton.cdiv(y.numel(), 2048),)](
+        y, z, grad, stop, share, by, lr, y.numel(), 2048, num_warps=8
+    )
 
 
 @triton.jit
@@ -224,19 +312,35 @@ def _compare(logits, others, targets, divergence, loss, width, BLOCK: tl.constex
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     most, other_most = -float("inf"), -float("inf")
-    total, other_total, apart = 0.0, 0.0, 0.0  # sums of exponentials below the largest so far; apart: those of logits times the difference
+    total, other_total, apart = (
+        0.0,
+        0.0,
+        0.0,
+    )  # sums of exponentials below the largest so far; apart: those of logits times the difference
     for start in range(0, width, BLOCK):
         there = start + at < width
-        a = tl.load(logits + row * width + start + at, mask=there, other=-float("inf")).to(tl.float32)
-        b = tl.load(others + row * width + start + at, mask=there, other=-float("inf")).to(tl.float32)
+        a = tl.load(logits + row * width + start + at, mask=there, other=-float("inf")).to(
+            tl.float32
+        )
+        b = tl.load(others + row * width + start + at, mask=there, other=-float("inf")).to(
+            tl.float32
+        )
         new, other_new = tl.maximum(most, tl.max(a)), tl.maximum(other_most, tl.max(b))
         shrink, weight = tl.exp(most - new), tl.exp(a - new)
         total = total * shrink + tl.sum(weight)
         apart = apart * shrink + tl.sum(tl.where(there, weight * (a - b), 0.0))
         other_total = other_total * tl.exp(other_most - other_new) + tl.sum(tl.exp(b - other_new))
         most, other_most = new, other_new
-    tl.store(divergence + row, apart / total - (most - other_most) - tl.log(tl.div_rn(total, other_total)))
-    tl.store(loss + row, other_most + tl.log(other_total) - tl.load(others + row * width + tl.load(targets + row)).to(tl.float32))
+    tl.store(
+        divergence + row,
+        apart / total - (most - other_most) - tl.log(tl.div_rn(total, other_total)),
+    )
+    tl.store(
+        loss + row,
+        other_most
+        + tl.log(other_total)
+        - tl.load(others + row * width + tl.load(targets + row)).to(tl.float32),
+    )
 
 
 @_beside
@@ -244,5 +348,14 @@ def compare(logits: Tensor, others: Tensor, targets: Tensor) -> tuple[Tensor, Te
     """(KL(softmax of logits || softmax of others), cross-entropy of the others) of each row, in nats. [N,V], [N,V], int64 [N] -> float32 [N], [N]"""
     divergence, loss = (torch.empty(len(logits), device=logits.device) for _ in range(2))
     if len(logits):
-        _compare[(len(logits),)](logits.contiguous(), others.contiguous(), targets, divergence, loss, logits.shape[1], 4096, num_warps=8)
+        _compare[(len(logits),)](
+            logits.contiguous(),
+            others.contiguous(),
+            targets,
+            divergence,
+            loss,
+            logits.shape[1],
+            4096,
+            num_warps=8,
+        )
     return divergence, loss

@@ -16,9 +16,17 @@ from src.ops import Sparse, firings, squared_errors
 
 PIECE = 4096  # tokens in float64 at one time
 UNITS = {
-    "NormMSE": "share of squared norm", "FVU": "share of variance", "L0": "latents a token", "Dead": "share of latents",
-    "Density": "share of tokens", "KLDiv": "nats a token", "KLDiv_seq": "nats a sequence", "DeltaCE": "nats a token",
-    "Recovered_zero": "share", "Recovered_mean": "share", "Shrinkage": "1 = none",
+    "NormMSE": "share of squared norm",
+    "FVU": "share of variance",
+    "L0": "latents a token",
+    "Dead": "share of latents",
+    "Density": "share of tokens",
+    "KLDiv": "nats a token",
+    "KLDiv_seq": "nats a sequence",
+    "DeltaCE": "nats a token",
+    "Recovered_zero": "share",
+    "Recovered_mean": "share",
+    "Shrinkage": "1 = none",
 }
 
 
@@ -128,8 +136,14 @@ class Reconstruction(Measure):
     def compute(self) -> dict[str, Any]:
         """FVU: error over variance around the data mean. Shrinkage: E|x_hat|^2 / E<x_hat, x>, below 1 where norms are too small."""
         variance = self.second.value() - self.first.value().square().sum(-1) / self.n
-        shrinkage = (self.hat.value() / self.cross.value().clamp_min(1e-300)).tolist()  # an SAE that gives only zeros has 0, not 0/0
-        found = {"NormMSE": self.norm_mse.compute(), "FVU": (self.error.value() / variance).tolist(), "Shrinkage": shrinkage}
+        shrinkage = (
+            self.hat.value() / self.cross.value().clamp_min(1e-300)
+        ).tolist()  # an SAE that gives only zeros has 0, not 0/0
+        found = {
+            "NormMSE": self.norm_mse.compute(),
+            "FVU": (self.error.value() / variance).tolist(),
+            "Shrinkage": shrinkage,
+        }
         result: dict[str, Any] = {}
         for name, value in found.items():
             result[name] = sum(value) / len(value) if isinstance(value, list) else value
@@ -153,11 +167,20 @@ class Activity(Measure):
 
     def compute(self) -> dict[str, Any]:
         density = self.fired.double() / self.n
-        counts = [int(((density > low) & (density <= high)).sum()) for low, high in zip(self.EDGES, self.EDGES[1:], strict=False)]
+        counts = [
+            int(((density > low) & (density <= high)).sum())
+            for low, high in zip(self.EDGES, self.EDGES[1:], strict=False)
+        ]
         return {
-            "L0": float(density.sum()), "Dead": float((density == 0).double().mean()), "Density": float(density.median()),
-            "Density_histogram": {"edges": self.EDGES, "latents": [int((density == 0).sum()), *counts]},
-            "Density_over_1_percent": float((density > 0.01).double().mean()), "Density_over_10_percent": float((density > 0.1).double().mean()),
+            "L0": float(density.sum()),
+            "Dead": float((density == 0).double().mean()),
+            "Density": float(density.median()),
+            "Density_histogram": {
+                "edges": self.EDGES,
+                "latents": [int((density == 0).sum()), *counts],
+            },
+            "Density_over_1_percent": float((density > 0.01).double().mean()),
+            "Density_over_10_percent": float((density > 0.1).double().mean()),
         }
 
 
@@ -165,7 +188,9 @@ class Routing(Measure):
     """What the router does: share and mean p per site, entropies, error per site, regret against the best site, what a token says about its site."""
 
     def __init__(self) -> None:
-        self.chosen, self.p, self.p_max, self.p_entropy, self.error, self.regret, self.best = (Mean() for _ in range(7))
+        self.chosen, self.p, self.p_max, self.p_entropy, self.error, self.regret, self.best = (
+            Mean() for _ in range(7)
+        )
         self.at_site = Sum()
         self.counts, self.shuffled = (torch.zeros(0, dtype=torch.long) for _ in range(2))
 
@@ -180,7 +205,9 @@ class Routing(Measure):
         self.regret.update(router.regret(site, errors))
         self.best.update((site == errors.argmin(-1)).double())
         self.at_site.add((one_hot * routed[:, None]).sum(0))
-        others = router.shuffled(site, torch.arange(len(site), device=site.device), int(token_ids.sum()))  # seeded by the batch alone
+        others = router.shuffled(
+            site, torch.arange(len(site), device=site.device), int(token_ids.sum())
+        )  # seeded by the batch alone
         self.chosen.update(one_hot)
         self.counts = self._counted(self.counts, token_ids * n_sites + site)
         self.shuffled = self._counted(self.shuffled, token_ids * n_sites + others)
@@ -204,14 +231,22 @@ class Routing(Measure):
 
     def compute(self) -> dict[str, Any]:
         share = torch.tensor(self.chosen.compute(), dtype=torch.float64)
-        per_site = [float(e / n) if n > 0 else None for e, n in zip(self.at_site.value(), share * self.chosen.count, strict=True)]
+        per_site = [
+            float(e / n) if n > 0 else None
+            for e, n in zip(self.at_site.value(), share * self.chosen.count, strict=True)
+        ]
         return {
-            "share": share.tolist(), "mean_p": self.p.compute(), "p_max": self.p_max.compute(), "p_entropy": self.p_entropy.compute(),
-            "share_entropy": float(router.entropy(share)), "NormMSE_of_routed": per_site,
+            "share": share.tolist(),
+            "mean_p": self.p.compute(),
+            "p_max": self.p_max.compute(),
+            "p_entropy": self.p_entropy.compute(),
+            "share_entropy": float(router.entropy(share)),
+            "NormMSE_of_routed": per_site,
             # nats; the estimate is too high by what it finds where the sites are shuffled over the tokens
             "site_token_information": self._information(self.counts, len(share)),
             "site_token_information_shuffled": self._information(self.shuffled, len(share)),
             # from here on at scale 1, where sites compare with each other; not the error of p x that the headline reports
-            "NormMSE_unscaled_if_all_went_there": self.error.compute(), "regret_unscaled": self.regret.compute(),
+            "NormMSE_unscaled_if_all_went_there": self.error.compute(),
+            "regret_unscaled": self.regret.compute(),
             "agrees_with_best_site_unscaled": self.best.compute(),
         }

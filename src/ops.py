@@ -16,7 +16,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 _narrow = False  # within narrow_factors(); a plain global, since gradients on CUDA are computed in threads of their own
-PIECE = {"cuda": 2**27}  # pre-activations at one time, half a GB; but at least 256 tokens, as products of fewer are slow
+PIECE = {
+    "cuda": 2**27
+}  # pre-activations at one time, half a GB; but at least 256 tokens, as products of fewer are slow
 GROUP = 8  # values a group in a two-stage top-k on a CPU (docs/LOG.md)
 # Latents per active one from which a code is decoded and differentiated by the rows of its active latents in place of dense products: all of it,
 # measured on a CPU (benchmarks/sparse_code.py), on CUDA extrapolated; and, where there are kernels, all but the gradients of weights.
@@ -27,7 +29,10 @@ ROWS_FROM = 128
 @functools.cache
 def fast_bfloat16() -> bool:
     """Whether this CPU multiplies matrices in bfloat16 faster than in float32."""
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def kernels(x: Tensor) -> Any:
@@ -42,7 +47,10 @@ def _working_kernels() -> Any:
 
         kernels.largest(torch.zeros(1, 1, device="cuda"), 1)
     except Exception as error:  # no Triton, no C compiler for it, a card that it does not know: each library has its own kinds of error
-        warnings.warn(f"Triton's kernels do not work here ({type(error).__name__}: {error}); plain PyTorch takes their place", stacklevel=3)
+        warnings.warn(
+            f"Triton's kernels do not work here ({type(error).__name__}: {error}); plain PyTorch takes their place",
+            stacklevel=3,
+        )
         return None
     return kernels
 
@@ -52,7 +60,9 @@ def _has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)  # before Ampere it is emulated
 
 
-def pre_process(hidden_states: Tensor, eps: float = 1e-6, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def pre_process(
+    hidden_states: Tensor, eps: float = 1e-6, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(x, mean, std) with x = (h - mean) / (std + eps) per token, in float32; std is the unbiased estimate. [...,D] -> [...,D], [...,1], [...,1]
 
     x is written to `out` where it is given.
@@ -60,7 +70,9 @@ def pre_process(hidden_states: Tensor, eps: float = 1e-6, out: Tensor | None = N
     h = hidden_states.float()  # first: statistics of a bfloat16 vector lose about three digits
     mean = h.mean(-1, keepdim=True)
     centred = h - mean
-    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (h.shape[-1] - 1) ** 0.5  # on a CPU h.std() takes 15 times as long
+    std = (
+        torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (h.shape[-1] - 1) ** 0.5
+    )  # on a CPU h.std() takes 15 times as long
     return torch.div(centred, std + eps, out=out), mean, std
 
 
@@ -70,7 +82,9 @@ def standardised(states: list[Tensor], eps: float) -> Tensor:
     x = torch.empty(*first.shape[:-1], len(states), first.shape[-1], device=first.device)
     for i, h in enumerate(states):
         if fast := kernels(h):
-            fast.standardise(h.flatten(0, -2), eps, x.flatten(0, -3)[:, i])  # one pass over memory in place of five
+            fast.standardise(
+                h.flatten(0, -2), eps, x.flatten(0, -3)[:, i]
+            )  # one pass over memory in place of five
         else:
             pre_process(h, eps, x[..., i, :])
     return x
@@ -81,7 +95,10 @@ class SquaredErrors(Function):
 
     @staticmethod
     def forward(ctx, x, x_hat):
-        off, norm = x - x_hat, torch.linalg.vector_norm(x, dim=-1).square().clamp_min(torch.finfo(x.dtype).tiny)
+        off, norm = (
+            x - x_hat,
+            torch.linalg.vector_norm(x, dim=-1).square().clamp_min(torch.finfo(x.dtype).tiny),
+        )
         errors = torch.linalg.vector_norm(off, dim=-1).square() / norm
         ctx.save_for_backward(x if ctx.needs_input_grad[0] else None, off, norm, errors)
         return errors
@@ -92,7 +109,9 @@ class SquaredErrors(Function):
         x, off, norm, errors = ctx.saved_tensors
         share = (2 * grad / norm)[..., None]
         by_off = off * share
-        return None if x is None else by_off - x * (share * errors[..., None]), -by_off if ctx.needs_input_grad[1] else None
+        return None if x is None else by_off - x * (
+            share * errors[..., None]
+        ), -by_off if ctx.needs_input_grad[1] else None
 
 
 def squared_errors(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -127,7 +146,10 @@ def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = 
         if infer_k <= 0:
             raise ValueError(f"infer_k {infer_k}; it must be positive")
         if infer_k > latents.shape[-1]:
-            warnings.warn(f"infer_k {infer_k} is more than the {latents.shape[-1]} latents; all are kept", stacklevel=2)
+            warnings.warn(
+                f"infer_k {infer_k} is more than the {latents.shape[-1]} latents; all are kept",
+                stacklevel=2,
+            )
         return topk_sparsify(latents, min(infer_k, latents.shape[-1]))
     if theta is not None:
         return latents * (latents > max(theta, 0.0))
@@ -142,7 +164,9 @@ def largest(values: Tensor, k: int) -> Tensor:
     if fast:
         return fast.largest(values, k)
     groups = values.shape[1] // GROUP
-    if not values.is_cuda and values.shape[1] % GROUP == 0 and groups >= 2 * k:  # the k largest lie in the k groups with the largest maxima
+    if (
+        not values.is_cuda and values.shape[1] % GROUP == 0 and groups >= 2 * k
+    ):  # the k largest lie in the k groups with the largest maxima
         best = _best(values.view(len(values), GROUP, groups).amax(1), k)
         candidates = (best[:, None] + groups * torch.arange(GROUP)[:, None]).flatten(1)
         return candidates.gather(1, _best(values.gather(1, candidates), k))
@@ -153,9 +177,18 @@ def _best(values: Tensor, k: int) -> Tensor:
     """largest() in one stage; on a CPU by numpy's partition, which is quicker than PyTorch's top-k (docs/LOG.md)."""
     width, numbers = values.shape[1], values.detach()
     if not values.is_cuda and 0 < k < width <= 2**16:
-        if values.dtype is torch.bfloat16:  # as float32 it leaves 16 bits for its place, so that the places come along
-            keys = numbers.float().view(torch.int32).bitwise_or_(torch.arange(width, dtype=torch.int32)).view(torch.float32)
-            top = np.ascontiguousarray(np.partition(keys.numpy(), width - k, axis=1)[:, width - k :])
+        if (
+            values.dtype is torch.bfloat16
+        ):  # as float32 it leaves 16 bits for its place, so that the places come along
+            keys = (
+                numbers.float()
+                .view(torch.int32)
+                .bitwise_or_(torch.arange(width, dtype=torch.int32))
+                .view(torch.float32)
+            )
+            top = np.ascontiguousarray(
+                np.partition(keys.numpy(), width - k, axis=1)[:, width - k :]
+            )
             return torch.from_numpy(top).view(torch.int32).bitwise_and_(0xFFFF).long()
         smallest = np.partition(numbers.numpy(), width - k, axis=1)[:, width - k, None]
         at = np.flatnonzero(numbers.numpy() >= smallest)
@@ -167,7 +200,9 @@ def _best(values: Tensor, k: int) -> Tensor:
 def positions(values: Tensor, k: int) -> Tensor:
     """Of the k largest of each row, in the flat tensor, row by row. [N,F] -> int64 [N k]"""
     indices = largest(values, k)
-    return (indices + torch.arange(len(values), device=indices.device)[:, None] * values.shape[1]).flatten()
+    return (
+        indices + torch.arange(len(values), device=indices.device)[:, None] * values.shape[1]
+    ).flatten()
 
 
 def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
@@ -177,13 +212,17 @@ def kth_largest(values: Tensor, k: int, total: Callable[[Tensor], Tensor] = lamb
     floats, then of the lower 16 bits of those in the bin that holds it.
     """
     values = values.detach().flatten().float()
-    bits = torch.where(values > 0, values, 0).view(torch.int32)  # positive floats are ordered as their bits are
+    bits = torch.where(values > 0, values, 0).view(
+        torch.int32
+    )  # positive floats are ordered as their bits are
     high, place = _bin_from_above(bits >> 16, total(torch.full((), k, device=values.device)), total)
     low, _ = _bin_from_above(bits[bits >> 16 == high] & 0xFFFF, place, total)
     return (high << 16 | low).to(torch.int32).view(torch.float32)
 
 
-def _bin_from_above(bins: Tensor, place: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _bin_from_above(
+    bins: Tensor, place: Tensor, total: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """(the bin of the entry at that place counted from the highest bin down, its place within the bin)."""
     counts = total(torch.bincount(bins, minlength=65536)).flip(0).cumsum(0)
     at = torch.searchsorted(counts, place).clamp_max(65535)
@@ -198,14 +237,22 @@ class Sparse(NamedTuple):
     shape: torch.Size  # of the dense code, [...,F]
 
     def dense(self) -> Tensor:
-        return self.values.new_zeros(self.shape.numel()).index_put_((self.at,), self.values).view(self.shape)
+        return (
+            self.values.new_zeros(self.shape.numel())
+            .index_put_((self.at,), self.values)
+            .view(self.shape)
+        )
 
     @staticmethod
     def joined(codes: list[Sparse]) -> Sparse:
         """The codes of consecutive tokens as one."""
         before = [0, *itertools.accumulate(code.shape.numel() for code in codes)]
         at = torch.cat([code.at + start for code, start in zip(codes, before, strict=False)])
-        return Sparse(torch.cat([code.values for code in codes]), at, torch.Size([sum(code.shape[0] for code in codes), *codes[0].shape[1:]]))
+        return Sparse(
+            torch.cat([code.values for code in codes]),
+            at,
+            torch.Size([sum(code.shape[0] for code in codes), *codes[0].shape[1:]]),
+        )
 
 
 def dense(code: Tensor | Sparse) -> Tensor:
@@ -215,7 +262,9 @@ def dense(code: Tensor | Sparse) -> Tensor:
 def divided(code: Tensor | Sparse, by: Tensor) -> Tensor | Sparse:
     """Each token's code divided by its number. [...,F], [...] -> [...,F]"""
     if isinstance(code, Sparse):
-        return code._replace(values=code.values / by.flatten()[code.at.div(code.shape[-1], rounding_mode="floor")])
+        return code._replace(
+            values=code.values / by.flatten()[code.at.div(code.shape[-1], rounding_mode="floor")]
+        )
     return code / by[..., None]
 
 
@@ -230,8 +279,12 @@ def firings(code: Tensor | Sparse) -> Tensor:
     """In how many codes each latent is not 0. [...,F] -> int64 [F]"""
     if isinstance(code, Sparse):
         counts = torch.zeros(code.shape[-1], dtype=torch.long, device=code.at.device)
-        return counts.scatter_add_(0, code.at.remainder(len(counts)), torch.ones_like(code.at))  # bincount would wait for the device
-    return (code != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()  # on a CPU a quarter of the time of a sum in int64
+        return counts.scatter_add_(
+            0, code.at.remainder(len(counts)), torch.ones_like(code.at)
+        )  # bincount would wait for the device
+    return (
+        (code != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()
+    )  # on a CPU a quarter of the time of a sum in int64
 
 
 def _near(x: Tensor, threshold: Tensor, bandwidth: float, grad: Tensor) -> Tensor:
@@ -251,7 +304,11 @@ class Jump_func(Function):
     @staticmethod
     def backward(ctx, grad):
         x, threshold = ctx.saved_tensors
-        return torch.where(x > threshold, grad, 0), -threshold / ctx.bandwidth * _near(x, threshold, ctx.bandwidth, grad), None
+        return (
+            torch.where(x > threshold, grad, 0),
+            -threshold / ctx.bandwidth * _near(x, threshold, ctx.bandwidth, grad),
+            None,
+        )
 
 
 class Step_func(Function):
@@ -297,9 +354,13 @@ def project_decoder_grad(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def sign_step_(y: Tensor, z: Tensor, grad: Tensor, share: float, by: float, lr: float, stop: Tensor) -> None:
+def sign_step_(
+    y: Tensor, z: Tensor, grad: Tensor, share: float, by: float, lr: float, stop: Tensor
+) -> None:
     """y goes towards z by share, then by `by` against the gradient's sign, z by lr; in place, and not where the 0-dim `stop` is not 0."""
-    fast = kernels(y) if y.dtype is torch.float32 and y.is_contiguous() and z.is_contiguous() else None
+    fast = (
+        kernels(y) if y.dtype is torch.float32 and y.is_contiguous() and z.is_contiguous() else None
+    )
     if fast:
         return fast.sign_step(y, z, grad.contiguous(), share, by, lr, stop)
     sign = grad.sign().masked_fill_(stop > 0, 0)
@@ -341,7 +402,13 @@ def narrow_factors() -> Iterator[None]:
 
 def narrows(x: Tensor) -> bool:
     """Whether x is a factor that goes in bfloat16: on CUDA in training, as that takes half the time of TF32 and is switched off together with it."""
-    return _narrow and x.is_cuda and x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 and _has_bfloat16(x.device)
+    return (
+        _narrow
+        and x.is_cuda
+        and x.dtype is torch.float32
+        and torch.backends.cuda.matmul.allow_tf32
+        and _has_bfloat16(x.device)
+    )
 
 
 def narrow(x: Tensor) -> Tensor:
@@ -351,7 +418,11 @@ def narrow(x: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b, of narrow factors too in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype is torch.bfloat16 else torch.mm(a, b)
+    return (
+        torch.mm(a, b, out_dtype=torch.float32)
+        if a.is_cuda and a.dtype is torch.bfloat16
+        else torch.mm(a, b)
+    )
 
 
 def affine_factors(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,7 +431,9 @@ def affine_factors(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Ten
     Three columns of the sixteen, which keep rows aligned, hold the bias in parts, so that it is as exact as in float32.
     """
     width = x.shape[1]
-    a, b = (torch.zeros(len(t), width + 16, dtype=torch.bfloat16, device=t.device) for t in (x, weight))
+    a, b = (
+        torch.zeros(len(t), width + 16, dtype=torch.bfloat16, device=t.device) for t in (x, weight)
+    )
     a[:, :width], b[:, :width], a[:, width : width + 3] = x, weight, 1
     for i in range(width, width + 3):
         b[:, i] = bias
@@ -388,23 +461,36 @@ class Linear(Function):
         (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
         by_bias, narrowed = grad.sum(0) if wanted[1] or wanted[3] else None, narrow(grad)
         return (
-            product(narrowed, weight) if wanted[0] else None, -(by_bias @ weight.to(by_bias.dtype)) if wanted[1] else None,
-            product(narrowed.T, x) if wanted[2] else None, by_bias if wanted[3] else None,
+            product(narrowed, weight) if wanted[0] else None,
+            -(by_bias @ weight.to(by_bias.dtype)) if wanted[1] else None,
+            product(narrowed.T, x) if wanted[2] else None,
+            by_bias if wanted[3] else None,
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
     """(x - shift) weight^T + bias. [...,D] -> [...,F]"""
     if not torch.is_grad_enabled():
         return nn.functional.linear(x if shift is None else x - shift, weight, bias)
-    return Linear.apply(x.reshape(-1, x.shape[-1]), shift, weight, bias).view(*x.shape[:-1], len(weight))
+    return Linear.apply(x.reshape(-1, x.shape[-1]), shift, weight, bias).view(
+        *x.shape[:-1], len(weight)
+    )
 
 
 def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """values[e] table[latent[e]] summed over the entries e of each bag: bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> [N,D]"""
     if fast := kernels(table):
         return fast.row_sums(values, latent, bounds, table)
-    return nn.functional.embedding_bag(latent, table.to(values.dtype), bounds, mode="sum", per_sample_weights=values, include_last_offset=True)
+    return nn.functional.embedding_bag(
+        latent,
+        table.to(values.dtype),
+        bounds,
+        mode="sum",
+        per_sample_weights=values,
+        include_last_offset=True,
+    )
 
 
 def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
@@ -427,21 +513,33 @@ class SparseCode(Function):
 
     @staticmethod
     def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, k, clip, apart):
-        rows = max(256, PIECE.get(x.device.type, 2**21) // len(encoder)) if apart else max(1, len(x))
+        rows = (
+            max(256, PIECE.get(x.device.type, 2**21) // len(encoder)) if apart else max(1, len(x))
+        )
         given, weight, bias = x - pre_bias, encoder, latent_bias
         factors = given, encoder
         if narrows(given):
             given, weight = affine_factors(given, encoder, bias)
             factors, bias = (given[:, : x.shape[1]], weight[:, : x.shape[1]]), None
-        elif apart and _narrow and x.device.type == "cpu" and given.dtype is torch.float32 and fast_bfloat16():
-            given, weight, bias = (t.bfloat16() for t in (given, encoder, bias))  # gradients stay exact
+        elif (
+            apart
+            and _narrow
+            and x.device.type == "cpu"
+            and given.dtype is torch.float32
+            and fast_bfloat16()
+        ):
+            given, weight, bias = (
+                t.bfloat16() for t in (given, encoder, bias)
+            )  # gradients stay exact
         found = []
         for start in range(0, max(1, len(x)), rows):
             here = slice(start, start + rows)
             pre_acts = product(given[here], weight.T)
             pre_acts = pre_acts if bias is None else pre_acts.add_(bias)
             chosen = choose(pre_acts, here)
-            found.append((chosen + start * len(encoder), pre_acts.view(-1)[chosen].to(latent_bias.dtype)))
+            found.append(
+                (chosen + start * len(encoder), pre_acts.view(-1)[chosen].to(latent_bias.dtype))
+            )
         at, values = (torch.cat(column) for column in zip(*found, strict=True))
         if clip:
             at, values = at[values > 0], values[values > 0]
@@ -470,14 +568,18 @@ class SparseCode(Function):
     @staticmethod
     def bounds(index: Tensor, count: int, size: int = 1) -> Tensor:
         """Where the run of each of 0 ... count-1 begins in a sorted index of things of that size, and where the last one ends."""
-        return torch.searchsorted(index, torch.arange(0, (count + 1) * size, size, device=index.device))
+        return torch.searchsorted(
+            index, torch.arange(0, (count + 1) * size, size, device=index.device)
+        )
 
     @staticmethod
     def backward(ctx, grad, _values, _at):
         if grad is None:
             return (None,) * 9
         through = SparseCode.by_products if ctx.form == "products" else SparseCode.by_rows
-        by_x, by_encoder, by_bias, by_decoder = through(grad, *ctx.saved_tensors, ctx.needs_input_grad[0], ctx.form == "sums")
+        by_x, by_encoder, by_bias, by_decoder = through(
+            grad, *ctx.saved_tensors, ctx.needs_input_grad[0], ctx.form == "sums"
+        )
         # tokens summed first: a vector times the encoder, no product
         by_pre_bias = grad.sum(0) - by_bias @ ctx.saved_tensors[1].to(by_bias.dtype)
         return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None, None, None, None
@@ -494,7 +596,9 @@ class SparseCode(Function):
     @staticmethod
     def of_weights(by_latent, centred):
         """(gradient of the encoder, of its bias)"""
-        return product(by_latent.T, centred), by_latent.sum(0, dtype=torch.promote_types(by_latent.dtype, torch.float32))
+        return product(by_latent.T, centred), by_latent.sum(
+            0, dtype=torch.promote_types(by_latent.dtype, torch.float32)
+        )
 
     @staticmethod
     def by_rows(grad, centred, encoder, columns, values, at, latent, bounds, input_too, all_of_it):
@@ -503,22 +607,35 @@ class SparseCode(Function):
         by_x = row_sums(by_value, latent, bounds, encoder) if input_too else None
         if not all_of_it:  # one dense code after the other in the same place
             narrowed = grad.to(centred.dtype)
-            code = Sparse(values.to(narrowed.dtype), at, torch.Size([len(grad), len(encoder)])).dense()
+            code = Sparse(
+                values.to(narrowed.dtype), at, torch.Size([len(grad), len(encoder)])
+            ).dense()
             by_decoder = product(narrowed.T, code)
             code.view(-1)[at] = by_value.to(code.dtype)
             return by_x, *SparseCode.of_weights(code, centred), by_decoder
         latent_sorted, order = latent.sort(stable=True)
-        source, ends = at.div(len(encoder), rounding_mode="floor")[order], SparseCode.bounds(latent_sorted, len(encoder))
+        source, ends = (
+            at.div(len(encoder), rounding_mode="floor")[order],
+            SparseCode.bounds(latent_sorted, len(encoder)),
+        )
         by_decoder = row_sums(values[order], source, ends, grad).T
         by_encoder = row_sums(by_value[order], source, ends, centred)
-        by_bias = torch.zeros(len(encoder), dtype=by_value.dtype, device=grad.device).index_add_(0, latent, by_value)
+        by_bias = torch.zeros(len(encoder), dtype=by_value.dtype, device=grad.device).index_add_(
+            0, latent, by_value
+        )
         return by_x, by_encoder, by_bias, by_decoder
 
 
 def random_integers(keys: Tensor, seed: int, high: int | Tensor, draw: int | Tensor = 0) -> Tensor:
     """One integer in [0, high) per key: a function of (key, seed, draw) alone, so batching changes nothing. int64 [...] -> [...], broadcast"""
     half = 1 << 62  # Python's integers do not wrap around, int64's do
-    return _mix(_mix(_mix(keys + 1) + seed * 0x9E3779B97F4A7C1 % half) + (draw * 0x2545F4914F6CDD1D & half - 1)) % high
+    return (
+        _mix(
+            _mix(_mix(keys + 1) + seed * 0x9E3779B97F4A7C1 % half)
+            + (draw * 0x2545F4914F6CDD1D & half - 1)
+        )
+        % high
+    )
 
 
 def random_subset(keys: Tensor, seed: int, n: int, k: int) -> Tensor:
@@ -530,7 +647,9 @@ def random_subset(keys: Tensor, seed: int, n: int, k: int) -> Tensor:
     place = torch.arange(k, device=keys.device)
     drawn = random_integers(keys[:, None], seed, place + (n - k + 1), place)
     ordered, order = drawn.sort(dim=1, stable=True)
-    taken = torch.zeros_like(drawn, dtype=torch.bool).scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+    taken = torch.zeros_like(drawn, dtype=torch.bool).scatter_(
+        1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1]
+    )
     earlier = drawn - (n - k)
     earlier = torch.where((earlier >= 0) & (earlier < place), earlier, place)
     for _ in range((k - 1).bit_length()):

@@ -29,13 +29,21 @@ class Reading(NamedTuple):
         """The n largest latents of each token, (latent, strength); over all sites of an SAE with a code for every site."""
         flat = self.latents if self.latents.dim() == 2 else self.latents.amax(1)
         values, index = flat.topk(min(n, flat.shape[-1]))
-        return [[(i, v) for i, v in zip(*pair, strict=True) if v > 0] for pair in zip(index.tolist(), values.tolist(), strict=True)]
+        return [
+            [(i, v) for i, v in zip(*pair, strict=True) if v > 0]
+            for pair in zip(index.tolist(), values.tolist(), strict=True)
+        ]
 
     def __str__(self) -> str:
         lines = [f"{'token':<16}{'site':>5}{'NormMSE':>9}  strongest latents"]
-        for i, (token, error, best) in enumerate(zip(self.tokens, self.NormMSE.tolist(), self.strongest(), strict=True)):
+        for i, (token, error, best) in enumerate(
+            zip(self.tokens, self.NormMSE.tolist(), self.strongest(), strict=True)
+        ):
             site = self.sites[i] if self.sites else ""
-            lines.append(f"{token!r:<16}{site:>5}{error:>9.3f}  " + "  ".join(f"{latent}:{value:.2f}" for latent, value in best))
+            lines.append(
+                f"{token!r:<16}{site:>5}{error:>9.3f}  "
+                + "  ".join(f"{latent}:{value:.2f}" for latent, value in best)
+            )
         return "\n".join(lines)
 
 
@@ -63,18 +71,35 @@ class Reader:
     def read(self, text: str) -> Reading:
         """The text's codes, in one forward pass that ends after the SAE's last site. Raises ValueError for a text without a counted token."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if self.tokenizer.bos_token_id is not None:  # without one it is the text's first token that does not count
+        if (
+            self.tokenizer.bos_token_id is not None
+        ):  # without one it is the text's first token that does not count
             ids = [self.tokenizer.bos_token_id, *ids]
         special = set(self.tokenizer.all_special_ids)
         mask = torch.tensor([[at > 0 and token not in special for at, token in enumerate(ids)]])
         if not mask.any():
             raise ValueError(f"{text[:40]!r} has no token that counts; give a word or more")
-        batch = Batch(torch.tensor([ids]), mask, torch.zeros_like(mask, dtype=torch.long), torch.zeros(1, dtype=torch.long)).to(self.cfg.device)
+        batch = Batch(
+            torch.tensor([ids]),
+            mask,
+            torch.zeros_like(mask, dtype=torch.long),
+            torch.zeros(1, dtype=torch.long),
+        ).to(self.cfg.device)
         hidden = hooks.read(self.language_model, batch, self.sae.sites())
-        p = self.sae.autoencode(self.sae.gather(hidden), self.cfg.infer_k, self.cfg.theta, batch.token_keys())
+        p = self.sae.autoencode(
+            self.sae.gather(hidden), self.cfg.infer_k, self.cfg.theta, batch.token_keys()
+        )
         error = squared_errors(p.target, p.x_hat).view(len(p.target), -1).mean(1)
-        sites = None if p.weights is None else [self.sae.sites()[i] for i in p.weights.argmax(-1).tolist()]
-        tokens = [self.tokenizer.decode([token]) for token, counts in zip(ids, mask[0].tolist(), strict=True) if counts]
+        sites = (
+            None
+            if p.weights is None
+            else [self.sae.sites()[i] for i in p.weights.argmax(-1).tolist()]
+        )
+        tokens = [
+            self.tokenizer.decode([token])
+            for token, counts in zip(ids, mask[0].tolist(), strict=True)
+            if counts
+        ]
         weights = None if p.weights is None else p.weights.cpu()
         return Reading(tokens, dense(self.sae.strength(p)).cpu(), sites, weights, error.cpu())
 
@@ -86,6 +111,12 @@ class Reader:
         folder = Path(self.cfg.output_dir) / files.CONTEXT_DIR
         path = files.newest(folder, f"{files.safe_name(self.recipe['title'])}_contexts.json*")
         if path is None:
-            raise ValueError(f"no contexts of {self.recipe['title']} in {folder}; run: python apply.py --SAE_path {self.cfg.SAE_path[0]}")
+            raise ValueError(
+                f"no contexts of {self.recipe['title']} in {folder}; run: python apply.py --SAE_path {self.cfg.SAE_path[0]}"
+            )
         entry = files.load_json(path)["latent_context_map"].get(str(latent))
-        return [] if entry is None else list(zip(entry["activations"], map("".join, entry["tokens"]), strict=True))
+        return (
+            []
+            if entry is None
+            else list(zip(entry["activations"], map("".join, entry["tokens"]), strict=True))
+        )

@@ -25,9 +25,15 @@ from torch import Tensor
 
 from src.ops import random_integers
 
-Mean = Callable[[Tensor], Tensor]  # over tokens; where the batch is shared out, over all of it or this part's share of that
+Mean = Callable[
+    [Tensor], Tensor
+]  # over tokens; where the batch is shared out, over all of it or this part's share of that
 ROUTINGS = ("hard", "soft", "random", "permuted", "oracle")
-OBJECTIVES, BALANCES, SCALES = ("published", "expected", "advantage", "ste", "frozen"), ("none", "switch", "bias"), ("p", "one", "ste")
+OBJECTIVES, BALANCES, SCALES = (
+    ("published", "expected", "advantage", "ste", "frozen"),
+    ("none", "switch", "bias"),
+    ("p", "one", "ste"),
+)
 
 
 def one_hot(site: Tensor, weights: Tensor) -> Tensor:
@@ -53,9 +59,19 @@ def drawn(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -
 
 def shifts(logits: Tensor, shares: Tensor, rounds: int = 300) -> Tensor:
     """What to add to each site's logit for its share of argmax choices among these tokens to be the one wanted. [N,L], [L] -> [L]"""
-    wanted, shift, least = normalised(shares, logits.shape[-1]), torch.zeros_like(logits[0]), 1 / len(logits)
-    for i in range(rounds):  # steps shrink: the share of a site jumps where many tokens are about to change it
-        shift += (1 - i / rounds) * 0.5 * ((wanted + least) / (load(logits + shift) + least)).log().to(shift.dtype)
+    wanted, shift, least = (
+        normalised(shares, logits.shape[-1]),
+        torch.zeros_like(logits[0]),
+        1 / len(logits),
+    )
+    for i in range(
+        rounds
+    ):  # steps shrink: the share of a site jumps where many tokens are about to change it
+        shift += (
+            (1 - i / rounds)
+            * 0.5
+            * ((wanted + least) / (load(logits + shift) + least)).log().to(shift.dtype)
+        )
     return shift
 
 
@@ -106,7 +122,12 @@ def summary(weights: Tensor, errors: Tensor, sampled: Tensor, mean: Mean) -> dic
     """Share of tokens and mean p per site, largest p, entropy of the shares and mean entropy of p (1: uniform); of sampled tokens, whose weights
     are `sampled`, the error of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
     share, site = load(weights, mean), sampled.argmax(-1)
-    found = {"share": share, "mean_p": mean(weights), "p_max": mean(weights.max(-1).values), "share_entropy": entropy(share)}
+    found = {
+        "share": share,
+        "mean_p": mean(weights),
+        "p_max": mean(weights.max(-1).values),
+        "share_entropy": entropy(share),
+    }
     found |= {"p_entropy": mean(entropy(weights)), "regret": mean(regret(site, errors))}
     if found["regret"].isnan():  # no token was sampled
         del found["regret"]
@@ -117,4 +138,8 @@ def summary(weights: Tensor, errors: Tensor, sampled: Tensor, mean: Mean) -> dic
 def information(counts: Tensor) -> float:
     """Mutual information in nats of the row and the column of a table of counts [V,L]."""
     joint = counts.double() / counts.sum()
-    return float(torch.special.entr(joint.sum(0)).sum() + torch.special.entr(joint.sum(1)).sum() - torch.special.entr(joint).sum())
+    return float(
+        torch.special.entr(joint.sum(0)).sum()
+        + torch.special.entr(joint.sum(1)).sum()
+        - torch.special.entr(joint).sum()
+    )

@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import distributed
-from src.ops import Sparse, dense, firings, geometric_median, linear, pre_process, restrict, squared_errors, standardised
+from src.ops import (
+    Sparse,
+    dense,
+    firings,
+    geometric_median,
+    linear,
+    pre_process,
+    restrict,
+    squared_errors,
+    standardised,
+)
 
 Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 WARM_START = 8192  # tokens that warm_start looks at
@@ -49,43 +59,78 @@ class Pass:
     @staticmethod
     def joined(passes: list[Pass]) -> Pass:
         """The passes of consecutive tokens as one."""
-        join = {field.name: [getattr(p, field.name) for p in passes] for field in dataclasses.fields(Pass)}
+        join = {
+            field.name: [getattr(p, field.name) for p in passes]
+            for field in dataclasses.fields(Pass)
+        }
         codes = join.pop("code")
         code = Sparse.joined(codes) if isinstance(codes[0], Sparse) else torch.cat(codes)
-        return Pass(code=code, **{name: None if parts[0] is None else torch.cat(parts) for name, parts in join.items()})
+        return Pass(
+            code=code,
+            **{
+                name: None if parts[0] is None else torch.cat(parts) for name, parts in join.items()
+            },
+        )
 
     def differentiated(self) -> Pass:
         """What is read after the backward pass: the code and where it was routed, without graph. target, x_hat and pre_acts are None."""
         held = {name: getattr(self, name) for name in ("code", "weights", "scale", "inputs")}
-        return Pass(None, x_hat=None, **{name: value.detach() if isinstance(value, Tensor) else value for name, value in held.items()})
+        return Pass(
+            None,
+            x_hat=None,
+            **{
+                name: value.detach() if isinstance(value, Tensor) else value
+                for name, value in held.items()
+            },
+        )
 
 
 class Plain(NamedTuple):
     """An SAE at one site in the terms libraries share: ReLU, TopK, JumpReLU or gate over (input - b_dec) W_enc, and W_dec back."""
 
-    architecture: str  # "standard", "topk" (negative values among the k clipped), "jumprelu" or "gated"
-    tensors: dict[str, Tensor]  # W_enc [D,F], W_dec [F,D], b_dec [D]; by architecture b_enc, threshold, b_gate, b_mag, r_mag [F]
-    code: Callable[[Tensor], Tensor]  # the SAE's own code of a standardised state [N,D] -> [N,F], to compare with
+    architecture: (
+        str  # "standard", "topk" (negative values among the k clipped), "jumprelu" or "gated"
+    )
+    tensors: dict[
+        str, Tensor
+    ]  # W_enc [D,F], W_dec [F,D], b_dec [D]; by architecture b_enc, threshold, b_gate, b_mag, r_mag [F]
+    code: Callable[
+        [Tensor], Tensor
+    ]  # the SAE's own code of a standardised state [N,D] -> [N,F], to compare with
     k: int | None = None
     caveat: str = ""  # what the plain form leaves out
 
 
 PLAIN_NAMES = {  # of the tensors -> of our parameters; matrices are transposed
-    "W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_dec": "pre_bias", "b_enc": "latent_bias", "threshold": "threshold",
-    "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag",
+    "W_enc": "encoder.weight",
+    "W_dec": "decoder.weight",
+    "b_dec": "pre_bias",
+    "b_enc": "latent_bias",
+    "threshold": "threshold",
+    "b_gate": "gate_bias",
+    "b_mag": "mag_bias",
+    "r_mag": "r_mag",
 }
 
 
-def routed_sites(n_layers: int, start_layer: int | None = None, end_layer: int | None = None) -> list[int]:
+def routed_sites(
+    n_layers: int, start_layer: int | None = None, end_layer: int | None = None
+) -> list[int]:
     """Sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive. Raises ValueError for a model too shallow, or a range outside it."""
     if start_layer is not None and end_layer is not None and not 1 <= start_layer < end_layer:
-        raise ValueError(f"--start_layer {start_layer} --end_layer {end_layer}; sites run from start to before end, and begin at 1")
+        raise ValueError(
+            f"--start_layer {start_layer} --end_layer {end_layer}; sites run from start to before end, and begin at 1"
+        )
     if n_layers is None or (n_layers < 4 and (start_layer is None or end_layer is None)):
-        raise ValueError(f"{n_layers} blocks; a model over several sites needs a language model of at least 4")
+        raise ValueError(
+            f"{n_layers} blocks; a model over several sites needs a language model of at least 4"
+        )
     start = n_layers // 4 if start_layer is None else start_layer
     end = 3 * n_layers // 4 + 1 if end_layer is None else end_layer
     if not 1 <= start < end <= n_layers + 1:
-        raise ValueError(f"routed sites {start} ... {end - 1} of a {n_layers}-block model; sites run from 1 to {n_layers}")
+        raise ValueError(
+            f"routed sites {start} ... {end - 1} of a {n_layers}-block model; sites run from 1 to {n_layers}"
+        )
     return list(range(start, end))
 
 
@@ -98,11 +143,15 @@ class SAE(nn.Module):
     def __init__(self, hidden_size: int, latent_size: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         if hidden_size <= 0 or latent_size <= 0:
-            raise ValueError(f"hidden_size {hidden_size}, latent_size {latent_size}; both must be positive")
+            raise ValueError(
+                f"hidden_size {hidden_size}, latent_size {latent_size}; both must be positive"
+            )
         self.hidden_size, self.latent_size, self.norm_eps = hidden_size, latent_size, norm_eps
         self.config: dict[str, Any] = {}
         self.first, self.whole = 0, None
-        self.register_buffer("silent", torch.zeros(latent_size), persistent=False)  # tokens since a latent was last active
+        self.register_buffer(
+            "silent", torch.zeros(latent_size), persistent=False
+        )  # tokens since a latent was last active
         self.register_buffer("seen", torch.zeros(()), persistent=False)
 
     @property
@@ -124,12 +173,22 @@ class SAE(nn.Module):
     def gather(self, hidden: Mapping[int, Tensor]) -> Tensor:
         """{site: [N,D]} -> its standardised input."""
         states = [hidden[site] for site in self.sites()]
-        return standardised(states, self.norm_eps) if self.input_norm == "token" else torch.stack(states, dim=-2).float()
+        return (
+            standardised(states, self.norm_eps)
+            if self.input_norm == "token"
+            else torch.stack(states, dim=-2).float()
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def autoencode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Pass:
+    def autoencode(
+        self,
+        x: Tensor,
+        infer_k: int | None = None,
+        theta: float | None = None,
+        token: Tensor | None = None,
+    ) -> Pass:
         raise NotImplementedError
 
     def part_of(self, whole: int | None, first: int = 0) -> None:
@@ -167,7 +226,17 @@ class SAE(nn.Module):
         """The code in units that compare between tokens and models."""
         return p.code
 
-    def grafts(self, hidden, *, infer_k=None, theta=None, edit=None, token=None, keep_error=True, clean=None) -> Iterator[dict[int, Graft]]:
+    def grafts(
+        self,
+        hidden,
+        *,
+        infer_k=None,
+        theta=None,
+        edit=None,
+        token=None,
+        keep_error=True,
+        clean=None,
+    ) -> Iterator[dict[int, Graft]]:
         """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.
 
         `clean`: what autoencode gave for `hidden`, where the caller has it (its latents only where there is an edit); it is not computed again.
@@ -177,13 +246,21 @@ class SAE(nn.Module):
         """
 
         def at(index: int) -> Graft:
-            known = None if clean is None or edit is not None else clean.x_hat if clean.x_hat.dim() == 2 else clean.x_hat[:, index]
+            known = (
+                None
+                if clean is None or edit is not None
+                else clean.x_hat
+                if clean.x_hat.dim() == 2
+                else clean.x_hat[:, index]
+            )
             return lambda h: self._substitute(h, infer_k, theta, edit, token, keep_error, known)
 
         for index, site in enumerate(self.sites()):
             yield {site: at(index)}
 
-    def _substitute(self, h: Tensor, infer_k, theta, edit, token, keep_error, known: Tensor | None) -> Tensor:
+    def _substitute(
+        self, h: Tensor, infer_k, theta, edit, token, keep_error, known: Tensor | None
+    ) -> Tensor:
         x, mean, std = self.standardise(h)
         if known is not None:
             return known * std + mean
@@ -228,28 +305,45 @@ class SAE(nn.Module):
 
     def plain(self) -> dict[int, Plain]:
         """{site: plain form}. Raises ValueError with the reason where it has none."""
-        raise ValueError(f"the code of a {self.name} is read from sites {self.sites()} together; an SAE of one site cannot hold it")
+        raise ValueError(
+            f"the code of a {self.name} is read from sites {self.sites()} together; an SAE of one site cannot hold it"
+        )
 
 
 class Dictionary(SAE):
     """An encoder, a decoder and two biases at one site: what TopK, Vanilla, JumpReLU and Gated share."""
 
     def __init__(
-        self, hidden_size, latent_size, *, layer=12, n_layers=None, norm_eps=1e-5, b_pre_init="geom_median", unit_encoder=True, input_norm="token",
+        self,
+        hidden_size,
+        latent_size,
+        *,
+        layer=12,
+        n_layers=None,
+        norm_eps=1e-5,
+        b_pre_init="geom_median",
+        unit_encoder=True,
+        input_norm="token",
     ):
         super().__init__(hidden_size, latent_size, norm_eps)
         if input_norm not in ("token", "none"):
             raise ValueError(f"input_norm {input_norm!r}; known are token, none")
         self.input_norm = input_norm
         if n_layers is not None and not 1 <= layer <= n_layers:
-            raise ValueError(f"layer {layer} of a {n_layers}-block model; sites run from 1 to {n_layers}")
+            raise ValueError(
+                f"layer {layer} of a {n_layers}-block model; sites run from 1 to {n_layers}"
+            )
         self.layer, self.b_pre_init = layer, b_pre_init
         self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
         self.latent_bias = nn.Parameter(torch.zeros(latent_size))
         self.encoder = nn.Linear(hidden_size, latent_size, bias=False)
         self.decoder = nn.Linear(latent_size, hidden_size, bias=False)
         with torch.no_grad():
-            unit = F.normalize(torch.randn(latent_size, hidden_size), dim=1) if unit_encoder else self.encoder.weight
+            unit = (
+                F.normalize(torch.randn(latent_size, hidden_size), dim=1)
+                if unit_encoder
+                else self.encoder.weight
+            )
             self.encoder.weight.copy_(unit)
             self.decoder.weight.copy_(F.normalize(unit, dim=1).T)
 
@@ -265,17 +359,31 @@ class Dictionary(SAE):
     def activate(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
         return F.relu(pre_acts)
 
-    def get_latents(self, pre_acts: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Tensor:
+    def get_latents(
+        self,
+        pre_acts: Tensor,
+        infer_k: int | None = None,
+        theta: float | None = None,
+        token: Tensor | None = None,
+    ) -> Tensor:
         """Activation, then the cut asked for at inference."""
         return restrict(self.activate(pre_acts, token), infer_k, theta)
 
-    def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None, token: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        infer_k: int | None = None,
+        theta: float | None = None,
+        token: Tensor | None = None,
+    ) -> Tensor:
         return self.get_latents(self.pre_acts(x), infer_k, theta, token)
 
     def decode(self, latents: Tensor) -> Tensor:
         return linear(latents, self.decoder.weight, self.pre_bias)
 
-    def forward(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, infer_k: int | None = None, theta: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(latents, x_hat): the documented form."""
         p = self.autoencode(x, infer_k, theta)
         return p.latents, p.x_hat
@@ -287,8 +395,15 @@ class Dictionary(SAE):
 
     def plain(self):
         state = self.state_dict()
-        tensors = {theirs: state[ours].T if state[ours].dim() == 2 else state[ours] for theirs, ours in PLAIN_NAMES.items() if ours in state}
-        return {site: Plain(self.architecture, tensors, self.encode, getattr(self, "k", None)) for site in self.sites()}
+        tensors = {
+            theirs: state[ours].T if state[ours].dim() == 2 else state[ours]
+            for theirs, ours in PLAIN_NAMES.items()
+            if ours in state
+        }
+        return {
+            site: Plain(self.architecture, tensors, self.encode, getattr(self, "k", None))
+            for site in self.sites()
+        }
 
     def decoders(self):
         return [self.decoder]

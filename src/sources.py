@@ -70,13 +70,18 @@ def find_files(path: str | os.PathLike) -> list[Path]:
     if not usable:
         kinds = Counter(f.suffix or "no suffix" for f in found)
         there = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) or "nothing"
-        raise DataError(f"no .jsonl file in {text} (found {there}); readable are {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"no .jsonl file in {text} (found {there}); readable are {', '.join(SUFFIXES)}"
+        )
     return usable
 
 
 def split_files(files: list[Path], split: str) -> tuple[list[Path], str]:
     """Files named train*, eval*, apply* are the splits, if all three are there; else documents are split by hash."""
-    named = {name: [f for f in files if re.match(rf"{name}([._-]|$)", f.name)] for name in ("train", "eval", "apply")}
+    named = {
+        name: [f for f in files if re.match(rf"{name}([._-]|$)", f.name)]
+        for name in ("train", "eval", "apply")
+    }
     if all(named.values()) and split != "all":
         return named[split], "all"
     return files, split
@@ -130,7 +135,10 @@ class Report:
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON takes it."""
-        return {name: getattr(self, name) for name in ("documents", "lines", "bad", "first_bad", "first_damaged", "keys")}
+        return {
+            name: getattr(self, name)
+            for name in ("documents", "lines", "bad", "first_bad", "first_damaged", "keys")
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"bad": Counter(state["bad"])})
@@ -146,11 +154,21 @@ class Report:
         damaged = sum(self.bad.values()) - self.bad["empty"]
         wrong_key = self.bad[f"no key {self.text_key!r}"]
         if wrong_key and wrong_key == self.lines and (final or wrong_key >= 1000):
-            raise DataError(f"no line has the text key {self.text_key!r}; the first has {self.keys}; set --text_key")
-        if final and self.bad[DAMAGED] > self.max_bad_frac * self.files:  # nobody knows how many lines such a file has lost
-            raise DataError(f"{self.bad[DAMAGED]} of {self.files} files cannot be read to their end, first {self.first_damaged}; "
-                            f"fetch them again or raise --max_bad_frac (now {self.max_bad_frac})")
-        if self.lines and (final or self.lines >= 10_000) and damaged > self.max_bad_frac * self.lines:
+            raise DataError(
+                f"no line has the text key {self.text_key!r}; the first has {self.keys}; set --text_key"
+            )
+        if (
+            final and self.bad[DAMAGED] > self.max_bad_frac * self.files
+        ):  # nobody knows how many lines such a file has lost
+            raise DataError(
+                f"{self.bad[DAMAGED]} of {self.files} files cannot be read to their end, first {self.first_damaged}; "
+                f"fetch them again or raise --max_bad_frac (now {self.max_bad_frac})"
+            )
+        if (
+            self.lines
+            and (final or self.lines >= 10_000)
+            and damaged > self.max_bad_frac * self.lines
+        ):
             raise DataError(
                 f"{damaged} of {self.lines} lines are damaged ({self.reasons()}), first at {self.first_bad}; "
                 f"mend them or raise --max_bad_frac (now {self.max_bad_frac})"
@@ -160,11 +178,17 @@ class Report:
         return ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common())
 
 
-def _text_of(record: Any, place: str, report: Report, render: Callable[[list], str] | None) -> str | None:
+def _text_of(
+    record: Any, place: str, report: Report, render: Callable[[list], str] | None
+) -> str | None:
     """The text of a record, a conversation through `render`; None where it is skipped, with the reason counted."""
     if not isinstance(record, dict):
         return report.skip("not an object", place)
-    key = report.text_key if report.text_key in record else next((key for key in CHATS if isinstance(record.get(key), list)), None)
+    key = (
+        report.text_key
+        if report.text_key in record
+        else next((key for key in CHATS if isinstance(record.get(key), list)), None)
+    )
     if key is None or (key != report.text_key and (render is None or report.text_key != "text")):
         report.keys = report.keys or ", ".join(map(str, record)) or "no key at all"
         return report.skip(f"no key {report.text_key!r}", place)
@@ -178,14 +202,21 @@ def _text_of(record: Any, place: str, report: Report, render: Callable[[list], s
         return report.skip("text is not a string", place)
     if not text.strip():
         return report.skip("empty", place)
-    clean = text.encode("utf-8", "replace").decode("utf-8")  # JSON may spell unpaired surrogates, which no tokenizer takes
+    clean = text.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # JSON may spell unpaired surrogates, which no tokenizer takes
     return Chat(clean) if isinstance(text, Chat) else clean
 
 
 def _turns(messages: list) -> list[dict[str, str]]:
     """Turns as templates take them: {"role", "content"}, or ShareGPT's {"from", "value"}. Raises KeyError or TypeError for others."""
     roles = {"human": "user", "gpt": "assistant"}
-    turns = [turn if "role" in turn else {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in messages]
+    turns = [
+        turn
+        if "role" in turn
+        else {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+        for turn in messages
+    ]
     if not turns or not all(isinstance(turn["content"], str) for turn in turns):
         raise TypeError("no turns, or turns that are not text")
     return turns
@@ -198,7 +229,9 @@ def _records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
 
         number = 0
         try:
-            for number, record in enumerate(load_dataset("parquet", data_files=str(file), split="train", streaming=True), 1):
+            for number, record in enumerate(
+                load_dataset("parquet", data_files=str(file), split="train", streaming=True), 1
+            ):
                 report.lines += 1
                 yield record, f"{file}:{number}"
         except ValueError:  # pyarrow's kinds are of it
@@ -231,14 +264,28 @@ class Documents:
     """
 
     def __init__(
-        self, source: str, split: str, report: Report, position: dict[str, Any] | None = None, render: Callable[[list], str] | None = None
+        self,
+        source: str,
+        split: str,
+        report: Report,
+        position: dict[str, Any] | None = None,
+        render: Callable[[list], str] | None = None,
     ) -> None:
-        self.source, self.split, self.report, self.render, self.rows = source, split, report, render, None
+        self.source, self.split, self.report, self.render, self.rows = (
+            source,
+            split,
+            report,
+            render,
+            None,
+        )
         self.start = position
 
     def position(self) -> dict[str, Any]:
         """As JSON: what was counted, and where a stream stands."""
-        return {"report": self.report.state(), "stream": self.rows.state_dict() if self.rows is not None else None}
+        return {
+            "report": self.report.state(),
+            "stream": self.rows.state_dict() if self.rows is not None else None,
+        }
 
     def __iter__(self) -> Iterator[str]:
         report, split = self.report, self.split
@@ -246,10 +293,16 @@ class Documents:
             found = find_files(self.source)
             files, split = split_files(found, split)
             report.files = len(files)
-            apart = [file.name for file in found if re.match(r"(eval|apply|val|valid|validation|dev|test)([._-]|$)", file.name)]
+            apart = [
+                file.name
+                for file in found
+                if re.match(r"(eval|apply|val|valid|validation|dev|test)([._-]|$)", file.name)
+            ]
             if apart and split == self.split != "all":
-                print(f"warning: {', '.join(apart[:3])} is no split of its own here (files train*, eval* and apply* are, if all three are there); "
-                      "the documents of all files are split by their text")
+                print(
+                    f"warning: {', '.join(apart[:3])} is no split of its own here (files train*, eval* and apply* are, if all three are there); "
+                    "the documents of all files are split by their text"
+                )
             records = (pair for file in files for pair in _records(file, report))
             if self.start:  # reading again what is there costs little beside tokenising it
                 passed = self.start["report"]["lines"]
@@ -278,27 +331,47 @@ class Documents:
             first = next(records, None)
         except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user, and the line says which
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            todo = "; take a copy of it in parquet or JSONL" if "scripts are no longer supported" in said else ""
+            todo = (
+                "; take a copy of it in parquet or JSONL"
+                if "scripts are no longer supported" in said
+                else ""
+            )
             reason = hub.reason(error, name, "datasets/") or said + todo
-            raise DataError(f"{self.source} is no file here and cannot be read from the hub: {reason}") from error
+            raise DataError(
+                f"{self.source} is no file here and cannot be read from the hub: {reason}"
+            ) from error
         while first is not None:
             self.report.lines += 1
             yield first, f"{self.source}:{self.report.lines}"
             try:
                 first = next(records, None)
             except Exception as error:  # as above, hours later
-                reason = hub.reason(error, name, "datasets/") or (str(error).splitlines() or [type(error).__name__])[0]
+                reason = (
+                    hub.reason(error, name, "datasets/")
+                    or (str(error).splitlines() or [type(error).__name__])[0]
+                )
                 kept = "what is prepared so far is kept, and the same command goes on from there"
-                raise StreamError(f"{self.source}: the hub broke off after {self.report.lines} records ({reason}); {kept}") from error
+                raise StreamError(
+                    f"{self.source}: the hub broke off after {self.report.lines} records ({reason}); {kept}"
+                ) from error
 
 
 def is_local(source: str) -> bool:
     """True for paths and globs; False for what can only be a hub name (`owner/name` without a file behind it)."""
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not source.startswith((".", "/"))
-    return os.path.exists(source) or globbing.has_magic(source) or source.endswith(SUFFIXES) or not looks_like_hub
+    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not source.startswith(
+        (".", "/")
+    )
+    return (
+        os.path.exists(source)
+        or globbing.has_magic(source)
+        or source.endswith(SUFFIXES)
+        or not looks_like_hub
+    )
 
 
-def write_splits(source: str, folder: str | os.PathLike, max_bytes: int, text_key: str = "text") -> dict[str, int]:
+def write_splits(
+    source: str, folder: str | os.PathLike, max_bytes: int, text_key: str = "text"
+) -> dict[str, int]:
     """Writes folder/{train,eval,apply}.jsonl from a source, texts over 100 characters, until max_bytes are written; returns documents by split.
 
     The files appear when all three are complete; a killed call is continued by the next. Raises DataError where the source cannot be read
@@ -311,20 +384,39 @@ def write_splits(source: str, folder: str | os.PathLike, max_bytes: int, text_ke
         what = {"source": str(source), "max_bytes": max_bytes, "text_key": text_key}
         saved = load_json(work / "progress.json") if (work / "progress.json").exists() else {}
         saved = saved if saved.get("what") == what else {}
-        sizes, counts = saved.get("sizes", dict.fromkeys(names, 0)), saved.get("counts", dict.fromkeys(names, 0))
+        sizes, counts = (
+            saved.get("sizes", dict.fromkeys(names, 0)),
+            saved.get("counts", dict.fromkeys(names, 0)),
+        )
         texts = Documents(str(source), "all", Report(text_key, 0.01), saved.get("position"))
         with ExitStack() as stack:
-            files = {name: stack.enter_context(open(work / f"{name}.jsonl", "ab")) for name in names}
+            files = {
+                name: stack.enter_context(open(work / f"{name}.jsonl", "ab")) for name in names
+            }
             for name, file in files.items():
                 file.truncate(sizes[name])
             done = sum(sizes.values())
-            bar = stack.enter_context(tqdm(total=max_bytes, initial=done, desc="downloading", unit="B", unit_scale=True, mininterval=1))
+            bar = stack.enter_context(
+                tqdm(
+                    total=max_bytes,
+                    initial=done,
+                    desc="downloading",
+                    unit="B",
+                    unit_scale=True,
+                    mininterval=1,
+                )
+            )
 
             def save() -> None:
                 for file in files.values():
                     file.flush()
                     os.fsync(file.fileno())
-                progress = {"what": what, "sizes": sizes, "counts": counts, "position": texts.position()}
+                progress = {
+                    "what": what,
+                    "sizes": sizes,
+                    "counts": counts,
+                    "position": texts.position(),
+                }
                 save_json(progress, work / "progress.json", indent=None)
 
             saved_at = time.monotonic()
@@ -342,7 +434,9 @@ def write_splits(source: str, folder: str | os.PathLike, max_bytes: int, text_ke
                         saved_at = time.monotonic()
                 texts.report.check(final=True)
                 if not all(counts.values()):
-                    raise DataError(f"{source} gave {sum(counts.values())} texts of over 100 characters, too few for three splits")
+                    raise DataError(
+                        f"{source} gave {sum(counts.values())} texts of over 100 characters, too few for three splits"
+                    )
             except (StreamError, KeyboardInterrupt):
                 save()
                 raise
@@ -356,10 +450,14 @@ def write_splits(source: str, folder: str | os.PathLike, max_bytes: int, text_ke
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m src.sources", description="Write a source of text as three disjoint splits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.sources", description="Write a source of text as three disjoint splits."
+    )
     parser.add_argument("source", help="file, folder, glob, or hub name owner/name[:config]")
     parser.add_argument("folder", help="where train.jsonl, eval.jsonl and apply.jsonl go")
-    parser.add_argument("--max_mb", type=float, default=2000, help="stop after this much text (default: 2000)")
+    parser.add_argument(
+        "--max_mb", type=float, default=2000, help="stop after this much text (default: 2000)"
+    )
     parser.add_argument("--text_key", default="text", help="key of the text in each record")
     args = parser.parse_args()
     try:
@@ -367,7 +465,10 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"download_data: error: {error}", file=sys.stderr)
         return 3
-    print(", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items()), f"in {args.folder}")
+    print(
+        ", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items()),
+        f"in {args.folder}",
+    )
     return 0
 
 

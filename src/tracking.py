@@ -31,7 +31,9 @@ class Tracked:
         self._send("finish")
 
 
-def wandb_init(project: str, config: dict[str, Any], name: str, folder: str | Path | None = None) -> Tracked | None:
+def wandb_init(
+    project: str, config: dict[str, Any], name: str, folder: str | Path | None = None
+) -> Tracked | None:
     """A Weights & Biases run, or None with the reason printed: logging there never stops a training."""
     try:
         import wandb
@@ -39,5 +41,9 @@ def wandb_init(project: str, config: dict[str, Any], name: str, folder: str | Pa
         return Tracked(wandb.init(project=project, config=config, name=name, dir=folder))
     except Exception as error:  # as above, and the package may not be installed
         todo = "; pip install wandb" if isinstance(error, ImportError) else ""
-        print(redacted(f"warning: no wandb logging ({type(error).__name__}: {error}{todo}); metrics.jsonl has every line"))
+        print(
+            redacted(
+                f"warning: no wandb logging ({type(error).__name__}: {error}{todo}); metrics.jsonl has every line"
+            )
+        )
         return None

@@ -115,7 +115,11 @@ def naive_save(folder, step, meta, parts, keep=2):
 
 
 def naive_find(folder):
-    return (folder, json.loads((folder / "meta.json").read_text())) if (folder / "meta.json").exists() else None
+    return (
+        (folder, json.loads((folder / "meta.json").read_text()))
+        if (folder / "meta.json").exists()
+        else None
+    )
 
 
 def naive_condition(folder):
@@ -151,7 +155,10 @@ def count_boundaries(kill_at, naive):
 
         setattr(owner, name, call)
 
-    safe = ((os, ("fsync", "replace", "mkdir", "unlink", "rmdir", "rename")), (files._Summed, ("__init__",)))
+    safe = (
+        (os, ("fsync", "replace", "mkdir", "unlink", "rmdir", "rename")),
+        (files._Summed, ("__init__",)),
+    )
     for owner, names in ((torch, ("save",)), (Path, ("write_text",))) if naive else safe:
         for name in names:
             wrap(owner, name)
@@ -183,12 +190,17 @@ class Trainings:
     def __init__(self, work):
         self.work = work
         assert wait(fork(lambda: self.language_model(work / "lm"))) == 0
-        lines = [json.dumps({"text": f"Return the {i}th of {i * 7} values, or raise ValueError. " * 8}) for i in range(120)]
+        lines = [
+            json.dumps({"text": f"Return the {i}th of {i * 7} values, or raise ValueError. " * 8})
+            for i in range(120)
+        ]
         (work / "text.jsonl").write_text("\n".join(lines))
         out = work / "reference"
         assert wait(self.start(out)) == 0, self.said(out)  # tokenises; the second is timed
         self.reference, started = self.result(out), time.monotonic()
-        assert wait(self.start(work / "timed")) == 0 and self.result(work / "timed") == self.reference, self.said(work / "timed")
+        assert (
+            wait(self.start(work / "timed")) == 0 and self.result(work / "timed") == self.reference
+        ), self.said(work / "timed")
         self.seconds = time.monotonic() - started
         self.boundaries = {}
         for naive in (False, True):
@@ -199,8 +211,16 @@ class Trainings:
     def language_model(folder):
         torch.manual_seed(0)
         tokenizer = AutoTokenizer.from_pretrained(files.DEMO_LM)
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)  # in a child: it starts a thread
+        shape = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(
+            folder
+        )  # in a child: it starts a thread
         tokenizer.save_pretrained(folder)
 
     @staticmethod
@@ -215,7 +235,9 @@ class Trainings:
         def work():
             if naive:
                 checkpoint.save_state, checkpoint.find_state = naive_save, naive_find
-                checkpoint.load_part = lambda path, name: torch.load(path / f"{name}.pt", weights_only=True)["part"]
+                checkpoint.load_part = lambda path, name: torch.load(
+                    path / f"{name}.pt", weights_only=True
+                )["part"]
             if kill_at is not None:
                 count_boundaries(kill_at, naive)
             save, find = checkpoint.save_state, checkpoint.find_state
@@ -232,9 +254,38 @@ class Trainings:
                 return found
 
             checkpoint.save_state, checkpoint.find_state = saving, finding
-            argv = ["--model", *MODELS, "--model_path", str(self.work / "lm"), "--data_path", str(self.work / "text.jsonl"), "--output_dir", str(out)]
-            argv += ["--dtype", "float32", "--latent_size", "512", "--k", "8", "--max_length", "32", "--batch_size", "4"]
-            argv += ["--max_samples", str(4 * STEPS), "--tag", "t", "--save_every", "1", "--target_l0", "8"]
+            argv = [
+                "--model",
+                *MODELS,
+                "--model_path",
+                str(self.work / "lm"),
+                "--data_path",
+                str(self.work / "text.jsonl"),
+                "--output_dir",
+                str(out),
+            ]
+            argv += [
+                "--dtype",
+                "float32",
+                "--latent_size",
+                "512",
+                "--k",
+                "8",
+                "--max_length",
+                "32",
+                "--batch_size",
+                "4",
+            ]
+            argv += [
+                "--max_samples",
+                str(4 * STEPS),
+                "--tag",
+                "t",
+                "--save_every",
+                "1",
+                "--target_l0",
+                "8",
+            ]
             return run_stage("train", lambda cfg: Trainer(cfg).run(), argv)
 
         return fork(work, out.with_suffix(".log"))
@@ -245,7 +296,11 @@ class Trainings:
         for path in sorted((out / "SAE_models").glob("*.pt")):
             total.update(path.name.encode() + path.read_bytes())
         for line in (out / "runs" / "t" / "metrics.jsonl").read_text().splitlines():
-            total.update(json.dumps({k: v for k, v in json.loads(line).items() if "tokens_per_s" not in k}).encode())
+            total.update(
+                json.dumps(
+                    {k: v for k, v in json.loads(line).items() if "tokens_per_s" not in k}
+                ).encode()
+            )
         return total.hexdigest()
 
     def finish(self, out, naive=False):
@@ -262,14 +317,26 @@ class Trainings:
 
     def kill(self, out, key, naive=False):
         """Two kills at random times, then to the end."""
-        draw, states, found = random.Random(key), out / "runs" / "t" / "state", {"kills": 0, "condition": "ok", "lost": 0}
+        draw, states, found = (
+            random.Random(key),
+            out / "runs" / "t" / "state",
+            {"kills": 0, "condition": "ok", "lost": 0},
+        )
         for _ in range(2):
             SHARED[0] = 0
             found["kills"] += kill_after(self.start(out, naive), draw.uniform(0, self.seconds))
             condition = self.condition(states, naive)
-            found["condition"] = condition if condition in ("unreadable", "mixed") else found["condition"]
+            found["condition"] = (
+                condition if condition in ("unreadable", "mixed") else found["condition"]
+            )
             if condition == "ok" and not naive and SHARED[0] and states.exists():
-                found["lost"] += max(0, SHARED[0] - max(int(path.name[5:]) for path in checkpoint.states(states) if not bad(path)))
+                found["lost"] += max(
+                    0,
+                    SHARED[0]
+                    - max(
+                        int(path.name[5:]) for path in checkpoint.states(states) if not bad(path)
+                    ),
+                )
         return found | self.finish(out, naive)
 
     def kill_in_place(self, out, key):
@@ -277,7 +344,10 @@ class Trainings:
 
     def boundary(self, out, k, naive=False):
         killed = wait(self.start(out, naive, kill_at=k)) == -signal.SIGKILL
-        return {"killed": killed, "condition": self.condition(out / "runs" / "t" / "state", naive)} | self.finish(out, naive)
+        return {
+            "killed": killed,
+            "condition": self.condition(out / "runs" / "t" / "state", naive),
+        } | self.finish(out, naive)
 
     def boundary_in_place(self, out, k):
         return self.boundary(out, k, naive=True)
@@ -293,7 +363,9 @@ class Trainings:
         os.kill(pid, number)
         code, took, said = wait(pid), time.monotonic() - started, self.said(out)
         saved = f"step {SHARED[0]} of {STEPS} is saved" in said or "nothing was trained yet" in said
-        right = code in (0, -number) or (saved and code == (130 if number == signal.SIGINT else 143))  # -number: before training had begun
+        right = code in (0, -number) or (
+            saved and code == (130 if number == signal.SIGINT else 143)
+        )  # -number: before training had begun
         return {"code": code, "right": right, "seconds": took} | self.finish(out)
 
     def two(self, out, key):
@@ -351,7 +423,9 @@ def done(out):
         for line in (out / "trials.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):
                 one = json.loads(line)
-                found.setdefault(one["kind"], {})[one["key"]] = one["result"] | {"commit": one.get("commit", "")}
+                found.setdefault(one["kind"], {})[one["key"]] = one["result"] | {
+                    "commit": one.get("commit", "")
+                }
     return found
 
 
@@ -364,9 +438,14 @@ def worker(table, todo, out, work, deadline, commit):
         folder.parent.mkdir(parents=True)
         result = table[kind][0](folder, key)
         left = [path for path in folder.parent.rglob("*") if path.is_file()]
-        result |= {"files": len(left), "secrets": sum(CANARY[3:].encode() in path.read_bytes() for path in left)}
+        result |= {
+            "files": len(left),
+            "secrets": sum(CANARY[3:].encode() in path.read_bytes() for path in left),
+        }
         with open(out / "trials.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "key": key, "commit": commit, "result": result}) + "\n")
+            file.write(
+                json.dumps({"kind": kind, "key": key, "commit": commit, "result": result}) + "\n"
+            )
         shutil.rmtree(folder.parent)
     return 0
 
@@ -390,84 +469,183 @@ def report(results, trainings):
     if kills := of.get("kills"):
         plain = of.get("kills, in place", [])
         bad_states, plain_bad = (
-            ", ".join(str(sum(one["condition"] == what for one in found)) for what in ("unreadable", "mixed")) for found in (kills, plain)
+            ", ".join(
+                str(sum(one["condition"] == what for one in found))
+                for what in ("unreadable", "mixed")
+            )
+            for found in (kills, plain)
         )
         n = f"{total(kills, 'kills')} kills at random moments of {len(kills)} trainings"
-        row(f"{n}: ended as if undisturbed", share(kills, "identical"), f"{share(plain, 'identical')} (saving in place)")
+        row(
+            f"{n}: ended as if undisturbed",
+            share(kills, "identical"),
+            f"{share(plain, 'identical')} (saving in place)",
+        )
         row("states unreadable, of mixed steps", bad_states, plain_bad)
         row("steps lost beyond the last save", total(kills, "lost"))
     if edges := of.get("boundaries"):
         plain = of.get("boundaries, in place", [])
-        row("a kill at every boundary of a save and of the end: as if undisturbed", share(edges, "identical"), share(plain, "identical"))
+        row(
+            "a kill at every boundary of a save and of the end: as if undisturbed",
+            share(edges, "identical"),
+            share(plain, "identical"),
+        )
     if stops := of.get("signals"):
-        row("SIGTERM, SIGINT, SIGUSR1 at random moments: right exit code, step saved", share(stops, "right"))
+        row(
+            "SIGTERM, SIGINT, SIGUSR1 at random moments: right exit code, step saved",
+            share(stops, "right"),
+        )
         row("continued after them: as if undisturbed", share(stops, "identical"))
         times = [one["seconds"] for one in stops]
         row("slowest stop, median", f"{max(times):.2f} s, {statistics.median(times):.2f} s")
     if two := of.get("two trainings"):
         row("a second training in one folder: refused", share(two, "refused"))
-        row("the first unharmed, or killed and its lock taken over: as if undisturbed", share(two, "identical"))
+        row(
+            "the first unharmed, or killed and its lock taken over: as if undisturbed",
+            share(two, "identical"),
+        )
     if ranks := of.get("torchrun"):
-        row("one of two torchrun ranks killed: slowest end of the job", f"{max(one['seconds'] for one in ranks):.1f} s")
+        row(
+            "one of two torchrun ranks killed: slowest end of the job",
+            f"{max(one['seconds'] for one in ranks):.1f} s",
+        )
         row("continued after it: as if undisturbed", share(ranks, "identical"))
-    for what, said in (("state", "files of states flipped in a bit, cut, grown, exchanged: noticed"), ("cache", "files of cached tokens: noticed")):
+    for what, said in (
+        ("state", "files of states flipped in a bit, cut, grown, exchanged: noticed"),
+        ("cache", "files of cached tokens: noticed"),
+    ):
         if damage := of.get("damage"):
             tried = total(damage, f"{what}_tried")
-            row(said, f"{total(damage, f'{what}_noticed')} of {tried}", f"{total(damage, f'{what}_plain')} (loading alone)")
+            row(
+                said,
+                f"{total(damage, f'{what}_noticed')} of {tried}",
+                f"{total(damage, f'{what}_plain')} (loading alone)",
+            )
     if lines := of.get("lines"):
         plain = f"{total(lines, 'plain')} (load_dataset, json)"
-        row("rows kept of texts with 1 % of their lines damaged", f"{total(lines, 'kept')} of {total(lines, 'expected')}", plain)
+        row(
+            "rows kept of texts with 1 % of their lines damaged",
+            f"{total(lines, 'kept')} of {total(lines, 'expected')}",
+            plain,
+        )
     if archives := of.get("archives"):
         row(".gz and .zst cut short: refused by default", share(archives, "refused"))
-        row("rows kept of them where accepted", f"{total(archives, 'kept')} of {total(archives, 'expected')}")
+        row(
+            "rows kept of them where accepted",
+            f"{total(archives, 'kept')} of {total(archives, 'expected')}",
+        )
     if tokenising := of.get("tokenising killed"):
-        row(f"{total(tokenising, 'kills')} kills while tokenising: no half cache, then the same tokens", share(tokenising, "identical"))
+        row(
+            f"{total(tokenising, 'kills')} kills while tokenising: no half cache, then the same tokens",
+            share(tokenising, "identical"),
+        )
     if endless := of.get("endless line"):
-        row(f"memory for one line of {endless[0]['megabytes']} MB", f"{endless[0]['growth_mb']:.0f} MB")
+        row(
+            f"memory for one line of {endless[0]['megabytes']} MB",
+            f"{endless[0]['growth_mb']:.0f} MB",
+        )
     if here := of.get("endpoint"):
         plain = of.get("endpoint, written at the end", [])
         n = f"{total(here, 'features')} features of an endpoint with 30 % faults, {total(here, 'kills')} kills"
         row(f"{n}: lost, twice", f"{total(here, 'lost')}, {total(here, 'twice')}")
         row("answers on disk asked for again", total(here, "again"))
-        twice = [f"{total(found, 'paid_twice')} of {total(found, 'features')}" for found in (here, plain)]
-        row("answers paid for twice (up to four are in flight at a kill)", twice[0], f"{twice[1]} (written at the end)")
-        row("tokens counted here, billed there without those", f"{total(here, 'counted')}, {total(here, 'billed')}")
+        twice = [
+            f"{total(found, 'paid_twice')} of {total(found, 'features')}" for found in (here, plain)
+        ]
+        row(
+            "answers paid for twice (up to four are in flight at a kill)",
+            twice[0],
+            f"{twice[1]} (written at the end)",
+        )
+        row(
+            "tokens counted here, billed there without those",
+            f"{total(here, 'counted')}, {total(here, 'billed')}",
+        )
     everything = [one for found in of.values() for one in found]
-    row(f"secrets found in {total(everything, 'files')} files written", total(everything, "secrets"))
+    row(
+        f"secrets found in {total(everything, 'files')} files written", total(everything, "secrets")
+    )
     if cost := of.get("cost"):
         safe, plain = (f"{100 * cost[0][name] / 600:.2f} %" for name in ("save_s", "plain_s"))
-        row("saving 67M parameters every ten minutes, share of the time", safe, f"{plain} (in place)")
+        row(
+            "saving 67M parameters every ten minutes, share of the time",
+            safe,
+            f"{plain} (in place)",
+        )
     figures = {kind: len(found) for kind, found in of.items()}
-    figures |= {"seconds_of_a_training": round(trainings.seconds, 2), "boundaries": trainings.boundaries[False]}
+    figures |= {
+        "seconds_of_a_training": round(trainings.seconds, 2),
+        "boundaries": trainings.boundaries[False],
+    }
     return figures, "\n".join(["| fault | here | plain way |", "|---|---|---|", *rows]) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=200, help="trainings killed twice each; other faults in proportion (200)")
-    parser.add_argument("--minutes", type=float, default=25, help="start no trial after this long (25)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at one time (the number of cores)")
-    parser.add_argument("--only", nargs="+", help="kinds of trials, as named in OUT/trials.jsonl (all)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/campaign"), help="folder of the results (outputs/campaign)")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=200,
+        help="trainings killed twice each; other faults in proportion (200)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=25, help="start no trial after this long (25)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="trials at one time (the number of cores)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", help="kinds of trials, as named in OUT/trials.jsonl (all)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/campaign"),
+        help="folder of the results (outputs/campaign)",
+    )
     parser.add_argument("--publish", action="store_true", help="write docs/fault_campaign.json too")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="campaign-"))
-    os.environ |= {"DATA_DIR": str(work / "data"), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "no_proxy": "127.0.0.1"}
+    os.environ |= {
+        "DATA_DIR": str(work / "data"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "no_proxy": "127.0.0.1",
+    }
     os.environ |= dict.fromkeys(files.SECRETS, CANARY)
-    torch.set_num_threads(1)  # children are forked: no thread may exist here, its locks would stay locked in them
+    torch.set_num_threads(
+        1
+    )  # children are forked: no thread may exist here, its locks would stay locked in them
     tqdm.tqdm.monitor_interval = 0
     from tests.campaign_stages import Stages
 
     trainings, stages = Trainings(work), Stages(work, args.out)
-    print(f"one training takes {trainings.seconds:.2f} s; boundaries {list(trainings.boundaries.values())}", flush=True)
+    print(
+        f"one training takes {trainings.seconds:.2f} s; boundaries {list(trainings.boundaries.values())}",
+        flush=True,
+    )
     table, finished = tasks(trainings, stages, args.trials), done(args.out)
-    parts = [(i / len(keys), kind, key) for kind, (_, keys) in table.items() for i, key in enumerate(keys)]  # of each kind an equal share at any time
-    todo = [(kind, key) for _, kind, key in sorted(parts) if key not in finished.get(kind, {}) and (not args.only or kind in args.only)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=files.ROOT).stdout.strip()
+    parts = [
+        (i / len(keys), kind, key)
+        for kind, (_, keys) in table.items()
+        for i, key in enumerate(keys)
+    ]  # of each kind an equal share at any time
+    todo = [
+        (kind, key)
+        for _, kind, key in sorted(parts)
+        if key not in finished.get(kind, {}) and (not args.only or kind in args.only)
+    ]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=files.ROOT
+    ).stdout.strip()
     workers = []
     for i in range(args.jobs):
+
         def work_on(i=i):
             global SHARED
             SHARED = Shared()  # its own, not that of the other workers
@@ -478,7 +656,12 @@ def main():
     results = done(args.out)
     figures, markdown = report(results, trainings)
     commits = sorted({one["commit"] for found in results.values() for one in found.values()})
-    summary = {"command": f"python -m tests.campaign --trials {args.trials}", "commits": commits, "trials": figures, "table": markdown.splitlines()}
+    summary = {
+        "command": f"python -m tests.campaign --trials {args.trials}",
+        "commits": commits,
+        "trials": figures,
+        "table": markdown.splitlines(),
+    }
     files.save_json(summary | {"results": results}, args.out / "campaign.json", indent=None)
     files.save_text(markdown, args.out / "table.md")
     if args.publish:
@@ -487,8 +670,14 @@ def main():
     if max(codes) < 2:
         shutil.rmtree(work, ignore_errors=True)
     if any(codes):
-        why = "time is up" if max(codes) == 1 else f"a worker failed, see {args.out}/worker*.log and {work}"
-        print(f"{why}: {sum(len(found) for found in results.values())} trials are done; the same command goes on")
+        why = (
+            "time is up"
+            if max(codes) == 1
+            else f"a worker failed, see {args.out}/worker*.log and {work}"
+        )
+        print(
+            f"{why}: {sum(len(found) for found in results.values())} trials are done; the same command goes on"
+        )
     return max(codes)
 
 

@@ -31,7 +31,9 @@ from src.interpreter import Interpreter
 from tests.campaign import bad, fork, kill_after, wait
 
 FEATURES, TOKENS = 40, 110  # features of one contexts file; what the server bills for an answer
-LABEL = json.dumps({"category": "low-level", "score": 4, "polysemantic": False, "explanation": "the word fox"})
+LABEL = json.dumps(
+    {"category": "low-level", "score": 4, "polysemantic": False, "explanation": "the word fox"}
+)
 
 
 def asked(work):
@@ -53,18 +55,29 @@ class Endpoint(BaseHTTPRequestHandler):
         feature = body.split("feature-")[1].split("-")[0]
         draw, echo = random.Random(time.time_ns()), json.dumps(str(self.headers))
         error = json.dumps({"error": {"message": f"you sent {echo}", "code": None}})
-        kind = draw.choice(["429", "500", "html", "hang", "cut", "no json", "list", "prose"]) if draw.random() < 0.3 else "answer"
+        kind = (
+            draw.choice(["429", "500", "html", "hang", "cut", "no json", "list", "prose"])
+            if draw.random() < 0.3
+            else "answer"
+        )
         if kind == "hang":
             time.sleep(3)
             return self.close()
         if kind in ("429", "500"):
             return self.say(int(kind), error)
         if kind in ("html", "no json", "list"):
-            return self.say(200, {"html": f"<html>{echo}</html>", "no json": "{" + echo, "list": "[1]"}[kind])
-        message = {"role": "assistant", "content": LABEL if kind != "prose" else f"I cannot tell. {echo}"}
+            return self.say(
+                200, {"html": f"<html>{echo}</html>", "no json": "{" + echo, "list": "[1]"}[kind]
+            )
+        message = {
+            "role": "assistant",
+            "content": LABEL if kind != "prose" else f"I cannot tell. {echo}",
+        }
         usage = {"prompt_tokens": TOKENS - 10, "completion_tokens": 10, "total_tokens": TOKENS}
         whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": usage}
-        text = json.dumps(whole | {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
+        text = json.dumps(
+            whole | {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+        )
         if kind == "cut":
             return self.say(200, text, len(text) // 2)
         with open(self.ledger, "a") as file:  # billed from here on
@@ -95,9 +108,16 @@ class Stages:
     """Trials in folders given one by one."""
 
     def __init__(self, work, disk):
-        self.work, self.disk, self.tokenizer = work, disk, AutoTokenizer.from_pretrained(files.DEMO_LM)
+        self.work, self.disk, self.tokenizer = (
+            work,
+            disk,
+            AutoTokenizer.from_pretrained(files.DEMO_LM),
+        )
         self.has_ranks = (files.ROOT / "src" / "distributed.py").exists()
-        texts = [f"Document {i}: the {i % 97}th value of {i * i} is {i * 7}, or its size where that is larger." for i in range(6000)]
+        texts = [
+            f"Document {i}: the {i % 97}th value of {i * i} is {i * 7}, or its size where that is larger."
+            for i in range(6000)
+        ]
         (work / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
         self.tokens = asked(lambda: self.tokenise(work / "data-of-texts"))
 
@@ -108,21 +128,43 @@ class Stages:
         out.mkdir()
         draw = random.Random(key)
         table = {
-            str(i): {"contexts": {"fox": [{"activation": 9.0 - j, "context": f"feature-{i}- <ACTIVATED>fox</ACTIVATED> {j}"} for j in range(4)]}}
+            str(i): {
+                "contexts": {
+                    "fox": [
+                        {
+                            "activation": 9.0 - j,
+                            "context": f"feature-{i}- <ACTIVATED>fox</ACTIVATED> {j}",
+                        }
+                        for j in range(4)
+                    ]
+                }
+            }
             for i in range(FEATURES)
         }
         files.save_json({"latent_context_map": table}, out / "S_contexts.json")
         ledger, log, kills, again = out / "ledger", out / "interpret" / "interp_S.jsonl", 0, 0
         ledger.write_text("")
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Endpoint,), {"ledger": ledger}))
+        server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Here", (Endpoint,), {"ledger": ledger})
+        )
         serving = fork(server.serve_forever, out / "server.log")
-        argv = [out / "S_contexts.json", "--api_base", f"http://127.0.0.1:{server.server_port}/v1", "--output_dir", out, "--engine", "m"]
+        argv = [
+            out / "S_contexts.json",
+            "--api_base",
+            f"http://127.0.0.1:{server.server_port}/v1",
+            "--output_dir",
+            out,
+            "--engine",
+            "m",
+        ]
         argv = list(map(str, [*argv, "--timeout", "2", "--concurrency", "4", "--debug"]))
 
         def interpret():
             if at_the_end:
                 real = files.open_to_append
-                files.open_to_append = lambda path, *a, **k: tempfile.TemporaryFile("w") if path.suffix == ".jsonl" else real(path, *a, **k)
+                files.open_to_append = lambda path, *a, **k: (
+                    tempfile.TemporaryFile("w") if path.suffix == ".jsonl" else real(path, *a, **k)
+                )
             return run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv)
 
         for i in range(12):
@@ -139,14 +181,23 @@ class Stages:
         os.kill(serving, signal.SIGKILL)
         wait(serving)
         server.server_close()
-        billed, records = collections.Counter(ledger.read_text().split()), collections.Counter(self.kept(log))
+        billed, records = (
+            collections.Counter(ledger.read_text().split()),
+            collections.Counter(self.kept(log)),
+        )
         final = files.load_json(out / "interpret" / "interp_S.json")
         summary = files.load_json(out / "interpret" / "interp_S.summary.json")
         twice = sum(billed.values()) - len(billed)
         return {
-            "kills": kills, "features": FEATURES, "ended": code == 0, "again": again, "paid_twice": twice,
-            "lost": FEATURES - sum(one["status"] != "failed" for one in final.values()), "twice": sum(n > 1 for n in records.values()),
-            "counted": summary["prompt_tokens"] + summary["completion_tokens"], "billed": TOKENS * (sum(billed.values()) - twice),
+            "kills": kills,
+            "features": FEATURES,
+            "ended": code == 0,
+            "again": again,
+            "paid_twice": twice,
+            "lost": FEATURES - sum(one["status"] != "failed" for one in final.values()),
+            "twice": sum(n > 1 for n in records.values()),
+            "counted": summary["prompt_tokens"] + summary["completion_tokens"],
+            "billed": TOKENS * (sum(billed.values()) - twice),
         }
 
     def endpoint_at_the_end(self, out, key):
@@ -181,7 +232,16 @@ class Stages:
                 line = json.dumps({"text": f"Document {i} says {draw.randrange(10**9)}."}).encode()
                 if draw.random() < 0.01:
                     cut = draw.randrange(1, len(line) - 1)
-                    line = draw.choice([line[:cut], line[:cut] + b"\xff" + line[cut:], b"[" + line + b"]", b"17", b'{"text": null}', b"}"])
+                    line = draw.choice(
+                        [
+                            line[:cut],
+                            line[:cut] + b"\xff" + line[cut:],
+                            b"[" + line + b"]",
+                            b"17",
+                            b'{"text": null}',
+                            b"}",
+                        ]
+                    )
                 else:
                     expected += 1
                 file.write(line + b"\n")
@@ -204,12 +264,17 @@ class Stages:
         """A .gz or .zst cut at a random place."""
         out.mkdir()
         draw = random.Random(key)
-        text = b"".join(json.dumps({"text": f"Document {i}: {draw.randbytes(200).hex()}"}).encode() + b"\n" for i in range(3000))
+        text = b"".join(
+            json.dumps({"text": f"Document {i}: {draw.randbytes(200).hex()}"}).encode() + b"\n"
+            for i in range(3000)
+        )
         packed = gzip.compress(text, 1) if key % 2 else zstandard.compress(text)
         packed = packed[: draw.randrange(len(packed) // 10, len(packed) - 1)]
         path = out / ("text.jsonl.gz" if key % 2 else "text.jsonl.zst")
         path.write_bytes(packed)
-        whole = (zlib.decompressobj(31) if key % 2 else zstandard.ZstdDecompressor().decompressobj()).decompress(packed)
+        whole = (
+            zlib.decompressobj(31) if key % 2 else zstandard.ZstdDecompressor().decompressobj()
+        ).decompress(packed)
 
         def refused():
             try:
@@ -224,17 +289,30 @@ class Stages:
     def tokenising(self, out, key):
         """Killed while a cache is being made: it is not there or whole, and made again it is the same."""
         draw = random.Random(key)
-        kills = sum(kill_after(fork(lambda: self.tokenise(out / "data") and 0), draw.uniform(0, 0.6)) for _ in range(2))
+        kills = sum(
+            kill_after(fork(lambda: self.tokenise(out / "data") and 0), draw.uniform(0, 0.6))
+            for _ in range(2)
+        )
         cache = out / "data" / "cache"
-        there = [path for path in cache.iterdir() if not path.name.startswith(".")] if cache.exists() else []
+        there = (
+            [path for path in cache.iterdir() if not path.name.startswith(".")]
+            if cache.exists()
+            else []
+        )
         half = sum(map(bad, there))
-        return {"kills": kills, "half": half, "identical": not half and asked(lambda: self.tokenise(out / "data")) == self.tokens}
+        return {
+            "kills": kills,
+            "half": half,
+            "identical": not half and asked(lambda: self.tokenise(out / "data")) == self.tokens,
+        }
 
     def endless(self, out, _):
         """Memory that one line of 20 MB takes on its way to tokens."""
         megabytes, words = 20, "The value of the array, or its size where that is larger. "
         out.mkdir()
-        (out / "line.jsonl").write_text(json.dumps({"text": words * (megabytes * 10**6 // len(words))}))
+        (out / "line.jsonl").write_text(
+            json.dumps({"text": words * (megabytes * 10**6 // len(words))})
+        )
 
         def growth():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -258,7 +336,10 @@ class Stages:
         self.tokenise(out / "data")
         shutil.copy(self.work / "texts.jsonl", out / "again.jsonl")
         self.tokenise(out / "data", out / "again.jsonl", max_tokens=5000)
-        cache = sorted((out / "data" / "cache").iterdir(), key=lambda path: (path / "tokens.bin").stat().st_size)
+        cache = sorted(
+            (out / "data" / "cache").iterdir(),
+            key=lambda path: (path / "tokens.bin").stat().st_size,
+        )
         found = {}
         for what, (other, folder) in (("state", checkpoint.states(out)[::-1]), ("cache", cache)):
             tried = noticed = plain = 0
@@ -273,11 +354,19 @@ class Stages:
                     elif i == 25:
                         changed = (other / path.name).read_bytes()
                     else:
-                        changed = changed[: draw.randrange(len(changed))] if i % 2 else changed + draw.randbytes(draw.randrange(1, 99))
+                        changed = (
+                            changed[: draw.randrange(len(changed))]
+                            if i % 2
+                            else changed + draw.randbytes(draw.randrange(1, 99))
+                        )
                     if changed == content:
                         continue
                     path.write_bytes(changed)
-                    tried, noticed, plain = tried + 1, noticed + bad(folder), plain + self.loading_notices(path)
+                    tried, noticed, plain = (
+                        tried + 1,
+                        noticed + bad(folder),
+                        plain + self.loading_notices(path),
+                    )
                 path.write_bytes(content)
             assert not bad(folder)
             found |= {f"{what}_tried": tried, f"{what}_noticed": noticed, f"{what}_plain": plain}
@@ -327,7 +416,11 @@ class Stages:
         while job.poll() is None and not (lines.exists() and lines.stat().st_size):
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 1))
-        ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split() if job.poll() is None else []
+        ranks = (
+            Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            if job.poll() is None
+            else []
+        )
         started = time.monotonic()
         if ranks:
             os.kill(int(draw.choice(ranks)), signal.SIGKILL)
@@ -335,16 +428,62 @@ class Stages:
         took = time.monotonic() - started
         straight = self.torchrun(out / "straight").wait(600)
         again = self.torchrun(out).wait(600)
-        same = code and not again and not straight and self.weights(out) == self.weights(out / "straight")
-        return {"killed": bool(ranks), "code": code, "seconds": took, "ended": again == 0, "identical": bool(same)}
+        same = (
+            code
+            and not again
+            and not straight
+            and self.weights(out) == self.weights(out / "straight")
+        )
+        return {
+            "killed": bool(ranks),
+            "code": code,
+            "seconds": took,
+            "ended": again == 0,
+            "identical": bool(same),
+        }
 
     def torchrun(self, out):
         out.mkdir(exist_ok=True)
-        argv = ["--model", "TopK", "Vanilla", "--model_path", self.work / "lm", "--data_path", self.work / "text.jsonl", "--output_dir", out]
-        argv += ["--dtype", "float32", "--latent_size", "512", "--k", "8", "--max_length", "32", "--batch_size", "4", "--max_samples", "160"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv, "--save_every", "2"]
+        argv = [
+            "--model",
+            "TopK",
+            "Vanilla",
+            "--model_path",
+            self.work / "lm",
+            "--data_path",
+            self.work / "text.jsonl",
+            "--output_dir",
+            out,
+        ]
+        argv += [
+            "--dtype",
+            "float32",
+            "--latent_size",
+            "512",
+            "--k",
+            "8",
+            "--max_length",
+            "32",
+            "--batch_size",
+            "4",
+            "--max_samples",
+            "160",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "train.py",
+            *argv,
+            "--save_every",
+            "2",
+        ]
         with open(out / "log", "a") as log:
-            return subprocess.Popen([*map(str, command), "--tag", "t"], cwd=files.ROOT, stdout=log, stderr=log)
+            return subprocess.Popen(
+                [*map(str, command), "--tag", "t"], cwd=files.ROOT, stdout=log, stderr=log
+            )
 
     @staticmethod
     def weights(out):

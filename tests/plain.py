@@ -38,7 +38,9 @@ def largest(pre_acts, k):
 def above(x, threshold, bandwidth):
     """1 where x exceeds the threshold; a rectangle as wide as the bandwidth stands for the derivative in the threshold."""
     window = ((x - threshold).abs() < bandwidth / 2).to(x.dtype).detach()
-    return (x > threshold).to(x.dtype).detach() - window / bandwidth * (threshold - threshold.detach())
+    return (x > threshold).to(x.dtype).detach() - window / bandwidth * (
+        threshold - threshold.detach()
+    )
 
 
 class Plain:
@@ -54,7 +56,10 @@ class Plain:
 
     def terms(self, x, token=None):
         self.latents, x_hat, more = self.code(x, token)
-        return {"NormMSE": error(x if self.o.get("target") is None else self.o["target"], x_hat).mean(), **more}
+        return {
+            "NormMSE": error(x if self.o.get("target") is None else self.o["target"], x_hat).mean(),
+            **more,
+        }
 
     def coefficient(self):
         """Of L1 or L0: it rises from 0 over the warm-up."""
@@ -62,7 +67,10 @@ class Plain:
         return self.o["l1_coeff"] * (min(1.0, self.progress / warm) if warm else 1.0)
 
     def l1(self, latents, norms):
-        return self.coefficient() * (latents.mean(-1) if self.o.get("l1_mean") else (latents * norms).sum(-1)).mean()
+        return (
+            self.coefficient()
+            * (latents.mean(-1) if self.o.get("l1_mean") else (latents * norms).sum(-1)).mean()
+        )
 
     @torch.no_grad()
     def after(self, progress):
@@ -89,7 +97,9 @@ class TopK(Plain):
         pre_acts = encode(self.w, x).masked_fill(~dead, -torch.inf)
         z = F.relu(largest(pre_acts, min(int(dead.sum()), x.shape[-1] // 2, 512)))
         rest = ((missed - z @ self.w["decoder.weight"].T) ** 2).sum()
-        return {"AuxK": self.o.get("auxk_coeff", 1 / 32) * rest / ((missed - missed.mean(0)) ** 2).sum()}
+        return {
+            "AuxK": self.o.get("auxk_coeff", 1 / 32) * rest / ((missed - missed.mean(0)) ** 2).sum()
+        }
 
 
 class BatchTopK(TopK):
@@ -117,7 +127,9 @@ class RouteSAE(TopK):
         if kind == "hard":
             p = p * F.one_hot(p.argmax(-1), p.shape[-1])
         if kind == "random":
-            p = F.one_hot(random_integers(token, self.o.get("seed", 42), p.shape[-1]), p.shape[-1]).to(x.dtype)
+            p = F.one_hot(
+                random_integers(token, self.o.get("seed", 42), p.shape[-1]), p.shape[-1]
+            ).to(x.dtype)
         self.o["target"] = routed = (p[..., None] * x).sum(-2)
         inner = TopK({name.removeprefix("sae."): value for name, value in self.w.items()}, self.o)
         inner.silent, inner.dead_after = self.silent, self.dead_after
@@ -138,8 +150,15 @@ class Gated(Plain):
         norms = w["decoder.weight"].norm(dim=0)
         if not self.o.get("gated_aux", True):
             return z, decode(w, z), {"L1": self.l1(z, norms)}
-        gate, still = F.relu(pi + w["gate_bias"]), {name: value.detach() for name, value in w.items()}
-        return z, decode(w, z), {"L1": self.l1(gate, norms.detach()), "GateAux": error(x, decode(still, gate)).mean()}
+        gate, still = (
+            F.relu(pi + w["gate_bias"]),
+            {name: value.detach() for name, value in w.items()},
+        )
+        return (
+            z,
+            decode(w, z),
+            {"L1": self.l1(gate, norms.detach()), "GateAux": error(x, decode(still, gate)).mean()},
+        )
 
 
 class JumpReLU(Plain):
@@ -147,9 +166,18 @@ class JumpReLU(Plain):
         threshold, bandwidth = self.w["threshold"], self.o["bandwidth"]
         pre_acts = encode(self.w, x)
         window = ((pre_acts - threshold).abs() < bandwidth / 2).to(x.dtype)
-        z = pre_acts * (pre_acts > threshold) - (threshold * window / bandwidth).detach() * (threshold - threshold.detach())
+        z = pre_acts * (pre_acts > threshold) - (threshold * window / bandwidth).detach() * (
+            threshold - threshold.detach()
+        )
         counted = z if self.o.get("l0_post_jump") else pre_acts
-        return z, decode(self.w, z), {"L0_penalty": self.coefficient() * above(counted, threshold, bandwidth).sum(-1).mean()}
+        return (
+            z,
+            decode(self.w, z),
+            {
+                "L0_penalty": self.coefficient()
+                * above(counted, threshold, bandwidth).sum(-1).mean()
+            },
+        )
 
     def after(self, progress):
         super().after(progress)
@@ -160,13 +188,20 @@ class JumpReLU(Plain):
 class Crosscoder(Plain):
     def code(self, x, token):
         sites = range(x.shape[-2])
-        z = F.relu(sum(x[:, i] @ self.w[f"encoder.{i}.weight"].T for i in sites) + self.w["latent_bias"])
-        x_hat = torch.stack([z @ self.w[f"decoder.{i}.weight"].T for i in sites], dim=-2) + self.w.get("decoder_bias", 0.0)
+        z = F.relu(
+            sum(x[:, i] @ self.w[f"encoder.{i}.weight"].T for i in sites) + self.w["latent_bias"]
+        )
+        x_hat = torch.stack(
+            [z @ self.w[f"decoder.{i}.weight"].T for i in sites], dim=-2
+        ) + self.w.get("decoder_bias", 0.0)
         norms = torch.stack([self.w[f"decoder.{i}.weight"].norm(dim=0) for i in sites]).mean(0)
         return z, x_hat, {"L1": self.l1(z, norms)}
 
 
-MODELS = {cls.__name__: cls for cls in (TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK)}
+MODELS = {
+    cls.__name__: cls
+    for cls in (TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK)
+}
 
 
 def of(sae, options):
@@ -189,11 +224,23 @@ def published(language_model, rows, sae, sites, options, total, lr=5e-4, every=1
     decoder = [name for name in model.w if name.endswith("decoder.weight")]
     optimizer = torch.optim.Adam(model.w.values(), lr=lr)
     warm, falling = round(0.05 * total), -(-total // 5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, min(1.0, (step + 1) / max(1, warm), (total - step) / falling)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: max(0.0, min(1.0, (step + 1) / max(1, warm), (total - step) / falling)),
+    )
     for step, (input_ids, attention_mask) in enumerate(rows):
         with torch.no_grad():
-            states = language_model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False).hidden_states
-        hidden = torch.stack([states[site] for site in sites], dim=2) if len(sites) > 1 else states[sites[0]]
+            states = language_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                output_hidden_states=True,
+                use_cache=False,
+            ).hidden_states
+        hidden = (
+            torch.stack([states[site] for site in sites], dim=2)
+            if len(sites) > 1
+            else states[sites[0]]
+        )
         x = standardise(hidden.float()).flatten(0, 1)
         terms = model.terms(x, torch.arange(len(x)))
         loss = sum(terms.values())

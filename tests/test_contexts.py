@@ -10,10 +10,15 @@ from src.contexts import Events, Table, TokenText, best, sentence
 
 def make(n, latents, groups, seed):
     g = torch.Generator().manual_seed(seed)
-    latent, group = torch.randint(latents, (n,), generator=g), torch.randint(groups, (n,), generator=g)
+    latent, group = (
+        torch.randint(latents, (n,), generator=g),
+        torch.randint(groups, (n,), generator=g),
+    )
     value = torch.randperm(n, generator=g).float()
     zero = torch.zeros(n, dtype=torch.long)
-    return Events(latent, value, group, torch.arange(n), zero, zero, value, value, torch.zeros(n, 1))
+    return Events(
+        latent, value, group, torch.arange(n), zero, zero, value, value, torch.zeros(n, 1)
+    )
 
 
 def plain(events, per_group, per_latent):
@@ -21,7 +26,10 @@ def plain(events, per_group, per_latent):
     kept = {}
     for i in events.value.argsort(descending=True).tolist():
         mine = kept.setdefault(int(events.latent[i]), [])
-        if len(mine) < per_latent and sum(int(events.group[j]) == int(events.group[i]) for j in mine) < per_group:
+        if (
+            len(mine) < per_latent
+            and sum(int(events.group[j]) == int(events.group[i]) for j in mine) < per_group
+        ):
             mine.append(i)
     return {latent: sorted(float(events.value[i]) for i in mine) for latent, mine in kept.items()}
 
@@ -36,7 +44,9 @@ def test_the_table_over_batches_keeps_what_a_loop_over_everything_keeps(seed):
     kept = table.kept
     found = {latent: sorted(kept.value[kept.latent == latent].tolist()) for latent in range(7)}
     assert found == plain(events, 2, 9)
-    assert len(table.candidates(events.latent, events.group, events.score)) < 200  # little is left to look at once the table is full
+    assert (
+        len(table.candidates(events.latent, events.group, events.score)) < 200
+    )  # little is left to look at once the table is full
 
 
 def test_equal_scores_keep_their_order():
@@ -58,12 +68,17 @@ def test_characters_over_several_tokens_stand_whole_and_nothing_is_lost():
     pieces = text.pieces(ids)
     assert len(pieces) == len(ids) and "".join(pieces) == "na\u00efve \u65e5\u672c!"
     assert pieces[2:4] == ["\u00ef", ""] and pieces[7:10] == ["\u65e5", "", ""]
-    assert "\ufffd" in "".join(text.pieces(ids[:3]))  # a character cut off by the window's end cannot be shown
+    assert "\ufffd" in "".join(
+        text.pieces(ids[:3])
+    )  # a character cut off by the window's end cannot be shown
 
 
 def test_token_classes_join_case_and_space():
     text = TokenText(Bytes.decode, 256, ord("a"))
-    assert text.group[ord("A")] == text.group[ord("a")] and text.group[ord("a")] != text.group[ord("b")]
+    assert (
+        text.group[ord("A")] == text.group[ord("a")]
+        and text.group[ord("a")] != text.group[ord("b")]
+    )
 
 
 @pytest.mark.parametrize(

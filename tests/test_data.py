@@ -28,7 +28,10 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "cache_root"))
 
 
-TEXTS = [f"Document {i}:\n    returns the   {'very ' * (i % 7)}value {i * i}.\t你好 <|end_of_text|>" for i in range(200)]
+TEXTS = [
+    f"Document {i}:\n    returns the   {'very ' * (i % 7)}value {i * i}.\t你好 <|end_of_text|>"
+    for i in range(200)
+]
 
 
 def write(path, texts=TEXTS):
@@ -49,7 +52,10 @@ def test_no_text_is_lost(tmp_path, tokenizer, chunking):
 
 def test_splits_are_disjoint_and_complete(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl")
-    parts = [stream_text(Rows(path, tokenizer, 32, split), tokenizer) for split in ("train", "eval", "apply")]
+    parts = [
+        stream_text(Rows(path, tokenizer, 32, split), tokenizer)
+        for split in ("train", "eval", "apply")
+    ]
     assert sum(map(len, parts)) == len("".join(TEXTS))
     for text in TEXTS:
         assert sum(text in part for part in parts) == 1
@@ -65,9 +71,15 @@ def test_compressed_files_read_like_plain_ones(tmp_path, tokenizer):
     plain = write(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     half = plain.read_bytes().index(b"\n", 3000) + 1
-    frames = [zstandard.compress(plain.read_bytes()[:half]), zstandard.compress(plain.read_bytes()[half:])]
+    frames = [
+        zstandard.compress(plain.read_bytes()[:half]),
+        zstandard.compress(plain.read_bytes()[half:]),
+    ]
     (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
-    texts = [stream_text(Rows(tmp_path / n, tokenizer, 32, "all"), tokenizer) for n in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")]
+    texts = [
+        stream_text(Rows(tmp_path / n, tokenizer, 32, "all"), tokenizer)
+        for n in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
+    ]
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -83,7 +95,9 @@ def test_a_truncated_archive_is_not_taken_for_a_finished_one(tmp_path, tokenizer
 def test_damaged_lines_are_skipped_counted_and_then_refused(tmp_path, tokenizer, capsys):
     path = write(tmp_path / "a.jsonl")
     path.write_bytes(path.read_bytes() + b'{"text": \n[1]\n{"text": 3}\n\xff\xfe\n{"text": " "}\n')
-    assert stream_text(Rows(path, tokenizer, 32, "all", max_bad_frac=0.1), tokenizer) == "".join(TEXTS)
+    assert stream_text(Rows(path, tokenizer, 32, "all", max_bad_frac=0.1), tokenizer) == "".join(
+        TEXTS
+    )
     said = capsys.readouterr().out
     for reason in ("not JSON", "not an object", "text is not a string", "not UTF-8", "empty"):
         assert f"1 {reason}" in said
@@ -105,17 +119,24 @@ def test_missing_and_empty_sources_are_told_apart(tmp_path):
 
 
 def test_mask_leaves_out_specials_first_position_and_padding(tmp_path, tokenizer):
-    batch = next(Rows(write(tmp_path / "a.jsonl", ["a b c", "d e"]), tokenizer, 32, "all").batches(1))
+    batch = next(
+        Rows(write(tmp_path / "a.jsonl", ["a b c", "d e"]), tokenizer, 32, "all").batches(1)
+    )
     ids, mask = batch.input_ids[0], batch.mask[0]
     assert ids[0] == tokenizer.bos_token_id and not mask[0]
-    assert not mask[ids == tokenizer.eos_token_id].any() and not mask[ids == tokenizer.pad_token_id].any()
+    assert (
+        not mask[ids == tokenizer.eos_token_id].any()
+        and not mask[ids == tokenizer.pad_token_id].any()
+    )
     assert tokenizer.decode(ids[mask].tolist()) == "a b cd e"
     assert batch.document[0][mask].tolist() == [0, 0, 0, 1, 1]
 
 
 def test_order_is_a_function_of_seed_and_epoch(tmp_path, tokenizer):
     rows = Rows(write(tmp_path / "a.jsonl"), tokenizer, 16, "all")
-    assert np.array_equal(rows.order(1, 2), rows.order(1, 2)) and not np.array_equal(rows.order(1, 2), rows.order(1, 3))
+    assert np.array_equal(rows.order(1, 2), rows.order(1, 2)) and not np.array_equal(
+        rows.order(1, 2), rows.order(1, 3)
+    )
     assert sorted(rows.order(1, 2)) == list(range(len(rows)))
 
 
@@ -145,8 +166,13 @@ def test_download_writes_three_disjoint_splits_up_to_its_size(tmp_path):
     source = tmp_path / "source.jsonl"
     source.write_text("\n".join(json.dumps({"text": t}) for t in texts))
     counts = write_splits(str(source), tmp_path / "out", 10**9)
-    found = {name: [json.loads(line)["text"] for line in (tmp_path / "out" / f"{name}.jsonl").open()] for name in ("train", "eval", "apply")}
-    assert {name: len(t) for name, t in found.items()} == counts and sorted(sum(found.values(), [])) == sorted(texts[:-1])
+    found = {
+        name: [json.loads(line)["text"] for line in (tmp_path / "out" / f"{name}.jsonl").open()]
+        for name in ("train", "eval", "apply")
+    }
+    assert {name: len(t) for name, t in found.items()} == counts and sorted(
+        sum(found.values(), [])
+    ) == sorted(texts[:-1])
     assert sum(write_splits(str(source), tmp_path / "small", 5000).values()) < 60
     source.write_text(json.dumps({"text": "y" * 200}))
     with pytest.raises(DataError, match="too few"):
@@ -157,8 +183,12 @@ def test_download_writes_three_disjoint_splits_up_to_its_size(tmp_path):
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("data/openwebtext2/", "openwebtext2"), ("x/train.jsonl.gz", "train"), ("x/*.jsonl", "x"), ("*.jsonl", "data"),
-        ("owner/name:part", "name_part"), ("..", "data"),
+        ("data/openwebtext2/", "openwebtext2"),
+        ("x/train.jsonl.gz", "train"),
+        ("x/*.jsonl", "x"),
+        ("*.jsonl", "data"),
+        ("owner/name:part", "name_part"),
+        ("..", "data"),
     ],
 )
 def test_a_source_has_a_name_for_titles(source, name):
@@ -186,20 +216,29 @@ def killed_after(monkeypatch, texts):
 
 
 def same_rows(one, two):
-    return np.array_equal(one.tokens, two.tokens) and np.array_equal(one.documents, two.documents) and np.array_equal(one.cuts, two.cuts)
+    return (
+        np.array_equal(one.tokens, two.tokens)
+        and np.array_equal(one.documents, two.documents)
+        and np.array_equal(one.cuts, two.cuts)
+    )
 
 
 def parquet(folder, texts, key="text", files=3):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(files):
-        datasets.Dataset.from_list([{key: text} for text in texts[i::files]]).to_parquet(folder / f"part-{i}.parquet")
+        datasets.Dataset.from_list([{key: text} for text in texts[i::files]]).to_parquet(
+            folder / f"part-{i}.parquet"
+        )
     return folder
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """owner/name on a stand-in for the hub: a folder of parquet, streamed as any other data set. Returns its folder and what was read."""
-    real, state = datasets.load_dataset, {"folder": parquet(tmp_path / "there", TEXTS * 5), "read": 0, "breaks": None}
+    real, state = (
+        datasets.load_dataset,
+        {"folder": parquet(tmp_path / "there", TEXTS * 5), "read": 0, "breaks": None},
+    )
 
     def stand_in(name, config=None, **how):
         if name == "parquet":
@@ -221,8 +260,14 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chunking", ["pack", "words"])
 @pytest.mark.parametrize("kind", ["a.jsonl", "folder of parquet", "hub"])
-def test_a_killed_preparation_goes_on_where_it_was_and_ends_with_the_same_rows(tmp_path, tokenizer, monkeypatch, capsys, hub, kind, chunking):
-    source = {"a.jsonl": tmp_path / "a.jsonl", "folder of parquet": hub["folder"], "hub": "owner/name"}[kind]
+def test_a_killed_preparation_goes_on_where_it_was_and_ends_with_the_same_rows(
+    tmp_path, tokenizer, monkeypatch, capsys, hub, kind, chunking
+):
+    source = {
+        "a.jsonl": tmp_path / "a.jsonl",
+        "folder of parquet": hub["folder"],
+        "hub": "owner/name",
+    }[kind]
     if kind == "a.jsonl":
         write(source, TEXTS * 5)
         source.write_bytes(source.read_bytes().replace(b"\n", b"\nnot JSON\n", 4))
@@ -241,11 +286,15 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_with_the_same_rows(t
         assert hub["read"] < 700
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "other"))
     assert same_rows(rows, Rows(source, tokenizer, 16, chunking=chunking, max_tokens=10**6))
-    assert [path.name for path in (tmp_path / "cache_root" / "cache").iterdir()] == [rows.fingerprint]
+    assert [path.name for path in (tmp_path / "cache_root" / "cache").iterdir()] == [
+        rows.fingerprint
+    ]
 
 
 @pytest.mark.parametrize("chunking", ["pack", "words"])
-def test_more_of_a_text_goes_on_from_what_is_there(tmp_path, tokenizer, monkeypatch, capsys, hub, chunking):
+def test_more_of_a_text_goes_on_from_what_is_there(
+    tmp_path, tokenizer, monkeypatch, capsys, hub, chunking
+):
     short = Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=2000)
     before, hub["read"] = hub["read"], 0
     longer = Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=10**5)
@@ -258,7 +307,9 @@ def test_more_of_a_text_goes_on_from_what_is_there(tmp_path, tokenizer, monkeypa
 def test_a_stream_that_breaks_off_keeps_what_was_read(tokenizer, monkeypatch, capsys, hub):
     monkeypatch.setattr(data, "SAVE_SECONDS", 0)
     hub["breaks"] = 800
-    with pytest.raises(sources.StreamError, match="the hub broke off .*the same command goes on from there") as told:
+    with pytest.raises(
+        sources.StreamError, match="the hub broke off .*the same command goes on from there"
+    ) as told:
         Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6)
     assert told.value.exit_code == 3
     hub |= {"breaks": None, "read": 0}
@@ -275,20 +326,37 @@ def test_two_processes_that_need_the_same_text_prepare_it_once(tmp_path, tokeniz
     work = folder.with_name(f".building-{folder.name}")
     work.mkdir()
     with sources.locked(work):  # as another process holds it
-        Thread(target=lambda: (time.sleep(0.5), kept.rename(folder))).start()  # which is done a moment later
+        Thread(
+            target=lambda: (time.sleep(0.5), kept.rename(folder))
+        ).start()  # which is done a moment later
         assert same_rows(Rows(path, tokenizer, 16), before)
     assert "waiting: " in capsys.readouterr().out
 
 
 CHAT = [
-    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"A number, {i}."}]} for i in range(30)
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {i}?"},
+            {"role": "assistant", "content": f"A number, {i}."},
+        ]
+    }
+    for i in range(30)
 ]
 
 
-def test_conversations_go_through_the_models_template_and_its_special_tokens_do_not_count(tmp_path, tokenizer):
+def test_conversations_go_through_the_models_template_and_its_special_tokens_do_not_count(
+    tmp_path, tokenizer
+):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, CHAT)))
-    shared = [{"conversations": [{"from": "human", "value": c["messages"][0]["content"]}, {"from": "gpt", "value": c["messages"][1]["content"]}]}
-              for c in CHAT]
+    shared = [
+        {
+            "conversations": [
+                {"from": "human", "value": c["messages"][0]["content"]},
+                {"from": "gpt", "value": c["messages"][1]["content"]},
+            ]
+        }
+        for c in CHAT
+    ]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, shared)))
     marked = copy.deepcopy(tokenizer)
     marked.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -296,9 +364,24 @@ def test_conversations_go_through_the_models_template_and_its_special_tokens_do_
     assert np.array_equal(a.tokens, b.tokens) and len(a.documents) == 30
     batch = next(a.batches(1))
     shown = marked.decode(batch.input_ids[0].tolist())
-    assert shown.startswith("<|begin_of_text|>user: What is 0?<|end_of_text|>assistant: A number, 0.<|end_of_text|>")
-    assert not batch.mask[0][batch.input_ids[0] == marked.eos_token_id].any() and (batch.input_ids[0] == marked.bos_token_id).sum() == 1
-    assert len(Rows(parquet(tmp_path / "p", [c["messages"] for c in CHAT], "messages"), marked, 64, "all").documents) == 30
+    assert shown.startswith(
+        "<|begin_of_text|>user: What is 0?<|end_of_text|>assistant: A number, 0.<|end_of_text|>"
+    )
+    assert (
+        not batch.mask[0][batch.input_ids[0] == marked.eos_token_id].any()
+        and (batch.input_ids[0] == marked.bos_token_id).sum() == 1
+    )
+    assert (
+        len(
+            Rows(
+                parquet(tmp_path / "p", [c["messages"] for c in CHAT], "messages"),
+                marked,
+                64,
+                "all",
+            ).documents
+        )
+        == 30
+    )
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
@@ -306,14 +389,21 @@ def test_conversations_go_through_the_models_template_and_its_special_tokens_do_
 
 
 def test_what_is_no_conversation_is_skipped_and_counted(tmp_path, tokenizer, capsys):
-    bad = [{"messages": []}, {"messages": [{"role": "user"}]}, {"messages": [3]}, {"messages": "text"}]
+    bad = [
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": [3]},
+        {"messages": "text"},
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, CHAT + bad)))
     assert len(Rows(tmp_path / "a.jsonl", tokenizer, 64, "all", max_bad_frac=0.5).documents) == 30
     assert "3 not a conversation, 1 no key 'text'" in capsys.readouterr().out
 
 
 def test_a_killed_download_goes_on_and_ends_with_the_same_files(tmp_path, monkeypatch, hub):
-    hub["folder"] = parquet(tmp_path / "long", [f"text number {i} " + "x" * 120 for i in range(300)])
+    hub["folder"] = parquet(
+        tmp_path / "long", [f"text number {i} " + "x" * 120 for i in range(300)]
+    )
     with monkeypatch.context() as patch:
         killed_after(patch, 500)  # each text is asked for its split twice
         with pytest.raises(Killed):
@@ -324,18 +414,30 @@ def test_a_killed_download_goes_on_and_ends_with_the_same_files(tmp_path, monkey
     assert sum(counts.values()) == 300 and hub["read"] < 250
     write_splits("owner/name", tmp_path / "straight", 10**9)
     for name in ("train", "eval", "apply"):
-        assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (tmp_path / "straight" / f"{name}.jsonl").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["apply.jsonl", "eval.jsonl", "train.jsonl"]
+        assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (
+            tmp_path / "straight" / f"{name}.jsonl"
+        ).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "apply.jsonl",
+        "eval.jsonl",
+        "train.jsonl",
+    ]
 
 
 def test_the_download_script_names_a_set_without_code_and_passes_its_arguments():
     script = (ROOT / "scripts" / "download_data.sh").read_text()
-    assert "python -m src.sources" in script and "openwebtext" not in script.lower().replace("openwebtext-like", "")
+    assert "python -m src.sources" in script and "openwebtext" not in script.lower().replace(
+        "openwebtext-like", ""
+    )
 
 
-def test_files_named_as_splits_that_are_none_and_splits_that_are_elsewhere_are_said(tmp_path, capsys):
+def test_files_named_as_splits_that_are_none_and_splits_that_are_elsewhere_are_said(
+    tmp_path, capsys
+):
     for name in ("train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i} " * 9}) + "\n" for i in range(40)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} {i} " * 9}) + "\n" for i in range(40))
+        )
     list(Documents(str(tmp_path), "train", Report("text", 0.5)))
     assert "validation.jsonl is no split of its own here" in capsys.readouterr().out
     list(Documents(str(tmp_path / "train.jsonl"), "train", Report("text", 0.5)))

@@ -15,10 +15,20 @@ from src import config
 from src.files import DEMO_LM
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [page for page in [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))] if page.name != "LOG.md"]
+PAGES = [
+    page
+    for page in [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+    if page.name != "LOG.md"
+]
 ELSEWHERE = {  # run as a whole by another test, by a script of its own or by hand before a release; or they need the hub
-    "scripts/quickstart.sh", "scripts/test.sh", "scripts/download_model.sh", "scripts/download_data.sh", "scripts/evaluate_compare.sh",
-    "scripts/paper_figures.sh", "scripts/slurm_train.sh", "tests/interop/run.sh",
+    "scripts/quickstart.sh",
+    "scripts/test.sh",
+    "scripts/download_model.sh",
+    "scripts/download_data.sh",
+    "scripts/evaluate_compare.sh",
+    "scripts/paper_figures.sh",
+    "scripts/slurm_train.sh",
+    "tests/interop/run.sh",
 }
 MODULES_ELSEWHERE = ("examples.", "benchmarks.", "experiments.", "tests.", "src.demo", "src.data")
 ROWS = ["--max_length", "32", "--batch_size", "8"]
@@ -71,13 +81,29 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "path" / "to" / "text" / "text.jsonl"
     text.parent.mkdir(parents=True)
-    lines = [json.dumps({"text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger. " * 4}) for i in range(250)]
+    lines = [
+        json.dumps(
+            {
+                "text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger. "
+                * 4
+            }
+        )
+        for i in range(250)
+    ]
     text.write_text("\n".join(lines))
     (tmp_path / "path" / "to" / "model").symlink_to(DEMO_LM)
     monkeypatch.setenv("MODEL_PATH", str(DEMO_LM))
     monkeypatch.setenv("DATA_PATH", str(text.parent))
-    run(monkeypatch, "train.py", ["--model", "RouteSAE", "TopK", "--topk_relu", "1", *SMALL["train"]])  # what pages take for granted
-    run(monkeypatch, "apply.py", ["--SAE_path", "outputs/SAE_models/RouteSAE_text.pt", *SMALL["apply"]])
+    run(
+        monkeypatch,
+        "train.py",
+        ["--model", "RouteSAE", "TopK", "--topk_relu", "1", *SMALL["train"]],
+    )  # what pages take for granted
+    run(
+        monkeypatch,
+        "apply.py",
+        ["--SAE_path", "outputs/SAE_models/RouteSAE_text.pt", *SMALL["apply"]],
+    )
     for number, words in enumerate(found):
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words = words[1:]
@@ -89,13 +115,17 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
             words = ["python", *shlex.split(line.replace('"$@"', "")), *words[2:]]
         if words[0] == "torchrun":
             at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-            config.parse(words[at][:-3], words[at + 1 :])  # run with several processes by tests/test_distributed.py
+            config.parse(
+                words[at][:-3], words[at + 1 :]
+            )  # run with several processes by tests/test_distributed.py
             continue
         if words[0] != "python":
             assert words[0] in ("source", "git", "cd", "pip", "sbatch", "export", "hf"), words
             continue
         if any(word in ("MODEL", "NAME") or word.startswith("user/") for word in words):
-            config.parse(words[1][:-3], words[2:])  # a hub name or someone else's file: tests/test_formats.py and test_hub.py open such
+            config.parse(
+                words[1][:-3], words[2:]
+            )  # a hub name or someone else's file: tests/test_formats.py and test_hub.py open such
             continue
         words = [one for word in words[1:] for one in supply(word.replace("/path/to/", "path/to/"))]
         if words[0] == "-m":

@@ -19,22 +19,57 @@ from src.trainer import Trainer
 
 def test_memory_and_time_stand_before_the_run_at_its_end_and_in_the_recipe(tmp_path, capsys):
     text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"Return the {i}th of {i * 7} values. " * 5}) for i in range(60)))
-    sizes = ["--latent_size", "64", "--k", "4", "--max_length", "32", "--batch_size", "4", "--max_samples", "40"]
-    where = ["--model_path", str(DEMO_LM), "--data_path", str(text), "--output_dir", str(tmp_path / "out")]
+    text.write_text(
+        "\n".join(
+            json.dumps({"text": f"Return the {i}th of {i * 7} values. " * 5}) for i in range(60)
+        )
+    )
+    sizes = [
+        "--latent_size",
+        "64",
+        "--k",
+        "4",
+        "--max_length",
+        "32",
+        "--batch_size",
+        "4",
+        "--max_samples",
+        "40",
+    ]
+    where = [
+        "--model_path",
+        str(DEMO_LM),
+        "--data_path",
+        str(text),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     Trainer(parse("train", [*where, *sizes])).run()
     said = capsys.readouterr().out
     assert re.search(r"together \d+\.\d\d GB\. Time: .* for 10 steps", said)
-    assert said.index("memory by estimate") < said.index("estimated and used: memory") < said.index("saved ")
+    assert (
+        said.index("memory by estimate")
+        < said.index("estimated and used: memory")
+        < said.index("saved ")
+    )
     found = json.loads((tmp_path / "out" / "SAE_models" / "TopK_text.json").read_text())["estimate"]
-    assert set(found) == {"memory_gb", "memory_gb_used", "seconds", "seconds_used"} and all(value > 0 for value in found.values())
+    assert set(found) == {"memory_gb", "memory_gb_used", "seconds", "seconds_used"} and all(
+        value > 0 for value in found.values()
+    )
 
 
 def test_timing_a_step_changes_no_weight_and_leaves_no_gradient():
     _, lm = get_language_model(str(DEMO_LM), "cpu", dtype="float32")
-    saes = [build(name, 128, 16, {"latent_size": 64, "k": 4}) for name in ("TopK", "RouteSAE", "Crosscoder", "BatchTopK")]
-    saes.append(build("RouteSAE", 128, 16, {"latent_size": 64, "k": 4, "router_objective": "advantage"}))  # its loss keeps a running mean
-    before = [{k: v.clone() for k, v in (*sae.named_parameters(), *sae.named_buffers())} for sae in saes]
+    saes = [
+        build(name, 128, 16, {"latent_size": 64, "k": 4})
+        for name in ("TopK", "RouteSAE", "Crosscoder", "BatchTopK")
+    ]
+    saes.append(
+        build("RouteSAE", 128, 16, {"latent_size": 64, "k": 4, "router_objective": "advantage"})
+    )  # its loss keeps a running mean
+    before = [
+        {k: v.clone() for k, v in (*sae.named_parameters(), *sae.named_buffers())} for sae in saes
+    ]
 
     class Text:
         max_length = 16
@@ -46,7 +81,12 @@ def test_timing_a_step_changes_no_weight_and_leaves_no_gradient():
             from src.data import Batch
 
             ids = torch.randint(3, 4000, (len(rows), 16))
-            return Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), torch.arange(len(rows)))
+            return Batch(
+                ids,
+                torch.ones_like(ids, dtype=torch.bool),
+                torch.zeros_like(ids),
+                torch.arange(len(rows)),
+            )
 
     seconds, size = estimate.step_cost(saes, lm, Text(), 8, list(range(4, 13)), "cpu")
     assert seconds > 0 and size > 0
@@ -60,15 +100,27 @@ def test_timing_a_step_changes_no_weight_and_leaves_no_gradient():
         return whole(x, **more)
 
     saes[0].autoencode = limited
-    assert estimate.step_cost(saes[:1], lm, Text(), 8, [12], "cpu")[0] > 0 and tried[:3] == [48, 16, 16]
+    assert estimate.step_cost(saes[:1], lm, Text(), 8, [12], "cpu")[0] > 0 and tried[:3] == [
+        48,
+        16,
+        16,
+    ]
     for sae, tensors in zip(saes, before, strict=True):
         now = dict((*sae.named_parameters(), *sae.named_buffers()))
-        assert all(torch.equal(now[k], v) or (v.isnan().all() and now[k].isnan().all()) for k, v in tensors.items())
+        assert all(
+            torch.equal(now[k], v) or (v.isnan().all() and now[k].isnan().all())
+            for k, v in tensors.items()
+        )
         assert all(p.grad is None for p in sae.parameters())
 
 
 def test_durations_read_as_people_say_them():
-    assert [estimate.duration(s) for s in (0.25, 75, 3600, 90061)] == ["0.25 s", "1 min 15 s", "1 h", "1 d 1 h"]
+    assert [estimate.duration(s) for s in (0.25, 75, 3600, 90061)] == [
+        "0.25 s",
+        "1 min 15 s",
+        "1 h",
+        "1 d 1 h",
+    ]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
@@ -88,5 +140,8 @@ for _ in range(10):
     work()
 print(faults() - before)
 """
-    kept, not_kept = (int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT)) for how in ("kept", "not"))
+    kept, not_kept = (
+        int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT))
+        for how in ("kept", "not")
+    )
     assert kept < 0.5 * not_kept

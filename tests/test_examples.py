@@ -14,7 +14,15 @@ from src.reader import Reader
 def folder(tmp_path_factory):
     """The data is called demo, as the built-in text is."""
     folder = tmp_path_factory.mktemp("examples")
-    lines = [json.dumps({"text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger. " * 4}) for i in range(200)]
+    lines = [
+        json.dumps(
+            {
+                "text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger. "
+                * 4
+            }
+        )
+        for i in range(200)
+    ]
     (folder / "demo.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -38,8 +46,12 @@ ORDER = {
     "steer": ["--max_new_tokens", "2"],
 }
 SAYS = {
-    "train": "tokens; NormMSE of the last step", "evaluate": "share of tokens by site", "apply": "latents with contexts",
-    "interpret": "mean score", "read": "strongest latents", "steer": "steered:",
+    "train": "tokens; NormMSE of the last step",
+    "evaluate": "share of tokens by site",
+    "apply": "latents with contexts",
+    "interpret": "mean score",
+    "read": "strongest latents",
+    "steer": "steered:",
 }
 
 
@@ -51,12 +63,20 @@ def test_every_stage_has_an_example_that_runs(place, capsys, monkeypatch):
 
 
 def test_a_reader_gives_codes_sites_and_contexts_of_a_text(place):
-    paths = {name: place / "out" / "SAE_models" / f"{name}_demo_example.pt" for name in ("RouteSAE", "TopK")}
+    paths = {
+        name: place / "out" / "SAE_models" / f"{name}_demo_example.pt"
+        for name in ("RouteSAE", "TopK")
+    }
     reader = Reader(paths["RouteSAE"])
     reading = reader.read("Return the value of the array.")
     assert "".join(reading.tokens) == "Return the value of the array." and "Return" in str(reading)
-    assert reading.latents.shape == (len(reading.tokens), 64) and (reading.latents != 0).sum(1).eq(4).all()
-    assert reading.weights.shape == (len(reading.tokens), 9) and set(reading.sites) <= set(range(4, 13))
+    assert (
+        reading.latents.shape == (len(reading.tokens), 64)
+        and (reading.latents != 0).sum(1).eq(4).all()
+    )
+    assert reading.weights.shape == (len(reading.tokens), 9) and set(reading.sites) <= set(
+        range(4, 13)
+    )
     strongest = reading.strongest(1)[0][0]
     assert reading.latents[0, strongest[0]] == strongest[1] == reading.latents[0].max()
     some = next(latent for latent in range(64) if reader.contexts(latent))

@@ -33,13 +33,21 @@ from src.trainer import Run, Trainer
 from src.zoo import ZOO
 
 SHAPE = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-STAGES = {"train": lambda cfg: Trainer(cfg).run(), "evaluate": lambda cfg: Evaluator(cfg).run(), "apply": lambda cfg: Applier(cfg).run()}
+STAGES = {
+    "train": lambda cfg: Trainer(cfg).run(),
+    "evaluate": lambda cfg: Evaluator(cfg).run(),
+    "apply": lambda cfg: Applier(cfg).run(),
+}
 
 
 def save_lm(folder, hidden=32, layers=4):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(files.DEMO_LM)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, **SHAPE)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, **SHAPE
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -51,7 +59,10 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(folder / "data"))
         save_lm(folder / "lm")
-        lines = [json.dumps({"text": f"Return the {i}th of {i * 7} values, or raise ValueError. " * 5}) for i in range(80)]
+        lines = [
+            json.dumps({"text": f"Return the {i}th of {i * 7} values, or raise ValueError. " * 5})
+            for i in range(80)
+        ]
         (folder / "text.jsonl").write_text("\n".join(lines))
         assert run(folder, "train") == 0
     return folder
@@ -64,7 +75,14 @@ def tokenizer():
 
 def run(home, stage, *more, out=None):
     """Exit code of a stage on the fixture's files; what is typed in `more` wins."""
-    common = ["--model_path", str(home / "lm"), "--data_path", str(home / "text.jsonl"), "--output_dir", str(out or home / "out")]
+    common = [
+        "--model_path",
+        str(home / "lm"),
+        "--data_path",
+        str(home / "text.jsonl"),
+        "--output_dir",
+        str(out or home / "out"),
+    ]
     sizes = ["--latent_size", "64", "--k", "4"] if stage == "train" else []
     rows = ["--dtype", "float32", "--max_length", "32", "--batch_size", "4", "--max_samples", "24"]
     try:
@@ -96,10 +114,15 @@ def kill(*_, **__):
 
 
 def lines_of(out):
-    return [{k: v for k, v in json.loads(line).items() if "tokens_per_s" not in k} for line in (out / "runs" / "t" / "metrics.jsonl").open()]
+    return [
+        {k: v for k, v in json.loads(line).items() if "tokens_per_s" not in k}
+        for line in (out / "runs" / "t" / "metrics.jsonl").open()
+    ]
 
 
-def test_a_full_disk_under_the_metrics_is_named_keeps_whole_lines_and_the_run_continues(home, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_under_the_metrics_is_named_keeps_whole_lines_and_the_run_continues(
+    home, tmp_path, monkeypatch, capsys
+):
     class Full(io.FileIO):
         def write(self, piece):
             if self.tell() > 500:
@@ -108,40 +131,92 @@ def test_a_full_disk_under_the_metrics_is_named_keeps_whole_lines_and_the_run_co
             return super().write(piece)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "open_to_append", lambda path, *mode, **more: open(path, "a+") if Path(path).name == "lock" else Full(path, "a"))
+        patch.setattr(
+            files,
+            "open_to_append",
+            lambda path, *mode, **more: (
+                open(path, "a+") if Path(path).name == "lock" else Full(path, "a")
+            ),
+        )
         assert run(home, "train", "--tag", "t", "--save_every", "1", out=tmp_path) == 2
     assert "metrics.jsonl (No space left on device)" in the_error(capsys)
     assert lines_of(tmp_path)
-    assert run(home, "train", "--tag", "t", out=tmp_path) == 0 == run(home, "train", "--tag", "t", out=tmp_path / "straight")
+    assert (
+        run(home, "train", "--tag", "t", out=tmp_path)
+        == 0
+        == run(home, "train", "--tag", "t", out=tmp_path / "straight")
+    )
     assert lines_of(tmp_path) == lines_of(tmp_path / "straight")
-    a, b = (torch.load(out / "SAE_models" / "TopK_text_t.pt") for out in (tmp_path, tmp_path / "straight"))
+    a, b = (
+        torch.load(out / "SAE_models" / "TopK_text_t.pt")
+        for out in (tmp_path, tmp_path / "straight")
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_run_killed_after_its_last_step_takes_no_further_one_and_a_finished_run_none(home, tmp_path, monkeypatch, capsys):
+def test_a_run_killed_after_its_last_step_takes_no_further_one_and_a_finished_run_none(
+    home, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_finish", kill)
         with pytest.raises(Killed):
             run(home, "train", "--tag", "t", "--save_every", "1", out=tmp_path)
-    assert run(home, "train", "--tag", "t", out=tmp_path) == 0 == run(home, "train", "--tag", "t", out=tmp_path / "straight")
-    assert lines_of(tmp_path) == lines_of(tmp_path / "straight") and lines_of(tmp_path)[-1]["step"] == 6
+    assert (
+        run(home, "train", "--tag", "t", out=tmp_path)
+        == 0
+        == run(home, "train", "--tag", "t", out=tmp_path / "straight")
+    )
+    assert (
+        lines_of(tmp_path) == lines_of(tmp_path / "straight")
+        and lines_of(tmp_path)[-1]["step"] == 6
+    )
     monkeypatch.setattr(Run, "step", kill)
-    assert run(home, "train", "--tag", "t", out=tmp_path) == 0 and "already trained" in capsys.readouterr().out
+    assert (
+        run(home, "train", "--tag", "t", out=tmp_path) == 0
+        and "already trained" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_all_that_is_written_has_the_permissions_the_umask_leaves(home, tmp_path, monkeypatch, mask):
+def test_all_that_is_written_has_the_permissions_the_umask_leaves(
+    home, tmp_path, monkeypatch, mask
+):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(Trainer, "_finish", lambda *a, real=Trainer._finish: (shutil.copytree(a[0].states, tmp_path / "states"), real(*a))[1])
+    monkeypatch.setattr(
+        Trainer,
+        "_finish",
+        lambda *a, real=Trainer._finish: (
+            shutil.copytree(a[0].states, tmp_path / "states"),
+            real(*a),
+        )[1],
+    )
     before = os.umask(mask)
     try:
         assert run(home, "train", "--tag", "t", "--save_every", "1", out=tmp_path / "out") == 0
-        assert run(home, "apply", "--SAE_path", tmp_path / "out" / "SAE_models" / "TopK_text_t.pt", "--act_threshold", "0", out=tmp_path / "out") == 0
+        assert (
+            run(
+                home,
+                "apply",
+                "--SAE_path",
+                tmp_path / "out" / "SAE_models" / "TopK_text_t.pt",
+                "--act_threshold",
+                "0",
+                out=tmp_path / "out",
+            )
+            == 0
+        )
     finally:
         os.umask(before)
     found = [path for path in tmp_path.rglob("*") if path != tmp_path / "states"]
-    assert len([path for path in found if path.suffix in (".pt", ".json", ".jsonl", ".npy", ".bin")]) > 10
-    wrong = [(path, oct(path.stat().st_mode)) for path in found if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~mask]
+    assert (
+        len([path for path in found if path.suffix in (".pt", ".json", ".jsonl", ".npy", ".bin")])
+        > 10
+    )
+    wrong = [
+        (path, oct(path.stat().st_mode))
+        for path in found
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~mask
+    ]
     assert not wrong
 
 
@@ -149,52 +224,105 @@ def test_a_run_folder_behind_a_link_is_followed(home, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out" / "runs").mkdir(parents=True)
     (tmp_path / "out" / "runs" / "t").symlink_to(tmp_path / "disk")
-    assert run(home, "train", "--tag", "t", out=tmp_path / "out") == 0 and (tmp_path / "disk" / "metrics.jsonl").stat().st_size
+    assert (
+        run(home, "train", "--tag", "t", out=tmp_path / "out") == 0
+        and (tmp_path / "disk" / "metrics.jsonl").stat().st_size
+    )
 
 
-@pytest.mark.parametrize("more", [
-    ["--k", "65"], ["--k", "0"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "inf"], ["--latent_size", "0"], ["--batch_size", "0"],
-    ["--max_length", "1"], ["--layer", "0"], ["--num_epochs", "0"], ["--max_samples", "0"], ["--seed", "-1"], ["--nonsense", "1"], ["--k", "many"],
-    ["--device", "tpu"],
-])
-def test_values_that_cannot_be_end_before_the_language_model_is_loaded(home, monkeypatch, capsys, more):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--k", "65"],
+        ["--k", "0"],
+        ["--lr", "0"],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
+        ["--latent_size", "0"],
+        ["--batch_size", "0"],
+        ["--max_length", "1"],
+        ["--layer", "0"],
+        ["--num_epochs", "0"],
+        ["--max_samples", "0"],
+        ["--seed", "-1"],
+        ["--nonsense", "1"],
+        ["--k", "many"],
+        ["--device", "tpu"],
+    ],
+)
+def test_values_that_cannot_be_end_before_the_language_model_is_loaded(
+    home, monkeypatch, capsys, more
+):
     monkeypatch.setattr(lm, "get_language_model", lambda *_: pytest.fail("loaded"))
     assert run(home, "train", "--tag", "bad", *more) == 2 and more[0] in the_error(capsys)
 
 
-def test_fewer_rows_than_a_batch_are_trained_on_and_no_countable_token_is_an_error(home, tmp_path, capsys):
+def test_fewer_rows_than_a_batch_are_trained_on_and_no_countable_token_is_an_error(
+    home, tmp_path, capsys
+):
     assert run(home, "train", "--batch_size", "64", "--max_samples", "3", out=tmp_path) == 0
     recipe = checkpoint.read_recipe(tmp_path / "SAE_models" / "TopK_text.pt")
     assert recipe["tokens"] > 60 and recipe["final"]["step"] == 1
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "a"}))
-    bare = AutoTokenizer.from_pretrained(files.DEMO_LM, bos_token=None, eos_token=None, pad_token=None)
+    bare = AutoTokenizer.from_pretrained(
+        files.DEMO_LM, bos_token=None, eos_token=None, pad_token=None
+    )
     shutil.copytree(home / "lm", tmp_path / "lm")
-    bare.save_pretrained(tmp_path / "lm")  # no token goes before the text: its first is the attention sink, and there is no other
-    code = run(home, "train", "--data_path", tmp_path / "one.jsonl", "--split", "all", "--model_path", tmp_path / "lm", "--tag", "one", out=tmp_path)
-    assert code == 2 and "no counted token" in the_error(capsys) and not list((tmp_path / "SAE_models").glob("*one*"))
+    bare.save_pretrained(
+        tmp_path / "lm"
+    )  # no token goes before the text: its first is the attention sink, and there is no other
+    code = run(
+        home,
+        "train",
+        "--data_path",
+        tmp_path / "one.jsonl",
+        "--split",
+        "all",
+        "--model_path",
+        tmp_path / "lm",
+        "--tag",
+        "one",
+        out=tmp_path,
+    )
+    assert (
+        code == 2
+        and "no counted token" in the_error(capsys)
+        and not list((tmp_path / "SAE_models").glob("*one*"))
+    )
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_states_without_variance_give_finite_losses_and_gradients(name):
     torch.manual_seed(0)
     model = build(name, 32, 8, {"latent_size": 64, "k": 4})
-    hidden = {site: torch.ones(16, 32) if site % 2 else torch.zeros(16, 32) for site in model.sites()}
+    hidden = {
+        site: torch.ones(16, 32) if site % 2 else torch.zeros(16, 32) for site in model.sites()
+    }
     model.warm_start(model.gather(hidden))
     p = model.autoencode(model.gather(hidden), token=torch.arange(16))
     loss = sum(model.loss(p).values())
     loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(q.grad).all() for q in model.parameters() if q.grad is not None)
+    assert torch.isfinite(loss) and all(
+        torch.isfinite(q.grad).all() for q in model.parameters() if q.grad is not None
+    )
 
 
 @pytest.mark.parametrize("where", ["init", "log", "import"])
-def test_an_optional_service_that_fails_stops_no_training(home, tmp_path, monkeypatch, capsys, where):
+def test_an_optional_service_that_fails_stops_no_training(
+    home, tmp_path, monkeypatch, capsys, where
+):
     def fails(*_, **__):
         raise ConnectionError(f"the network is down for {os.environ['WANDB_API_KEY']}")
 
     monkeypatch.setenv("WANDB_API_KEY", "canary-0123456789")
-    fake = types.SimpleNamespace(init=fails if where == "init" else lambda **_: types.SimpleNamespace(log=fails))
+    fake = types.SimpleNamespace(
+        init=fails if where == "init" else lambda **_: types.SimpleNamespace(log=fails)
+    )
     monkeypatch.setitem(sys.modules, "wandb", None if where == "import" else fake)
-    assert run(home, "train", "--use_wandb", "1", out=tmp_path) == 0 and (tmp_path / "SAE_models" / "TopK_text.pt").exists()
+    assert (
+        run(home, "train", "--use_wandb", "1", out=tmp_path) == 0
+        and (tmp_path / "SAE_models" / "TopK_text.pt").exists()
+    )
     said = capsys.readouterr()
     assert "metrics.jsonl has" in said.out and "canary" not in said.out + said.err
 
@@ -205,10 +333,14 @@ def test_a_file_killed_while_it_is_written_keeps_its_old_content(tmp_path):
         files.write_atomic(path, lambda file: (file.write(b"half"), kill()))
     with pytest.raises(ValueError):
         files.save_json({"a": float("nan")}, path)
-    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == [
+        "x.json"
+    ]
 
 
-def test_results_go_to_bare_odd_and_existing_names_and_impossible_ones_are_errors(tmp_path, monkeypatch):
+def test_results_go_to_bare_odd_and_existing_names_and_impossible_ones_are_errors(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name in ("x.json", "a b/\u00fc \u6a21.json", "x.json"):
         assert json.loads(Path(files.save_json([name], name)).read_text()) == [name]
@@ -238,7 +370,15 @@ def test_one_line_in_a_hundred_damaged_loses_exactly_those_lines(tmp_path, token
             line = json.dumps({"text": text}).encode()
             if i in bad:
                 cut = draw.randrange(1, len(line) - 1)
-                broken = [line[:cut], line[:cut] + b"\xff" + line[cut:], b"[" + line + b"]", b"17", b'{"text": 5}', b'{"title": "x"}', b"junk"]
+                broken = [
+                    line[:cut],
+                    line[:cut] + b"\xff" + line[cut:],
+                    b"[" + line + b"]",
+                    b"17",
+                    b'{"text": 5}',
+                    b'{"title": "x"}',
+                    b"junk",
+                ]
                 line = draw.choice(broken)
             else:
                 kept.append(text)
@@ -253,22 +393,37 @@ def test_byte_order_marks_line_ends_nul_and_separators_inside_a_text_are_read(tm
     odd = ["nul \0 here", "line\u2028separator \u0085 next", "lone \ud800 half", "  spaces  "]
     lines = [json.dumps({"text": text}).encode() for text in [*good(3), *odd]]
     lines.append('{"text": "raw\u2028separator"}'.encode())
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([lines[0], b"", b"   ", *lines[1:]]))  # and no line end at the end
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + b"\r\n".join([lines[0], b"", b"   ", *lines[1:]])
+    )  # and no line end at the end
     seen = list(Documents(str(tmp_path / "a.jsonl"), "all", Report("text", 0.0)))
     assert seen == [*good(3), *odd[:2], "lone ? half", odd[3], "raw\u2028separator"]
     assert count(tmp_path / "a.jsonl", tokenizer)[0] == 8
 
 
 @pytest.mark.parametrize("chunking", ["pack", "words"])
-def test_one_endless_line_is_tokenised_in_pieces_without_loss(tmp_path, tokenizer, monkeypatch, chunking):
+def test_one_endless_line_is_tokenised_in_pieces_without_loss(
+    tmp_path, tokenizer, monkeypatch, chunking
+):
     text = " ".join(good(60))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ("first", text, "last")))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": t}) for t in ("first", text, "last"))
+    )
     monkeypatch.setattr(data, "LONGEST", 100)
     sizes, encode = [], type(tokenizer).__call__
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, pieces, **more: sizes.append(sum(map(len, pieces))) or encode(self, pieces, **more))
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, pieces, **more: (
+            sizes.append(sum(map(len, pieces))) or encode(self, pieces, **more)
+        ),
+    )
     n, tokens = count(tmp_path / "a.jsonl", tokenizer, chunking=chunking)
     assert n == 3 and max(sizes) < 2000 < len(text) and len(sizes) > 3
-    assert tokenizer.decode([t for t in tokens if t != tokenizer.eos_token_id]) == "first" + text + "last"
+    assert (
+        tokenizer.decode([t for t in tokens if t != tokenizer.eos_token_id])
+        == "first" + text + "last"
+    )
 
 
 def make_nothing(kind, folder):
@@ -282,14 +437,29 @@ def make_nothing(kind, folder):
     elif kind == "blank":
         (folder / "a.jsonl").write_text(json.dumps({"text": "  \n"}))
     elif kind == "nulls":
-        (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": value}) for value in (None, 3, {"x": "y"}, ["z"])))
+        (folder / "a.jsonl").write_text(
+            "\n".join(json.dumps({"text": value}) for value in (None, 3, {"x": "y"}, ["z"]))
+        )
     elif kind == "dangling":
         (folder / "a.jsonl").symlink_to(folder / "nowhere")
     elif kind.startswith("parquet"):
         (folder / "a.parquet").write_bytes(b"PAR1 cut" if kind == "parquet" else b"")
 
 
-@pytest.mark.parametrize("kind", ["nothing", "empty file", "hidden only", "no text", "blank", "nulls", "dangling", "parquet", "parquet, empty"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nothing",
+        "empty file",
+        "hidden only",
+        "no text",
+        "blank",
+        "nulls",
+        "dangling",
+        "parquet",
+        "parquet, empty",
+    ],
+)
 def test_a_source_without_usable_text_is_exit_3_and_named(home, tmp_path, capsys, kind):
     make_nothing(kind, tmp_path / "src")
     assert run(home, "train", "--data_path", tmp_path / "src", out=tmp_path / "out") == 3
@@ -298,22 +468,32 @@ def test_a_source_without_usable_text_is_exit_3_and_named(home, tmp_path, capsys
 
 def test_a_damaged_file_among_others_is_refused_unless_it_is_accepted(tmp_path, tokenizer):
     for i in range(3):
-        (tmp_path / f"{i}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in good(200)))
+        (tmp_path / f"{i}.jsonl").write_text(
+            "\n".join(json.dumps({"text": text}) for text in good(200))
+        )
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(DataError, match=r"1 of 4 files cannot be read to their end, first .*bad\.parquet"):
+    with pytest.raises(
+        DataError, match=r"1 of 4 files cannot be read to their end, first .*bad\.parquet"
+    ):
         Rows(tmp_path, tokenizer, 32, "all")
     assert count(tmp_path, tokenizer, max_bad_frac=0.25)[0] == 600
-    with pytest.raises(DataError, match=r"1 of 4 files"):  # also where the tokens are there, made when it was accepted
+    with pytest.raises(
+        DataError, match=r"1 of 4 files"
+    ):  # also where the tokens are there, made when it was accepted
         Rows(tmp_path, tokenizer, 32, "all")
 
 
 def test_links_in_a_circle_and_files_that_vanish_are_named(home, tmp_path, capsys):
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    assert run(home, "train", "--data_path", tmp_path / "loop.jsonl", "--tag", "x") == 2 and "loop.jsonl" in the_error(capsys)
+    assert run(
+        home, "train", "--data_path", tmp_path / "loop.jsonl", "--tag", "x"
+    ) == 2 and "loop.jsonl" in the_error(capsys)
     (tmp_path / "loop.jsonl").unlink()
     (tmp_path / "again").symlink_to(tmp_path)  # a folder in a circle is read once
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in good(2)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": text}) for text in good(2))
+        )
     reading = iter(Documents(str(tmp_path), "all", Report("text", 0.0)))
     assert [next(reading) for _ in range(2)] == good(2)
     (tmp_path / "b.jsonl").unlink()
@@ -326,21 +506,33 @@ def test_a_file_that_may_not_be_read_is_named(home, tmp_path, monkeypatch, capsy
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(sources, "_lines", refused)  # root may read everything
-    assert run(home, "train", "--tag", "x") == 2 and "Permission denied" in (said := the_error(capsys)) and "text.jsonl" in said
+    assert (
+        run(home, "train", "--tag", "x") == 2
+        and "Permission denied" in (said := the_error(capsys))
+        and "text.jsonl" in said
+    )
 
 
 def test_the_order_files_were_made_in_changes_nothing(tmp_path, tokenizer):
     for folder, names in (("one", "abc"), ("two", "cba")):
         (tmp_path / folder).mkdir()
         for name in names:
-            (tmp_path / folder / f"{name}.jsonl").write_text(json.dumps({"text": f"text {name} of them"}))
+            (tmp_path / folder / f"{name}.jsonl").write_text(
+                json.dumps({"text": f"text {name} of them"})
+            )
     assert count(tmp_path / "one", tokenizer) == count(tmp_path / "two", tokenizer)
 
 
-@pytest.mark.parametrize("error, why", [
-    (ConnectionError("Couldn't reach 'owner/name' on the Hub"), "the hub cannot be reached"),
-    (RuntimeError("Dataset scripts are no longer supported, but found name.py"), "scripts are no longer supported, but found name.py"),
-])
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (ConnectionError("Couldn't reach 'owner/name' on the Hub"), "the hub cannot be reached"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found name.py"),
+            "scripts are no longer supported, but found name.py",
+        ),
+    ],
+)
 def test_a_data_set_the_hub_does_not_give_is_one_line(home, monkeypatch, capsys, error, why):
     def fails(*_, **__):
         raise error
@@ -352,10 +544,15 @@ def test_a_data_set_the_hub_does_not_give_is_one_line(home, monkeypatch, capsys,
 
 
 def test_a_tokenizer_without_special_tokens_works(tmp_path):
-    bare = AutoTokenizer.from_pretrained(files.DEMO_LM, bos_token=None, eos_token=None, pad_token=None)
+    bare = AutoTokenizer.from_pretrained(
+        files.DEMO_LM, bos_token=None, eos_token=None, pad_token=None
+    )
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in good(9)))
     rows = Rows(tmp_path / "a.jsonl", bare, 16, "all")
-    assert bare.decode(rows.tokens.tolist()) == "".join(good(9)) and not next(rows.batches(4)).mask[:, 0].any()
+    assert (
+        bare.decode(rows.tokens.tolist()) == "".join(good(9))
+        and not next(rows.batches(4)).mask[:, 0].any()
+    )
 
 
 def test_cached_tokens_of_other_text_tokenizers_or_lengths_are_not_taken(tmp_path, tokenizer):
@@ -366,12 +563,18 @@ def test_cached_tokens_of_other_text_tokenizers_or_lengths_are_not_taken(tmp_pat
     other.add_tokens(["value"])
     path_two = path.with_name("b.jsonl")
     path_two.write_text(path.read_text().replace("value", "sum"))
-    found = [Rows(path, other, 16, "all", chunking="words"), Rows(path, tokenizer, 8, "all", chunking="words"), Rows(path, tokenizer, 16, "all"),
-             Rows(path_two, tokenizer, 16, "all", chunking="words")]
+    found = [
+        Rows(path, other, 16, "all", chunking="words"),
+        Rows(path, tokenizer, 8, "all", chunking="words"),
+        Rows(path, tokenizer, 16, "all"),
+        Rows(path_two, tokenizer, 16, "all", chunking="words"),
+    ]
     assert len({first, *(rows.fingerprint for rows in found)}) == 5
 
 
-def test_a_damaged_token_cache_is_noticed_and_made_again_and_a_killed_one_is_not_there(tmp_path, tokenizer, monkeypatch, capsys):
+def test_a_damaged_token_cache_is_noticed_and_made_again_and_a_killed_one_is_not_there(
+    tmp_path, tokenizer, monkeypatch, capsys
+):
     path, cache = tmp_path / "a.jsonl", data.data_dir() / "cache"
     path.write_text("\n".join(json.dumps({"text": text}) for text in good(99)))
     with monkeypatch.context() as patch:
@@ -382,12 +585,15 @@ def test_a_damaged_token_cache_is_noticed_and_made_again_and_a_killed_one_is_not
     (cache / ".building-old").mkdir()
     os.utime(cache / ".building-old", (1e9, 1e9))  # left by a process that was killed
     whole = count(path, tokenizer)
-    folder, = cache.iterdir()
+    (folder,) = cache.iterdir()
     for name in ("tokens.bin", "documents.npy", "chunks.npy", "report.json", "manifest.json"):
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
-        assert count(path, tokenizer) == whole and "the token cache is damaged" in capsys.readouterr().out, name
+        assert (
+            count(path, tokenizer) == whole
+            and "the token cache is damaged" in capsys.readouterr().out
+        ), name
 
 
 def test_a_cache_that_does_not_fit_or_cannot_be_written_says_what_to_set(home, monkeypatch, capsys):
@@ -396,8 +602,12 @@ def test_a_cache_that_does_not_fit_or_cannot_be_written_says_what_to_set(home, m
 
     with monkeypatch.context() as patch:
         patch.setattr(data.np, "save", full)
-        assert run(home, "train", "--tag", "x") == 2 and "make room or set DATA_DIR" in the_error(capsys)
-    assert not [path for path in (data.data_dir() / "cache").iterdir() if not path.name.startswith(".")]
+        assert run(home, "train", "--tag", "x") == 2 and "make room or set DATA_DIR" in the_error(
+            capsys
+        )
+    assert not [
+        path for path in (data.data_dir() / "cache").iterdir() if not path.name.startswith(".")
+    ]
     (home / "file").write_text("")
     monkeypatch.setenv("DATA_DIR", str(home / "file"))
     assert run(home, "train", "--tag", "x") == 2 and "set DATA_DIR" in the_error(capsys)
@@ -410,11 +620,17 @@ def cut(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
 
 
-@pytest.mark.parametrize("name, damage, said", [
-    ("model.safetensors", Path.unlink, "no file named model.safetensors"), ("model.safetensors", lambda p: cut(p, 0), "header"),
-    ("model.safetensors", lambda p: cut(p, -100), "not fully covered"), ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 900), "header"),
-    ("config.json", lambda p: cut(p, 20), "not a valid JSON"), ("tokenizer.json", lambda p: cut(p, 1), "not a complete model"),
-])
+@pytest.mark.parametrize(
+    "name, damage, said",
+    [
+        ("model.safetensors", Path.unlink, "no file named model.safetensors"),
+        ("model.safetensors", lambda p: cut(p, 0), "header"),
+        ("model.safetensors", lambda p: cut(p, -100), "not fully covered"),
+        ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 900), "header"),
+        ("config.json", lambda p: cut(p, 20), "not a valid JSON"),
+        ("tokenizer.json", lambda p: cut(p, 1), "not a complete model"),
+    ],
+)
 def test_a_damaged_language_model_is_one_line(home, tmp_path, capsys, name, damage, said):
     shutil.copytree(home / "lm", tmp_path / "lm")
     damage(tmp_path / "lm" / name)
@@ -453,33 +669,54 @@ def hub(monkeypatch):
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield state
     server.shutdown()
 
 
-@pytest.mark.parametrize("status, code, said", [
-    (401, "GatedRepo", "gated"), (403, "GatedRepo", "gated"), (404, "RepoNotFound", "there is no owner/name on the hub"),
-])
-def test_gated_private_and_mistyped_models_are_told_apart_and_no_token_is_shown(home, hub, monkeypatch, capsys, status, code, said):
+@pytest.mark.parametrize(
+    "status, code, said",
+    [
+        (401, "GatedRepo", "gated"),
+        (403, "GatedRepo", "gated"),
+        (404, "RepoNotFound", "there is no owner/name on the hub"),
+    ],
+)
+def test_gated_private_and_mistyped_models_are_told_apart_and_no_token_is_shown(
+    home, hub, monkeypatch, capsys, status, code, said
+):
     monkeypatch.setenv("HF_TOKEN", "hf_canary0123456789")
-    hub.answer = (status, {"X-Error-Code": code, "X-Error-Message": "you sent ECHO"}, "you sent ECHO")
+    hub.answer = (
+        status,
+        {"X-Error-Code": code, "X-Error-Message": "you sent ECHO"},
+        "you sent ECHO",
+    )
     assert run(home, "train", "--model_path", "owner/name", "--tag", "x", "--debug") == 2
     printed = capsys.readouterr()
-    line, = [line for line in printed.err.splitlines() if line.startswith("train.py: error: ")]
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("train.py: error: ")]
     assert said in line and "hf_canary" not in printed.out + printed.err
-    assert any("hf_canary0123456789" in sent for sent in hub.seen)  # it was sent, so that there was something to show
+    assert any(
+        "hf_canary0123456789" in sent for sent in hub.seen
+    )  # it was sent, so that there was something to show
 
 
-def test_a_language_model_whose_states_overflow_is_noticed_before_a_weight_changes(home, tmp_path, capsys):
+def test_a_language_model_whose_states_overflow_is_noticed_before_a_weight_changes(
+    home, tmp_path, capsys
+):
     model = LlamaForCausalLM.from_pretrained(home / "lm")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
     shutil.copytree(home / "lm", tmp_path / "lm")
     model.save_pretrained(tmp_path / "lm")
     assert run(home, "train", "--model_path", tmp_path / "lm", "--tag", "x", out=tmp_path) == 2
-    assert "not finite at step 0" in the_error(capsys) and not list((tmp_path / "SAE_models").glob("*.pt"))
+    assert "not finite at step 0" in the_error(capsys) and not list(
+        (tmp_path / "SAE_models").glob("*.pt")
+    )
 
 
 def test_an_sae_of_another_language_model_is_refused(home, tmp_path, capsys):
@@ -497,21 +734,50 @@ def with_recipe(home, folder, change):
     return folder / "x.pt"
 
 
-@pytest.mark.parametrize("change", [
-    lambda r: r.pop("config"), lambda r: r["config"].pop("hidden_size"), lambda r: r.update(config=[1]), lambda r: r.update(options=[1]),
-    lambda r: r.update(model="Foo"), lambda r: r.update(model=3), lambda r: r.update(format_version=99), lambda r: r.update(format_version="x"),
-    lambda r: r.update(title=None), lambda r: r["options"].update(max_length="x"), lambda r: r["options"].update(batch_size=[1]),
-    lambda r: r["config"].update(hidden_size=64), lambda r: r["config"].update(k=10**9), lambda r: r["config"].update(latent_size="many"),
-    lambda r: r.update(model_path=5), lambda r: r["options"].update(max_length=-1), lambda r: r.update(title="../../x"), lambda r: r.update(final=3),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("config"),
+        lambda r: r["config"].pop("hidden_size"),
+        lambda r: r.update(config=[1]),
+        lambda r: r.update(options=[1]),
+        lambda r: r.update(model="Foo"),
+        lambda r: r.update(model=3),
+        lambda r: r.update(format_version=99),
+        lambda r: r.update(format_version="x"),
+        lambda r: r.update(title=None),
+        lambda r: r["options"].update(max_length="x"),
+        lambda r: r["options"].update(batch_size=[1]),
+        lambda r: r["config"].update(hidden_size=64),
+        lambda r: r["config"].update(k=10**9),
+        lambda r: r["config"].update(latent_size="many"),
+        lambda r: r.update(model_path=5),
+        lambda r: r["options"].update(max_length=-1),
+        lambda r: r.update(title="../../x"),
+        lambda r: r.update(final=3),
+    ],
+)
 def test_a_recipe_that_cannot_be_is_one_line(home, tmp_path, capsys, change):
-    argv = ["--SAE_path", str(with_recipe(home, tmp_path, change)), "--output_dir", str(tmp_path / "out")]
+    argv = [
+        "--SAE_path",
+        str(with_recipe(home, tmp_path, change)),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert run_stage("evaluate", STAGES["evaluate"], argv) == 2
     assert the_error(capsys) and not (tmp_path / "out").exists()
 
 
 def test_a_recipe_of_a_later_program_with_more_in_it_is_read(home, tmp_path):
-    path = with_recipe(home, tmp_path, lambda r: (r.update(future=1), r["options"].update(later=2), r["config"].pop("n_layers", None)))
+    path = with_recipe(
+        home,
+        tmp_path,
+        lambda r: (
+            r.update(future=1),
+            r["options"].update(later=2),
+            r["config"].pop("n_layers", None),
+        ),
+    )
     assert run(home, "evaluate", "--SAE_path", path, out=tmp_path / "out") == 0
 
 
@@ -533,14 +799,18 @@ def test_a_terminal_that_lacks_letters_ends_no_run(monkeypatch):
     monkeypatch.setattr(sys, "stdout", narrow)
     assert run_stage("train", lambda cfg: print("\u6a21\u578b \U0001f98a caf\u00e9"), []) == 0
     narrow.flush()
-    assert narrow.buffer.getvalue().decode("cp1252").strip() == r"\u6a21\u578b \U0001f98a caf\xe9".replace(r"\xe9", "\u00e9")
+    assert narrow.buffer.getvalue().decode(
+        "cp1252"
+    ).strip() == r"\u6a21\u578b \U0001f98a caf\xe9".replace(r"\xe9", "\u00e9")
 
 
 def test_memory_that_ends_and_devices_nothing_was_written_for_are_one_line(capsys):
     def short(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    assert run_stage("evaluate", short, []) == 2 and "20.00 GiB.; lower --batch_size" in the_error(capsys)
+    assert run_stage("evaluate", short, []) == 2 and "20.00 GiB.; lower --batch_size" in the_error(
+        capsys
+    )
     assert run_stage("evaluate", lambda cfg: checkpoint.pick_device("mps"), []) == 2
     assert "--device mps; known are auto, cpu, cuda" in the_error(capsys)
     with pytest.raises(RuntimeError):  # a fault of the program's is told whole
@@ -549,8 +819,15 @@ def test_memory_that_ends_and_devices_nothing_was_written_for_are_one_line(capsy
 
 def test_data_sources_give_usable_names():
     for source, name in (
-        ("data/openweb/", "openweb"), ("x/train.jsonl.gz", "train"), ("my data/*.jsonl", "my_data"), ("x/part-*.jsonl", "part-"), ("/", "data"),
-        ("a b/c d.jsonl", "c_d"), ("*", "data"), ("owner/name:config", "name_config"), ("x/odd\nname\0.jsonl", "odd_name"),
+        ("data/openweb/", "openweb"),
+        ("x/train.jsonl.gz", "train"),
+        ("my data/*.jsonl", "my_data"),
+        ("x/part-*.jsonl", "part-"),
+        ("/", "data"),
+        ("a b/c d.jsonl", "c_d"),
+        ("*", "data"),
+        ("owner/name:config", "name_config"),
+        ("x/odd\nname\0.jsonl", "odd_name"),
     ):
         assert files.data_name(source) == name
 
@@ -565,11 +842,20 @@ def test_wrappers_pass_paths_with_spaces_on_and_the_exit_code_back(tmp_path):
     (root / "constraints.txt").write_text("")
     os.utime(root / "constraints.txt", (1, 1))
     for script in ("train_topk", "apply", "interpret", "steer"):
-        done = subprocess.run(["bash", f"scripts/{script}.sh", "--data_path", "x y/z"], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", f"scripts/{script}.sh", "--data_path", "x y/z"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 7 and "|--data_path|x y/z|" in done.stdout, (script, done.stderr)
 
 
 def test_every_test_the_page_of_faults_names_exists():
-    named = set(re.findall(r"(test_\w+)\.(test_\w+)", (files.ROOT / "docs" / "faults.md").read_text()))
+    named = set(
+        re.findall(r"(test_\w+)\.(test_\w+)", (files.ROOT / "docs" / "faults.md").read_text())
+    )
     sources = {module: (files.ROOT / "tests" / f"{module}.py").read_text() for module, _ in named}
-    assert len(named) > 70 and not [name for module, name in named if f"def {name}(" not in sources[module]]
+    assert len(named) > 70 and not [
+        name for module, name in named if f"def {name}(" not in sources[module]
+    ]

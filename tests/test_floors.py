@@ -2,7 +2,18 @@
 
 import pytest
 
-from benchmarks.floors import H200_REACHED, LLAMA_1B, Shape, Work, blocks, head, measured, sae, seconds, step_floor
+from benchmarks.floors import (
+    H200_REACHED,
+    LLAMA_1B,
+    Shape,
+    Work,
+    blocks,
+    head,
+    measured,
+    sae,
+    seconds,
+    step_floor,
+)
 
 
 def total(saes, **numbers):
@@ -15,17 +26,28 @@ def of(model, sites=1, k=64, latents=16384, **more):
 
 def test_a_block_and_the_head_of_llama_1b():
     assert blocks(LLAMA_1B, 1).flops == pytest.approx(2 * 60.8e6 + 2.1e6, rel=1e-3)
-    assert seconds(Work(blocks(LLAMA_1B, 12).flops), H200_REACHED, "bf16") * 1e6 == pytest.approx(1.880, rel=1e-3)
-    assert seconds(blocks(LLAMA_1B, 12), H200_REACHED, "bf16") * 1e6 == pytest.approx(2.16, rel=5e-3)
+    assert seconds(Work(blocks(LLAMA_1B, 12).flops), H200_REACHED, "bf16") * 1e6 == pytest.approx(
+        1.880, rel=1e-3
+    )
+    assert seconds(blocks(LLAMA_1B, 12), H200_REACHED, "bf16") * 1e6 == pytest.approx(
+        2.16, rel=5e-3
+    )
     assert head(LLAMA_1B).flops == pytest.approx(0.525e9, rel=1e-3)
-    assert (blocks(LLAMA_1B, 16).flops + head(LLAMA_1B).flops) / H200_REACHED.bf16 * 1e6 == pytest.approx(3.171, rel=1e-3)
+    assert (
+        blocks(LLAMA_1B, 16).flops + head(LLAMA_1B).flops
+    ) / H200_REACHED.bf16 * 1e6 == pytest.approx(3.171, rel=1e-3)
 
 
 def test_floors_of_the_models_agree_with_the_counted_table():
     for microseconds, found in (
-        (2.53, total([of("TopK", sparse=True)])), (2.65, total([of("TopK", sparse=False)])), (2.54, total([of("RouteSAE", 9, sparse=True)])),
-        (3.13, total([of("TopK", sparse=False, width=4)], sae_number="tf32")), (2.65, total([of("Vanilla")])),
-        (2.84, total([of("Gated", frozen_decoder=True)])), (5.36, total([of("MLSAE", 9, sparse=True)])), (6.24, total([of("Crosscoder", 9)])),
+        (2.53, total([of("TopK", sparse=True)])),
+        (2.65, total([of("TopK", sparse=False)])),
+        (2.54, total([of("RouteSAE", 9, sparse=True)])),
+        (3.13, total([of("TopK", sparse=False, width=4)], sae_number="tf32")),
+        (2.65, total([of("Vanilla")])),
+        (2.84, total([of("Gated", frozen_decoder=True)])),
+        (5.36, total([of("MLSAE", 9, sparse=True)])),
+        (6.24, total([of("Crosscoder", 9)])),
     ):
         assert found == pytest.approx(microseconds, rel=0.015)
     every = [of(name, sparse=True) for name in ("TopK", "RandomK", "Vanilla", "JumpReLU", "Gated")]
@@ -40,12 +62,20 @@ def test_dense_and_sparse_cross_where_the_hand_count_says():
 
 
 def test_a_small_step_counted_by_hand():
-    tiny = Shape(hidden=4, blocks=2, heads=2, kv_heads=1, head=2, ffn=8, vocabulary=10, length=6, step=12)
+    tiny = Shape(
+        hidden=4, blocks=2, heads=2, kv_heads=1, head=2, ffn=8, vocabulary=10, length=6, step=12
+    )
     # q 16 + k 8 + v 8 + o 16 + mlp 96 = 144 weights; attention 2 x 6 x 4; numbers 24 + 40 + 2 x 6
     assert blocks(tiny, 2, width=2) == Work(2 * (288 + 48), 2 * 2 * 76)
     counted = sae("TopK", 4, 10, 3, step=12, sparse=True, width=4)
-    assert counted["encode"] == Work(80, 0) and counted["decode"] == Work(0, 48) and counted["backward"] == Work(0, 144)
-    assert counted["top-k"] == Work(0, 104) and counted["optimiser"].bytes == pytest.approx((80 * 30 + 12 * 40) / 12)
+    assert (
+        counted["encode"] == Work(80, 0)
+        and counted["decode"] == Work(0, 48)
+        and counted["backward"] == Work(0, 144)
+    )
+    assert counted["top-k"] == Work(0, 104) and counted["optimiser"].bytes == pytest.approx(
+        (80 * 30 + 12 * 40) / 12
+    )
 
 
 def test_a_machine_is_measured():

@@ -12,9 +12,20 @@ import pytest
 
 from src import files
 from src.config import parse, run_stage
-from src.interpreter import Interpreter, balanced_accuracy, choose, entries, heuristic, parse_answer, parse_labels, safe
+from src.interpreter import (
+    Interpreter,
+    balanced_accuracy,
+    choose,
+    entries,
+    heuristic,
+    parse_answer,
+    parse_labels,
+    safe,
+)
 
-GOOD = json.dumps({"category": "low-level", "score": 4, "polysemantic": False, "explanation": "the word fox"})
+GOOD = json.dumps(
+    {"category": "low-level", "score": 4, "polysemantic": False, "explanation": "the word fox"}
+)
 
 
 def one(word, value, text="a <ACTIVATED>fox</ACTIVATED> ran"):
@@ -23,11 +34,20 @@ def one(word, value, text="a <ACTIVATED>fox</ACTIVATED> ran"):
 
 @pytest.fixture
 def contexts(tmp_path):
-    sample = [{"tokens": ["a", " fox", f" {i}"], "position": 1, "token_activations": [[1, 2.0]]} for i in range(4)]
+    sample = [
+        {"tokens": ["a", " fox", f" {i}"], "position": 1, "token_activations": [[1, 2.0]]}
+        for i in range(4)
+    ]
     table = {
         str(i): {
-            "contexts": {f"w{i}": [{"activation": 9.0 - j, "context": f"n{i} <ACTIVATED>x</ACTIVATED> {j}"} for j in range(5)]},
-            "sample": sample, "negatives": [0, 1, 2, 3],
+            "contexts": {
+                f"w{i}": [
+                    {"activation": 9.0 - j, "context": f"n{i} <ACTIVATED>x</ACTIVATED> {j}"}
+                    for j in range(5)
+                ]
+            },
+            "sample": sample,
+            "negatives": [0, 1, 2, 3],
         }
         for i in range(12)
     }
@@ -42,7 +62,14 @@ class Server:
 
     def __init__(self, plan):
         self.pause = ""
-        self.plan, self.seen, self.billed, self.bodies, self.heads, self.lock = plan, {}, 0, [], [], threading.Lock()
+        self.plan, self.seen, self.billed, self.bodies, self.heads, self.lock = (
+            plan,
+            {},
+            0,
+            [],
+            [],
+            threading.Lock(),
+        )
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,26 +79,49 @@ class Server:
                 name = next((f"{i}" for i in range(12) if f"n{i} <" in prompt), "test")
                 with outer.lock:
                     outer.bodies.append(body)
-                    outer.heads.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+                    outer.heads.append(
+                        (self.path, {name.lower(): value for name, value in self.headers.items()})
+                    )
                     outer.seen[name] = outer.seen.get(name, 0) + 1
                     status, content = outer.plan(name, outer.seen[name])
                 if status == "hang":
                     time.sleep(1.5)
                     status = 500
                 if status == 200:
-                    answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": {
-                        "prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}
-                    message = {"role": "assistant", "content": content} if isinstance(content, str) else content
+                    answer = {
+                        "id": "x",
+                        "object": "chat.completion",
+                        "created": 0,
+                        "model": "m",
+                        "usage": {
+                            "prompt_tokens": 100,
+                            "completion_tokens": 10,
+                            "total_tokens": 110,
+                        },
+                    }
+                    message = (
+                        {"role": "assistant", "content": content}
+                        if isinstance(content, str)
+                        else content
+                    )
                     answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
                     data = json.dumps(answer).encode()
                     with outer.lock:
                         outer.billed += 110
                 else:
-                    data = content.encode() if content else json.dumps({"error": {"message": f"status {status}", "code": None}}).encode()
+                    data = (
+                        content.encode()
+                        if content
+                        else json.dumps(
+                            {"error": {"message": f"status {status}", "code": None}}
+                        ).encode()
+                    )
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
-                    self.send_header(*(("Retry-After", outer.pause) if outer.pause else ("Retry-After-Ms", "5")))
+                    self.send_header(
+                        *(("Retry-After", outer.pause) if outer.pause else ("Retry-After-Ms", "5"))
+                    )
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data)
@@ -100,10 +150,25 @@ def serve():
 
 
 def ask(contexts, tmp_path, server, *more):
-    argv = [str(contexts), "--api_base", server.address, "--output_dir", str(tmp_path / "out"), "--engine", "m", "--timeout", "0.5", *more]
+    argv = [
+        str(contexts),
+        "--api_base",
+        server.address,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--engine",
+        "m",
+        "--timeout",
+        "0.5",
+        *more,
+    ]
     code = run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv)
     out = tmp_path / "out" / "interpret"
-    return code, json.loads((out / "interp_S.json").read_text()), json.loads((out / "interp_S.summary.json").read_text())
+    return (
+        code,
+        json.loads((out / "interp_S.json").read_text()),
+        json.loads((out / "interp_S.summary.json").read_text()),
+    )
 
 
 def test_every_feature_ends_in_one_record_whatever_the_server_does(contexts, tmp_path, serve):
@@ -125,11 +190,23 @@ def test_every_feature_ends_in_one_record_whatever_the_server_does(contexts, tmp
     server = serve(plan)
     code, results, summary = ask(contexts, tmp_path, server)
     assert code == 4 and len(results) == 12  # one feature keeps failing: incomplete, and said so
-    assert {n: r["status"] for n, r in results.items() if r["status"] != "ok"} == {"4": "unparsable", "5": "refused", "6": "failed"}
-    assert results["0"]["description"] == "the word fox" and results["0"]["similarity_score"] == 4 and results["0"]["polysemantic"] is False
+    assert {n: r["status"] for n, r in results.items() if r["status"] != "ok"} == {
+        "4": "unparsable",
+        "5": "refused",
+        "6": "failed",
+    }
+    assert (
+        results["0"]["description"] == "the word fox"
+        and results["0"]["similarity_score"] == 4
+        and results["0"]["polysemantic"] is False
+    )
     assert results["4"]["raw"] == "no idea at all"
     assert summary["prompt_tokens"] + summary["completion_tokens"] == server.billed
-    assert summary["features_scored"] == 9 and summary["average_score"] == 4 and summary["high_level_score"] is None
+    assert (
+        summary["features_scored"] == 9
+        and summary["average_score"] == 4
+        and summary["high_level_score"] is None
+    )
     lines = (tmp_path / "out" / "interpret" / "interp_S.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["latent"] for line in lines) == sorted(map(str, range(12)))
 
@@ -148,37 +225,65 @@ def test_a_killed_run_continues_and_a_torn_line_is_passed_over(contexts, tmp_pat
     before = len(server.bodies)
     code, results, summary = ask(contexts, tmp_path, server)
     assert code == 0 and len(results) == 12 and len(server.bodies) == before + 1
-    assert summary["prompt_tokens"] == 1200 and summary["requests"] == 12  # what earlier runs paid is still counted
+    assert (
+        summary["prompt_tokens"] == 1200 and summary["requests"] == 12
+    )  # what earlier runs paid is still counted
 
 
-def test_wrong_keys_stop_at_once_and_are_shown_nowhere(contexts, tmp_path, serve, capsys, monkeypatch):
+def test_wrong_keys_stop_at_once_and_are_shown_nowhere(
+    contexts, tmp_path, serve, capsys, monkeypatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret123")
-    server = serve(lambda name, nth: (401, json.dumps({"error": {"message": "Incorrect key sk-secret123", "code": "invalid_api_key"}})))
+    server = serve(
+        lambda name, nth: (
+            401,
+            json.dumps(
+                {"error": {"message": "Incorrect key sk-secret123", "code": "invalid_api_key"}}
+            ),
+        )
+    )
     code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "2")
     assert code == 4 and results == {} and len(server.bodies) <= 2
     said = capsys.readouterr()
     assert "sk-secret" not in said.out + said.err
-    assert not any("sk-secret" in f.read_text() for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert not any(
+        "sk-secret" in f.read_text() for f in (tmp_path / "out").rglob("*") if f.is_file()
+    )
 
 
-@pytest.mark.parametrize("status, body, said", [
-    (429, {"message": "no money", "code": "insufficient_quota"}, "no money"), (404, {"message": "no model m"}, "no model m"),
-    (403, {"message": "not for you"}, "not for you"),
-])
-def test_what_no_retry_mends_stops_after_the_first_answers(contexts, tmp_path, serve, capsys, status, body, said):
+@pytest.mark.parametrize(
+    "status, body, said",
+    [
+        (429, {"message": "no money", "code": "insufficient_quota"}, "no money"),
+        (404, {"message": "no model m"}, "no model m"),
+        (403, {"message": "not for you"}, "not for you"),
+    ],
+)
+def test_what_no_retry_mends_stops_after_the_first_answers(
+    contexts, tmp_path, serve, capsys, status, body, said
+):
     server = serve(lambda name, nth: (status, json.dumps({"error": body})))
     code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
-    assert code == 4 and results == {} and len(server.bodies) <= 4 and said in capsys.readouterr().err  # the client tries a 429 four times
+    assert (
+        code == 4 and results == {} and len(server.bodies) <= 4 and said in capsys.readouterr().err
+    )  # the client tries a 429 four times
 
 
 def test_a_server_that_wants_a_long_pause_is_not_asked_on(contexts, tmp_path, serve, capsys):
     server = serve(lambda name, nth: (200, GOOD) if len(server.bodies) < 4 else (429, ""))
     server.pause = "3600"
     code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
-    assert code == 4 and len(results) == 3 and len(server.bodies) == 4 and "9 of 12 features are not answered" in capsys.readouterr().err
+    assert (
+        code == 4
+        and len(results) == 3
+        and len(server.bodies) == 4
+        and "9 of 12 features are not answered" in capsys.readouterr().err
+    )
 
 
-def test_an_interrupt_keeps_what_is_answered_and_the_next_run_asks_the_rest(contexts, tmp_path, serve):
+def test_an_interrupt_keeps_what_is_answered_and_the_next_run_asks_the_rest(
+    contexts, tmp_path, serve
+):
     asked = itertools.count(1)  # two requests come at one time: a length could pass by 5
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
@@ -188,7 +293,17 @@ def test_an_interrupt_keeps_what_is_answered_and_the_next_run_asks_the_rest(cont
         return 200, GOOD
 
     server = serve(answer)
-    argv = [str(contexts), "--api_base", server.address, "--output_dir", str(tmp_path / "out"), "--engine", "m", "--concurrency", "2"]
+    argv = [
+        str(contexts),
+        "--api_base",
+        server.address,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--engine",
+        "m",
+        "--concurrency",
+        "2",
+    ]
     assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 130
     kept = len((tmp_path / "out" / "interpret" / "interp_S.jsonl").read_text().splitlines())
     assert 4 <= kept == len(server.bodies) < 12
@@ -196,28 +311,57 @@ def test_an_interrupt_keeps_what_is_answered_and_the_next_run_asks_the_rest(cont
     assert code == 0 and len(results) == 12 == len(server.bodies) and summary["requests"] == 12
 
 
-def test_a_second_interpreter_of_one_output_is_refused_and_asks_nothing(contexts, tmp_path, serve, capsys):
+def test_a_second_interpreter_of_one_output_is_refused_and_asks_nothing(
+    contexts, tmp_path, serve, capsys
+):
     server = serve(lambda name, nth: (200, GOOD))
     (tmp_path / "out" / "interpret").mkdir(parents=True)
-    argv = [str(contexts), "--api_base", server.address, "--output_dir", str(tmp_path / "out"), "--engine", "m"]
+    argv = [
+        str(contexts),
+        "--api_base",
+        server.address,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--engine",
+        "m",
+    ]
     with files.locked(tmp_path / "out" / "interpret", ".interp_S.lock"):
         assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 2
     assert "is being written by process" in capsys.readouterr().err and not server.bodies
 
 
 def test_the_reason_of_a_connection_that_fails_is_said(contexts, tmp_path, capsys):
-    argv = [str(contexts), "--api_base", "http://127.0.0.1:9/v1", "--output_dir", str(tmp_path / "out"), "--engine", "m", "--sample_latents", "1"]
+    argv = [
+        str(contexts),
+        "--api_base",
+        "http://127.0.0.1:9/v1",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--engine",
+        "m",
+        "--sample_latents",
+        "1",
+    ]
     assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 4
     assert "Connection refused" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, kept", [
-    (lambda t: t.update(x=t.pop("3"), **{"-1": t["4"], "1.5": t["4"]}), 11), (lambda t: t["3"].update(contexts={"w": []}), 11),
-    (lambda t: t["3"]["contexts"]["w3"][0].update(activation="9"), 12), (lambda t: t["3"]["contexts"].update(w3=[{"activation": None}, 5]), 11),
-    (lambda t: [one.update(context=7) for one in t["3"]["contexts"]["w3"]], 11), (lambda t: t["3"]["contexts"]["w3"][0].update(activation=1e999), 12),
-    (lambda t: t.clear(), None), (lambda t: t.update({"3": 5}), None),
-])
-def test_damaged_entries_of_a_contexts_file_are_passed_over_and_counted(contexts, tmp_path, capsys, change, kept):
+@pytest.mark.parametrize(
+    "change, kept",
+    [
+        (lambda t: t.update(x=t.pop("3"), **{"-1": t["4"], "1.5": t["4"]}), 11),
+        (lambda t: t["3"].update(contexts={"w": []}), 11),
+        (lambda t: t["3"]["contexts"]["w3"][0].update(activation="9"), 12),
+        (lambda t: t["3"]["contexts"].update(w3=[{"activation": None}, 5]), 11),
+        (lambda t: [one.update(context=7) for one in t["3"]["contexts"]["w3"]], 11),
+        (lambda t: t["3"]["contexts"]["w3"][0].update(activation=1e999), 12),
+        (lambda t: t.clear(), None),
+        (lambda t: t.update({"3": 5}), None),
+    ],
+)
+def test_damaged_entries_of_a_contexts_file_are_passed_over_and_counted(
+    contexts, tmp_path, capsys, change, kept
+):
     content = json.loads(contexts.read_text())
     change(content["latent_context_map"])
     contexts.write_text(json.dumps(content))
@@ -228,12 +372,17 @@ def test_damaged_entries_of_a_contexts_file_are_passed_over_and_counted(contexts
     assert kept in (12, None) or "are passed over" in said.out
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": [', "[" * 10**5, '{"latent_context_map": []}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"a": [', "[" * 10**5, '{"latent_context_map": []}', "\x00"]
+)
 def test_a_contexts_file_that_is_none_is_exit_3_and_named(tmp_path, capsys, content):
     path = tmp_path / "S_contexts.json"
     path.write_text(content)
     argv = [str(path), "--engine", "heuristic", "--output_dir", str(tmp_path / "out")]
-    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 3 and str(path) in capsys.readouterr().err
+    assert (
+        run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 3
+        and str(path) in capsys.readouterr().err
+    )
 
 
 def test_what_failed_attempts_cost_stays_counted(contexts, tmp_path, serve):
@@ -243,11 +392,17 @@ def test_what_failed_attempts_cost_stays_counted(contexts, tmp_path, serve):
     server = serve(broken)
     more = ("--score", "detection", "--sample_latents", "1", "--concurrency", "1")
     code, _, summary = ask(contexts, tmp_path, server, *more)
-    assert code == 4 and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 110
+    assert (
+        code == 4
+        and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 110
+    )
     ask(contexts, tmp_path, server, *more)
     server.plan = lambda name, nth: (200, GOOD if name != "test" else "[1, 0, 1, 0, 1, 0, 1, 0]")
     code, _, summary = ask(contexts, tmp_path, server, *more)
-    assert code == 0 and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 440
+    assert (
+        code == 0
+        and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 440
+    )
 
 
 def test_the_azure_form_has_its_address_version_and_key(contexts, tmp_path, serve, monkeypatch):
@@ -255,7 +410,9 @@ def test_the_azure_form_has_its_address_version_and_key(contexts, tmp_path, serv
     monkeypatch.setenv("AZURE_OPENAI_API_KEY", "secret")
     server = serve(lambda name, nth: (200, GOOD))
     server.address = server.address.removesuffix("/v1")
-    code, results, _ = ask(contexts, tmp_path, server, "--api_type", "azure", "--api_version", "2024-06-01")
+    code, results, _ = ask(
+        contexts, tmp_path, server, "--api_type", "azure", "--api_version", "2024-06-01"
+    )
     assert code == 0 and len(results) == 12
     for path, headers in server.heads:
         assert path == "/openai/deployments/m/chat/completions?api-version=2024-06-01"
@@ -263,7 +420,12 @@ def test_the_azure_form_has_its_address_version_and_key(contexts, tmp_path, serv
 
 
 def test_a_server_without_structured_output_is_asked_more_plainly(contexts, tmp_path, serve):
-    server = serve(lambda name, nth: (200, "**Category:** [High-level]\n**Score:** 5/5\n**Explanation:** animals"))
+    server = serve(
+        lambda name, nth: (
+            200,
+            "**Category:** [High-level]\n**Score:** 5/5\n**Explanation:** animals",
+        )
+    )
     original = server.plan
 
     def plan(name, nth):
@@ -277,50 +439,97 @@ def test_a_server_without_structured_output_is_asked_more_plainly(contexts, tmp_
 
 def test_budgets_and_dry_runs(contexts, tmp_path, serve):
     server = serve(lambda name, nth: (200, GOOD))
-    code, results, _ = ask(contexts, tmp_path, server, "--budget_tokens", "300", "--concurrency", "1")
+    code, results, _ = ask(
+        contexts, tmp_path, server, "--budget_tokens", "300", "--concurrency", "1"
+    )
     assert code == 4 and len(results) == 3
     before = len(server.bodies)
     argv = [str(contexts), "--dry_run", "--output_dir", str(tmp_path / "dry")]
     assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 0
-    assert len(server.bodies) == before and len(json.loads((tmp_path / "dry/interpret/interp_S.prompts.json").read_text())) == 12
+    assert (
+        len(server.bodies) == before
+        and len(json.loads((tmp_path / "dry/interpret/interp_S.prompts.json").read_text())) == 12
+    )
 
 
 def test_explanations_are_tested_on_contexts_they_were_not_made_from(contexts, tmp_path, serve):
     def plan(name, nth):
         if name != "test":
             return 200, GOOD
-        texts = [line for line in server.bodies[-1]["messages"][-1]["content"].splitlines() if line[:1].isdigit()]
+        texts = [
+            line
+            for line in server.bodies[-1]["messages"][-1]["content"].splitlines()
+            if line[:1].isdigit()
+        ]
         return 200, json.dumps([int("fox" in line) for line in texts])
 
     server = serve(plan)
-    _, results, summary = ask(contexts, tmp_path, server, "--score", "detection", "--concurrency", "1")
-    assert results["0"]["detection"] == {"balanced_accuracy": 1.0, "n": 8} and summary["detection_balanced_accuracy"] == 1.0
+    _, results, summary = ask(
+        contexts, tmp_path, server, "--score", "detection", "--concurrency", "1"
+    )
+    assert (
+        results["0"]["detection"] == {"balanced_accuracy": 1.0, "n": 8}
+        and summary["detection_balanced_accuracy"] == 1.0
+    )
     prompts = [body["messages"][-1]["content"] for body in server.bodies]
     assert not any('"a fox' in p for p in prompts if "described so" not in p)
 
 
 def test_without_a_key_there_is_one_clear_line(contexts, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), [str(contexts), "--output_dir", str(tmp_path)]) == 2
+    assert (
+        run_stage(
+            "interpret",
+            lambda cfg: Interpreter(cfg).run(),
+            [str(contexts), "--output_dir", str(tmp_path)],
+        )
+        == 2
+    )
     assert "OPENAI_API_KEY" in capsys.readouterr().err
 
 
 def test_rules_name_tokens_prefixes_and_nothing():
     assert "'fox'" in heuristic({"contexts": [one("fox", 3), one("fox", 2)]})["explanation"]
-    assert "begin with 'walk'" in heuristic({"contexts": [one(w, 1) for w in ("walks", "walked", "walking")]})["explanation"]
-    far = [one(w, 1, f"{w}z <ACTIVATED>{w}</ACTIVATED>") for w in ("sky", "hen", "map", "oil", "urn", "pit")]
+    assert (
+        "begin with 'walk'"
+        in heuristic({"contexts": [one(w, 1) for w in ("walks", "walked", "walking")]})[
+            "explanation"
+        ]
+    )
+    far = [
+        one(w, 1, f"{w}z <ACTIVATED>{w}</ACTIVATED>")
+        for w in ("sky", "hen", "map", "oil", "urn", "pit")
+    ]
     assert heuristic({"contexts": far})["category"] == "undiscernible"
 
 
-@pytest.mark.parametrize("text", [GOOD, "```json\n" + GOOD + "\n```", "Category: low-level\nScore: 4\nExplanation: the word fox"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "```json\n" + GOOD + "\n```",
+        "Category: low-level\nScore: 4\nExplanation: the word fox",
+    ],
+)
 def test_answers_of_many_forms_are_read(text):
-    assert parse_answer(text) == {"category": "low-level", "score": 4, "polysemantic": False, "explanation": "the word fox"}
+    assert parse_answer(text) == {
+        "category": "low-level",
+        "score": 4,
+        "polysemantic": False,
+        "explanation": "the word fox",
+    }
 
 
 def test_small_parts():
     assert parse_answer("hello") is None and parse_answer("Score: 9\nExplanation: x") is None
-    assert parse_labels("so: [1, 0, true]", 3) == [True, False, True] and parse_labels("[1]", 2) is None
-    assert balanced_accuracy([True, True, False], [True, False, False]) == 0.75 and balanced_accuracy([True], [True]) is None
+    assert (
+        parse_labels("so: [1, 0, true]", 3) == [True, False, True]
+        and parse_labels("[1]", 2) is None
+    )
+    assert (
+        balanced_accuracy([True, True, False], [True, False, False]) == 0.75
+        and balanced_accuracy([True], [True]) is None
+    )
     many = [{"activation": 50 - i} for i in range(50)]
     kept = choose(many)
     assert len(kept) == 20 and kept[:10] == many[:10] and kept[-1] == many[-1]
@@ -329,7 +538,11 @@ def test_small_parts():
 
 
 def test_both_documented_context_files_are_read(tmp_path):
-    nested = {"latent_context_map": {"7": {"fox": [{"activation": 2.0, "context": "a <ACTIVATED>fox</ACTIVATED>"}]}}}
+    nested = {
+        "latent_context_map": {
+            "7": {"fox": [{"activation": 2.0, "context": "a <ACTIVATED>fox</ACTIVATED>"}]}
+        }
+    }
     flat = {"latent_context_map": {"7": {"activations": [2.0], "tokens": [["a", " fox"]]}}}
     assert entries(nested, tmp_path)["7"]["contexts"][0]["token_class"] == "fox"
     assert entries(flat, tmp_path)["7"]["contexts"][0]["context"] == "a fox"

@@ -114,7 +114,14 @@ with ops.narrow_factors():  # a float32 state of a float64 SAE
 
 def run(device, code=INTERPRETED, **environment):
     code = code.replace("DEVICE", repr(device))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -149,7 +156,10 @@ def test_narrow_factors_change_a_step_by_their_rounding(form, monkeypatch):
     monkeypatch.setattr(ops.SparseCode, "form", lambda ratio, x: form)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     options = {"latent_size": 1024, "k": 16, "layer": 4}
-    sae, exact = (model.build("TopK", 256, 16, options).cuda().to(dtype) for dtype in (torch.float, torch.double))
+    sae, exact = (
+        model.build("TopK", 256, 16, options).cuda().to(dtype)
+        for dtype in (torch.float, torch.double)
+    )
     exact.load_state_dict(sae.state_dict())
     x = torch.randn(512, 256, device="cuda")
     for one in (sae, exact):

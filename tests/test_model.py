@@ -34,7 +34,12 @@ def hidden():
 
 def make(name, recipe="standard", **options):
     torch.manual_seed(0)
-    sae = build(name, D, LAYERS, {"latent_size": FEATURES, "k": 4, "seed": 3, **getattr(ZOO[name], recipe), **options})
+    sae = build(
+        name,
+        D,
+        LAYERS,
+        {"latent_size": FEATURES, "k": 4, "seed": 3, **getattr(ZOO[name], recipe), **options},
+    )
     with torch.no_grad():
         for key, value in sae.named_parameters():
             if "bias" in key:
@@ -63,7 +68,9 @@ def test_every_model_keeps_the_contract(name, hidden):
     assert sae.strength(p).shape == p.latents.shape
     other = build(name, D, LAYERS, sae.config)
     other.load_state_dict(sae.state_dict())
-    assert torch.equal(other.autoencode(x, token=TOKENS).x_hat, sae.autoencode(x, token=TOKENS).x_hat)
+    assert torch.equal(
+        other.autoencode(x, token=TOKENS).x_hat, sae.autoencode(x, token=TOKENS).x_hat
+    )
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -83,7 +90,11 @@ def test_infer_k_and_theta_mean_the_same_everywhere(name, hidden):
 def test_a_perfect_reconstruction_leaves_the_residual_as_it_is(name, hidden, monkeypatch):
     sae = make(name)
     inner = getattr(sae, "sae", sae)
-    monkeypatch.setattr(type(inner), "autoencode", lambda self, x, *_, **__: model.Pass(x, x.new_zeros(*x.shape[:-1], FEATURES), x))
+    monkeypatch.setattr(
+        type(inner),
+        "autoencode",
+        lambda self, x, *_, **__: model.Pass(x, x.new_zeros(*x.shape[:-1], FEATURES), x),
+    )
     for grafts in sae.grafts(hidden, token=TOKENS):
         for site, graft in grafts.items():
             assert torch.allclose(graft(hidden[site]), hidden[site], atol=1e-5)
@@ -106,17 +117,25 @@ def test_auxk_is_zero_without_dead_latents_and_trains_the_dead(hidden):
     dead = sae.silent > 10
     assert dead.any()
     sae.penalty(sae.autoencode(x))["AuxK"].backward()
-    assert sae.encoder.weight.grad[dead].abs().sum() > 0 and sae.encoder.weight.grad[~dead].abs().sum() == 0
+    assert (
+        sae.encoder.weight.grad[dead].abs().sum() > 0
+        and sae.encoder.weight.grad[~dead].abs().sum() == 0
+    )
 
 
 def test_a_batchs_k_becomes_a_threshold_at_inference(hidden):
     sae = make("BatchTopK", k=4)
     x = sae.gather(hidden)
     p = sae.autoencode(x)
-    assert int((p.latents != 0).sum()) == 4 * len(x) and len(set((p.latents != 0).sum(-1).tolist())) > 1
+    assert (
+        int((p.latents != 0).sum()) == 4 * len(x)
+        and len(set((p.latents != 0).sum(-1).tolist())) > 1
+    )
     sae.after_step(p, 0.5)
     sae.eval()
-    assert torch.allclose(sae.autoencode(x[:3]).latents, sae.autoencode(x).latents[:3], atol=1e-5)  # no token depends on the others any more
+    assert torch.allclose(
+        sae.autoencode(x[:3]).latents, sae.autoencode(x).latents[:3], atol=1e-5
+    )  # no token depends on the others any more
     again = make("BatchTopK", k=4)
     again.load_state_dict(sae.state_dict())
     assert torch.equal(again.eval().autoencode(x).latents, sae.autoencode(x).latents)
@@ -139,7 +158,9 @@ def test_a_subset_is_floyds_one_integer_after_the_other(n, k):
     keys = torch.arange(300)
     one_by_one: list[list[int]] = [[] for _ in keys]
     for i, top in enumerate(range(n - k, n)):
-        for chosen, drawn in zip(one_by_one, random_integers(keys, 7, top + 1, i).tolist(), strict=True):
+        for chosen, drawn in zip(
+            one_by_one, random_integers(keys, 7, top + 1, i).tolist(), strict=True
+        ):
             chosen.append(top if drawn in chosen else drawn)
     assert random_subset(keys, 7, n, k).tolist() == one_by_one
 
@@ -178,7 +199,9 @@ def test_soft_error_transfer_sums_to_the_mixture(hidden):
 
 def test_route_accepts_all_layers_and_slices_the_routed_ones(hidden):
     sae = make("RouteSAE")
-    every = torch.stack([torch.zeros(N, D), *(pre_process(hidden[s])[0] for s in range(1, LAYERS + 1))], 1)
+    every = torch.stack(
+        [torch.zeros(N, D), *(pre_process(hidden[s])[0] for s in range(1, LAYERS + 1))], 1
+    )
     a, b, c = sae(every)[3], sae(every[:, 1:])[3], sae(every[:, 4:13])[3]
     assert torch.equal(a, c) and torch.equal(b, c)
     with pytest.raises(ValueError, match="expected 9"):
@@ -190,7 +213,13 @@ def test_documented_tuples_and_errors():
     latents, x_hat = sae(torch.randn(3, 5, 8))
     assert latents.shape == (3, 5, 16) and x_hat.shape == (3, 5, 8)
     assert len(RouteSAE(8, 16, 16, 2)(torch.randn(3, 5, 9, 8))) == 5
-    for bad in (lambda: TopK(8, 16, 17), lambda: TopK(8, 16, 0), lambda: TopK(0, 16, 1), lambda: RouteSAE(8, 3, 16, 2), lambda: canonical("TopKK")):
+    for bad in (
+        lambda: TopK(8, 16, 17),
+        lambda: TopK(8, 16, 0),
+        lambda: TopK(0, 16, 1),
+        lambda: RouteSAE(8, 3, 16, 2),
+        lambda: canonical("TopKK"),
+    ):
         with pytest.raises(ValueError):
             bad()
     assert canonical("Random") == "RandomK"
@@ -199,14 +228,18 @@ def test_documented_tuples_and_errors():
 @pytest.mark.parametrize("n", [7, 11, 15, 16, 6])
 def test_routed_range_is_one_helper_for_any_depth(n):
     sites = model.routed_sites(n)
-    assert sites == list(range(n // 4, 3 * n // 4 + 1)) and RouteSAE(8, n, 16, 2).n_routed_layers == len(sites)
+    assert sites == list(range(n // 4, 3 * n // 4 + 1)) and RouteSAE(
+        8, n, 16, 2
+    ).n_routed_layers == len(sites)
 
 
 def test_gate_learns_only_with_its_auxiliary_loss(hidden):
     for aux, learns in ((True, True), (False, False)):
         sae = make("Gated", gated_aux=aux, sparsity_warmup=0.0)
         sum(sae.loss(sae.autoencode(sae.gather(hidden))).values()).backward()
-        assert (sae.gate_bias.grad is not None and bool(sae.gate_bias.grad.abs().sum() > 0)) == learns
+        assert (
+            sae.gate_bias.grad is not None and bool(sae.gate_bias.grad.abs().sum() > 0)
+        ) == learns
     sae = make("Gated")
     sae.penalty(sae.autoencode(sae.gather(hidden)))["GateAux"].backward()
     assert sae.decoder.weight.grad is None or sae.decoder.weight.grad.abs().sum() == 0
@@ -215,7 +248,9 @@ def test_gate_learns_only_with_its_auxiliary_loss(hidden):
 def test_jumprelu_counts_pre_activations_and_keeps_thresholds_positive(hidden):
     sae = make("JumpReLU", sparsity_warmup=0.0)
     p = sae.autoencode(sae.gather(hidden))
-    assert torch.isclose(sae.penalty(p)["L0_penalty"], 1e-3 * (p.pre_acts > sae.threshold).float().sum(-1).mean())
+    assert torch.isclose(
+        sae.penalty(p)["L0_penalty"], 1e-3 * (p.pre_acts > sae.threshold).float().sum(-1).mean()
+    )
     with torch.no_grad():
         sae.threshold.fill_(-1)
     sae.after_step(p, 1.0)
@@ -251,35 +286,54 @@ def test_l1_is_a_norm_weighted_sum_that_rescaling_cannot_escape(hidden):
 def test_published_crosscoder_keys_and_a_one_site_crosscoder_is_vanilla(hidden):
     assert sorted(build("Crosscoder", D, 4, {"latent_size": 8}).state_dict())[-1] == "latent_bias"
     vanilla = make("Vanilla", layer=4)
-    cross = build("Crosscoder", D, LAYERS, {"latent_size": FEATURES, "start_layer": 4, "end_layer": 5, "decoder_bias": True})
+    cross = build(
+        "Crosscoder",
+        D,
+        LAYERS,
+        {"latent_size": FEATURES, "start_layer": 4, "end_layer": 5, "decoder_bias": True},
+    )
     with torch.no_grad():
         cross.encoder[0].weight.copy_(vanilla.encoder.weight)
         cross.decoder[0].weight.copy_(vanilla.decoder.weight)
         cross.latent_bias.copy_(vanilla.latent_bias - vanilla.encoder.weight @ vanilla.pre_bias)
         cross.decoder_bias[0].copy_(vanilla.pre_bias)
-    a, b = cross.autoencode(cross.gather(hidden)).x_hat[:, 0], vanilla.autoencode(vanilla.gather(hidden)).x_hat
+    a, b = (
+        cross.autoencode(cross.gather(hidden)).x_hat[:, 0],
+        vanilla.autoencode(vanilla.gather(hidden)).x_hat,
+    )
     assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_mlsae_at_one_site_is_topk(hidden):
     topk, mlsae = make("TopK", layer=4), make("MLSAE", start_layer=4, end_layer=5)
     mlsae.load_state_dict(topk.state_dict())
-    assert torch.allclose(mlsae.autoencode(mlsae.gather(hidden)).x_hat[:, 0], topk.autoencode(topk.gather(hidden)).x_hat, atol=1e-6)
+    assert torch.allclose(
+        mlsae.autoencode(mlsae.gather(hidden)).x_hat[:, 0],
+        topk.autoencode(topk.gather(hidden)).x_hat,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("factor, direction", [(0.1, 1), (10, -1)])
-def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_sparse_one(hidden, factor, direction):
+def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_sparse_one(
+    hidden, factor, direction
+):
     sae = make("Vanilla", sparsity_warmup=0.0)
     p = sae.autoencode(sae.gather(hidden))
     sae.target_l0 = factor * float((p.latents != 0).float().sum(-1).mean())
     for step in range(1, 21):
         sae.after_step(p, 0.05 * step)
     assert direction * sae.gain.log().item() > 1
-    assert direction * (sae._coefficient() / sae.l1_coeff).log().item() > direction * sae.gain.log().item()
+    assert (
+        direction * (sae._coefficient() / sae.l1_coeff).log().item()
+        > direction * sae.gain.log().item()
+    )
 
 
 @pytest.mark.parametrize("form", ["sums", "rows", "products"])
-@pytest.mark.parametrize("name, more", [("TopK", {}), ("TopK", {"topk_relu": True}), ("BatchTopK", {}), ("RandomK", {})])
+@pytest.mark.parametrize(
+    "name, more", [("TopK", {}), ("TopK", {"topk_relu": True}), ("BatchTopK", {}), ("RandomK", {})]
+)
 def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more, form, monkeypatch):
     monkeypatch.setattr(SparseCode, "form", lambda ratio, x: form)
     torch.manual_seed(0)
@@ -287,18 +341,31 @@ def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more,
     with torch.no_grad():
         for p in (sae.pre_bias, sae.latent_bias):
             p.normal_()
-    x, weight = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True), torch.randn(2, 5, 12, dtype=torch.double)
+    x, weight = (
+        torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True),
+        torch.randn(2, 5, 12, dtype=torch.double),
+    )
     wanted = (x, *sae.parameters())
     latents = sae.activate(F.linear(x - sae.pre_bias, sae.encoder.weight, sae.latent_bias))
-    sparse, dense = sae.autoencode(x), Pass(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias))
-    assert torch.allclose(sparse.latents, dense.latents, rtol=1e-12) and torch.allclose(sparse.x_hat, dense.x_hat, rtol=1e-12)
+    sparse, dense = (
+        sae.autoencode(x),
+        Pass(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias)),
+    )
+    assert torch.allclose(sparse.latents, dense.latents, rtol=1e-12) and torch.allclose(
+        sparse.x_hat, dense.x_hat, rtol=1e-12
+    )
     assert sparse.code.at.sort().values.tolist() == dense.latents.flatten().nonzero()[:, 0].tolist()
     assert torch.equal(ops.firings(sparse.code), ops.firings(dense.code))
-    for a, b in zip(*(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)),
+        strict=True,
+    ):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("n, f, k", [(50, 256, 16), (50, 256, 17), (9, 250, 4), (0, 64, 2), (3, 8, 8)])
+@pytest.mark.parametrize(
+    "n, f, k", [(50, 256, 16), (50, 256, 17), (9, 250, 4), (0, 64, 2), (3, 8, 8)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_of_each_row_are_found_in_one_stage_or_two(n, f, k, dtype):
     torch.manual_seed(0)
@@ -318,7 +385,9 @@ def test_in_training_a_code_is_that_of_bfloat16_factors_and_its_gradients_are_ex
         p = sae.autoencode(x)
     exact = sae.autoencode(x)
     off = (p.x_hat - exact.x_hat).norm() / exact.x_hat.norm()
-    assert 0 < off < 0.1 and not torch.equal(p.latents, exact.latents)  # some tokens choose another latent
+    assert 0 < off < 0.1 and not torch.equal(
+        p.latents, exact.latents
+    )  # some tokens choose another latent
     assert torch.allclose(p.x_hat, F.linear(p.latents, sae.decoder.weight, sae.pre_bias), atol=1e-5)
     weight = torch.randn_like(x)
     (by_encoder,) = torch.autograd.grad((p.x_hat * weight).sum(), sae.encoder.weight)
@@ -331,20 +400,32 @@ def test_a_bias_in_the_factors_of_a_product_is_as_exact_as_float32():
     x, weight, bias = torch.randn(9, 16), torch.randn(7, 16), torch.randn(7)
     a, b = ops.affine_factors(x, weight, bias)
     assert a.dtype == b.dtype == torch.bfloat16
-    assert torch.allclose(a.float() @ b.float().T, a[:, :16].float() @ b[:, :16].float().T + bias, atol=1e-6)
-    assert torch.allclose(a[:, :16].float(), x, rtol=2**-8) and not torch.equal(a[:, :16].float(), x)
+    assert torch.allclose(
+        a.float() @ b.float().T, a[:, :16].float() @ b[:, :16].float().T + bias, atol=1e-6
+    )
+    assert torch.allclose(a[:, :16].float(), x, rtol=2**-8) and not torch.equal(
+        a[:, :16].float(), x
+    )
 
 
 @pytest.mark.parametrize("without", ["", "shift", "bias"])
 def test_a_linear_map_of_shifted_states_has_the_values_and_gradients_of_autograd(without):
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True), torch.randn(7, 12, dtype=torch.double, requires_grad=True)
+    x, weight = (
+        torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True),
+        torch.randn(7, 12, dtype=torch.double, requires_grad=True),
+    )
     shift = None if without == "shift" else torch.randn(12, dtype=torch.double, requires_grad=True)
     bias = None if without == "bias" else torch.randn(7, dtype=torch.double, requires_grad=True)
-    mine, plain = ops.linear(x, weight, bias, shift), F.linear(x if shift is None else x - shift, weight, bias)
+    mine, plain = (
+        ops.linear(x, weight, bias, shift),
+        F.linear(x if shift is None else x - shift, weight, bias),
+    )
     assert torch.allclose(mine, plain, rtol=1e-12)
     wanted = [one for one in (x, weight, shift, bias) if one is not None]
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (mine, plain)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(y.square().sum(), wanted) for y in (mine, plain)), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -354,20 +435,36 @@ def test_a_code_of_which_nothing_is_active_is_decoded(form, monkeypatch):
     sae = build("BatchTopK", 12, 16, {"latent_size": 64, "k": 3, "layer": 4}).eval()
     sae.cut.fill_(1e9)
     p = sae.autoencode(torch.randn(5, 12))
-    assert torch.equal(p.x_hat, sae.pre_bias.expand(5, 12)) and not p.latents.any() and not len(p.code.at)
+    assert (
+        torch.equal(p.x_hat, sae.pre_bias.expand(5, 12))
+        and not p.latents.any()
+        and not len(p.code.at)
+    )
     p.x_hat.sum().backward()
-    assert not sae.encoder.weight.grad.any() and torch.equal(sae.pre_bias.grad, torch.full((12,), 5.0))
+    assert not sae.encoder.weight.grad.any() and torch.equal(
+        sae.pre_bias.grad, torch.full((12,), 5.0)
+    )
 
 
 def test_one_product_a_direction_of_a_crosscoder_sums_over_its_sites():
     torch.manual_seed(0)
     sae = build("Crosscoder", 12, 16, {"latent_size": 24, "decoder_bias": True}).double()
     x = torch.randn(2, 5, 9, 12, dtype=torch.double)
-    pre_acts = sae.latent_bias + sum(x[..., i, :] @ encoder.weight.T for i, encoder in enumerate(sae.encoder))
-    x_hat = torch.stack([F.relu(pre_acts) @ decoder.weight.T for decoder in sae.decoder], -2) + sae.decoder_bias
+    pre_acts = sae.latent_bias + sum(
+        x[..., i, :] @ encoder.weight.T for i, encoder in enumerate(sae.encoder)
+    )
+    x_hat = (
+        torch.stack([F.relu(pre_acts) @ decoder.weight.T for decoder in sae.decoder], -2)
+        + sae.decoder_bias
+    )
     p = sae.autoencode(x)
-    assert torch.allclose(p.pre_acts, pre_acts, rtol=1e-12) and torch.allclose(p.x_hat, x_hat, rtol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), list(sae.parameters())) for y in (p.x_hat, x_hat)), strict=True):
+    assert torch.allclose(p.pre_acts, pre_acts, rtol=1e-12) and torch.allclose(
+        p.x_hat, x_hat, rtol=1e-12
+    )
+    for a, b in zip(
+        *(torch.autograd.grad(y.square().sum(), list(sae.parameters())) for y in (p.x_hat, x_hat)),
+        strict=True,
+    ):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -378,7 +475,9 @@ def test_ops_by_hand():
     with pytest.warns(UserWarning, match="all are kept"):
         assert restrict(x, infer_k=9).tolist() == x.tolist()
     states, mean, std = pre_process(torch.randn(5, 16).bfloat16() * 100 + 7)
-    assert states.dtype == torch.float32 and torch.allclose(states.square().sum(-1), torch.tensor(15.0), atol=1e-3)
+    assert states.dtype == torch.float32 and torch.allclose(
+        states.square().sum(-1), torch.tensor(15.0), atol=1e-3
+    )
     sae = TopK(4, 8, 1)
     with torch.no_grad():
         sae.decoder.weight[:, 0] = 0
@@ -387,8 +486,16 @@ def test_ops_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,options", [("TopK", {"k": 3}), ("BatchTopK", {"k": 3}), ("Vanilla", {"l1_coeff": 0.05}), ("Gated", {"l1_coeff": 0.1}),
-                                          ("JumpReLU", {"l1_coeff": 0.025, "threshold": 0.1, "bandwidth": 0.1})])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("TopK", {"k": 3}),
+        ("BatchTopK", {"k": 3}),
+        ("Vanilla", {"l1_coeff": 0.05}),
+        ("Gated", {"l1_coeff": 0.1}),
+        ("JumpReLU", {"l1_coeff": 0.025, "threshold": 0.1, "bandwidth": 0.1}),
+    ],
+)
 def test_a_known_dictionary_is_recovered(name, options):
     torch.manual_seed(0)
     atoms = torch.nn.Parameter(F.normalize(torch.randn(48, 24), dim=1))
@@ -417,7 +524,9 @@ def test_a_known_dictionary_is_recovered(name, options):
         unit_norm_decoder(sae)
     cosine = (F.normalize(sae.decoder.weight, dim=0).T @ atoms.T).abs().max(0).values
     used = (sae.eval().autoencode(x).latents != 0).float().sum(-1).mean()
-    assert abs(used - options.get("k", used)) < 0.2  # also by the threshold that a batch's k becomes at inference
+    assert (
+        abs(used - options.get("k", used)) < 0.2
+    )  # also by the threshold that a batch's k becomes at inference
     assert cosine.mean() > 0.95 and (p.latents != 0).float().sum(-1).mean() < 8
 
 
@@ -428,7 +537,18 @@ def test_a_crosscoder_finds_shared_and_local_features_and_their_sites():
     directions = F.normalize(torch.randn(shared + local, sites, width), dim=-1)
     home = torch.arange(local) % sites
     directions[shared:] *= F.one_hot(home, sites)[..., None]  # the last ones live at one site
-    sae = build("Crosscoder", width, 4, {"latent_size": 64, "l1_coeff": 0.02, "decoder_bias": True, "free_norms": True, "sparsity_warmup": 0.0})
+    sae = build(
+        "Crosscoder",
+        width,
+        4,
+        {
+            "latent_size": 64,
+            "l1_coeff": 0.02,
+            "decoder_bias": True,
+            "free_norms": True,
+            "sparsity_warmup": 0.0,
+        },
+    )
     adam = torch.optim.Adam(sae.parameters(), 3e-3)
     steps = 1500
     for step in range(steps):
@@ -451,7 +571,9 @@ def test_a_crosscoder_finds_shared_and_local_features_and_their_sites():
 
 def test_shallow_language_models_and_ranges_that_cannot_be():
     assert build("TopK", 8, 1, {"latent_size": 16, "k": 2}).sites() == [1]
-    assert build("MLSAE", 8, 3, {"latent_size": 16, "k": 2, "start_layer": 1, "end_layer": 4}).sites() == [1, 2, 3]
+    assert build(
+        "MLSAE", 8, 3, {"latent_size": 16, "k": 2, "start_layer": 1, "end_layer": 4}
+    ).sites() == [1, 2, 3]
     with pytest.raises(ValueError, match="at least 4"):
         build("MLSAE", 8, 3, {"latent_size": 16, "k": 2})
     with pytest.raises(ValueError, match="--start_layer 10 --end_layer 5;"):

@@ -19,10 +19,14 @@ from src.ops import unit_norm_decoder
 from src.trainer import Trainer
 
 KNOWN = {
-    "D4": "test_data.test_mask_leaves_out_specials_first_position_and_padding", "D6": "test_data.test_no_text_is_lost",
-    "D13": "test_data.test_splits_are_disjoint_and_complete", "D15": "test_data.test_download_writes_three_disjoint_splits_up_to_its_size",
-    "L2": "test_lm.test_sites_equal_hidden_states_below_the_top_and_not_at_the_top", "E6": "test_lm.test_sites_outside_the_model_are_refused",
-    "L5": "test_stages.test_blocks_that_return_tuples_are_patched_too", "L15": "test_model.test_routed_range_is_one_helper_for_any_depth",
+    "D4": "test_data.test_mask_leaves_out_specials_first_position_and_padding",
+    "D6": "test_data.test_no_text_is_lost",
+    "D13": "test_data.test_splits_are_disjoint_and_complete",
+    "D15": "test_data.test_download_writes_three_disjoint_splits_up_to_its_size",
+    "L2": "test_lm.test_sites_equal_hidden_states_below_the_top_and_not_at_the_top",
+    "E6": "test_lm.test_sites_outside_the_model_are_refused",
+    "L5": "test_stages.test_blocks_that_return_tuples_are_patched_too",
+    "L15": "test_model.test_routed_range_is_one_helper_for_any_depth",
     "L7": "test_model.test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_training",
     "N5": "test_model.test_l1_is_a_norm_weighted_sum_that_rescaling_cannot_escape",
     "N10": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
@@ -32,12 +36,15 @@ KNOWN = {
     "N25": "test_stages.test_the_schedule_warms_up_stays_and_falls_also_in_tiny_runs",
     "N31": "test_stages.test_evaluation_needs_no_flag_and_takes_everything_from_the_recipe",
     "R1": "test_routing.test_the_published_objective_gives_no_gradient_at_initialisation_and_the_others_do",
-    "R2": "test_routing.test_expected_error_follows_its_formula", "R4": "test_routing.test_a_patch_reproduces_what_was_coded",
-    "R9": "test_model.test_route_accepts_all_layers_and_slices_the_routed_ones", "E2": "test_stages.test_metrics_by_hand",
+    "R2": "test_routing.test_expected_error_follows_its_formula",
+    "R4": "test_routing.test_a_patch_reproduces_what_was_coded",
+    "R9": "test_model.test_route_accepts_all_layers_and_slices_the_routed_ones",
+    "E2": "test_stages.test_metrics_by_hand",
     "E8": "test_model.test_random_routing_and_randomk_do_not_depend_on_batching",
     "E9": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
     "E7": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
-    "P1": "test_reading.test_every_models_contexts_are_those_of_a_plain_loop", "P2": "test_faults.test_a_recipe_that_cannot_be_is_one_line",
+    "P1": "test_reading.test_every_models_contexts_are_those_of_a_plain_loop",
+    "P2": "test_faults.test_a_recipe_that_cannot_be_is_one_line",
     "P3": "test_reading.test_every_models_contexts_are_those_of_a_plain_loop",
     "P5": "test_contexts.test_sentences_are_cut_in_the_text_and_the_token_marked",
     "I2": "test_interpreter.test_every_feature_ends_in_one_record_whatever_the_server_does",
@@ -50,26 +57,55 @@ KNOWN = {
 @pytest.mark.parametrize("pitfall", KNOWN)
 def test_the_pitfalls_tested_elsewhere_have_their_test(pitfall):
     module, name = KNOWN[pitfall].split(".")
-    assert callable(getattr(importlib.import_module(f"tests.{module}" if __package__ else module), name))
+    assert callable(
+        getattr(importlib.import_module(f"tests.{module}" if __package__ else module), name)
+    )
 
 
 def tiny(n_layers=6, family=LlamaConfig, **more):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": n_layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return AutoModelForCausalLM.from_config(family(vocab_size=4096, **(sizes | more))).eval().requires_grad_(False)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return (
+        AutoModelForCausalLM.from_config(family(vocab_size=4096, **(sizes | more)))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"Value {i} of the array, or {i * i} where that is larger. " * 4}) for i in range(60)))
+    path.write_text(
+        "\n".join(
+            json.dumps({"text": f"Value {i} of the array, or {i * i} where that is larger. " * 4})
+            for i in range(60)
+        )
+    )
     return path
 
 
 def run(text, model_path, *more, stage="train"):
-    common = ["--model_path", str(model_path), "--data_path", str(text), "--output_dir", str(text.parent / "out"), "--dtype", "float32"]
+    common = [
+        "--model_path",
+        str(model_path),
+        "--data_path",
+        str(text),
+        "--output_dir",
+        str(text.parent / "out"),
+        "--dtype",
+        "float32",
+    ]
     sizes = ["--latent_size", "48", "--k", "4"] if stage == "train" else []
-    cfg = config.parse(stage, [*common, *sizes, "--max_length", "32", "--batch_size", "4", "--max_samples", "24", *more])
+    cfg = config.parse(
+        stage,
+        [*common, *sizes, "--max_length", "32", "--batch_size", "4", "--max_samples", "24", *more],
+    )
     return {"train": Trainer, "evaluate": Evaluator}[stage](cfg).run()
 
 
@@ -83,36 +119,83 @@ def test_d1_d2_padding_changes_neither_what_is_coded_nor_a_metric():
     model, ids = tiny(), torch.randint(3, 4000, (2, 12))
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[:, 0] = False
-    padded = Batch(F.pad(ids, (0, 5)), F.pad(mask, (0, 5)), torch.zeros(2, 17, dtype=torch.long), torch.arange(17).expand(2, 17))
+    padded = Batch(
+        F.pad(ids, (0, 5)),
+        F.pad(mask, (0, 5)),
+        torch.zeros(2, 17, dtype=torch.long),
+        torch.arange(17).expand(2, 17),
+    )
     plain = Batch(ids, mask, torch.zeros(2, 12, dtype=torch.long), torch.arange(12).expand(2, 12))
     a, b = hooks.read(model, padded, [4])[4], hooks.read(model, plain, [4])[4]
     assert a.shape == b.shape == (22, 32) and torch.allclose(a, b, atol=1e-5)
     grafts = {4: torch.zeros_like}
     kl = []
     for batch in (padded, plain):
-        clean, patched = (lm.logits_of(model, states[batch.mask]) for states in (
-            lm.final_states(model, batch.input_ids), hooks.patched_states(model, batch, grafts)))
+        clean, patched = (
+            lm.logits_of(model, states[batch.mask])
+            for states in (
+                lm.final_states(model, batch.input_ids),
+                hooks.patched_states(model, batch, grafts),
+            )
+        )
         kl.append(float(metrics.KLDiv(clean, patched)))
     assert kl[0] > 0 and kl[0] == pytest.approx(kl[1], rel=1e-4)
 
 
 def test_d3_padding_is_in_no_context(text):
     run(text, DEMO_LM, "--chunking", "words")
-    argv = ["--output_dir", str(text.parent / "out"), "--chunking", "words", "--max_length", "24", "--max_samples", "12", "--split", "train"]
-    total, path = Applier(config.parse("apply", [*argv, "--act_threshold", "0", "--lines", "1"])).run()
+    argv = [
+        "--output_dir",
+        str(text.parent / "out"),
+        "--chunking",
+        "words",
+        "--max_length",
+        "24",
+        "--max_samples",
+        "12",
+        "--split",
+        "train",
+    ]
+    total, path = Applier(
+        config.parse("apply", [*argv, "--act_threshold", "0", "--lines", "1"])
+    ).run()
     found = json.loads(path.read_text())
-    pieces = {piece for entry in found["latent_context_map"].values() for tokens in entry["tokens"] for piece in tokens}
+    pieces = {
+        piece
+        for entry in found["latent_context_map"].values()
+        for tokens in entry["tokens"]
+        for piece in tokens
+    }
     tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
     rows = Rows(text, tokenizer, 24, "train", chunking="words", max_samples=12)
-    assert total and any((batch.document < 0).any() for batch in rows.batches(4)) and not pieces & set(tokenizer.all_special_tokens)
+    assert (
+        total
+        and any((batch.document < 0).any() for batch in rows.batches(4))
+        and not pieces & set(tokenizer.all_special_tokens)
+    )
     assert found["tokens"] == sum(int(batch.mask.sum()) for batch in rows.batches(4))
 
 
 def test_g3_sourcing_the_environment_overwrites_nothing_and_leaves_no_option_on(tmp_path):
-    given = {"HF_TOKEN": "mine", "OPENAI_API_KEY": "mine", "OUTPUT_DIR": "mine", "CUDA_VISIBLE_DEVICES": "5", "HOME": str(tmp_path)}
+    given = {
+        "HF_TOKEN": "mine",
+        "OPENAI_API_KEY": "mine",
+        "OUTPUT_DIR": "mine",
+        "CUDA_VISIBLE_DEVICES": "5",
+        "HOME": str(tmp_path),
+    }
     script = f"source '{ROOT}/scripts/env_setup.sh'; false; for name in {' '.join(given)}; do echo ${{!name}}; done; echo $-"
-    for environment, wanted in ((given, list(given.values())), ({"HOME": str(tmp_path)}, ["", "", str(ROOT / "outputs"), "", str(tmp_path)])):
-        done = subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin"} | environment, capture_output=True, text=True, cwd=tmp_path)
+    for environment, wanted in (
+        (given, list(given.values())),
+        ({"HOME": str(tmp_path)}, ["", "", str(ROOT / "outputs"), "", str(tmp_path)]),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env={"PATH": "/usr/bin:/bin"} | environment,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
         lines = done.stdout.splitlines()
         assert lines[: len(wanted)] == wanted and not set("eu") & set(lines[-1]), done.stderr
 
@@ -121,7 +204,9 @@ def test_d8_a_text_without_spaces_is_kept_whole(tmp_path):
     tokenizer, words = AutoTokenizer.from_pretrained(DEMO_LM), "模型的每一层都有稀疏特征" * 60
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": words}))
     rows = Rows(tmp_path / "t.jsonl", tokenizer, 16, "all")
-    kept = torch.cat([batch.input_ids[batch.mask | (batch.document >= 0)] for batch in rows.batches(8)])
+    kept = torch.cat(
+        [batch.input_ids[batch.mask | (batch.document >= 0)] for batch in rows.batches(8)]
+    )
     text = tokenizer.decode([int(i) for i in kept if int(i) not in tokenizer.all_special_ids])
     assert text.startswith(words[:700])
 
@@ -153,12 +238,19 @@ def test_l14_sizes_that_contradict_the_language_model_are_refused(text):
 def test_e4_l2_a_site_is_patched_where_it_was_read(name):
     """The state a graft is given in the patched run is, at its first site, the one that was read there."""
     model, ids = tiny(), torch.randint(3, 4000, (2, 12))
-    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), torch.arange(12).expand(2, 12))
+    batch = Batch(
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        torch.zeros_like(ids),
+        torch.arange(12).expand(2, 12),
+    )
     sae = build(name, 32, 6, {"latent_size": 48, "k": 4})
     hidden = hooks.read(model, batch, sae.sites())
     for grafts in sae.grafts(hidden):
         seen = {}
-        watch = {site: (lambda h, site=site, seen=seen: seen.setdefault(site, h)) for site in grafts}
+        watch = {
+            site: (lambda h, site=site, seen=seen: seen.setdefault(site, h)) for site in grafts
+        }
         hooks.patched_states(model, batch, watch)
         for site in grafts:
             assert torch.equal(seen[site], hidden[site])
@@ -199,14 +291,21 @@ def test_n23_a_decoder_column_of_zeros_stays_finite():
 def test_n33_random_is_randomk_in_every_stage(text):
     run(text, DEMO_LM, "--model", "Random")
     assert run(text, DEMO_LM, "--metric", "NormMSE", stage="evaluate") > 0
-    assert checkpoint.read_recipe(text.parent / "out" / "SAE_models" / "RandomK_t.pt")["model"] == "RandomK"
+    assert (
+        checkpoint.read_recipe(text.parent / "out" / "SAE_models" / "RandomK_t.pt")["model"]
+        == "RandomK"
+    )
 
 
 def test_e1_kl_is_per_token_and_the_published_figure_its_sum_over_a_sequence():
     torch.manual_seed(0)
     a, b = torch.randn(2, 7, 50), torch.randn(2, 7, 50)
-    published = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
-    assert float(metrics.KLDiv(a.flatten(0, 1), b.flatten(0, 1))) == pytest.approx(float(published) / 7, rel=1e-5)
+    published = F.kl_div(
+        b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert float(metrics.KLDiv(a.flatten(0, 1), b.flatten(0, 1))) == pytest.approx(
+        float(published) / 7, rel=1e-5
+    )
 
 
 def test_e11_an_unknown_metric_ends_before_anything_is_loaded(capsys):
@@ -221,13 +320,18 @@ def test_models_over_several_sites_work_at_any_depth(text, tmp_path, n_layers):
     names = ["RouteSAE", "MLSAE", "Crosscoder"]
     run(text, folder, "--model", *names, "--tag", "d")
     paths = [str(text.parent / "out" / "SAE_models" / f"{name}_t_d.pt") for name in names]
-    results = run(text, folder, "--SAE_path", *paths, "--metric", "KLDiv", "Routing", stage="evaluate")
+    results = run(
+        text, folder, "--SAE_path", *paths, "--metric", "KLDiv", "Routing", stage="evaluate"
+    )
     assert all(result["KLDiv"] > 0 for result in results.values())
     assert len(results["RouteSAE_t_d"]["Routing"]["share"]) == 3 * n_layers // 4 + 1 - n_layers // 4
 
 
 def test_models_over_several_sites_refuse_a_shallow_language_model(text, tmp_path):
     folder = save(tiny(3), tmp_path / "lm")
-    with pytest.raises(ValueError, match="3 blocks; a model over several sites needs a language model of at least 4"):
+    with pytest.raises(
+        ValueError,
+        match="3 blocks; a model over several sites needs a language model of at least 4",
+    ):
         run(text, folder, "--model", "RouteSAE")
     assert run(text, folder, "--model", "TopK") > 0

@@ -17,7 +17,14 @@ VARIANTS += [("TopK", "standard", {"latent_size": 24})]  # too few latents for s
 def built(name, recipe, more, seed=0):
     """(SAE of src in float64, constructor values its twin reads)"""
     torch.manual_seed(seed)
-    options = {"latent_size": LATENTS, "k": K, "l1_coeff": 0.01, "threshold": 0.3, "bandwidth": 0.2, "dead_tokens": 100}
+    options = {
+        "latent_size": LATENTS,
+        "k": K,
+        "l1_coeff": 0.01,
+        "threshold": 0.3,
+        "bandwidth": 0.2,
+        "dead_tokens": 100,
+    }
     options |= getattr(ZOO[name], recipe) | more
     if name == "RouteSAE":  # its other objectives have formulas of their own in test_routing
         options |= {"router_objective": "published", "router_balance": "none"}
@@ -25,16 +32,18 @@ def built(name, recipe, more, seed=0):
     with torch.no_grad():
         for parameter in sae.parameters():  # biases and norms that are not at their initial values
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return sae, {key: value for key, value in options.items() if key not in ("bandwidth", "dead_tokens")} | {
-        "bandwidth": getattr(sae, "bandwidth", None), "dead_tokens": 100
-    }
+    return sae, {
+        key: value for key, value in options.items() if key not in ("bandwidth", "dead_tokens")
+    } | {"bandwidth": getattr(sae, "bandwidth", None), "dead_tokens": 100}
 
 
 def batches(sae, count):
     generator = torch.Generator().manual_seed(1)
     mix = torch.randn(len(sae.sites()), 40, D, generator=generator, dtype=torch.float64)
     for i in range(count):
-        code = torch.randn(N, 40, generator=generator, dtype=torch.float64) * (torch.rand(N, 40, generator=generator) < 0.15)
+        code = torch.randn(N, 40, generator=generator, dtype=torch.float64) * (
+            torch.rand(N, 40, generator=generator) < 0.15
+        )
         x = pre_process(torch.einsum("nc,lcd->nld", code, mix) + 0.1, 1e-5)[0].double()
         yield x if len(sae.sites()) > 1 else x[:, 0], torch.arange(N) + i * N
 
@@ -62,7 +71,11 @@ def test_loss_and_gradients_equal_the_plain_path(name, recipe, more):
         wanted = twin.w[key].grad if twin.w[key].grad is not None else torch.zeros_like(parameter)
         found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         assert (found - wanted).abs().max() < 1e-12 * max(1.0, float(wanted.abs().max())), key
-    assert any(float(parameter.grad.abs().max()) > 0 for parameter in sae.parameters() if parameter.grad is not None)
+    assert any(
+        float(parameter.grad.abs().max()) > 0
+        for parameter in sae.parameters()
+        if parameter.grad is not None
+    )
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -82,7 +95,11 @@ def test_the_losses_of_a_training_equal_the_plain_loop(name):
         unit_norm_decoder(sae)
         sae.after_step(p, (step + 1) / steps)
         losses.append(loss.item())
-    decoders = [name for name, parameter in sae.named_parameters() if any(parameter is decoder.weight for decoder in sae.decoders())]
+    decoders = [
+        name
+        for name, parameter in sae.named_parameters()
+        if any(parameter is decoder.weight for decoder in sae.decoders())
+    ]
     wanted = plain.train(twin, list(batches(sae, steps)), decoders=decoders)
     assert losses[-1] != losses[0]
     assert losses == pytest.approx(wanted, rel=1e-9)

@@ -21,20 +21,55 @@ from src.zoo import ZOO
 def trained(tmp_path_factory):
     """A folder with every model of the zoo, barely trained, and the text."""
     folder = tmp_path_factory.mktemp("trained")
-    lines = [{"text": f"The {i}th value: caf\u00e9. Returns {i % 7} if it is larger than its size! " * 3} for i in range(120)]
+    lines = [
+        {"text": f"The {i}th value: caf\u00e9. Returns {i % 7} if it is larger than its size! " * 3}
+        for i in range(120)
+    ]
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(folder / "data"))
-        argv = ["--model", *ZOO, "--model_path", str(DEMO_LM), "--data_path", str(folder / "text.jsonl"), "--output_dir", str(folder)]
-        sizes = ["--latent_size", "64", "--k", "4", "--max_length", "32", "--batch_size", "4", "--max_samples", "60"]
+        argv = [
+            "--model",
+            *ZOO,
+            "--model_path",
+            str(DEMO_LM),
+            "--data_path",
+            str(folder / "text.jsonl"),
+            "--output_dir",
+            str(folder),
+        ]
+        sizes = [
+            "--latent_size",
+            "64",
+            "--k",
+            "4",
+            "--max_length",
+            "32",
+            "--batch_size",
+            "4",
+            "--max_samples",
+            "60",
+        ]
         Trainer(parse("train", [*argv, *sizes, "--dtype", "float32"])).run()
     return folder
 
 
 def applied(trained, tmp_path, name, *more):
-    argv = ["--SAE_path", str(trained / "SAE_models" / f"{name}_text.pt"), "--output_dir", str(tmp_path), "--dtype", "float32"]
+    argv = [
+        "--SAE_path",
+        str(trained / "SAE_models" / f"{name}_text.pt"),
+        "--output_dir",
+        str(tmp_path),
+        "--dtype",
+        "float32",
+    ]
     threshold = [] if "--quantile" in more else ["--act_threshold", "0.01"]
-    applier = Applier(parse("apply", [*argv, *threshold, "--lines", "1", "--context_length", "5", "--split", "train", *more]))
+    applier = Applier(
+        parse(
+            "apply",
+            [*argv, *threshold, "--lines", "1", "--context_length", "5", "--split", "train", *more],
+        )
+    )
     total, path = applier.run()
     return applier, total, load_json(path)
 
@@ -48,7 +83,9 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
     for batch in rows.batches(7):
         hidden = hooks.read(applier.language_model, batch, sae.sites())
         p = sae.autoencode(sae.gather(hidden), token=batch.token_keys())
-        for _, latent, value in zip(*(column.tolist() for column in active(sae.strength(p))), strict=True):
+        for _, latent, value in zip(
+            *(column.tolist() for column in active(sae.strength(p))), strict=True
+        ):
             largest[int(latent)] = max(largest.get(int(latent), 0.0), float(value))
     expected = {str(latent) for latent, value in largest.items() if value > 0.01}
     assert set(found["latent_context_map"]) == expected
@@ -56,7 +93,12 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
         assert entry["activations"] == sorted(entry["activations"], reverse=True)
         assert entry["activations"][0] == pytest.approx(largest[int(latent)], abs=2e-3)
         for tokens, at, value, kinds, near in zip(
-            entry["tokens"], entry["position"], entry["activations"], entry["token_class"], entry["token_activations"], strict=True
+            entry["tokens"],
+            entry["position"],
+            entry["activations"],
+            entry["token_class"],
+            entry["token_activations"],
+            strict=True,
         ):
             assert tokens[at].strip().lower() in (kinds, "") or "<" in kinds
             assert dict(near)[at] == pytest.approx(value, rel=0.01, abs=2e-3)
@@ -69,12 +111,19 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
 
 
 def test_batching_changes_no_context(trained, tmp_path):
-    first = applied(trained, tmp_path / "a", "RouteSAE", "--batch_size", "2", "--max_samples", "20")[2]["latent_context_map"]
-    second = applied(trained, tmp_path / "b", "RouteSAE", "--batch_size", "9", "--max_samples", "20")[2]["latent_context_map"]
+    first = applied(
+        trained, tmp_path / "a", "RouteSAE", "--batch_size", "2", "--max_samples", "20"
+    )[2]["latent_context_map"]
+    second = applied(
+        trained, tmp_path / "b", "RouteSAE", "--batch_size", "9", "--max_samples", "20"
+    )[2]["latent_context_map"]
     for latent in first.keys() | second.keys():
         for entry, other in zip(first[latent]["sample"], second[latent]["sample"], strict=True):
             assert (entry["tokens"], entry["quarter"]) == (other["tokens"], other["quarter"])
-        assert all(first[latent][key] == second[latent][key] for key in ("position", "document", "density", "site_counts", "negatives"))
+        assert all(
+            first[latent][key] == second[latent][key]
+            for key in ("position", "document", "density", "site_counts", "negatives")
+        )
 
 
 def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(trained, tmp_path):
@@ -85,7 +134,10 @@ def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(
         assert values == sorted(values, reverse=True) and len(values) <= 64
         for one in entry["sample"]:
             part = [v for i, v in enumerate(values) if i * 4 // len(values) + 1 == one["quarter"]]
-            assert min(part) - 1e-4 <= one["activation"] <= max(part) + 1e-4 and tuple(one["tokens"]) not in shown
+            assert (
+                min(part) - 1e-4 <= one["activation"] <= max(part) + 1e-4
+                and tuple(one["tokens"]) not in shown
+            )
             shown.add(tuple(one["tokens"]))
         quarters |= {one["quarter"] for one in entry["sample"]}
         assert max([one["quarter"] for one in entry["sample"]].count(q) for q in (1, 2, 3, 4)) <= 3
@@ -95,12 +147,31 @@ def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(
 def test_nothing_above_the_threshold_is_valid_and_says_what_there_is(trained, tmp_path, capsys):
     _, total, found = applied(trained, tmp_path, "TopK", "--act_threshold", "1e6")
     said = capsys.readouterr().out
-    assert total == 0 and found["latent_context_map"] == {} and found["largest_activation"] > 0 and "--act_threshold" in said
+    assert (
+        total == 0
+        and found["latent_context_map"] == {}
+        and found["largest_activation"] > 0
+        and "--act_threshold" in said
+    )
 
 
 def test_effects_are_measured_and_negatives_are_windows_without_the_latent(trained, tmp_path):
-    applier, _, found = applied(trained, tmp_path, "TopK", "--effect", "3", "--quantile", "0.9", "--gzip", "--max_samples", "30")
-    assert found["quantile"] == 0.9 and sum("effect_KL" in e for e in found["latent_context_map"].values()) == 3
+    applier, _, found = applied(
+        trained,
+        tmp_path,
+        "TopK",
+        "--effect",
+        "3",
+        "--quantile",
+        "0.9",
+        "--gzip",
+        "--max_samples",
+        "30",
+    )
+    assert (
+        found["quantile"] == 0.9
+        and sum("effect_KL" in e for e in found["latent_context_map"].values()) == 3
+    )
     assert any(e["effect_KL"] > 0 for e in found["latent_context_map"].values() if "effect_KL" in e)
     for entry in found["latent_context_map"].values():
         assert len(entry["promoted"]) == 8
@@ -116,13 +187,24 @@ def test_no_negative_shows_a_text_that_stands_among_the_contexts():
 
 
 def steered(trained, tmp_path, name, *more):
-    argv = ["--SAE_path", str(trained / "SAE_models" / f"{name}_text.pt"), "--output_dir", str(tmp_path), "--dtype", "float32"]
-    made = Steerer(parse("steer", [*argv, "--prompt", "Returns the value", "--max_new_tokens", "6", *more]))
+    argv = [
+        "--SAE_path",
+        str(trained / "SAE_models" / f"{name}_text.pt"),
+        "--output_dir",
+        str(tmp_path),
+        "--dtype",
+        "float32",
+    ]
+    made = Steerer(
+        parse("steer", [*argv, "--prompt", "Returns the value", "--max_new_tokens", "6", *more])
+    )
     return made, made.run()
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_an_edit_without_effect_is_none_bit_for_bit_and_another_changes_the_model(trained, tmp_path, name):
+def test_an_edit_without_effect_is_none_bit_for_bit_and_another_changes_the_model(
+    trained, tmp_path, name
+):
     made, result = steered(trained, tmp_path, name, "--multiply", "3=1", "--add", "5=0")
     one = result["outputs"]["0"][0]
     assert one["KL"] == 0.0 and one["original_output"] == one["clamped_output"]
@@ -136,7 +218,12 @@ def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(trained, tm
     if made.sae.name == "RandomK":
         pytest.skip("its latents are drawn per position of a batch, not of a text")
     alike = []
-    for prompt in ("Returns the value", "Returns the first", "The 3th value: Returns 4", "if the size is larger"):
+    for prompt in (
+        "Returns the value",
+        "Returns the first",
+        "The 3th value: Returns 4",
+        "if the size is larger",
+    ):
         ids = made._ids({"prompt": prompt})
         site = made._site(ids)
         new, logits = made._continue(ids, made.edit, site)
@@ -161,23 +248,33 @@ def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_
 def test_switching_latents_off_lowers_the_tokens_their_directions_promote(trained, tmp_path):
     applier, _, found = applied(trained, tmp_path, "TopK")
     made, _ = steered(trained, tmp_path, "TopK", "--zero", "0")
-    ids = made._ids({"prompt": "The 3th value: Returns 4 if it is larger than its size! The 5th value"})
+    ids = made._ids(
+        {"prompt": "The 3th value: Returns 4 if it is larger than its size! The 5th value"}
+    )
     state = lm.read_sites(made.model, ids, made.sae.sites())
-    latents = made.sae.autoencode(made.sae.gather({site: hidden[0].float() for site, hidden in state.items()})).latents
+    latents = made.sae.autoencode(
+        made.sae.gather({site: hidden[0].float() for site, hidden in state.items()})
+    ).latents
     plain, changes = made._logits(ids, None, None)[0].log_softmax(-1), []
     for latent, entry in found["latent_context_map"].items():
         at = (latents[1:, int(latent)] > 0).nonzero()[:, 0] + 1
         if len(at):
             made.operations = [("set", int(latent), 0.0)]
-            token = next(i for i, text in enumerate(applier.text.text) if text == entry["promoted"][0][0])
-            changes += (made._logits(ids, made.edit, None)[0].log_softmax(-1) - plain)[at, token].tolist()
+            token = next(
+                i for i, text in enumerate(applier.text.text) if text == entry["promoted"][0][0]
+            )
+            changes += (made._logits(ids, made.edit, None)[0].log_softmax(-1) - plain)[
+                at, token
+            ].tolist()
     assert len(changes) > 20 and sum(changes) / len(changes) < 0
 
 
 def test_bad_steering_is_one_clear_line(trained, tmp_path, capsys):
     path = str(trained / "SAE_models" / "TopK_text.pt")
     for more, said in (
-        (["--set", "99999=1", "--prompt", "x"], "has latents 0"), (["--set", "3", "--prompt", "x"], "LATENT=VALUE"), (["--set", "3=1"], "--prompt"),
+        (["--set", "99999=1", "--prompt", "x"], "has latents 0"),
+        (["--set", "3", "--prompt", "x"], "LATENT=VALUE"),
+        (["--set", "3=1"], "--prompt"),
         (["--prompts", str(tmp_path / "no.txt")], "check --prompts"),
     ):
         try:
@@ -188,31 +285,68 @@ def test_bad_steering_is_one_clear_line(trained, tmp_path, capsys):
 
 
 def test_prompts_of_all_documented_forms(tmp_path):
-    hh = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
+    hh = {
+        "chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.",
+        "rejected": "\n\nHuman: Hi?\n\nAssistant: No.",
+    }
     (tmp_path / "a.jsonl").write_text(json.dumps(hh) + "\n" + json.dumps({"prompt": "x"}))
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     found = conversations(tmp_path / "a.jsonl")
-    assert found[0]["messages"] == [{"role": "user", "content": "Hi?"}] and found[0]["chosen"] == "Yes." and found[0]["rejected"] == "No."
-    assert [p["prompt"] for p in conversations(tmp_path / "a.txt")] == ["one", "two"] and found[1]["prompt"] == "x"
+    assert (
+        found[0]["messages"] == [{"role": "user", "content": "Hi?"}]
+        and found[0]["chosen"] == "Yes."
+        and found[0]["rejected"] == "No."
+    )
+    assert [p["prompt"] for p in conversations(tmp_path / "a.txt")] == ["one", "two"] and found[1][
+        "prompt"
+    ] == "x"
 
 
 def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):
-    hh = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
+    hh = {
+        "chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.\n\nHuman: Why?\n\nAssistant: So.",
+        "rejected": "\n\nHuman: Hi?\n\nAssistant: No.",
+    }
     (tmp_path / "hh.jsonl").write_text(json.dumps(hh))
-    argv = ["--SAE_path", str(trained / "SAE_models" / "RouteSAE_text.pt"), "--output_dir", str(tmp_path), "--dtype", "float32"]
-    made = Steerer(parse("steer", [*argv, "--prompts", str(tmp_path / "hh.jsonl"), "--max_new_tokens", "4", "--set", "3=20"]))
+    argv = [
+        "--SAE_path",
+        str(trained / "SAE_models" / "RouteSAE_text.pt"),
+        "--output_dir",
+        str(tmp_path),
+        "--dtype",
+        "float32",
+    ]
+    made = Steerer(
+        parse(
+            "steer",
+            [
+                *argv,
+                "--prompts",
+                str(tmp_path / "hh.jsonl"),
+                "--max_new_tokens",
+                "4",
+                "--set",
+                "3=20",
+            ],
+        )
+    )
     one = made.run()["outputs"]["0"][0]
     ids = made._ids(made.given[0])[0].tolist()
     assert ids.count(made.tokenizer.bos_token_id) == 1  # the template writes its own
     assert made.tokenizer.decode(ids[1:]) == "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:"
-    assert (one["Human"], one["chosen"], one["rejected"]) == ("Why?", "So.", "No.") and one["KL"] > 0
+    assert (one["Human"], one["chosen"], one["rejected"]) == ("Why?", "So.", "No.") and one[
+        "KL"
+    ] > 0
     made.tokenizer.chat_template = None  # a tokenizer without one gets the plain turns
     assert made.tokenizer.decode(made._ids(made.given[0])[0, 1:]) == "Hi?\n\nYes.\n\nWhy?"
 
 
 TRIPLES = [  # set_high, set_low, what latent 3 of value z becomes
-    ([(3, 2.5, 0)], None, lambda z: z + 2.5), ([(3, 4.0, 1)], None, lambda z: 4 * z), (None, [(3, 2.5, 0)], lambda z: z - 2.5),
-    (None, [(3, 4.0, 1)], lambda z: z / 4), ([(3, 4.0, 1)], [(3, 1.0, 0)], lambda z: 4 * z - 1),
+    ([(3, 2.5, 0)], None, lambda z: z + 2.5),
+    ([(3, 4.0, 1)], None, lambda z: 4 * z),
+    (None, [(3, 2.5, 0)], lambda z: z - 2.5),
+    (None, [(3, 4.0, 1)], lambda z: z / 4),
+    ([(3, 4.0, 1)], [(3, 1.0, 0)], lambda z: 4 * z - 1),
 ]
 
 
@@ -224,7 +358,9 @@ def test_hooks_apply_triples_to_the_module_they_hook(high, low, becomes):
     (handle,) = hooks.hook_SAE(None, sae, module, high, low)
     x, _, std = sae.standardise(h)
     z = sae.encode(x)[..., 3:4]
-    assert torch.allclose(module(h), h + (becomes(z) - z) * sae.decoder.weight[:, 3] * std, atol=1e-5)
+    assert torch.allclose(
+        module(h), h + (becomes(z) - z) * sae.decoder.weight[:, 3] * std, atol=1e-5
+    )
     handle.remove()
     assert torch.equal(module(h), h)
 

@@ -16,7 +16,12 @@ D, SITES = 24, 5  # sites 2 ... 6 of 8 blocks
 
 def make(**options):
     torch.manual_seed(0)
-    return build("RouteSAE", D, 8, {"latent_size": 64, "k": 3, "auxk_coeff": 0.0, "b_pre_init": "zero", **options}).train()
+    return build(
+        "RouteSAE",
+        D,
+        8,
+        {"latent_size": 64, "k": 3, "auxk_coeff": 0.0, "b_pre_init": "zero", **options},
+    ).train()
 
 
 def router_grad(sae, x, terms=None):
@@ -67,8 +72,12 @@ def test_expected_error_follows_its_formula(x, objective):
         errors = (errors - mean) / mean
     p = sae.get_router_weights(seen)
     by_logit = p * (errors - (p * errors).sum(-1, keepdim=True))
-    assert torch.allclose(router_grad(sae, x, ["Router"]), by_logit.T @ seen.sum(-2) / len(seen), atol=1e-10)
-    assert router_grad(sae, x, ["NormMSE"]) is None  # scale one: the code's error says nothing about the choice
+    assert torch.allclose(
+        router_grad(sae, x, ["Router"]), by_logit.T @ seen.sum(-2) / len(seen), atol=1e-10
+    )
+    assert (
+        router_grad(sae, x, ["NormMSE"]) is None
+    )  # scale one: the code's error says nothing about the choice
 
 
 def test_balance_is_least_where_the_load_is_even(x):
@@ -109,7 +118,10 @@ def test_random_routing_keeps_the_shares_asked_for_and_draws_by_token_alone():
     sae, keys = make(routing="random", route_shares=wanted), torch.arange(20_000)
     x = torch.randn(1, SITES, D).expand(20_000, -1, -1)
     weights = sae.autoencode(x, token=keys).weights
-    assert torch.allclose(weights.mean(0), torch.tensor(wanted), atol=0.02) and weights.mean(0)[[1, 4]].eq(0).all()
+    assert (
+        torch.allclose(weights.mean(0), torch.tensor(wanted), atol=0.02)
+        and weights.mean(0)[[1, 4]].eq(0).all()
+    )
     assert torch.equal(sae.autoencode(x[:50], token=keys[100:150]).weights, weights[100:150])
     for shares, routing in ((wanted, "hard"), ([0.0] * 5, "random")):
         with pytest.raises(ValueError, match="it needs routing random or a frozen router"):
@@ -126,7 +138,9 @@ def test_an_untrained_router_can_be_given_the_shares_of_another(x):
     sae.warm_start(many[:3000])
     site = sae.autoencode(many[3000:]).weights.argmax(-1)
     assert torch.allclose(torch.bincount(site, minlength=SITES) / 3000, wanted, atol=0.03)
-    assert (site == before[3000:]).float().mean() > 0.4 and torch.equal(sae.router.weight, make().router.weight)
+    assert (site == before[3000:]).float().mean() > 0.4 and torch.equal(
+        sae.router.weight, make().router.weight
+    )
     again = make(router_objective="frozen", route_shares=wanted.tolist())
     again.load_state_dict(sae.state_dict())
     assert torch.equal(again.autoencode(many[3000:]).weights.argmax(-1), site)
@@ -140,8 +154,14 @@ def test_the_oracle_takes_the_best_site_at_the_tokens_own_scale(x, scale):
     sae.routing = "oracle"
     p = sae.autoencode(x)
     errors = sae.site_errors(x, before.weights.max(-1).values if scale == "p" else None)
-    assert torch.equal(p.weights.argmax(-1), errors.argmin(-1)) and not torch.equal(p.weights, before.weights)
-    assert torch.allclose((p.target - p.x_hat).square().sum(-1) / p.target.square().sum(-1), errors.min(-1).values, atol=1e-5)
+    assert torch.equal(p.weights.argmax(-1), errors.argmin(-1)) and not torch.equal(
+        p.weights, before.weights
+    )
+    assert torch.allclose(
+        (p.target - p.x_hat).square().sum(-1) / p.target.square().sum(-1),
+        errors.min(-1).values,
+        atol=1e-5,
+    )
     assert torch.equal(p.scale, before.scale)
 
 
@@ -149,7 +169,9 @@ def test_straight_through_and_advantage_follow_their_formulas(x):
     logits = x.sum(-1).double().requires_grad_()
     pull, p = torch.randn_like(logits), logits.softmax(-1)
     by_logit = p * (pull - (p * pull).sum(-1, keepdim=True))
-    assert torch.allclose(torch.autograd.grad((router.straight_through(p) * pull).sum(), logits)[0], by_logit)
+    assert torch.allclose(
+        torch.autograd.grad((router.straight_through(p) * pull).sum(), logits)[0], by_logit
+    )
     load, p = router.load(logits.softmax(-1)), logits.softmax(-1)
     by_logit = SITES * p * (load - (p * load).sum(-1, keepdim=True)) / len(x)
     assert torch.allclose(torch.autograd.grad(router.switch(p, load), logits)[0], by_logit)
@@ -159,7 +181,12 @@ def test_a_token_that_decides_its_site_gives_all_the_information_and_a_shuffled_
     ids = torch.arange(4000) % 8
     routing = Routing()
     for part in ids.split(1000):
-        routing.update(F.one_hot(part % 4, SITES).float(), torch.rand(len(part), SITES), torch.rand(len(part)), part + 3)
+        routing.update(
+            F.one_hot(part % 4, SITES).float(),
+            torch.rand(len(part), SITES),
+            torch.rand(len(part)),
+            part + 3,
+        )
     found = routing.compute()
     assert found["site_token_information"] == pytest.approx(torch.tensor(4.0).log().item())
     assert found["site_token_information_shuffled"] < 0.02
@@ -171,7 +198,11 @@ def test_the_documented_form_codes_what_training_coded(x, scale):
     sae = make(router_objective="expected", route_scale=scale)
     weights, routed, latents, x_hat, _ = sae(x)
     p = sae.autoencode(x)
-    assert torch.equal(routed, p.target) and torch.equal(latents, p.latents) and torch.allclose(x_hat, p.x_hat, atol=1e-6)
+    assert (
+        torch.equal(routed, p.target)
+        and torch.equal(latents, p.latents)
+        and torch.allclose(x_hat, p.x_hat, atol=1e-6)
+    )
     assert torch.equal(weights.max(-1).values, p.scale)
 
 
@@ -187,18 +218,27 @@ def test_the_standard_recipe_teaches_the_router_and_soft_or_random_routing_leave
     cfg = parse("train", [])
     options = model_options(cfg, "RouteSAE")
     assert (options["router_objective"], options["router_balance"]) == ("expected", "switch")
-    assert make(**ZOO["RouteSAE"].standard).loss(make(**ZOO["RouteSAE"].standard).autoencode(x)).keys() == {"NormMSE", "Router", "Balance"}
+    assert make(**ZOO["RouteSAE"].standard).loss(
+        make(**ZOO["RouteSAE"].standard).autoencode(x)
+    ).keys() == {"NormMSE", "Router", "Balance"}
     for routing in ("soft", "random"):
-        assert make(**ZOO["RouteSAE"].standard, routing=routing).loss(make(routing=routing).autoencode(x)).keys() == {"NormMSE"}
+        assert make(**ZOO["RouteSAE"].standard, routing=routing).loss(
+            make(routing=routing).autoencode(x)
+        ).keys() == {"NormMSE"}
     cfg = parse("train", ["--recipe", "published"])
-    assert model_options(cfg, "RouteSAE")["router_objective"] == "published" and make().objective == "published"
+    assert (
+        model_options(cfg, "RouteSAE")["router_objective"] == "published"
+        and make().objective == "published"
+    )
 
 
 def planted(n, atoms, generator):
     """Each token's features live at one site, which also decides their atoms; every other site holds faint noise. -> x [n,L,D], site [n]"""
     site = torch.randint(SITES, (n,), generator=generator)
     per_site = len(atoms) // SITES
-    picks = torch.rand(n, per_site, generator=generator).argsort(1)[:, :3] + site[:, None] * per_site
+    picks = (
+        torch.rand(n, per_site, generator=generator).argsort(1)[:, :3] + site[:, None] * per_site
+    )
     signal = (atoms[picks] * (1 + torch.rand(n, 3, 1, generator=generator))).sum(1)
     x = 0.3 * torch.randn(n, SITES, D, generator=generator)
     x[torch.arange(n), site] = signal * (D**0.5 / signal.norm(dim=1, keepdim=True))

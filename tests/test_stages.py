@@ -23,14 +23,42 @@ from src.zoo import ZOO
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.jsonl"
-    lines = [{"text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger than its size. " * 3} for i in range(120)]
+    lines = [
+        {
+            "text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger than its size. "
+            * 3
+        }
+        for i in range(120)
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
 
 def arguments(text, tmp_path, *more):
-    base = ["--model_path", str(DEMO_LM), "--data_path", str(text), "--output_dir", str(tmp_path / "out"), "--dtype", "float32"]
-    return [*base, "--latent_size", "64", "--k", "4", "--max_length", "32", "--batch_size", "4", "--max_samples", "80", *more]
+    base = [
+        "--model_path",
+        str(DEMO_LM),
+        "--data_path",
+        str(text),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--dtype",
+        "float32",
+    ]
+    return [
+        *base,
+        "--latent_size",
+        "64",
+        "--k",
+        "4",
+        "--max_length",
+        "32",
+        "--batch_size",
+        "4",
+        "--max_samples",
+        "80",
+        *more,
+    ]
 
 
 def train(text, tmp_path, *more):
@@ -38,7 +66,9 @@ def train(text, tmp_path, *more):
 
 
 def evaluate(tmp_path, *more):
-    return Evaluator(parse("evaluate", ["--output_dir", str(tmp_path / "out"), "--max_samples", "8", *more])).run()
+    return Evaluator(
+        parse("evaluate", ["--output_dir", str(tmp_path / "out"), "--max_samples", "8", *more])
+    ).run()
 
 
 def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, capsys):
@@ -47,28 +77,61 @@ def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, c
     results = evaluate(tmp_path, "--SAE_path", *paths, "--metric", "all")
     for name in ZOO:
         result = results[f"{name}_text"]
-        for metric in ("NormMSE", "FVU", "L0", "Dead", "Density", "KLDiv", "DeltaCE", "Recovered_zero", "Recovered_mean", "Shrinkage"):
-            assert isinstance(result[metric], float) and result[metric] == result[metric], (name, metric)
+        for metric in (
+            "NormMSE",
+            "FVU",
+            "L0",
+            "Dead",
+            "Density",
+            "KLDiv",
+            "DeltaCE",
+            "Recovered_zero",
+            "Recovered_mean",
+            "Shrinkage",
+        ):
+            assert isinstance(result[metric], float) and result[metric] == result[metric], (
+                name,
+                metric,
+            )
         assert result["KLDiv"] > 0
         assert (tmp_path / "out" / "eval" / f"{name}_text.json").exists()
-    assert results["TopK_text"]["L0"] == 4 and results["RandomK_text"]["NormMSE"] > 1.3 * results["TopK_text"]["NormMSE"]
-    assert len(results["Crosscoder_text"]["KLDiv_per_site"]) == 9 == len(results["RouteSAE_text"]["Routing"]["share"])
+    assert (
+        results["TopK_text"]["L0"] == 4
+        and results["RandomK_text"]["NormMSE"] > 1.3 * results["TopK_text"]["NormMSE"]
+    )
+    assert (
+        len(results["Crosscoder_text"]["KLDiv_per_site"])
+        == 9
+        == len(results["RouteSAE_text"]["Routing"]["share"])
+    )
     assert torch.tensor(results["Crosscoder_text"]["decoder_norms_per_latent"]).shape == (64, 9)
     found = plots.load(tmp_path / "out" / "eval")
     plots.picture(found, tmp_path / "comparison.png")
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000 and plots.table(found).count("\n") == len(ZOO) + 1
-    assert [result["model"] for result in plots.load(tmp_path / "out" / "eval", "Gated")] == ["Gated"]
-    lines = [json.loads(line) for line in next((tmp_path / "out" / "runs").rglob("metrics.jsonl")).open()]
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000 and plots.table(found).count(
+        "\n"
+    ) == len(ZOO) + 1
+    assert [result["model"] for result in plots.load(tmp_path / "out" / "eval", "Gated")] == [
+        "Gated"
+    ]
+    lines = [
+        json.loads(line) for line in next((tmp_path / "out" / "runs").rglob("metrics.jsonl")).open()
+    ]
     first, last = ([line for line in lines if line["sae"] == "TopK_text"][i] for i in (0, -1))
     assert last["NormMSE"] < first["NormMSE"]
     printed = capsys.readouterr()
-    assert "warning" not in printed.err and "RouteSAE_text: share of tokens at each site 4: 0." in printed.out
+    assert (
+        "warning" not in printed.err
+        and "RouteSAE_text: share of tokens at each site 4: 0." in printed.out
+    )
 
 
 def test_a_model_trained_alone_or_beside_others_is_bit_identical(text, tmp_path):
     train(text, tmp_path, "--model", "TopK", "--tag", "alone")
     train(text, tmp_path, "--model", "Vanilla", "RandomK", "TopK", "--tag", "beside")
-    one, two = (torch.load(tmp_path / "out" / "SAE_models" / f"TopK_text_{tag}.pt") for tag in ("alone", "beside"))
+    one, two = (
+        torch.load(tmp_path / "out" / "SAE_models" / f"TopK_text_{tag}.pt")
+        for tag in ("alone", "beside")
+    )
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -102,9 +165,20 @@ def test_one_metric_of_one_checkpoint_is_a_number(text, tmp_path):
         assert isinstance(evaluate(tmp_path, "--metric", metric), float)
 
 
-def test_figures_and_labels_of_an_sae_trained_anew_are_not_taken_for_the_new_ones(text, tmp_path, capsys, monkeypatch):
+def test_figures_and_labels_of_an_sae_trained_anew_are_not_taken_for_the_new_ones(
+    text, tmp_path, capsys, monkeypatch
+):
     out, title = tmp_path / "out", "TopK_text"
-    contexts = ["--output_dir", str(out), "--act_threshold", "0", "--lines", "1", "--max_samples", "8"]
+    contexts = [
+        "--output_dir",
+        str(out),
+        "--act_threshold",
+        "0",
+        "--lines",
+        "1",
+        "--max_samples",
+        "8",
+    ]
     train(text, tmp_path)
     evaluate(tmp_path)
     train(text, tmp_path, "--layer", "4", "--overwrite", "1")
@@ -112,7 +186,11 @@ def test_figures_and_labels_of_an_sae_trained_anew_are_not_taken_for_the_new_one
     sae, recipe = checkpoint.load(out / "SAE_models" / f"{title}.pt")
     card = (formats.export(sae, recipe, out, "hf") / "README.md").read_text()
     assert "Not measured" in card and "of another SAE that had this name" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["page", str(out / "contexts" / f"{title}_contexts.json"), str(tmp_path / "page.html")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["page", str(out / "contexts" / f"{title}_contexts.json"), str(tmp_path / "page.html")],
+    )
     page.main()
     assert "was evaluated before it was trained anew" in capsys.readouterr().out
     evaluate(tmp_path)
@@ -122,7 +200,10 @@ def test_figures_and_labels_of_an_sae_trained_anew_are_not_taken_for_the_new_one
     assert "left out" not in capsys.readouterr().out
     before = (out / "contexts" / f"{title}_contexts.json").read_bytes()
     Applier(parse("apply", [*contexts, "--act_threshold", "1e9"])).run()
-    assert "nothing kept" in capsys.readouterr().out and (out / "contexts" / f"{title}_contexts.json").read_bytes() == before
+    assert (
+        "nothing kept" in capsys.readouterr().out
+        and (out / "contexts" / f"{title}_contexts.json").read_bytes() == before
+    )
 
 
 def test_runs_that_share_an_sae_or_a_tag_spare_each_other(text, tmp_path):
@@ -132,9 +213,14 @@ def test_runs_that_share_an_sae_or_a_tag_spare_each_other(text, tmp_path):
         train(text, tmp_path, "--model", "TopK", "Vanilla")
     for name in ("TopK", "Vanilla", "TopK"):
         train(text, tmp_path, "--model", name, "--tag", "t", "--overwrite", "1")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "runs" / "t" / "metrics.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "runs" / "t" / "metrics.jsonl").open()
+    ]
     steps = [line["step"] for line in lines if line["sae"] == "TopK_text_t"]
-    assert steps == sorted(set(steps)) and {line["sae"] for line in lines} == {"TopK_text_t", "Vanilla_text_t"}
+    assert steps == sorted(set(steps)) and {line["sae"] for line in lines} == {
+        "TopK_text_t",
+        "Vanilla_text_t",
+    }
 
 
 def test_what_does_not_go_with_a_checkpoint_is_said(text, tmp_path, capsys):
@@ -143,7 +229,10 @@ def test_what_does_not_go_with_a_checkpoint_is_said(text, tmp_path, capsys):
     other = shutil.copytree(DEMO_LM, tmp_path / "other")
     evaluate(tmp_path, "--metric", "NormMSE", "--k", "2", "--model_path", str(other))
     said = capsys.readouterr().out
-    assert "--k does nothing for a trained SAE" in said and f"was trained on {DEMO_LM}, not on {other}" in said
+    assert (
+        "--k does nothing for a trained SAE" in said
+        and f"was trained on {DEMO_LM}, not on {other}" in said
+    )
     recipe = json.loads(path.read_text())
     del recipe["model_path"]
     path.write_text(json.dumps(recipe | {"model_name": "mine"}))
@@ -151,14 +240,23 @@ def test_what_does_not_go_with_a_checkpoint_is_said(text, tmp_path, capsys):
         evaluate(tmp_path)
 
 
-def test_ablations_of_a_site_are_run_once_for_all_its_saes_and_are_those_of_one(text, tmp_path, monkeypatch):
+def test_ablations_of_a_site_are_run_once_for_all_its_saes_and_are_those_of_one(
+    text, tmp_path, monkeypatch
+):
     train(text, tmp_path, "--model", "TopK", "Vanilla", "RouteSAE", "--layer", "6")
     patched, runs = hooks.patched_states, []
-    monkeypatch.setattr(hooks, "patched_states", lambda *given: runs.append(given) or patched(*given))
+    monkeypatch.setattr(
+        hooks, "patched_states", lambda *given: runs.append(given) or patched(*given)
+    )
     monkeypatch.setattr(hooks, "self_check", lambda *_: True)
-    paths = [str(tmp_path / "out" / "SAE_models" / f"{name}_text.pt") for name in ("TopK", "Vanilla", "RouteSAE")]
+    paths = [
+        str(tmp_path / "out" / "SAE_models" / f"{name}_text.pt")
+        for name in ("TopK", "Vanilla", "RouteSAE")
+    ]
     together = evaluate(tmp_path, "--SAE_path", *paths, "--metric", "all")
-    assert len(runs) == 2 * (3 + 2 + 2)  # of two batches: three codes, the site ablated both ways, the routed tokens both ways
+    assert len(runs) == 2 * (
+        3 + 2 + 2
+    )  # of two batches: three codes, the site ablated both ways, the routed tokens both ways
     for path in paths:
         (alone,) = evaluate(tmp_path, "--SAE_path", path, "--metric", "all").values()
         assert alone == together[alone["title"]]
@@ -167,8 +265,13 @@ def test_ablations_of_a_site_are_run_once_for_all_its_saes_and_are_those_of_one(
 
 def test_batch_size_changes_no_metric(text, tmp_path):
     train(text, tmp_path, "--model", "RandomK")
-    one, three = (evaluate(tmp_path, "--metric", "NormMSE", "KLDiv", "--batch_size", size)["RandomK_text"] for size in ("1", "3"))
-    assert one["NormMSE"] == pytest.approx(three["NormMSE"], rel=1e-5) and one["KLDiv"] == pytest.approx(three["KLDiv"], rel=1e-4)
+    one, three = (
+        evaluate(tmp_path, "--metric", "NormMSE", "KLDiv", "--batch_size", size)["RandomK_text"]
+        for size in ("1", "3")
+    )
+    assert one["NormMSE"] == pytest.approx(three["NormMSE"], rel=1e-5) and one[
+        "KLDiv"
+    ] == pytest.approx(three["KLDiv"], rel=1e-4)
 
 
 def test_published_recipe_trains_and_documented_bare_files_load(text, tmp_path):
@@ -196,7 +299,11 @@ def test_blocks_that_return_tuples_are_patched_too(text):
     plain = hooks.patched_states(model, batch, {16: lambda h: h + 1}, full)
     output = (full[16], "cache")
     hidden, rest = hooks.graft_hooks({16: lambda h: h + 1}, batch.mask)[16](output)
-    assert rest == "cache" and torch.equal(hidden[batch.mask], full[16][batch.mask] + 1) and torch.equal(hidden[~batch.mask], full[16][~batch.mask])
+    assert (
+        rest == "cache"
+        and torch.equal(hidden[batch.mask], full[16][batch.mask] + 1)
+        and torch.equal(hidden[~batch.mask], full[16][~batch.mask])
+    )
     assert not torch.equal(plain, lm.final_states(model, batch.input_ids))
 
 
@@ -208,16 +315,19 @@ def test_overwriting_several_sites_is_overwriting_the_last(text):
     assert torch.equal(every, hooks.patched_states(model, batch, {12: lambda h: fixed}))
 
 
-@pytest.mark.parametrize("more,said", [
-    (["--k", "65"], "more than --latent_size 64"),
-    (["--k", "0"], "--k 0: must be at least 1"),
-    (["--layer", "17"], "sites run from 1 to 16"),
-    (["--hidden_size", "64"], "the language model has 128"),
-    (["--model", "TopKK"], "the zoo has TopK"),
-    (["--text_key", "body"], "the first has text"),
-    (["--model_path", "/nowhere/at/all"], "cannot load language model"),
-    (["--data_path", "/nowhere/at/all"], "no file, folder or glob"),
-])
+@pytest.mark.parametrize(
+    "more,said",
+    [
+        (["--k", "65"], "more than --latent_size 64"),
+        (["--k", "0"], "--k 0: must be at least 1"),
+        (["--layer", "17"], "sites run from 1 to 16"),
+        (["--hidden_size", "64"], "the language model has 128"),
+        (["--model", "TopKK"], "the zoo has TopK"),
+        (["--text_key", "body"], "the first has text"),
+        (["--model_path", "/nowhere/at/all"], "cannot load language model"),
+        (["--data_path", "/nowhere/at/all"], "no file, folder or glob"),
+    ],
+)
 def test_bad_options_end_with_one_clear_line(text, tmp_path, capsys, more, said):
     def function(cfg):
         Trainer(cfg).run()
@@ -261,7 +371,9 @@ def test_metrics_by_hand():
     logits = torch.randn(5, 9)
     assert KLDiv(logits, logits).abs() < 1e-6
     p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
-    assert KLDiv(p.log(), q.log()).item() == pytest.approx(0.5 * torch.log(torch.tensor(4 / 3)).item())
+    assert KLDiv(p.log(), q.log()).item() == pytest.approx(
+        0.5 * torch.log(torch.tensor(4 / 3)).item()
+    )
     x = torch.randn(100, 6) + 3
     for factor, mse in ((0.0, 1.0), (0.5, 0.25), (1.0, 0.0)):
         measure = Reconstruction()
@@ -290,7 +402,12 @@ def test_checkpoints_of_one_name_are_not_measured_into_one_file(text, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "out" / "SAE_models", other)
     with pytest.raises(ValueError, match="several checkpoints are called TopK_text"):
-        evaluate(tmp_path, "--SAE_path", str(tmp_path / "out" / "SAE_models" / "TopK_text.pt"), str(other / "TopK_text.pt"))
+        evaluate(
+            tmp_path,
+            "--SAE_path",
+            str(tmp_path / "out" / "SAE_models" / "TopK_text.pt"),
+            str(other / "TopK_text.pt"),
+        )
 
 
 def test_rows_without_a_countable_prediction_are_one_clear_line(text, tmp_path):
@@ -303,7 +420,10 @@ def test_routed_errors_per_site_add_up_to_the_headline(text, tmp_path):
     train(text, tmp_path, "--model", "RouteSAE")
     result = evaluate(tmp_path, "--metric", "NormMSE", "Routing")["RouteSAE_text"]
     routing = result["Routing"]
-    total = sum(share * (error or 0) for share, error in zip(routing["share"], routing["NormMSE_of_routed"], strict=True))
+    total = sum(
+        share * (error or 0)
+        for share, error in zip(routing["share"], routing["NormMSE_of_routed"], strict=True)
+    )
     assert total == pytest.approx(result["NormMSE"], rel=1e-5)
 
 

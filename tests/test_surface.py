@@ -13,32 +13,62 @@ from src.zoo import ZOO
 ROOT = Path(__file__).resolve().parent.parent
 SIGNATURES = {
     "src.model": {
-        "TopK": "hidden_size latent_size k", "RouteSAE": "hidden_size n_layers latent_size k", "Vanilla": "hidden_size latent_size",
-        "Gated": "hidden_size latent_size", "JumpReLU": "hidden_size latent_size threshold bandwidth",
-        "Crosscoder": "hidden_size n_layers latent_size", "TopK.encode": "self x infer_k theta", "TopK.forward": "self x infer_k theta",
-        "TopK.pre_acts": "self x", "TopK.decode": "self latents", "TopK.get_latents": "self pre_acts infer_k theta",
-        "RouteSAE.get_router_weights": "self x aggre", "RouteSAE.route": "self x router_weights routing",
-        "RouteSAE.forward": "self x aggre routing infer_k theta", "Vanilla.forward": "self x infer_k theta",
-        "Crosscoder.pre_acts": "self x", "Crosscoder.forward": "self x infer_k theta", "get_model": "",
+        "TopK": "hidden_size latent_size k",
+        "RouteSAE": "hidden_size n_layers latent_size k",
+        "Vanilla": "hidden_size latent_size",
+        "Gated": "hidden_size latent_size",
+        "JumpReLU": "hidden_size latent_size threshold bandwidth",
+        "Crosscoder": "hidden_size n_layers latent_size",
+        "TopK.encode": "self x infer_k theta",
+        "TopK.forward": "self x infer_k theta",
+        "TopK.pre_acts": "self x",
+        "TopK.decode": "self latents",
+        "TopK.get_latents": "self pre_acts infer_k theta",
+        "RouteSAE.get_router_weights": "self x aggre",
+        "RouteSAE.route": "self x router_weights routing",
+        "RouteSAE.forward": "self x aggre routing infer_k theta",
+        "Vanilla.forward": "self x infer_k theta",
+        "Crosscoder.pre_acts": "self x",
+        "Crosscoder.forward": "self x infer_k theta",
+        "get_model": "",
     },
     "src.data": {
         "OpenWebTextDataset": "folder_path tokenizer max_length max_samples keyword",
         "create_dataloader": "folder_path tokenizer batch_size max_length max_samples keyword",
     },
     "src.utils": {
-        "set_seed": "seed", "parse_args": "", "get_language_model": "model_path device", "get_outputs": "cfg batch language_model device",
-        "pre_process": "hidden_states eps", "Normalized_MSE_loss": "x x_hat", "L1_loss": "latents", "unit_norm_decoder": "model",
-        "wandb_init": "project config name", "log_layers": "layer_weights", "save_json": "data path",
-        "hook_SAE": "cfg model hooked_module set_high set_low is_zero", "RouteHook": "",
+        "set_seed": "seed",
+        "parse_args": "",
+        "get_language_model": "model_path device",
+        "get_outputs": "cfg batch language_model device",
+        "pre_process": "hidden_states eps",
+        "Normalized_MSE_loss": "x x_hat",
+        "L1_loss": "latents",
+        "unit_norm_decoder": "model",
+        "wandb_init": "project config name",
+        "log_layers": "layer_weights",
+        "save_json": "data path",
+        "hook_SAE": "cfg model hooked_module set_high set_low is_zero",
+        "RouteHook": "",
         "hook_RouteSAE": "cfg model language_model batch_layer_weights set_high set_low is_zero",
         "LinearWarmupLR": "optimizer num_warmup_steps num_training_steps max_lr",
     },
     "src.trainer": {"Trainer": "cfg", "Trainer.run": "self"},
-    "src.evaluator": {"Evaluator": "cfg", "Evaluator.run": "self", "Evaluator.KLDiv": "logits_original logits_reconstruct"},
-    "src.applier": {"Applier": "cfg", "Applier.get_context": "self threshold max_length max_per_token lines output_path"},
+    "src.evaluator": {
+        "Evaluator": "cfg",
+        "Evaluator.run": "self",
+        "Evaluator.KLDiv": "logits_original logits_reconstruct",
+    },
+    "src.applier": {
+        "Applier": "cfg",
+        "Applier.get_context": "self threshold max_length max_per_token lines output_path",
+    },
     "src.interpreter": {
-        "Interpreter": "cfg", "Interpreter.construct_prompt": "self tokens_info", "Interpreter.chat_completion": "self client prompt max_retry",
-        "Interpreter.run": "self data_path sample_latents output_path", "Interpreter.calculate_cost": "self",
+        "Interpreter": "cfg",
+        "Interpreter.construct_prompt": "self tokens_info",
+        "Interpreter.chat_completion": "self client prompt max_retry",
+        "Interpreter.run": "self data_path sample_latents output_path",
+        "Interpreter.calculate_cost": "self",
     },
 }
 FLAGS = """model model_path hidden_size latent_size k layer n_layers l1_coeff threshold bandwidth aggre routing data_path batch_size max_length lr
@@ -55,7 +85,9 @@ train.py evaluate.py apply.py interpret.py steer.py export.py requirements.txt c
 docs/evaluation_results.md docs/LOG.md LICENSE CONTRIBUTING.md README.md""".split()
 
 
-@pytest.mark.parametrize("module, name", [(module, name) for module, names in SIGNATURES.items() for name in names])
+@pytest.mark.parametrize(
+    "module, name", [(module, name) for module, names in SIGNATURES.items() for name in names]
+)
 def test_documented_names_take_the_documented_arguments_in_their_order(module, name):
     found = importlib.import_module(module)
     for part in name.split("."):
@@ -65,43 +97,89 @@ def test_documented_names_take_the_documented_arguments_in_their_order(module, n
 
 
 def test_every_documented_flag_is_accepted_by_a_stage():
-    known = {flag for stage in config.STAGES for action in config.parser(stage)._actions for flag in action.option_strings}
+    known = {
+        flag
+        for stage in config.STAGES
+        for action in config.parser(stage)._actions
+        for flag in action.option_strings
+    }
     assert not [flag for flag in FLAGS if f"--{flag}" not in known]
 
 
 def test_every_documented_file_is_there_and_scripts_pass_their_arguments_on():
     assert not [name for name in FILES if not (ROOT / name).exists()]
-    for name in [*(f"train_{name.lower()}" for name in ZOO), "evaluate_compare", "apply", "interpret", "steer", "download_data"]:
+    for name in [
+        *(f"train_{name.lower()}" for name in ZOO),
+        "evaluate_compare",
+        "apply",
+        "interpret",
+        "steer",
+        "download_data",
+    ]:
         assert '"$@"' in (ROOT / "scripts" / f"{name}.sh").read_text(), name
 
 
 def test_documented_models_parameters_and_tuples():
     biases = {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"}
     gated = {"pre_bias", "gate_bias", "mag_bias", "r_mag", "encoder.weight", "decoder.weight"}
-    crosscoder = {"latent_bias", *(f"{part}.{i}.weight" for part in ("encoder", "decoder") for i in range(9))}
+    crosscoder = {
+        "latent_bias",
+        *(f"{part}.{i}.weight" for part in ("encoder", "decoder") for i in range(9)),
+    }
     for name, sae, wanted in (
-        ("TopK", model.TopK(8, 32, 4), biases), ("Vanilla", model.Vanilla(8, 32), biases), ("Gated", model.Gated(8, 32), gated | {"latent_bias"}),
-        ("JumpReLU", model.JumpReLU(8, 32), biases | {"threshold"}), ("Crosscoder", model.Crosscoder(8, 16, 32), crosscoder),
-        ("RouteSAE", model.RouteSAE(8, 16, 32, 4), {"router.weight", *(f"sae.{key}" for key in biases)}),
+        ("TopK", model.TopK(8, 32, 4), biases),
+        ("Vanilla", model.Vanilla(8, 32), biases),
+        ("Gated", model.Gated(8, 32), gated | {"latent_bias"}),
+        ("JumpReLU", model.JumpReLU(8, 32), biases | {"threshold"}),
+        ("Crosscoder", model.Crosscoder(8, 16, 32), crosscoder),
+        (
+            "RouteSAE",
+            model.RouteSAE(8, 16, 32, 4),
+            {"router.weight", *(f"sae.{key}" for key in biases)},
+        ),
     ):
-        assert set(sae.state_dict()) <= wanted and wanted - set(sae.state_dict()) <= {"latent_bias"}, name
+        assert set(sae.state_dict()) <= wanted and wanted - set(sae.state_dict()) <= {
+            "latent_bias"
+        }, name
     x = torch.randn(2, 3, 8)
-    for sae in (model.TopK(8, 32, 4), model.Vanilla(8, 32), model.Gated(8, 32), model.JumpReLU(8, 32)):
+    for sae in (
+        model.TopK(8, 32, 4),
+        model.Vanilla(8, 32),
+        model.Gated(8, 32),
+        model.JumpReLU(8, 32),
+    ):
         latents, x_hat = sae(x)
         assert latents.shape == (2, 3, 32) and x_hat.shape == x.shape
     route = model.RouteSAE(8, 16, 32, 4)
     assert (route.start_layer, route.end_layer, route.n_routed_layers) == (4, 13, 9)
-    assert [tuple(part.shape) for part in route(torch.randn(2, 3, 9, 8))] == [(2, 3, 9), (2, 3, 8), (2, 3, 32), (2, 3, 8), (2, 3, 9)]
+    assert [tuple(part.shape) for part in route(torch.randn(2, 3, 9, 8))] == [
+        (2, 3, 9),
+        (2, 3, 8),
+        (2, 3, 32),
+        (2, 3, 8),
+        (2, 3, 9),
+    ]
     latents, x_hat = model.Crosscoder(8, 16, 32)(torch.randn(2, 3, 9, 8))
     assert latents.shape == (2, 3, 32) and x_hat.shape == (2, 3, 9, 8)
 
 
-@pytest.mark.parametrize("bad", [
-    lambda: model.TopK(0, 32, 4), lambda: model.TopK(8, 0, 4), lambda: model.TopK(8, 32, 0), lambda: model.TopK(8, 32, 33),
-    lambda: model.Vanilla(8, -1), lambda: model.Gated(0, 32), lambda: model.JumpReLU(8, 0), lambda: model.Crosscoder(8, 3, 32),
-    lambda: model.RouteSAE(8, 3, 32, 4), lambda: model.TopK(8, 32, 4)(torch.randn(2, 8), infer_k=2, theta=0.1),
-    lambda: model.RouteSAE(8, 16, 32, 4)(torch.randn(2, 9, 8), aggre="max"), lambda: model.RouteSAE(8, 16, 32, 4)(torch.randn(2, 9, 8), routing="no"),
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: model.TopK(0, 32, 4),
+        lambda: model.TopK(8, 0, 4),
+        lambda: model.TopK(8, 32, 0),
+        lambda: model.TopK(8, 32, 33),
+        lambda: model.Vanilla(8, -1),
+        lambda: model.Gated(0, 32),
+        lambda: model.JumpReLU(8, 0),
+        lambda: model.Crosscoder(8, 3, 32),
+        lambda: model.RouteSAE(8, 3, 32, 4),
+        lambda: model.TopK(8, 32, 4)(torch.randn(2, 8), infer_k=2, theta=0.1),
+        lambda: model.RouteSAE(8, 16, 32, 4)(torch.randn(2, 9, 8), aggre="max"),
+        lambda: model.RouteSAE(8, 16, 32, 4)(torch.randn(2, 9, 8), routing="no"),
+    ],
+)
 def test_documented_value_errors(bad):
     with pytest.raises(ValueError):
         bad()

@@ -39,14 +39,43 @@ class Fake:
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     text = tmp_path / "t.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"Value {i} of the array, or {i * i} where that is larger. " * 4}) for i in range(60)))
+    text.write_text(
+        "\n".join(
+            json.dumps({"text": f"Value {i} of the array, or {i * i} where that is larger. " * 4})
+            for i in range(60)
+        )
+    )
 
     def run(module, *more):
         monkeypatch.setitem(sys.modules, "wandb", module)
-        where = ["--model_path", str(DEMO_LM), "--data_path", str(text), "--output_dir", str(tmp_path / "out"), "--dtype", "float32"]
-        sizes = ["--latent_size", "64", "--k", "4", "--max_length", "32", "--batch_size", "4", "--max_samples", "20"]
-        Trainer(parse("train", [*where, *sizes, "--use_wandb", "--tag", "t", "--overwrite", *more])).run()
-        return [json.loads(line) for line in (tmp_path / "out" / "runs" / "t" / "metrics.jsonl").open()]
+        where = [
+            "--model_path",
+            str(DEMO_LM),
+            "--data_path",
+            str(text),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--dtype",
+            "float32",
+        ]
+        sizes = [
+            "--latent_size",
+            "64",
+            "--k",
+            "4",
+            "--max_length",
+            "32",
+            "--batch_size",
+            "4",
+            "--max_samples",
+            "20",
+        ]
+        Trainer(
+            parse("train", [*where, *sizes, "--use_wandb", "--tag", "t", "--overwrite", *more])
+        ).run()
+        return [
+            json.loads(line) for line in (tmp_path / "out" / "runs" / "t" / "metrics.jsonl").open()
+        ]
 
     return run
 
@@ -54,16 +83,25 @@ def train(tmp_path, monkeypatch):
 def test_wandb_gets_the_lines_of_the_file_and_every_option(train):
     fake = Fake()
     lines = train(fake, "--wandb_project", "mine", "--model", "TopK", "Vanilla")
-    assert fake.finished and fake.given["project"] == "mine" and fake.given["config"]["max_length"] == 32
+    assert (
+        fake.finished
+        and fake.given["project"] == "mine"
+        and fake.given["config"]["max_length"] == 32
+    )
     assert len(fake.lines) == len(lines) == 10
     for (step, sent), line in zip(fake.lines, lines, strict=True):
         assert step == line["step"] and sent[f"{line['sae']}/NormMSE"] == line["NormMSE"]
 
 
-@pytest.mark.parametrize("broken,said", [
-    ("import", "no wandb logging (ModuleNotFoundError"), ("init", "no wandb logging (RuntimeError: init: the network is down)"),
-    ("log", "wandb stopped (RuntimeError: log: the network is down)"), ("finish", "wandb stopped (RuntimeError: finish"),
-])
+@pytest.mark.parametrize(
+    "broken,said",
+    [
+        ("import", "no wandb logging (ModuleNotFoundError"),
+        ("init", "no wandb logging (RuntimeError: init: the network is down)"),
+        ("log", "wandb stopped (RuntimeError: log: the network is down)"),
+        ("finish", "wandb stopped (RuntimeError: finish"),
+    ],
+)
 def test_its_failures_are_one_warning_and_the_training_goes_on(train, capsys, broken, said):
     fake = None if broken == "import" else Fake(broken)
     lines = train(fake)
