@@ -11,7 +11,7 @@ import time
 import torch
 
 from src import hooks, lm
-from src.applier import SAMPLE, Applier, Seen, parts
+from src.applier import SAMPLE, Applier, ContextCollector, parts
 from src.config import parse
 from src.contexts import Table
 from src.data import open_rows
@@ -122,7 +122,7 @@ def compare(argv=None):
         Table(sae.latent_size, 3 * cfg.top_n, cfg.max_per_token),
         Table(sae.latent_size, SAMPLE),
     )
-    seen = Seen(sae, rows, cfg.context_length, top, sample, cfg.seed)
+    seen = ContextCollector(sae, rows, cfg.context_length, top, sample, cfg.seed)
     loops = {
         name: Loop(
             lean, sae.latent_size, cfg.context_length, cfg.seed, threshold, cfg.max_per_token

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.run import SHAPES
 from src import checkpoint, config, lm, model, ops
 from src.files import save_json
-from src.run import Run
+from src.sae_training import SAETraining
 
 
 def timed(work, repeats=7, warm=2):
@@ -41,7 +41,7 @@ def rounding(found):
     form = ops.SparseCode.form
     for name in ("products", "rows", "sums"):
         ops.SparseCode.form = lambda ratio, x, name=name: name
-        with ops.narrow_factors():
+        with ops.bf16_matmuls():
             a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
         others = (a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32
         off = {
@@ -50,7 +50,7 @@ def rounding(found):
         }
         for one, p in ((sae, a), (exact, b)):
             one.zero_grad()
-            with ops.narrow_factors():
+            with ops.bf16_matmuls():
                 sum(one.loss(p).values()).backward()
         off |= {
             n: float((p.grad - q.grad).norm() / q.grad.norm())
@@ -68,8 +68,8 @@ def topk(found, n=32768, f=16384, k=64):
     found["top-k"] = {
         "torch": timed(lambda: values.topk(k, sorted=False), 3),
         "torch, sorted": timed(lambda: values.topk(k), 3),
-        "kernel": timed(lambda: kernels.largest(values, k)),
-        "kernel, few positive": timed(lambda: kernels.largest(few, k)),
+        "kernel": timed(lambda: kernels.topk_indices(values, k)),
+        "kernel, few positive": timed(lambda: kernels.topk_indices(few, k)),
         "zero in place": timed(values.zero_),
     }
 
@@ -95,8 +95,8 @@ def rows_of_active(found, n=32704, f=16384, k=64, d=2048):
         dense.zero_().view(-1)[at] = values.bfloat16()
 
     found["rows"] = {
-        "sums": timed(lambda: ops.row_sums(values, latent, bounds, table)),
-        "dots": timed(lambda: ops.row_dots(grad, latent, bounds, table)),
+        "sums": timed(lambda: ops.weighted_embedding_bag(values, latent, bounds, table)),
+        "dots": timed(lambda: ops.bag_dots(grad, latent, bounds, table)),
         "dense product": timed(lambda: ops.product(dense, table)),
         "dense gradient": timed(lambda: (narrowed @ table.T).view(-1)[at]),
         "dense code": timed(filled),
@@ -149,7 +149,7 @@ def sae_with_states(name, shape, **options):
     )
     values = {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
     sae = model.build(name, fields["hidden_size"], fields["num_hidden_layers"], values).cuda()
-    run, n = Run(sae, name, values, cfg, 100), rows * length - rows
+    run, n = SAETraining(sae, name, values, cfg, 100), rows * length - rows
     hidden = {
         site: torch.randn(n, sae.hidden_size, device="cuda", dtype=torch.bfloat16)
         for site in sae.sites()
@@ -167,11 +167,11 @@ def steps(found, shape):
         (name, {}, "")
         for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")
     ] + [("RouteSAE", published, "")]
-    narrows, form, found["steps"] = ops.narrows, ops.SparseCode.form, {}
+    uses_bf16_matmul, form, found["steps"] = ops.uses_bf16_matmul, ops.SparseCode.form, {}
     for name, more, how in forms:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        ops.narrows = (lambda x: False) if how == "tf32" else narrows
+        ops.uses_bf16_matmul = (lambda x: False) if how == "tf32" else uses_bf16_matmul
         ops.SparseCode.form = form if how in ("", "tf32") else lambda ratio, x, how=how: how
         run, hidden, token = sae_with_states(name, shape, **more)
         number = itertools.count()
@@ -185,7 +185,7 @@ def steps(found, shape):
         found["steps"][label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
         print(label, found["steps"][label], flush=True)
         run = hidden = None  # the next one needs the room
-    ops.narrows, ops.SparseCode.form = narrows, form
+    ops.uses_bf16_matmul, ops.SparseCode.form = uses_bf16_matmul, form
 
 
 def profile(found, shape, out):

@@ -66,8 +66,8 @@ def score(sae, states):
 
 def training_objects():
     """The SAEs and schedule-free optimisers that are alive; found by type, so that the trainer may change as it likes."""
-    from src.run import Signum
     from src.sae import SAE
+    from src.sae_training import Signum
 
     alive = gc.get_objects()
     saes = [

@@ -33,7 +33,7 @@ def step(sae: TopK, x: torch.Tensor, form: str) -> float:
     """Seconds."""
     started = time.perf_counter()
     SparseCode.form = lambda ratio, x: form
-    with ops.narrow_factors():
+    with ops.bf16_matmuls():
         p = sae.autoencode(x)
         sae.zero_grad()
         sum(sae.loss(p).values()).backward()

@@ -25,7 +25,7 @@ def mark():
     """Puts ranges around the parts of src's training. Innermost ranges count."""
     from src import hooks, lm, model, sae
     from src.data import Rows
-    from src.run import Signum
+    from src.sae_training import Signum
 
     ranged(Rows, "batch", "bench:data")
     ranged(lm, "read_sites", "bench:LM")

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = {}
         for seed in own.seeds:
             cfg = routing_runs.options_of(argv, seed, "first")
-            demo.stand_in(cfg)
+            demo.use_demo_defaults(cfg)
             config.complete(cfg)
             cfg.device = checkpoint.pick_device(cfg.device)
             tokenizer, language_model = lm.get_language_model(

@@ -40,11 +40,11 @@ QUANTITIES = (
 PART_ROWS, COST_EVERY = 80, 5  # rows a part, of which every fifth batch measures costs
 
 
-class Run(NamedTuple):
+class PatchedRun(NamedTuple):
     """One patched pass of one arm."""
 
     name: str
-    grafts: dict[int, Callable[[Tensor], Tensor]]
+    patches: dict[int, Callable[[Tensor], Tensor]]
     site: Tensor  # index into the routed sites of each token's patch [N]
     errors: Tensor  # NormMSE [N]
     latents: Tensor  # [N,F]
@@ -71,7 +71,7 @@ def arms_of(
     for name in ROUTERS:
         arms[f"{name}_shares"].shares = router.load(weights[name])
     for name in LEARNED:
-        arms[f"{name}_fixed"].load_bias += router.shifts(
+        arms[f"{name}_fixed"].load_bias += router.logit_shifts(
             weights[f"{name}_fixed"].clamp_min(1e-30).log(), router.load(weights[name])
         )
     for name in ROUTERS:
@@ -94,15 +94,15 @@ def _used(sae: SAE, routing: str) -> SAE:
 
 def runs_of(
     arms: dict[str, SAE], hidden: dict[int, Tensor], keys: Tensor, routed: list[int]
-) -> Iterator[Run]:
+) -> Iterator[PatchedRun]:
     for name, sae in arms.items():
         p = sae.autoencode(sae.gather(hidden), token=keys)
         errors = squared_errors(p.target, p.x_hat)
-        for i, grafts in enumerate(sae.grafts(hidden, token=keys, clean=p)):
+        for i, patches in enumerate(sae.patches(hidden, token=keys, clean=p)):
             if p.weights is not None:
-                yield Run(
+                yield PatchedRun(
                     name,
-                    grafts,
+                    patches,
                     p.weights.argmax(-1),
                     errors,
                     p.latents,
@@ -110,13 +110,13 @@ def runs_of(
                     not name.endswith(("_permuted", "_oracle")),
                 )
                 continue
-            (site,) = grafts
+            (site,) = patches
             here = torch.full_like(keys, routed.index(site))
             several = errors.ndim > 1
             run = f"{name}_{site}" if several else name
-            yield Run(
+            yield PatchedRun(
                 run,
-                grafts,
+                patches,
                 here,
                 errors[:, i] if several else errors,
                 p.latents[:, i] if several else p.latents,
@@ -126,13 +126,13 @@ def runs_of(
 
 
 def with_noise(
-    graft: Callable[[Tensor], Tensor], generator: torch.Generator
+    patch: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """h plus an error as long as the graft's, in a random direction."""
+    """h plus an error as long as the patch's, in a random direction."""
 
     def noisy(h: Tensor) -> Tensor:
         direction = torch.randn(h.shape, generator=generator).to(h)
-        return h + F.normalize(direction, dim=-1) * (graft(h) - h).norm(dim=-1, keepdim=True)
+        return h + F.normalize(direction, dim=-1) * (patch(h) - h).norm(dim=-1, keepdim=True)
 
     return noisy
 
@@ -271,16 +271,16 @@ def _measure_batch(
             )
             sums.per_run(run.name, site_of_token=cells.view(-1, len(sites)).int())
             chosen[run.name] = run.site
-        states[run.name, "KL"] = hooks.patched_states(language_model, batch, run.grafts, full)[at]
+        states[run.name, "KL"] = hooks.patched_states(language_model, batch, run.patches, full)[at]
         if costs and run.costs:
-            noisy = {site: with_noise(graft, generator) for site, graft in run.grafts.items()}
+            noisy = {site: with_noise(patch, generator) for site, patch in run.patches.items()}
             states[run.name, "KL_noise"] = hooks.patched_states(language_model, batch, noisy, full)[
                 at
             ]
             key = run.name if run.routed else str(run.site[:1].tolist())
             if key not in ablated:
                 put = {
-                    site: mean_put(run.site, sites.index(site), means[site]) for site in run.grafts
+                    site: mean_put(run.site, sites.index(site), means[site]) for site in run.patches
                 }
                 ablated[key] = hooks.patched_states(language_model, batch, put, full)[at]
             states[run.name, "KL_mean"] = ablated[key]

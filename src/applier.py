@@ -23,7 +23,7 @@ from src.contexts import Events, Table, TokenText, sentence
 from src.data import Batch, Rows, open_rows
 from src.metrics import token_kl
 from src.ops import Sparse, active, random_integers, random_subset
-from src.sae import SAE, Pass
+from src.sae import SAE, SAEOutput
 
 SAMPLE = 64  # activations of each latent drawn uniformly: its histogram, its quantiles
 QUARTERS, EACH = (
@@ -123,7 +123,7 @@ def around_each(key: Tensor, value: Tensor, length: int, index: Tensor, reach: i
     return around
 
 
-class Seen:
+class ContextCollector:
     """What one pass over the text leaves behind: the best events, a sample, counts. Its size does not depend on the length of the text."""
 
     def __init__(
@@ -158,7 +158,12 @@ class Seen:
         return float(self.maximum.max())
 
     def update(
-        self, batch: Batch, p: Pass, strength: Tensor | Sparse, groups: Tensor, threshold: float
+        self,
+        batch: Batch,
+        p: SAEOutput,
+        strength: Tensor | Sparse,
+        groups: Tensor,
+        threshold: float,
     ) -> None:
         """One batch. strength of shape [N,F] or [N,L,F]: of a code per token, or one per token and site."""
         n, n_sites, size = int(batch.mask.sum()), self.at_site.shape[1], strength.shape[-1]
@@ -305,7 +310,7 @@ class Applier:
                 f"--SAE_path names {len(opened)} checkpoints; contexts are made of one at a time"
             )
         self.sae, self.recipe = opened[0]
-        demo.stand_in(cfg)
+        demo.use_demo_defaults(cfg)
         config.complete(cfg)
 
     def run(self) -> tuple[int, Path]:
@@ -353,7 +358,7 @@ class Applier:
 
     def _write(
         self,
-        seen: Seen,
+        seen: ContextCollector,
         others: list[dict[str, Any]],
         rows: Rows,
         given: tuple[float, int, int, int],
@@ -390,9 +395,11 @@ class Applier:
 
     # ------------------------------------------------------------------------------------------------ one pass
 
-    def _collect(self, rows: Rows, threshold: float, reach: int, max_per_token: int) -> Seen:
+    def _collect(
+        self, rows: Rows, threshold: float, reach: int, max_per_token: int
+    ) -> ContextCollector:
         cfg, sae = self.cfg, self.sae
-        seen = Seen(
+        seen = ContextCollector(
             sae,
             rows,
             reach,
@@ -418,7 +425,9 @@ class Applier:
 
     # ------------------------------------------------------------------------------------------- what was kept
 
-    def _describe(self, seen: Seen, reach: int, lines: int) -> dict[str, dict[str, Any]]:
+    def _describe(
+        self, seen: ContextCollector, reach: int, lines: int
+    ) -> dict[str, dict[str, Any]]:
         """{latent: contexts and figures}, for the latents with enough contexts."""
         top, sample = seen.top.kept, seen.sample.kept
         if top is None or sample is None:
@@ -590,7 +599,7 @@ class Applier:
             ).log_softmax(-1)
             kl, change = 0.0, 0.0
             runs = list(
-                sae.grafts(
+                sae.patches(
                     hidden,
                     infer_k=self.cfg.infer_k,
                     theta=self.cfg.theta,
@@ -598,9 +607,9 @@ class Applier:
                     token=batch.token_keys(),
                 )
             )
-            for grafts in runs:
+            for patches in runs:
                 without = lm.logits_of(
-                    model, hooks.patched_states(model, batch, grafts, full)[lines, at]
+                    model, hooks.patched_states(model, batch, patches, full)[lines, at]
                 ).log_softmax(-1)
                 kl += float(token_kl(clean, without).mean()) / len(runs)
                 change = change + (clean.exp() - without.exp()).mean(0) / len(runs)
@@ -609,7 +618,7 @@ class Applier:
 
     def _header(
         self,
-        seen: Seen,
+        seen: ContextCollector,
         rows: Rows,
         kept: int,
         threshold: float,

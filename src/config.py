@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src import runfile, zoo
+from src import config_file, zoo
 from src.files import DEMO_LM, printable, redacted
 
 
@@ -612,7 +612,7 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> Namespace:
 
 def _from_file(path: str, stage: str, made: _Parser) -> dict[str, Any]:
     """What a --config file says for this stage, parsed as if it were typed; options of other stages are passed over."""
-    options, said = runfile.read(path, stage, OPTIONS)
+    options, said = config_file.read(path, stage, OPTIONS)
     if said:
         print(said)
     mine = {
@@ -624,7 +624,7 @@ def _from_file(path: str, stage: str, made: _Parser) -> dict[str, Any]:
     made.reading = f"--config {path}: "
     parsed = vars(
         made.parse_args(
-            runfile.words({name: value for name, value in options.items() if name in mine})
+            config_file.words({name: value for name, value in options.items() if name in mine})
         )
     )
     made.reading = ""
@@ -746,7 +746,7 @@ def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
 
     Neither the split nor sizes of the training run (rows, tokens, device) are taken over.
     """
-    own = NEUTRAL | runfile.OF_ITS_RUN
+    own = NEUTRAL | config_file.OF_ITS_RUN
     saved = dict(recipe.get("options", {})) | {
         key: recipe[key] for key in ("model_path", "data_path") if recipe.get(key)
     }

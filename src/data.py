@@ -43,7 +43,7 @@ from src.sources import (
     split_files,
 )
 
-LONGEST = 2**20  # characters tokenised at one time: about 150 bytes of memory each
+CHUNK_CHARS = 2**20  # characters tokenised at one time: about 150 bytes of memory each
 HUB_TOKENS = (
     100_000_000  # what a hub data set is cut to where no limit is given: some of them do not end
 )
@@ -125,7 +125,7 @@ def _word_pieces(text: str, words: int) -> Iterator[str]:
 
 
 def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str, bool, bool]]]:
-    """(piece of a document, whether it is its last, whether it is of a conversation), in lists of up to 256 pieces and about LONGEST characters:
+    """(piece of a document, whether it is its last, whether it is of a conversation), in lists of up to 256 pieces and about CHUNK_CHARS characters:
     what is tokenised at one time.
 
     Pieces are of `words` words, or where that is None whole documents; longer ones are cut, as one line of 100 MB would fill the memory.
@@ -135,14 +135,14 @@ def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str,
         pieces = (
             _word_pieces(text, words)
             if words
-            else (text[at : at + LONGEST] for at in range(0, len(text), LONGEST))
+            else (text[at : at + CHUNK_CHARS] for at in range(0, len(text), CHUNK_CHARS))
         )
         piece = next(pieces)
         while piece is not None:
             following = next(pieces, None)
             gathered.append((piece, following is None, isinstance(text, Chat)))
             size += len(piece)
-            if len(gathered) == 256 or size >= LONGEST:
+            if len(gathered) == 256 or size >= CHUNK_CHARS:
                 yield gathered
                 gathered, size = [], 0
             piece = following

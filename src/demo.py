@@ -136,7 +136,7 @@ def build_corpus() -> Path:
     return folder
 
 
-def stand_in(cfg: Any) -> None:
+def use_demo_defaults(cfg: Any) -> None:
     """Fills in the demo LM and text where neither a flag, nor the environment, nor a download names others; says so."""
     missing = [
         name

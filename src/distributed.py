@@ -122,12 +122,12 @@ def _reported() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ within a step
 
 
-def total(x: Tensor) -> Tensor:
+def all_sum(x: Tensor) -> Tensor:
     """Sum over processes, the same bits in each."""
     return x if world() == 1 else _reduced(x.clone(), dist.ReduceOp.SUM)
 
 
-def largest(x: Tensor) -> Tensor:
+def all_max(x: Tensor) -> Tensor:
     """Largest over processes, entry by entry."""
     return x if world() == 1 else _reduced(x.clone(), dist.ReduceOp.MAX)
 
@@ -138,7 +138,7 @@ def _reduced(x: Tensor, how: Any) -> Tensor:
     return x
 
 
-def total_(tensors: Sequence[Tensor]) -> None:
+def all_sum_(tensors: Sequence[Tensor]) -> None:
     """Each tensor becomes its sum over processes, in place: large ones as they are, small ones in flat buckets."""
     if world() == 1:
         return
@@ -165,7 +165,7 @@ def concat(x: Tensor) -> Tensor:
     """The rows of all processes in their order; there may be another number of them in each. [n,...] -> [N,...]"""
     if world() == 1:
         return x
-    sizes = [int(n) for n in total(torch.eye(world(), dtype=torch.long)[rank()] * len(x))]
+    sizes = [int(n) for n in all_sum(torch.eye(world(), dtype=torch.long)[rank()] * len(x))]
     padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: len(x)] = x
     found = [torch.empty_like(padded) for _ in sizes]
@@ -177,7 +177,7 @@ def concat(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- between the steps
 
 
-def highest(*numbers: int) -> list[int]:
+def all_max_ints(*numbers: int) -> list[int]:
     """The highest over processes of each number: how they agree to stop, or to take more slices."""
     return (
         list(numbers)

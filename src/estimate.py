@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from src import distributed, hooks
 from src.data import Rows
-from src.ops import narrow_factors
+from src.ops import bf16_matmuls
 from src.sae import SAE
 
 GIGA = 1e9
@@ -103,7 +103,7 @@ def step_cost(
 
     mine = -(-min(batch_size, len(rows)) // distributed.world())  # rows of a step in this process
     n = mine if on_cuda else max(1, min(mine, TRIAL_TOKENS // rows.max_length))
-    with distributed.alone(), unchanged(saes), narrow_factors():
+    with distributed.alone(), unchanged(saes), bf16_matmuls():
         while True:
             try:
                 if on_cuda:

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm, metrics
 from src.data import Batch, Rows, open_rows
-from src.sae import SAE, Graft, Pass
+from src.sae import SAE, Patch, SAEOutput
 
 OF_THE_MODEL = {"KLDiv", "DeltaCE", "Recovered"}  # need the language model patched
 
 
-class Subject:
+class EvaluatedSAE:
     """One checkpoint and what has been measured of it."""
 
     def __init__(self, path: str, sae: SAE, recipe: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Subject:
             ).merge(theirs)
 
 
-class Head:
+class LogitComparison:
     """The language model's head over one batch: final states of patched runs wait here, so that those of the clean run go through it once."""
 
     HELD = 16  # states [N,D] that wait at most
@@ -75,11 +75,11 @@ class Head:
             clean[self.at],
             batch.input_ids.roll(-1, 1)[self.at],
         )
-        self.waiting: list[tuple[list[tuple[Subject, str]], Tensor]] = []
+        self.waiting: list[tuple[list[tuple[EvaluatedSAE, str]], Tensor]] = []
 
-    def add(self, takers: list[tuple[Subject, str]], states: Tensor) -> None:
+    def add(self, subscribers: list[tuple[EvaluatedSAE, str]], states: Tensor) -> None:
         """states [B,S,D] of one patched run, and whose run of what name it is."""
-        self.waiting.append((takers, states[self.at]))
+        self.waiting.append((subscribers, states[self.at]))
         if len(self.waiting) == self.HELD:
             self.measure()
 
@@ -89,9 +89,9 @@ class Head:
             clean = metrics.Prediction(
                 lm.logits_of(self.model, self.clean[here]), self.targets[here]
             )
-            for takers, states in self.waiting:
+            for subscribers, states in self.waiting:
                 kl, ce = clean.compare(lm.logits_of(self.model, states[here]))
-                for subject, label in takers:
+                for subject, label in subscribers:
                     subject.note(subject.kl, label, kl)
                     subject.note(subject.ce, label, ce)
                     if "/" not in label:
@@ -109,7 +109,7 @@ class Evaluator:
         if "all" in cfg.metric:
             cfg.metric = [name for name in config.METRICS if name != "all"]
         self.subjects = [
-            Subject(path, *opened)
+            EvaluatedSAE(path, *opened)
             for opened, path in zip(
                 checkpoint.open_all(cfg), dict.fromkeys(cfg.SAE_path), strict=True
             )
@@ -123,12 +123,12 @@ class Evaluator:
             raise ValueError(
                 f"several checkpoints are called {twice} ({same}); evaluate them apart, with their own --output_dir"
             )
-        demo.stand_in(cfg)
+        demo.use_demo_defaults(cfg)
         config.complete(cfg)
         if cfg.split == "train":
             print("warning: evaluating on the training split")
 
-    def _vary(self, subject: Subject) -> None:
+    def _vary(self, subject: EvaluatedSAE) -> None:
         """Options that make this another measurement of the same SAE; they join the title, so that no result replaces another."""
         for name in ("routing", "route_patch"):
             value = getattr(self.cfg, name)
@@ -176,17 +176,17 @@ class Evaluator:
             )
             hidden = {site: state[batch.mask].float() for site, state in full.items()}
             tokens += int(batch.mask.sum())
-            head = None if final is None else Head(model, final, batch)
-            whole: dict[tuple[str, int], list[tuple[Subject, str]]] = {}
+            head = None if final is None else LogitComparison(model, final, batch)
+            whole: dict[tuple[str, int], list[tuple[EvaluatedSAE, str]]] = {}
             for subject in self.subjects:
                 p = self._measure_code(subject, hidden, batch)
                 if head is not None:
                     self._measure_patched(
                         subject, p, model, batch, full, hidden, ablations, head, whole
                     )
-            for (kind, site), takers in whole.items():
+            for (kind, site), subscribers in whole.items():
                 head.add(
-                    takers,
+                    subscribers,
                     hooks.patched_states(
                         model, batch, self._ablated([site], {}, ablations[kind]), full
                     ),
@@ -255,7 +255,9 @@ class Evaluator:
                 break
         return {site: total / count for site, total in sums.items()}
 
-    def _measure_code(self, subject: Subject, hidden: dict[int, Tensor], batch: Batch) -> Pass:
+    def _measure_code(
+        self, subject: EvaluatedSAE, hidden: dict[int, Tensor], batch: Batch
+    ) -> SAEOutput:
         x, keys = subject.sae.gather(hidden), batch.token_keys()
         p = subject.sae.autoencode(x, self.cfg.infer_k, self.cfg.theta, keys)
         subject.reconstruction.update(p.target, p.x_hat)
@@ -274,34 +276,34 @@ class Evaluator:
 
     def _measure_patched(
         self,
-        subject: Subject,
-        p: Pass,
+        subject: EvaluatedSAE,
+        p: SAEOutput,
         model,
         batch: Batch,
         full,
         hidden,
         ablations,
-        head: Head,
+        head: LogitComparison,
         whole,
     ) -> None:
         """Adds to `whole` which ablations it needs of all tokens at one site: these are the same for every SAE there, and are run once."""
         cfg = self.cfg
-        for number, grafts in enumerate(
-            subject.sae.grafts(
+        for number, patches in enumerate(
+            subject.sae.patches(
                 hidden, infer_k=cfg.infer_k, theta=cfg.theta, token=batch.token_keys(), clean=p
             )
         ):
-            runs = {f"run_{number}": grafts}
-            if len(grafts) == 1:
+            runs = {f"run_{number}": patches}
+            if len(patches) == 1:
                 for kind in ablations:
-                    whole.setdefault((kind, *grafts), []).append((subject, f"run_{number}/{kind}"))
+                    whole.setdefault((kind, *patches), []).append((subject, f"run_{number}/{kind}"))
             elif ablations:
                 kept = {
-                    site: (graft(hidden[site]) == hidden[site]).all(-1, keepdim=True)
-                    for site, graft in grafts.items()
+                    site: (patch(hidden[site]) == hidden[site]).all(-1, keepdim=True)
+                    for site, patch in patches.items()
                 }
                 runs |= {
-                    f"run_{number}/{kind}": self._ablated(grafts, kept, put)
+                    f"run_{number}/{kind}": self._ablated(patches, kept, put)
                     for kind, put in ablations.items()
                 }
             for label, run in runs.items():
@@ -309,7 +311,7 @@ class Evaluator:
 
     def _ablated(
         self, sites: Iterable[int], kept: dict[int, Tensor], put: dict[int, Tensor]
-    ) -> dict[int, Graft]:
+    ) -> dict[int, Patch]:
         """The same tokens at the same sites, replaced by put[site]; kept[site] [N,1] says which tokens stay as they are."""
         return {
             site: lambda h, s=site: (
@@ -319,7 +321,7 @@ class Evaluator:
         }
 
     def _result(
-        self, subject: Subject, tokens: int, n_rows: int, fingerprint: str
+        self, subject: EvaluatedSAE, tokens: int, n_rows: int, fingerprint: str
     ) -> dict[str, Any]:
         cfg, sae = self.cfg, subject.sae
         found: dict[str, Any] = subject.reconstruction.compute() | subject.activity.compute()

@@ -191,7 +191,7 @@ def append(file: BinaryIO, data: bytes) -> None:
         ) from error
 
 
-def of_another_sae(result: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+def is_stale_result(result: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     """Whether two that bear one title were made with other weights, as far as both say."""
     both = result.get("weights_sum"), known.get("weights_sum")
     return None not in both and both[0] != both[1]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import files, hub, model
-from src.sae import PLAIN_NAMES, SAE, Plain
+from src.sae import SAE, STANDARD_NAMES, StandardForm
 
 LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS = (
     "cfg.json",
@@ -30,7 +30,16 @@ LENS_VERSION = "6.54.12"  # of the layout written here; older ones are read too
 HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
 )
-SHOWN = ("NormMSE", "FVU", "L0", "Dead", "KLDiv", "DeltaCE", "Recovered_zero", "Recovered_mean")
+CARD_METRICS = (
+    "NormMSE",
+    "FVU",
+    "L0",
+    "Dead",
+    "KLDiv",
+    "DeltaCE",
+    "Recovered_zero",
+    "Recovered_mean",
+)
 
 
 # ------------------------------------------------------------------------------------------------- one SAE at one site
@@ -64,7 +73,7 @@ class SiteSAE(nn.Module):
         self,
         sae: SAE,
         site: int,
-        form: Plain,
+        form: StandardForm,
         model_name: str | None = None,
         hook_name: str | None = None,
     ) -> None:
@@ -158,15 +167,15 @@ def site_saes(
     """{site: SiteSAE}. Raises ValueError with the reason where the SAE has no plain form, or its code differs from it."""
     made = {
         site: SiteSAE(sae, site, form, model_name, (hook_names or {}).get(site))
-        for site, form in sae.plain().items()
+        for site, form in sae.to_standard_form().items()
     }
-    for site, form in sae.plain().items():
+    for site, form in sae.to_standard_form().items():
         compare(sae, form, made[site])
     return made
 
 
 @torch.no_grad()
-def compare(sae: SAE, form: Plain, made: SiteSAE, tokens: int = 1024) -> None:
+def compare(sae: SAE, form: StandardForm, made: SiteSAE, tokens: int = 1024) -> None:
     """Raises ValueError where the plain form's code of random states differs from the SAE's own by more than rounding."""
     below = int((form.tensors["threshold"] < 0).sum()) if "threshold" in form.tensors else 0
     if below:
@@ -204,7 +213,7 @@ def export(
         if (path := Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json").exists()
         else {}
     )
-    if files.of_another_sae(found, recipe):
+    if files.is_stale_result(found, recipe):
         print(
             f"{path}: of another SAE that had this name; its figures are left out of the card. Run evaluate.py and export again with --overwrite"
         )
@@ -379,7 +388,9 @@ def card(sae: SAE, recipe: Mapping[str, Any], found: Mapping[str, Any], lines: l
     text += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None]
     text += ["", "## Loading", "", *lines, "", "## Measured", ""]
     if found:
-        measured = {name: found[name] for name in SHOWN if isinstance(found.get(name), float)}
+        measured = {
+            name: found[name] for name in CARD_METRICS if isinstance(found.get(name), float)
+        }
         units = found.get("units", {})
         split = _cell(found.get("split"))
         text += [
@@ -497,7 +508,7 @@ def _read_lens(
         raise ValueError("it reshapes or rescales what it reads")
     site = site_of(about.get("hook_name") or about.get("hook_point") or "")
     missing = {"W_enc", "W_dec", "b_dec"} - set(tensors)
-    unknown = set(tensors) - set(PLAIN_NAMES)
+    unknown = set(tensors) - set(STANDARD_NAMES)
     if missing or unknown:
         raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
     found = {key: value.float() for key, value in tensors.items()}
@@ -520,7 +531,7 @@ def _read_lens(
         found["threshold"] = found["threshold"].clamp_min(0)  # SAELens clips negative values anyway
     weights = {
         ours: found[theirs].T if found[theirs].dim() == 2 else found[theirs]
-        for theirs, ours in PLAIN_NAMES.items()
+        for theirs, ours in STANDARD_NAMES.items()
         if theirs in found
     }
     latent_size, hidden_size = weights["encoder.weight"].shape

@@ -45,43 +45,43 @@ def read(model: nn.Module, batch: Batch, sites: list[int]) -> dict[int, Tensor]:
     }
 
 
-def graft_hooks(
-    grafts: Mapping[int, Callable[[Tensor], Tensor]], mask: Tensor
+def patch_hooks(
+    patches: Mapping[int, Callable[[Tensor], Tensor]], mask: Tensor
 ) -> dict[int, Callable[[Any], Any]]:
-    """Hooks for lm.hooked that replace the residual of counted tokens by graft(residual); every other position stays bit for bit."""
+    """Hooks for lm.hooked that replace the residual of counted tokens by patch(residual); every other position stays bit for bit."""
 
-    def hook(graft: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    def hook(patch: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
         def replace(output: Any) -> Any:
             hidden = lm.hidden_of(output).to(mask.device)
             changed = hidden.clone()
-            changed[mask] = graft(hidden[mask].float()).to(hidden.dtype)
+            changed[mask] = patch(hidden[mask].float()).to(hidden.dtype)
             return lm.with_hidden(output, changed)
 
         return replace
 
-    return {site: hook(graft) for site, graft in grafts.items()}
+    return {site: hook(patch) for site, patch in patches.items()}
 
 
 @torch.no_grad()
 def patched_states(
     model: nn.Module,
     batch: Batch,
-    grafts: Mapping[int, Callable[[Tensor], Tensor]],
+    patches: Mapping[int, Callable[[Tensor], Tensor]],
     clean: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
-    """The final states [B,S,D] with the grafts in place. Given clean {site: hidden [B,S,D]}, blocks below the first graft are not run again."""
-    first = min(grafts)
+    """The final states [B,S,D] with the patches in place. Given clean {site: hidden [B,S,D]}, blocks below the first patch are not run again."""
+    first = min(patches)
     if clean is None or first not in clean:
-        with lm.hooked(model, graft_hooks(grafts, batch.mask)):
+        with lm.hooked(model, patch_hooks(patches, batch.mask)):
             return lm.final_states(model, batch.input_ids)
-    start = graft_hooks({first: grafts[first]}, batch.mask)[first](clean[first])
-    later = {site: graft for site, graft in grafts.items() if site != first}
-    with lm.resumed_at(model, first, start), lm.hooked(model, graft_hooks(later, batch.mask)):
+    start = patch_hooks({first: patches[first]}, batch.mask)[first](clean[first])
+    later = {site: patch for site, patch in patches.items() if site != first}
+    with lm.resumed_at(model, first, start), lm.hooked(model, patch_hooks(later, batch.mask)):
         return lm.final_states(model, batch.input_ids)
 
 
 def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> bool:
-    """True once checked: at every site an identity graft leaves the final states bit-identical and another one changes them.
+    """True once checked: at every site an identity patch leaves the final states bit-identical and another one changes them.
 
     Without it a hook that does nothing would pass for a perfect SAE. False where no token counts, so that nothing could be checked.
     Raises ValueError where a check fails.
@@ -176,9 +176,9 @@ def hook_SAE(
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = lm.hidden_of(output)
-        (graft,) = next(
+        (patch,) = next(
             iter(
-                model.grafts(
+                model.patches(
                     {},
                     infer_k=getattr(cfg, "infer_k", None),
                     theta=getattr(cfg, "theta", None),
@@ -189,7 +189,7 @@ def hook_SAE(
         new = (
             torch.zeros_like(hidden)
             if is_zero
-            else graft(hidden.flatten(0, 1).float()).view_as(hidden)
+            else patch(hidden.flatten(0, 1).float()).view_as(hidden)
         )
         return lm.with_hidden(output, new)
 

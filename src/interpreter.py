@@ -30,8 +30,8 @@ PRICES = {
     "gpt-4.1": (2.0, 8.0),
     "gpt-4.1-mini": (0.4, 1.6),
 }  # USD per 1M tokens in, out
-SHOWN = 20  # contexts in one prompt
-LONGEST = {
+PROMPT_CONTEXTS = 20  # contexts in one prompt
+MAX_CHARS = {
     "context": 2000,
     "answer": 10_000,
     "explanation": 1000,
@@ -131,7 +131,9 @@ def _number(value: Any) -> bool:
     )
 
 
-def choose(contexts: Sequence[Mapping[str, Any]], n: int = SHOWN) -> list[Mapping[str, Any]]:
+def choose(
+    contexts: Sequence[Mapping[str, Any]], n: int = PROMPT_CONTEXTS
+) -> list[Mapping[str, Any]]:
     """At most n contexts of a descending list: the strongest half, and the rest spread evenly over what follows."""
     if len(contexts) <= n:
         return list(contexts)
@@ -141,7 +143,7 @@ def choose(contexts: Sequence[Mapping[str, Any]], n: int = SHOWN) -> list[Mappin
 
 def safe(text: str) -> str:
     """A context for a prompt: a JSON string, not too long, with exactly one pair of our marks, none of the reader's brackets for it forged."""
-    text, most = text.encode("utf-8", "replace").decode(), LONGEST["context"]
+    text, most = text.encode("utf-8", "replace").decode(), MAX_CHARS["context"]
     before, opened, rest = text.partition(OPEN)
     token, closed, after = rest.partition(CLOSE)
     before, token, after = before[-most:] if opened else before[:most], token[:most], after[:most]
@@ -158,7 +160,7 @@ def safe(text: str) -> str:
 def parse_answer(text: str) -> dict[str, Any] | None:
     """{category, score, polysemantic, explanation} from JSON or from prose with those words, or None."""
     found: dict[str, Any] = {}
-    text = text[-LONGEST["answer"] :]  # a model that thinks aloud answers at the end
+    text = text[-MAX_CHARS["answer"] :]  # a model that thinks aloud answers at the end
     for start in re.finditer(r"\{", text):
         try:
             candidate, _ = json.JSONDecoder().raw_decode(text, start.start())
@@ -178,7 +180,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
     score = re.search(
         r"(?<![\d.-])[1-5](?:\.0+)?(?![\d.]*\d)", str(found.get("score", "")).split("/")[0]
     )
-    explanation = str(found.get("explanation", "")).strip()[: LONGEST["explanation"]]
+    explanation = str(found.get("explanation", "")).strip()[: MAX_CHARS["explanation"]]
     if score is None or not explanation:
         return None
     kind = (
@@ -198,7 +200,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
 
 def parse_labels(text: str, n: int) -> list[bool] | None:
     """n yes/no answers from a JSON list of 0/1 or booleans, or None."""
-    match = re.search(r"\[[^\[\]]*\]", text[-LONGEST["answer"] :])
+    match = re.search(r"\[[^\[\]]*\]", text[-MAX_CHARS["answer"] :])
     words = re.findall(r"true|false|0|1", match.group().lower()) if match else []
     return [word in ("1", "true") for word in words] if len(words) == n else None
 
@@ -671,7 +673,7 @@ class Interpreter:
         """What may be written down of what a server said: text without keys and unpaired surrogates, the end of it where it is huge."""
         text = text if isinstance(text, str) else ""
         text = files.redacted(text.encode("utf-8", "replace").decode(), self.key)
-        return re.sub(r"sk-[\w*-]{8,}", "[key]", text)[-LONGEST["answer"] :]
+        return re.sub(r"sk-[\w*-]{8,}", "[key]", text)[-MAX_CHARS["answer"] :]
 
     def _summary(self, results: dict[str, Any], asked: int, path: Path) -> dict[str, Any]:
         def mean(kind: str | None) -> float | None:

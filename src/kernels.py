@@ -144,7 +144,7 @@ def _largest(
 
 
 @_beside
-def largest(values: Tensor, k: int) -> Tensor:
+def topk_indices(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order; of equal values (-0 is below 0) the first. float32 [N,F] -> int64 [N,k]"""
     values, (n, width) = _rows(values), values.shape
     lanes = max(512, triton.next_power_of_2(8 * k))
@@ -220,7 +220,7 @@ def _row_sums(
 
 
 @_beside
-def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+def weighted_embedding_bag(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """values[e] table[latent[e]] summed over the entries e of each bag, bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> float32 [N,D]"""
     out, table = torch.empty(len(bounds) - 1, table.shape[1], device=table.device), _rows(table)
     if len(out):
@@ -261,7 +261,7 @@ def _row_dots(
 
 
 @_beside
-def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+def bag_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """<grad[n], table[latent[e]]> of every entry e of bag n. [N,D], [E], [N+1], [F,D] -> float32 [E]"""
     out, table = torch.empty(len(latent), device=table.device), _rows(table)
     if len(latent):

@@ -14,7 +14,7 @@ from torch import Tensor
 from src import ops, router
 from src.ops import Sparse, firings, squared_errors
 
-PIECE = 4096  # tokens in float64 at one time
+CHUNK_TOKENS = 4096  # tokens in float64 at one time
 UNITS = {
     "NormMSE": "share of squared norm",
     "FVU": "share of variance",
@@ -125,7 +125,7 @@ class Reconstruction(Measure):
         """[N,D] or [N,L,D]"""
         self.norm_mse.update(squared_errors(target, x_hat))
         self.n += len(target)
-        for x, y in zip(target.split(PIECE), x_hat.split(PIECE), strict=True):
+        for x, y in zip(target.split(CHUNK_TOKENS), x_hat.split(CHUNK_TOKENS), strict=True):
             x, y = x.double(), y.double()
             self.error.add((x - y).square().sum((0, -1)))
             self.first.add(x.sum(0))

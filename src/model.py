@@ -20,14 +20,14 @@ from src.ops import (
     Sparse,
     SparseCode,
     Step_func,
+    apply_inference_cut,
     kth_largest,
     linear,
-    positions,
     random_subset,
-    restrict,
     squared_errors,
+    topk_flat_indices,
 )
-from src.sae import SAE, Dictionary, Pass, routed_sites
+from src.sae import SAE, Dictionary, SAEOutput, routed_sites
 from src.zoo import canonical
 
 
@@ -62,11 +62,11 @@ class TopK(Dictionary):
             dead_tokens,
             topk_relu,
         )
-        self.register_buffer("dead_after", torch.tensor(float("inf")), persistent=False)
+        self.register_buffer("dead_threshold", torch.tensor(float("inf")), persistent=False)
 
     def choose(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
         """Which latents stay, token by token: positions in the flat [N,F]."""
-        return positions(pre_acts, self.k)
+        return topk_flat_indices(pre_acts, self.k)
 
     def activate(self, pre_acts, token=None):
         flat = pre_acts.flatten()
@@ -77,7 +77,7 @@ class TopK(Dictionary):
     def get_latents(self, pre_acts, infer_k=None, theta=None, token=None):
         if infer_k is None and theta is None:
             return self.activate(pre_acts, token)
-        return restrict(
+        return apply_inference_cut(
             F.relu(pre_acts) if self.topk_relu else pre_acts, infer_k, theta
         )  # both take the place of k
 
@@ -95,13 +95,15 @@ class TopK(Dictionary):
         x_hat, values, at = SparseCode.apply(
             flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, *how
         )
-        return Pass(
+        return SAEOutput(
             x, Sparse(values, at, torch.Size([*x.shape[:-1], self.latent_size])), x_hat.view_as(x)
         )
 
     def penalty(self, p):
         dead = (
-            (self.silent > self.dead_after).nonzero()[:, 0] if self.auxk_coeff else self.silent[:0]
+            (self.tokens_since_fired > self.dead_threshold).nonzero()[:, 0]
+            if self.auxk_coeff
+            else self.tokens_since_fired[:0]
         )
         if not len(dead):
             return {}
@@ -109,7 +111,7 @@ class TopK(Dictionary):
         k = min(len(dead), self.hidden_size // 2, 512)
         weights = self.encoder.weight[dead], self.latent_bias[dead], self.decoder.weight[:, dead]
         x_hat, _, _ = SparseCode.apply(
-            x, self.pre_bias, *weights, lambda acts, _: positions(acts, k), k, True, True
+            x, self.pre_bias, *weights, lambda acts, _: topk_flat_indices(acts, k), k, True, True
         )
         missed = (error - (x_hat - self.pre_bias)).square().sum(-1).view(p.target.shape[:-1])
         variance = self.average((error - self.average(error)).square().sum(-1)).clamp_min(1e-12)
@@ -119,8 +121,8 @@ class TopK(Dictionary):
     def after_step(self, p, progress):
         super().after_step(p, progress)
         # a run of 1.5M tokens did best with dead latents called dead after 3 % of it; long runs use the papers' 10M tokens
-        auto = (0.03 * self.seen.double() / max(progress, 1e-9)).clamp_max(1e7)
-        self.dead_after.copy_(
+        auto = (0.03 * self.tokens_seen.double() / max(progress, 1e-9)).clamp_max(1e7)
+        self.dead_threshold.copy_(
             auto if self.dead_tokens is None else torch.full_like(auto, self.dead_tokens)
         )
 
@@ -146,7 +148,7 @@ class BatchTopK(TopK):
             .nonzero()[:, 0]
         )
 
-    def plain(self):
+    def to_standard_form(self):
         if self.cut.isnan():
             raise ValueError(
                 "this BatchTopK has no threshold for inference; it gets one in training"
@@ -156,19 +158,21 @@ class BatchTopK(TopK):
         }  # negative values are clipped either way
         return {
             site: form._replace(architecture="jumprelu", tensors=form.tensors | threshold, k=None)
-            for site, form in super().plain().items()
+            for site, form in super().to_standard_form().items()
         }
 
     @torch.no_grad()
     def after_step(self, p, progress):
         super().after_step(p, progress)
         _, _, values = ops.active(p.code)
-        smallest = -distributed.largest(
+        smallest = -distributed.all_max(
             -values.min() if len(values) else self.cut.new_tensor(-torch.inf)
         )
         smallest = torch.where(smallest.isinf(), self.cut, smallest)
         share = (
-            self.total(self.seen.new_full((), p.code.shape[:-1].numel())) / self.seen * progress
+            self.total(self.tokens_seen.new_full((), p.code.shape[:-1].numel()))
+            / self.tokens_seen
+            * progress
         )  # of the run in this step
         self.cut.copy_(
             smallest if self.cut.isnan() else self.cut.lerp(smallest, (20 * share).clamp(0.01, 1))
@@ -191,7 +195,7 @@ class RandomK(TopK):
 
     get_latents = Dictionary.get_latents  # infer_k and theta cut among those drawn
 
-    def plain(self):
+    def to_standard_form(self):
         raise ValueError(
             "the latents of a RandomK are drawn, not computed from the state; no other library holds that"
         )
@@ -215,7 +219,7 @@ class MLSAE(TopK):
 class _Sparsified:
     """A sparsity coefficient that warms up from 0 and, with target_l0, steers itself: L0 falls to its target over the first quarter of the run."""
 
-    approach = 0.25  # share of the run; faster kills latents, slower leaves less time at the target (docs/LOG.md)
+    approach_share = 0.25  # share of the run; faster kills latents, slower leaves less time at the target (docs/LOG.md)
 
     def _sparsity(self, l1_coeff, l1_mean, target_l0, sparsity_warmup):
         self.l1_coeff, self.l1_mean, self.target_l0, self.sparsity_warmup = (
@@ -228,8 +232,8 @@ class _Sparsified:
             "warm", torch.tensor(0.0 if sparsity_warmup else 1.0), persistent=False
         )
         for name, start in (
-            ("gain", 1.0),
-            ("push", 1.0),
+            ("i_gain", 1.0),
+            ("p_gain", 1.0),
             ("progress", 0.0),
             ("log_l0", float("nan")),
             ("first_l0", float("nan")),
@@ -237,7 +241,7 @@ class _Sparsified:
             self.register_buffer(name, torch.tensor(start), persistent=False)
 
     def _coefficient(self) -> Tensor:
-        return self.l1_coeff * self.warm * self.gain * self.push
+        return self.l1_coeff * self.warm * self.i_gain * self.p_gain
 
     def _l1(self, latents: Tensor, norms: Tensor) -> dict[str, Tensor]:
         per_token = latents.mean(-1) if self.l1_mean else latents @ norms
@@ -254,7 +258,7 @@ class _Sparsified:
             )
 
     def _steer(self, log_l0: Tensor, progress: float) -> None:
-        """Moves the coefficient by where log(L0 / target) will be a twentieth of the run ahead: at once (push) and for good (gain).
+        """Moves the coefficient by where log(L0 / target) will be a twentieth of the run ahead: at once (p_gain) and for good (i_gain).
 
         Between the target and a bound that closes in on it nothing is done. All rates are per run, so that its length changes nothing.
         """
@@ -265,14 +269,18 @@ class _Sparsified:
             self.first_l0.copy_(log_l0.clamp_min(0))
             return
         self.log_l0.lerp_(log_l0, 0.1)
-        bound = self.first_l0 * max(0.0, 1 - progress / self.approach) if self.approach else 0.0
+        bound = (
+            self.first_l0 * max(0.0, 1 - progress / self.approach_share)
+            if self.approach_share
+            else 0.0
+        )
         off = (
             self.log_l0.clamp(max=0)
             + (self.log_l0 - bound).clamp(min=0)
             + 0.05 * (self.log_l0 - before) / share
         )
-        self.gain *= torch.exp(8 * share * off.clamp(-1, 1))
-        self.push.copy_(off.clamp(-1, 1).exp())
+        self.i_gain *= torch.exp(8 * share * off.clamp(-1, 1))
+        self.p_gain.copy_(off.clamp(-1, 1).exp())
 
 
 class Vanilla(_Sparsified, Dictionary):
@@ -359,7 +367,7 @@ class JumpReLU(_Sparsified, Dictionary):
     """A learned threshold per latent; the penalty counts pre-activations above it (Rajamanoharan et al. 2024b)."""
 
     architecture = "jumprelu"
-    approach = (
+    approach_share = (
         0.0  # its L0 begins near the target (warm_start), and thresholds are slow to come back
     )
 
@@ -475,7 +483,7 @@ class Crosscoder(_Sparsified, SAE):
         )  # one product: no [N,L,F]
 
     def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
-        return restrict(F.relu(self.pre_acts(x)), infer_k, theta)
+        return apply_inference_cut(F.relu(self.pre_acts(x)), infer_k, theta)
 
     def decode(self, latents: Tensor) -> Tensor:
         x_hat = linear(latents, torch.cat([decoder.weight for decoder in self.decoder])).unflatten(
@@ -492,8 +500,8 @@ class Crosscoder(_Sparsified, SAE):
 
     def autoencode(self, x, infer_k=None, theta=None, token=None):
         pre_acts = self.pre_acts(x)
-        latents = restrict(F.relu(pre_acts), infer_k, theta)
-        return Pass(x, latents, self.decode(latents), pre_acts)
+        latents = apply_inference_cut(F.relu(pre_acts), infer_k, theta)
+        return SAEOutput(x, latents, self.decode(latents), pre_acts)
 
     def decoder_norms(self) -> Tensor:
         """[L,F]: the profile over sites of each latent."""
@@ -505,7 +513,7 @@ class Crosscoder(_Sparsified, SAE):
     def strength(self, p):
         return p.latents * self.decoder_norms().mean(0)
 
-    def grafts(
+    def patches(
         self,
         hidden,
         *,
@@ -528,13 +536,13 @@ class Crosscoder(_Sparsified, SAE):
             )
 
         def at(index):
-            def graft(h):
+            def patch(h):
                 _, mean, std = self.standardise(h)
                 if edit is not None and keep_error:
                     return h + (new - clean.x_hat)[..., index, :] * std
                 return new[..., index, :] * std + mean
 
-            return graft
+            return patch
 
         for index, site in enumerate(self.routed):
             yield {site: at(index)}
@@ -656,7 +664,7 @@ class RouteSAE(SAE):
             else token.flatten()
         )
         if self.routing == "random":
-            site = router.drawn(
+            site = router.sample_sites(
                 keys,
                 self.seed,
                 self.n_routed_layers,
@@ -713,7 +721,7 @@ class RouteSAE(SAE):
                 routed = routed * (scale / scale.detach())[..., None]
             scale = torch.ones_like(scale)
         inner = self.sae.autoencode(routed, infer_k, theta)
-        return inner.with_(weights=weights, scale=scale, inputs=x)
+        return inner.replace(weights=weights, scale=scale, inputs=x)
 
     @torch.no_grad()
     def site_errors(
@@ -728,10 +736,10 @@ class RouteSAE(SAE):
         found = [self.sae.autoencode(x[:, i], infer_k, theta) for i in range(x.shape[1])]
         return torch.stack([squared_errors(p.target, p.x_hat) for p in found], dim=1)
 
-    def _sample(self, p: Pass) -> tuple[Tensor, Tensor]:
+    def _sample(self, p: SAEOutput) -> tuple[Tensor, Tensor]:
         """(errors, weights), both [n,L], of one token in L."""
         every = slice(
-            (int(self.seen) - self.first) % self.n_routed_layers, None, self.n_routed_layers
+            (int(self.tokens_seen) - self.first) % self.n_routed_layers, None, self.n_routed_layers
         )
         x, weights, scale = (
             p.inputs.flatten(0, -3)[every],
@@ -746,7 +754,7 @@ class RouteSAE(SAE):
             errors, weights = self._sample(p)
             whole = p.weights.shape[:-1].numel() if self.whole is None else self.whole
             if count := len(
-                range(int(self.seen) % self.n_routed_layers, whole, self.n_routed_layers)
+                range(int(self.tokens_seen) % self.n_routed_layers, whole, self.n_routed_layers)
             ):  # in the sample of the whole batch
                 mean = self.average(errors)
                 new = torch.where(
@@ -756,13 +764,13 @@ class RouteSAE(SAE):
                     torch.where(mean.isnan(), self.site_error, new)
                 )  # a slice may have none of the sample
                 objective = (
-                    functools.partial(router.advantage, usual=self.site_error)
+                    functools.partial(router.advantage_loss, mean_site_error=self.site_error)
                     if self.objective == "advantage"
-                    else router.expected
+                    else router.expected_error_loss
                 )
                 terms["Router"] = objective(weights, errors, mean=lambda each: each.sum() / count)
         if self.balance == "switch" and self.balance_coef:
-            terms["Balance"] = self.balance_coef * router.switch(
+            terms["Balance"] = self.balance_coef * router.switch_loss(
                 p.weights, router.load(p.weights, self.average), mean=self.mean
             )
         return terms
@@ -770,7 +778,7 @@ class RouteSAE(SAE):
     def strength(self, p):
         return p.code if self.routing == "soft" else ops.divided(p.code, p.scale)
 
-    def grafts(
+    def patches(
         self,
         hidden,
         *,
@@ -786,7 +794,7 @@ class RouteSAE(SAE):
         scale = torch.ones_like(clean.scale) if self.route_patch == "unscaled" else clean.scale
 
         def at(index):
-            def graft(h):
+            def patch(h):
                 here = site_of == index
                 if not here.any():
                     return h
@@ -810,7 +818,7 @@ class RouteSAE(SAE):
                     new = (x + x_hat - clean.target[here] if soft else x_hat / factor) * std + mean
                 return h.index_put((here,), new.to(h.dtype))
 
-            return graft
+            return patch
 
         used = site_of.unique().tolist() or [
             0
@@ -820,12 +828,12 @@ class RouteSAE(SAE):
     def decode(self, latents):
         return self.sae.decode(latents)
 
-    def plain(self):
+    def to_standard_form(self):
         if self.routing == "soft":
             raise ValueError(
                 "soft routing codes a mixture of sites, which is the state of no site; an SAE of one site cannot hold it"
             )
-        (form,) = self.sae.plain().values()
+        (form,) = self.sae.to_standard_form().values()
         caveat = "The router is left out: this is the shared dictionary, here on every token of the site, routed there or not."
         if self.route_scale == "p":
             caveat += " It was trained on p x, p the router's weight; here it codes x, so values stand for z/p (alike where biases are small)."
@@ -842,7 +850,7 @@ class RouteSAE(SAE):
         self.sae.warm_start(x)
         if self.shares is not None and self.routing != "random":
             self.load_bias.copy_(
-                router.shifts(
+                router.logit_shifts(
                     self.get_router_weights(x, self.aggre).clamp_min(1e-30).log(),
                     self.shares.to(x.device),
                 )

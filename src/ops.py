@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-_narrow = False  # within narrow_factors(); a plain global, since gradients on CUDA are computed in threads of their own
-PIECE = {
+_bf16_allowed = False  # within bf16_matmuls(); a plain global, since gradients on CUDA are computed in threads of their own
+CHUNK_NUMBERS = {
     "cuda": 2**27
 }  # pre-activations at one time, half a GB; but at least 256 tokens, as products of fewer are slow
 GROUP = 8  # values a group in a two-stage top-k on a CPU (docs/LOG.md)
@@ -45,7 +45,7 @@ def _working_kernels() -> Any:
     try:
         from src import kernels
 
-        kernels.largest(torch.zeros(1, 1, device="cuda"), 1)
+        kernels.topk_indices(torch.zeros(1, 1, device="cuda"), 1)
     except Exception as error:  # no Triton, no C compiler for it, a card that it does not know: each library has its own kinds of error
         warnings.warn(
             f"Triton's kernels do not work here ({type(error).__name__}: {error}); plain PyTorch takes their place",
@@ -131,11 +131,13 @@ def L1_loss(latents: Tensor) -> Tensor:
 
 def topk_sparsify(pre_acts: Tensor, k: int) -> Tensor:
     """The k largest entries of the last dimension kept, signs included; the rest 0."""
-    indices = largest(pre_acts.flatten(0, -2), k).view(*pre_acts.shape[:-1], k)
+    indices = topk_indices(pre_acts.flatten(0, -2), k).view(*pre_acts.shape[:-1], k)
     return torch.zeros_like(pre_acts).scatter(-1, indices, pre_acts.gather(-1, indices))
 
 
-def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
+def apply_inference_cut(
+    latents: Tensor, infer_k: int | None = None, theta: float | None = None
+) -> Tensor:
     """Latents after their activation, cut at inference: the infer_k largest, or those above max(theta, 0).
 
     Raises ValueError where both are given or infer_k is not positive; infer_k above F is clamped with a warning.
@@ -156,13 +158,13 @@ def restrict(latents: Tensor, infer_k: int | None = None, theta: float | None = 
     return latents
 
 
-def largest(values: Tensor, k: int) -> Tensor:
+def topk_indices(values: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, in no order. [N,F] -> int64 [N,k]"""
     if k == values.shape[1]:
         return torch.arange(k, device=values.device).expand(len(values), k)
     fast = kernels(values) if values.dtype is torch.float32 else None
     if fast:
-        return fast.largest(values, k)
+        return fast.topk_indices(values, k)
     groups = values.shape[1] // GROUP
     if (
         not values.is_cuda and values.shape[1] % GROUP == 0 and groups >= 2 * k
@@ -174,7 +176,7 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def _best(values: Tensor, k: int) -> Tensor:
-    """largest() in one stage; on a CPU by numpy's partition, which is quicker than PyTorch's top-k (docs/LOG.md)."""
+    """topk_indices() in one stage; on a CPU by numpy's partition, which is quicker than PyTorch's top-k (docs/LOG.md)."""
     width, numbers = values.shape[1], values.detach()
     if not values.is_cuda and 0 < k < width <= 2**16:
         if (
@@ -197,9 +199,9 @@ def _best(values: Tensor, k: int) -> Tensor:
     return values.topk(k, dim=-1, sorted=False).indices
 
 
-def positions(values: Tensor, k: int) -> Tensor:
+def topk_flat_indices(values: Tensor, k: int) -> Tensor:
     """Of the k largest of each row, in the flat tensor, row by row. [N,F] -> int64 [N k]"""
-    indices = largest(values, k)
+    indices = topk_indices(values, k)
     return (
         indices + torch.arange(len(values), device=indices.device)[:, None] * values.shape[1]
     ).flatten()
@@ -244,7 +246,7 @@ class Sparse(NamedTuple):
         )
 
     @staticmethod
-    def joined(codes: list[Sparse]) -> Sparse:
+    def cat(codes: list[Sparse]) -> Sparse:
         """The codes of consecutive tokens as one."""
         before = [0, *itertools.accumulate(code.shape.numel() for code in codes)]
         at = torch.cat([code.at + start for code, start in zip(codes, before, strict=False)])
@@ -390,20 +392,20 @@ def _mix(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def narrow_factors() -> Iterator[None]:
+def bf16_matmuls() -> Iterator[None]:
     """Inside, which is where SAEs are trained, products take their factors in bfloat16 where that is faster."""
-    global _narrow
-    before, _narrow = _narrow, True
+    global _bf16_allowed
+    before, _bf16_allowed = _bf16_allowed, True
     try:
         yield
     finally:
-        _narrow = before
+        _bf16_allowed = before
 
 
-def narrows(x: Tensor) -> bool:
+def uses_bf16_matmul(x: Tensor) -> bool:
     """Whether x is a factor that goes in bfloat16: on CUDA in training, as that takes half the time of TF32 and is switched off together with it."""
     return (
-        _narrow
+        _bf16_allowed
         and x.is_cuda
         and x.dtype is torch.float32
         and torch.backends.cuda.matmul.allow_tf32
@@ -411,9 +413,9 @@ def narrows(x: Tensor) -> bool:
     )
 
 
-def narrow(x: Tensor) -> Tensor:
-    """A factor of a product, in bfloat16 where narrows() says so."""
-    return x.bfloat16() if narrows(x) else x
+def to_matmul_dtype(x: Tensor) -> Tensor:
+    """A factor of a product, in bfloat16 where uses_bf16_matmul() says so."""
+    return x.bfloat16() if uses_bf16_matmul(x) else x
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -450,8 +452,12 @@ class Linear(Function):
     @staticmethod
     def forward(ctx, x, shift, weight, bias):
         x = x if shift is None else x - shift
-        joined = bias is not None and narrows(x)
-        a, b = affine_factors(x, weight, bias) if joined else (narrow(x), narrow(weight))
+        joined = bias is not None and uses_bf16_matmul(x)
+        a, b = (
+            affine_factors(x, weight, bias)
+            if joined
+            else (to_matmul_dtype(x), to_matmul_dtype(weight))
+        )
         ctx.save_for_backward(a[:, : x.shape[1]], b[:, : x.shape[1]])
         y = product(a, b.T)
         return y if bias is None or joined else y.add_(bias)
@@ -459,7 +465,7 @@ class Linear(Function):
     @staticmethod
     def backward(ctx, grad):
         (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
-        by_bias, narrowed = grad.sum(0) if wanted[1] or wanted[3] else None, narrow(grad)
+        by_bias, narrowed = grad.sum(0) if wanted[1] or wanted[3] else None, to_matmul_dtype(grad)
         return (
             product(narrowed, weight) if wanted[0] else None,
             -(by_bias @ weight.to(by_bias.dtype)) if wanted[1] else None,
@@ -479,10 +485,10 @@ def linear(
     )
 
 
-def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+def weighted_embedding_bag(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """values[e] table[latent[e]] summed over the entries e of each bag: bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> [N,D]"""
     if fast := kernels(table):
-        return fast.row_sums(values, latent, bounds, table)
+        return fast.weighted_embedding_bag(values, latent, bounds, table)
     return nn.functional.embedding_bag(
         latent,
         table.to(values.dtype),
@@ -493,13 +499,15 @@ def row_sums(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> T
     )
 
 
-def row_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+def bag_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
     """<grad[n], table[latent[e]]> of every entry e of bag n. [N,D], [E], [N+1], [F,D] -> [E]"""
     if fast := kernels(table):
-        return fast.row_dots(grad, latent, bounds, table)
+        return fast.bag_dots(grad, latent, bounds, table)
     with torch.enable_grad():  # the library's gradient for weights of a bag: no [N,k,D] tensor
         weights = grad.new_zeros(len(latent), requires_grad=True)
-        (dots,) = torch.autograd.grad(row_sums(weights, latent, bounds, table), weights, grad)
+        (dots,) = torch.autograd.grad(
+            weighted_embedding_bag(weights, latent, bounds, table), weights, grad
+        )
     return dots
 
 
@@ -514,16 +522,18 @@ class SparseCode(Function):
     @staticmethod
     def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, choose, k, clip, apart):
         rows = (
-            max(256, PIECE.get(x.device.type, 2**21) // len(encoder)) if apart else max(1, len(x))
+            max(256, CHUNK_NUMBERS.get(x.device.type, 2**21) // len(encoder))
+            if apart
+            else max(1, len(x))
         )
         given, weight, bias = x - pre_bias, encoder, latent_bias
         factors = given, encoder
-        if narrows(given):
+        if uses_bf16_matmul(given):
             given, weight = affine_factors(given, encoder, bias)
             factors, bias = (given[:, : x.shape[1]], weight[:, : x.shape[1]]), None
         elif (
             apart
-            and _narrow
+            and _bf16_allowed
             and x.device.type == "cpu"
             and given.dtype is torch.float32
             and fast_bfloat16()
@@ -545,14 +555,14 @@ class SparseCode(Function):
             at, values = at[values > 0], values[values > 0]
         ctx.form = SparseCode.form(len(encoder) / max(1, k), x)
         if ctx.form == "products":
-            decoder = narrow(decoder)
+            decoder = to_matmul_dtype(decoder)
             code = Sparse(values.to(decoder.dtype), at, torch.Size([len(x), len(encoder)])).dense()
             x_hat = product(code, decoder.T).add_(pre_bias)
             ctx.save_for_backward(*factors, decoder, code, at)
         else:
-            latent, columns = at.remainder(len(encoder)), narrow(decoder).T.contiguous()
+            latent, columns = at.remainder(len(encoder)), to_matmul_dtype(decoder).T.contiguous()
             bounds = SparseCode.bounds(at, len(x), len(encoder))
-            x_hat = row_sums(values, latent, bounds, columns) + pre_bias
+            x_hat = weighted_embedding_bag(values, latent, bounds, columns) + pre_bias
             ctx.save_for_backward(*factors, columns, values, at, latent, bounds)
         ctx.mark_non_differentiable(values, at)
         ctx.set_materialize_grads(False)
@@ -603,8 +613,8 @@ class SparseCode(Function):
     @staticmethod
     def by_rows(grad, centred, encoder, columns, values, at, latent, bounds, input_too, all_of_it):
         grad = grad.contiguous()
-        by_value = row_dots(grad, latent, bounds, columns)
-        by_x = row_sums(by_value, latent, bounds, encoder) if input_too else None
+        by_value = bag_dots(grad, latent, bounds, columns)
+        by_x = weighted_embedding_bag(by_value, latent, bounds, encoder) if input_too else None
         if not all_of_it:  # one dense code after the other in the same place
             narrowed = grad.to(centred.dtype)
             code = Sparse(
@@ -618,8 +628,8 @@ class SparseCode(Function):
             at.div(len(encoder), rounding_mode="floor")[order],
             SparseCode.bounds(latent_sorted, len(encoder)),
         )
-        by_decoder = row_sums(values[order], source, ends, grad).T
-        by_encoder = row_sums(by_value[order], source, ends, centred)
+        by_decoder = weighted_embedding_bag(values[order], source, ends, grad).T
+        by_encoder = weighted_embedding_bag(by_value[order], source, ends, centred)
         by_bias = torch.zeros(len(encoder), dtype=by_value.dtype, device=grad.device).index_add_(
             0, latent, by_value
         )

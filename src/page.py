@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from src.files import ROOT, load_json, newest, of_another_sae, save_text
+from src.files import ROOT, is_stale_result, load_json, newest, save_text
 
 ASSETS = ROOT / "assets" / "page"  # page.css and page.js, put into the page as they are
 
@@ -193,7 +193,7 @@ def main() -> None:
     for result in [
         one
         for one in evaluation
-        if one.get("title") == contexts["title"] and of_another_sae(one, contexts)
+        if one.get("title") == contexts["title"] and is_stale_result(one, contexts)
     ]:
         print(
             f"{result['title']}: was evaluated before it was trained anew; left out. Run evaluate.py again"

@@ -64,7 +64,7 @@ class Reader:
         config.check(cfg)
         opened = checkpoint.open_all(cfg)
         self.cfg, (self.sae, self.recipe) = cfg, opened[0]
-        demo.stand_in(cfg)
+        demo.use_demo_defaults(cfg)
         self.tokenizer, self.language_model = hooks.open_language_model(cfg, [self.sae])
 
     @torch.no_grad()

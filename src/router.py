@@ -9,8 +9,8 @@ published  NormMSE(p_i x_i, SAE(p_i x_i)) alone. With s = p_i, u = x_i, S the ac
                d loss / d a_j = s (1[j = i] - p_j) 2 <r, beta> / (s^3 |u|^2).
            Without biases beta = 0: no gradient, whatever the sites. With them p_i is fitted to the biases' size; e_l of the sites not chosen
            never enters.
-expected   adds the error the router can expect, sum_l p_l e_l (`expected`).
-advantage  the same against what each site costs on average (`advantage`): or it learns which site is easy, not which suits the token.
+expected   adds the error the router can expect, sum_l p_l e_l (`expected_error_loss`).
+advantage  the same against what each site costs on average (`advantage_loss`): or it learns which site is easy, not which suits the token.
 ste        the chosen state enters with weight 1 and p's gradient (`straight_through`), target included.
 frozen     nothing: the router stays as it was drawn, but for a shift of its logits where shares are given. A control.
 """
@@ -48,7 +48,7 @@ def normalised(shares: Tensor, n_sites: int) -> Tensor:
     return shares.double() / shares.double().sum()
 
 
-def drawn(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -> Tensor:
+def sample_sites(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -> Tensor:
     """A site for each key, uniform or with the shares [L] given: a function of (key, seed) alone. int64 [N] -> [N]"""
     if shares is None:
         return random_integers(keys, seed, n_sites)
@@ -57,7 +57,7 @@ def drawn(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -
     return torch.searchsorted(ends, random_integers(keys, seed, fine), right=True)
 
 
-def shifts(logits: Tensor, shares: Tensor, rounds: int = 300) -> Tensor:
+def logit_shifts(logits: Tensor, shares: Tensor, rounds: int = 300) -> Tensor:
     """What to add to each site's logit for its share of argmax choices among these tokens to be the one wanted. [N,L], [L] -> [L]"""
     wanted, shift, least = (
         normalised(shares, logits.shape[-1]),
@@ -80,14 +80,18 @@ def shuffled(site: Tensor, keys: Tensor, seed: int) -> Tensor:
     return site[random_integers(keys, seed, 2**62).argsort()]
 
 
-def expected(weights: Tensor, errors: Tensor, mean: Mean = torch.mean) -> Tensor:
+def expected_error_loss(weights: Tensor, errors: Tensor, mean: Mean = torch.mean) -> Tensor:
     """Mean of sum_l p_l e_l. d / d a_j = p_j (e_j - sum_l p_l e_l): away from sites above the token's expected error, towards those below."""
     return mean((weights * errors).sum(-1))
 
 
-def advantage(weights: Tensor, errors: Tensor, usual: Tensor, mean: Mean = torch.mean) -> Tensor:
+def advantage_loss(
+    weights: Tensor, errors: Tensor, mean_site_error: Tensor, mean: Mean = torch.mean
+) -> Tensor:
     """expected() of (e_l - E_l) / E_l, E_l [L] the running mean of e_l: towards sites where this token does better than tokens usually do there."""
-    return expected(weights, (errors - usual) / usual.clamp_min(1e-12), mean)
+    return expected_error_loss(
+        weights, (errors - mean_site_error) / mean_site_error.clamp_min(1e-12), mean
+    )
 
 
 def straight_through(weights: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ def straight_through(weights: Tensor) -> Tensor:
     return one_hot(weights.argmax(-1), weights) + (weights - weights.detach())
 
 
-def switch(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tensor:
+def switch_loss(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tensor:
     """L sum_l load_l mean p_l, 1 where the load is even (Fedus et al. 2021). load [L], the share of tokens of each site, is a constant:
     d / d a_j = L p_j (load_j - sum_l p_l load_l) for each token, over N."""
     return weights.shape[-1] * mean((load * weights).sum(-1))

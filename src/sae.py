@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from src import distributed
 from src.ops import (
     Sparse,
+    apply_inference_cut,
     dense,
     firings,
     geometric_median,
     linear,
     pre_process,
-    restrict,
     squared_errors,
     standardised,
 )
 
-Graft = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
+Patch = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
 WARM_START = 8192  # tokens that warm_start looks at
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class SAEOutput:
     """One trip through an SAE."""
 
     target: Tensor  # what x_hat should equal [N,D] or [N,L,D]
@@ -53,29 +53,29 @@ class Pass:
         """In how many codes each latent is not 0. int64 [F]"""
         return firings(self.code)
 
-    def with_(self, **changed: Any) -> Pass:
+    def replace(self, **changed: Any) -> SAEOutput:
         return dataclasses.replace(self, **changed)
 
     @staticmethod
-    def joined(passes: list[Pass]) -> Pass:
+    def cat(passes: list[SAEOutput]) -> SAEOutput:
         """The passes of consecutive tokens as one."""
         join = {
             field.name: [getattr(p, field.name) for p in passes]
-            for field in dataclasses.fields(Pass)
+            for field in dataclasses.fields(SAEOutput)
         }
         codes = join.pop("code")
-        code = Sparse.joined(codes) if isinstance(codes[0], Sparse) else torch.cat(codes)
-        return Pass(
+        code = Sparse.cat(codes) if isinstance(codes[0], Sparse) else torch.cat(codes)
+        return SAEOutput(
             code=code,
             **{
                 name: None if parts[0] is None else torch.cat(parts) for name, parts in join.items()
             },
         )
 
-    def differentiated(self) -> Pass:
+    def detach_code(self) -> SAEOutput:
         """What is read after the backward pass: the code and where it was routed, without graph. target, x_hat and pre_acts are None."""
         held = {name: getattr(self, name) for name in ("code", "weights", "scale", "inputs")}
-        return Pass(
+        return SAEOutput(
             None,
             x_hat=None,
             **{
@@ -85,7 +85,7 @@ class Pass:
         )
 
 
-class Plain(NamedTuple):
+class StandardForm(NamedTuple):
     """An SAE at one site in the terms libraries share: ReLU, TopK, JumpReLU or gate over (input - b_dec) W_enc, and W_dec back."""
 
     architecture: (
@@ -101,7 +101,7 @@ class Plain(NamedTuple):
     caveat: str = ""  # what the plain form leaves out
 
 
-PLAIN_NAMES = {  # of the tensors -> of our parameters; matrices are transposed
+STANDARD_NAMES = {  # of the tensors -> of our parameters; matrices are transposed
     "W_enc": "encoder.weight",
     "W_dec": "decoder.weight",
     "b_dec": "pre_bias",
@@ -150,9 +150,9 @@ class SAE(nn.Module):
         self.config: dict[str, Any] = {}
         self.first, self.whole = 0, None
         self.register_buffer(
-            "silent", torch.zeros(latent_size), persistent=False
+            "tokens_since_fired", torch.zeros(latent_size), persistent=False
         )  # tokens since a latent was last active
-        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.register_buffer("tokens_seen", torch.zeros(()), persistent=False)
 
     @property
     def name(self) -> str:
@@ -188,7 +188,7 @@ class SAE(nn.Module):
         infer_k: int | None = None,
         theta: float | None = None,
         token: Tensor | None = None,
-    ) -> Pass:
+    ) -> SAEOutput:
         raise NotImplementedError
 
     def part_of(self, whole: int | None, first: int = 0) -> None:
@@ -206,7 +206,7 @@ class SAE(nn.Module):
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over the processes that share a training step (in evaluation each works alone)."""
-        return distributed.total(x) if self.training else x
+        return distributed.all_sum(x) if self.training else x
 
     def average(self, x: Tensor) -> Tensor:
         """Mean over the tokens here and in the other processes, nan where there are none. No gradient. [N,...] -> [...]"""
@@ -214,19 +214,19 @@ class SAE(nn.Module):
         sums = self.total(torch.cat([x.sum(0).flatten(), x.new_full((1,), len(x))]))
         return (sums[:-1] / sums[-1]).view(x.shape[1:])
 
-    def penalty(self, p: Pass) -> dict[str, Tensor]:
+    def penalty(self, p: SAEOutput) -> dict[str, Tensor]:
         """Weighted extra terms of the loss, by name."""
         return {}
 
-    def loss(self, p: Pass) -> dict[str, Tensor]:
+    def loss(self, p: SAEOutput) -> dict[str, Tensor]:
         """Terms that add up to the training loss, over the parts of a batch too (part_of)."""
         return {"NormMSE": self.mean(squared_errors(p.target, p.x_hat)), **self.penalty(p)}
 
-    def strength(self, p: Pass) -> Tensor | Sparse:
+    def strength(self, p: SAEOutput) -> Tensor | Sparse:
         """The code in units that compare between tokens and models."""
         return p.code
 
-    def grafts(
+    def patches(
         self,
         hidden,
         *,
@@ -236,7 +236,7 @@ class SAE(nn.Module):
         token=None,
         keep_error=True,
         clean=None,
-    ) -> Iterator[dict[int, Graft]]:
+    ) -> Iterator[dict[int, Patch]]:
         """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.
 
         `clean`: what autoencode gave for `hidden`, where the caller has it (its latents only where there is an edit); it is not computed again.
@@ -245,7 +245,7 @@ class SAE(nn.Module):
         decoded and added, so that an edit without effect is none bit for bit. With keep_error=False the edited code replaces all.
         """
 
-        def at(index: int) -> Graft:
+        def at(index: int) -> Patch:
             known = (
                 None
                 if clean is None or edit is not None
@@ -282,28 +282,28 @@ class SAE(nn.Module):
         """Initialisation from the first tokens of a first batch of inputs, the same in every process."""
 
     @torch.no_grad()
-    def after_step(self, p: Pass, progress: float) -> None:
+    def after_step(self, p: SAEOutput, progress: float) -> None:
         """Counters and schedules, over all processes; progress is the share of the run that is done.
 
         Numbers are filled in, not copied from the host, for which CUDA would be waited for.
         """
         counts = self.total(torch.cat([p.fired, p.fired.new_full((1,), p.code.shape[:-1].numel())]))
-        self.seen += counts[-1]
-        self.silent += counts[-1]
-        self.silent.masked_fill_(counts[:-1] > 0, 0)
+        self.tokens_seen += counts[-1]
+        self.tokens_since_fired += counts[-1]
+        self.tokens_since_fired.masked_fill_(counts[:-1] > 0, 0)
 
     def dead_fraction(self) -> float:
         """Share of latents silent for the last tenth of what was seen."""
-        return float((self.silent > 0.1 * self.seen).float().mean())
+        return float((self.tokens_since_fired > 0.1 * self.tokens_seen).float().mean())
 
-    def diagnostics(self, p: Pass) -> dict[str, Any]:
+    def diagnostics(self, p: SAEOutput) -> dict[str, Any]:
         """More to log, by name."""
         return {}
 
     def title(self, data_name: str) -> str:
         return f"{self.name}_{data_name}"
 
-    def plain(self) -> dict[int, Plain]:
+    def to_standard_form(self) -> dict[int, StandardForm]:
         """{site: plain form}. Raises ValueError with the reason where it has none."""
         raise ValueError(
             f"the code of a {self.name} is read from sites {self.sites()} together; an SAE of one site cannot hold it"
@@ -367,7 +367,7 @@ class Dictionary(SAE):
         token: Tensor | None = None,
     ) -> Tensor:
         """Activation, then the cut asked for at inference."""
-        return restrict(self.activate(pre_acts, token), infer_k, theta)
+        return apply_inference_cut(self.activate(pre_acts, token), infer_k, theta)
 
     def encode(
         self,
@@ -391,17 +391,17 @@ class Dictionary(SAE):
     def autoencode(self, x, infer_k=None, theta=None, token=None):
         pre_acts = self.pre_acts(x)
         latents = self.get_latents(pre_acts, infer_k, theta, token)
-        return Pass(x, latents, self.decode(latents), pre_acts)
+        return SAEOutput(x, latents, self.decode(latents), pre_acts)
 
-    def plain(self):
+    def to_standard_form(self):
         state = self.state_dict()
         tensors = {
             theirs: state[ours].T if state[ours].dim() == 2 else state[ours]
-            for theirs, ours in PLAIN_NAMES.items()
+            for theirs, ours in STANDARD_NAMES.items()
             if ours in state
         }
         return {
-            site: Plain(self.architecture, tensors, self.encode, getattr(self, "k", None))
+            site: StandardForm(self.architecture, tensors, self.encode, getattr(self, "k", None))
             for site in self.sites()
         }
 

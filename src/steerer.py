@@ -100,7 +100,7 @@ class Steerer:
                 )
         if cfg.site is not None and cfg.site not in self.sae.sites():
             raise ValueError(f"--site {cfg.site}: {self.recipe['title']} reads {self.sae.sites()}")
-        demo.stand_in(cfg)
+        demo.use_demo_defaults(cfg)
         config.complete(cfg)
 
     def edit(self, latents: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Steerer:
         return torch.tensor([ids], device=self.cfg.device)
 
     def _site(self, ids: Tensor) -> int | None:
-        """Where an SAE whose runs are one per site is edited; None where its grafts belong together."""
+        """Where an SAE whose runs are one per site is edited; None where its patches belong together."""
         sae = self.sae
         p = sae.autoencode(
             sae.gather(
@@ -240,7 +240,7 @@ class Steerer:
         row = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         batch = Batch(ids, mask, torch.zeros_like(ids), row)
         hidden = {s: state[mask].float() for s, state in full.items()}
-        runs = self.sae.grafts(
+        runs = self.sae.patches(
             hidden,
             edit=edit,
             token=batch.token_keys() + start,
@@ -248,8 +248,8 @@ class Steerer:
             theta=self.cfg.theta,
             keep_error=self.cfg.mode == "delta",
         )
-        grafts = next(run for run in runs if site is None or site in run)
-        return hooks.graft_hooks(grafts, mask)
+        patches = next(run for run in runs if site is None or site in run)
+        return hooks.patch_hooks(patches, mask)
 
     def _continue(
         self, ids: Tensor, edit: Callable[[Tensor], Tensor] | None, site: int | None

@@ -26,7 +26,7 @@ from src import checkpoint, config, demo, distributed, files, hooks, lm, model
 from src.data import Rows, open_rows
 from src.estimate import Estimate
 from src.ops import unit_norm_decoder
-from src.run import Run
+from src.sae_training import SAETraining
 from src.tracking import wandb_init
 
 REPORTS, APART = (
@@ -138,7 +138,7 @@ class Trainer:
         self.cfg = cfg
         for line in config.unused(cfg):
             print(f"warning: {line}")
-        demo.stand_in(cfg)
+        demo.use_demo_defaults(cfg)
         config.complete(cfg)
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -311,7 +311,7 @@ class Trainer:
                 sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options).to(
                     cfg.device
                 )
-                runs.append(Run(sae, self.titles[i], options, cfg, total))
+                runs.append(SAETraining(sae, self.titles[i], options, cfg, total))
             mine = distributed.share(min(cfg.batch_size, len(rows)))
             lm.compile_if_it_pays(cfg, language_model, mine.stop - mine.start, total)
             self.estimate = Estimate(
@@ -328,7 +328,7 @@ class Trainer:
 
     def _loop(
         self,
-        runs: list[Run],
+        runs: list[SAETraining],
         rows: Rows,
         language_model: nn.Module,
         total: int,
@@ -403,7 +403,7 @@ class Trainer:
                 passed = (
                     at.step - saved_at[0] if unit == "steps" else time.monotonic() - saved_at[1]
                 )
-                signals.asked, saves = distributed.highest(
+                signals.asked, saves = distributed.all_max_ints(
                     signals.asked, bool(amount) and passed >= amount
                 )
                 saves = at.step < total and (signals.asked or saves)
@@ -427,7 +427,7 @@ class Trainer:
         return self._finish(runs, rows, at)
 
     def _step(
-        self, run: Run, hidden: dict[int, Tensor], keys: Tensor, step: int, due: bool
+        self, run: SAETraining, hidden: dict[int, Tensor], keys: Tensor, step: int, due: bool
     ) -> None:
         try:
             run.step(hidden, keys, step, due)
@@ -438,7 +438,12 @@ class Trainer:
             raise ValueError(f"{run.title}: out of memory at step {step} {slices}") from error
 
     def _find_failed(
-        self, alive: list[Run], rows: Rows, language_model: nn.Module, sites: list[int], bar: tqdm
+        self,
+        alive: list[SAETraining],
+        rows: Rows,
+        language_model: nn.Module,
+        sites: list[int],
+        bar: tqdm,
     ) -> None:
         """Marks the runs with a loss or gradient that was not finite and keeps each one's batch for whoever wants to know why."""
         for run in alive:
@@ -452,7 +457,9 @@ class Trainer:
                 batch.part(distributed.share(len(batch.row))).to(self.cfg.device),
                 sites,
             )
-            finite = distributed.highest(*(not torch.isfinite(h).all() for h in hidden.values()))
+            finite = distributed.all_max_ints(
+                *(not torch.isfinite(h).all() for h in hidden.values())
+            )
             bad = [site for site, odd in zip(hidden, finite, strict=True) if odd]
             where = {
                 "rows": batch.row.tolist(),
@@ -504,7 +511,7 @@ class Trainer:
         return lines
 
     def _report(
-        self, runs: list[Run], at: Namespace, lines: BinaryIO, bar: tqdm, wandb: Any
+        self, runs: list[SAETraining], at: Namespace, lines: BinaryIO, bar: tqdm, wandb: Any
     ) -> None:
         """One line of metrics.jsonl for each run that goes on."""
         speed = at.tokens / max(at.seconds, 1e-9)
@@ -534,7 +541,9 @@ class Trainer:
                 tok_s=round(speed),
             )
 
-    def _save_state(self, runs: list[Run], at: Namespace, lines: BinaryIO, n_rows: int) -> Path:
+    def _save_state(
+        self, runs: list[SAETraining], at: Namespace, lines: BinaryIO, n_rows: int
+    ) -> Path:
         """All that the rest of the run depends on. Raises OSError where it cannot be written; the states before stay as they are."""
         os.fsync(lines.fileno())
         at.log_bytes = lines.tell()
@@ -558,7 +567,7 @@ class Trainer:
                 "run the same command again"
             ) from error
 
-    def _finish(self, runs: list[Run], rows: Rows, at: Namespace) -> float:
+    def _finish(self, runs: list[SAETraining], rows: Rows, at: Namespace) -> float:
         """Final weights and recipes; then the state to continue from is not needed any more. Raises ValueError where no token counted."""
         if not at.tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
@@ -580,7 +589,12 @@ class Trainer:
         return at.finals[runs[0].title]["loss"]
 
     def _save(
-        self, run: Run, final: dict[str, Any], rows: Rows, tokens: int, used: dict[str, float]
+        self,
+        run: SAETraining,
+        final: dict[str, Any],
+        rows: Rows,
+        tokens: int,
+        used: dict[str, float],
     ) -> None:
         cfg = self.cfg
         recipe = {

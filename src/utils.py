@@ -5,7 +5,7 @@ from src.files import save_json
 from src.hooks import RouteHook, get_outputs, hook_RouteSAE, hook_SAE
 from src.lm import get_language_model
 from src.ops import L1_loss, Normalized_MSE_loss, pre_process, unit_norm_decoder
-from src.run import LinearWarmupLR
+from src.sae_training import LinearWarmupLR
 from src.tracking import wandb_init
 from src.trainer import log_layers, set_seed
 

@@ -48,7 +48,7 @@ class Plain:
 
     def __init__(self, w, o):
         self.w, self.o = w, o
-        self.silent, self.dead_after, self.progress = 0.0, float("inf"), 0.0
+        self.tokens_since_fired, self.dead_threshold, self.progress = 0.0, float("inf"), 0.0
 
     def code(self, x, token):
         """(latents, x_hat, more terms of the loss)"""
@@ -75,8 +75,8 @@ class Plain:
     @torch.no_grad()
     def after(self, progress):
         fired = self.latents.flatten(0, -2) != 0
-        self.silent = (self.silent + len(fired)) * (~fired.any(0))
-        self.progress, self.dead_after = progress, self.o.get("dead_tokens", float("inf"))
+        self.tokens_since_fired = (self.tokens_since_fired + len(fired)) * (~fired.any(0))
+        self.progress, self.dead_threshold = progress, self.o.get("dead_tokens", float("inf"))
 
 
 class TopK(Plain):
@@ -90,7 +90,7 @@ class TopK(Plain):
 
     def auxk(self, x, x_hat):
         """Dead latents code what the living miss (Gao et al. 2024, A.2)."""
-        dead = torch.as_tensor(self.silent > self.dead_after)
+        dead = torch.as_tensor(self.tokens_since_fired > self.dead_threshold)
         if not self.o.get("auxk_coeff", 1 / 32) or not dead.any():
             return {}
         x, missed = x.flatten(0, -2), (x - x_hat).detach().flatten(0, -2)
@@ -132,7 +132,10 @@ class RouteSAE(TopK):
             ).to(x.dtype)
         self.o["target"] = routed = (p[..., None] * x).sum(-2)
         inner = TopK({name.removeprefix("sae."): value for name, value in self.w.items()}, self.o)
-        inner.silent, inner.dead_after = self.silent, self.dead_after
+        inner.tokens_since_fired, inner.dead_threshold = (
+            self.tokens_since_fired,
+            self.dead_threshold,
+        )
         return inner.code(routed, token)
 
 

@@ -27,7 +27,7 @@ from src.files import DEMO_LM
 from src.metrics import Reconstruction
 from src.model import build
 from src.ops import kth_largest
-from src.run import Run, make_optimizer
+from src.sae_training import SAETraining, make_optimizer
 from src.trainer import Trainer
 
 MODELS = ["TopK", "RouteSAE", "BatchTopK", "JumpReLU", "Gated", "Crosscoder", "MLSAE"]
@@ -130,7 +130,7 @@ def only_the_main_one_writes(number, folder):
 
 def at_step(step, number, do):
     def install(me, folder):
-        original, done = Run.step, []
+        original, done = SAETraining.step, []
 
         def hooked(self, hidden, token, now, due):
             if me == number and now == step and not done:
@@ -138,7 +138,7 @@ def at_step(step, number, do):
                 hidden = do(hidden)
             original(self, hidden, token, now, due)
 
-        Run.step = hooked
+        SAETraining.step = hooked
 
     return install
 
@@ -158,14 +158,14 @@ def poisoned(number, folder):
 
 
 def short_of_memory(number, folder):
-    original = Run._gradients
+    original = SAETraining._gradients
 
     def limited(self, hidden, token, whole, first):
         if number == 1 and len(token) / self.parts > 15:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, hidden, token, whole, first)
 
-    Run._gradients, finish = limited, Trainer._finish
+    SAETraining._gradients, finish = limited, Trainer._finish
 
     def and_say(self, runs, *rest):
         (folder / f"parts{number}").write_text(str([run.parts for run in runs]))
@@ -519,7 +519,9 @@ def test_a_fault_read_late_has_changed_nothing_and_names_its_step(optimizer, mon
         "train", ["--optimizer", optimizer, "--latent_size", "64", "--k", "4", "--steps", "1"]
     )
     torch.manual_seed(0)
-    run = Run(build("RouteSAE", 32, 8, {"latent_size": 64, "k": 4}), "x", {}, complete(cfg), 20)
+    run = SAETraining(
+        build("RouteSAE", 32, 8, {"latent_size": 64, "k": 4}), "x", {}, complete(cfg), 20
+    )
     run.mode(True)
     check = run.check
     monkeypatch.setattr(run, "check", lambda: None)  # as on a GPU, between two reports

@@ -286,7 +286,7 @@ def test_an_edit_shows_at_its_site_and_after_it_at_its_token_and_after_it(family
         lm.read_sites(model, batch.input_ids, sites),
         lm.final_states(model, batch.input_ids),
     )
-    with lm.hooked(model, hooks.graft_hooks({2: lambda h: h + 1}, mask)):
+    with lm.hooked(model, hooks.patch_hooks({2: lambda h: h + 1}, mask)):
         changed = lm.read_sites(model, batch.input_ids, sites)
         after = lm.final_states(model, batch.input_ids)
     assert torch.equal(changed[1], clean[1])

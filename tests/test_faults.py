@@ -28,8 +28,9 @@ from src.config import run_stage
 from src.data import Rows
 from src.evaluator import Evaluator
 from src.model import build
+from src.sae_training import SAETraining
 from src.sources import DataError, Documents, Report
-from src.trainer import Run, Trainer
+from src.trainer import Trainer
 from src.zoo import ZOO
 
 SHAPE = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -170,7 +171,7 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one_and_a_finished_ru
         lines_of(tmp_path) == lines_of(tmp_path / "straight")
         and lines_of(tmp_path)[-1]["step"] == 6
     )
-    monkeypatch.setattr(Run, "step", kill)
+    monkeypatch.setattr(SAETraining, "step", kill)
     assert (
         run(home, "train", "--tag", "t", out=tmp_path) == 0
         and "already trained" in capsys.readouterr().out
@@ -409,7 +410,7 @@ def test_one_endless_line_is_tokenised_in_pieces_without_loss(
     (tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"text": t}) for t in ("first", text, "last"))
     )
-    monkeypatch.setattr(data, "LONGEST", 100)
+    monkeypatch.setattr(data, "CHUNK_CHARS", 100)
     sizes, encode = [], type(tokenizer).__call__
     monkeypatch.setattr(
         type(tokenizer),

@@ -117,7 +117,7 @@ def test_what_saelens_cannot_hold_exactly_is_refused_with_the_reason_and_nothing
 def test_clipped_topk_is_exported_whatever_its_k_and_a_wrong_export_is_noticed(tmp_path):
     sae = made("TopK", k=60, topk_relu=True)
     assert export(sae, tmp_path, "saelens").is_dir()
-    (form,) = sae.plain().values()
+    (form,) = sae.to_standard_form().values()
     wrong = form._replace(tensors=form.tensors | {"b_enc": form.tensors["b_enc"] + 0.01})
     with pytest.raises(ValueError, match="other latents"):
         formats.compare(sae, form, formats.SiteSAE(sae, sae.layer, wrong))
@@ -475,11 +475,11 @@ def test_a_site_sae_reconstructs_what_the_sae_would_put_in_place():
                 and one.cfg.model_name == "org/lm"
                 and one.cfg.to_dict()["d_sae"] == F
             )
-            graft = next(run for run in sae.grafts({s: h for s in sae.sites()}) if site in run)[
+            patch = next(run for run in sae.patches({s: h for s in sae.sites()}) if site in run)[
                 site
             ]
-            replaced = (graft(h) != h).any(-1)  # a routed SAE leaves tokens of other sites alone
-            assert torch.allclose(one(h)[replaced], graft(h)[replaced], atol=1e-4) and (
+            replaced = (patch(h) != h).any(-1)  # a routed SAE leaves tokens of other sites alone
+            assert torch.allclose(one(h)[replaced], patch(h)[replaced], atol=1e-4) and (
                 replaced.all() or name == "RouteSAE"
             )
         with pytest.raises(ValueError, match="encode them first"):

@@ -23,13 +23,13 @@ for n, f, k in ((5, 1030, 16), (3, 1024, 64), (5, 4100, 100), (9, 2048, 64), (2,
     values[3:4, : f - k // 2] = 0.5  # more equal values than there is room for
     values[4:5] *= torch.logspace(-30, 30, f, device=DEVICE)
     values[4:5, 7:8], values[4:5, 8:9] = torch.inf, -torch.inf
-    found = kernels.largest(values, k)
+    found = kernels.topk_indices(values, k)
     assert found.shape == (n, k)
-    assert torch.equal(kernels.largest(values.T.contiguous().T, k), found)
+    assert torch.equal(kernels.topk_indices(values.T.contiguous().T, k), found)
     broken = values[:2].clone()  # numbers that are none have a sign: below all others with a minus, above them without
     broken[:, 5:] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
     broken[1:] = -broken[1:]
-    for i, row in enumerate(kernels.largest(broken, k).tolist()):
+    for i, row in enumerate(kernels.topk_indices(broken, k).tolist()):
         assert len(set(row)) == k and set(row) <= set(range(f)) and (i == 1 or k < 5 or set(range(5)) <= set(row))
     assert torch.equal(found.sort(1).values, values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values), (n, f, k)
 for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.float32), (4, 0, 5, 64, torch.float32), (0, 0, 5, 64, torch.float32)):
@@ -38,11 +38,11 @@ for n, e, f, d, dtype in ((6, 40, 30, 100, torch.bfloat16), (3, 7, 5, 64, torch.
     bag = torch.randint(n, (e,), device=DEVICE).sort().values if e else latent  # some are empty
     bounds = ops.SparseCode.bounds(bag, n)
     sums = torch.zeros(n, d, device=DEVICE).index_add_(0, bag, values[:, None] * table[latent].float())
-    assert torch.allclose(kernels.row_sums(values, latent, bounds, table), sums, atol=1e-5)
-    assert torch.allclose(kernels.row_dots(grad, latent, bounds, table), (grad[bag] * table[latent].float()).sum(1), atol=1e-4)
+    assert torch.allclose(kernels.weighted_embedding_bag(values, latent, bounds, table), sums, atol=1e-5)
+    assert torch.allclose(kernels.bag_dots(grad, latent, bounds, table), (grad[bag] * table[latent].float()).sum(1), atol=1e-4)
     same = torch.ones(1, 1, device=DEVICE).expand(f, d)
-    assert torch.allclose(kernels.row_sums(values, latent, bounds, same), kernels.row_sums(values, latent, bounds, same.contiguous()))
-    assert torch.allclose(kernels.row_dots(grad, latent, bounds, same), grad.sum(1)[bag], atol=1e-4)
+    assert torch.allclose(kernels.weighted_embedding_bag(values, latent, bounds, same), kernels.weighted_embedding_bag(values, latent, bounds, same.contiguous()))
+    assert torch.allclose(kernels.bag_dots(grad, latent, bounds, same), grad.sum(1)[bag], atol=1e-4)
 for stop in (0.0, 1.0):
     y, z, grad, stop = (*(torch.randn(3, 1700, device=DEVICE) for _ in range(3)), torch.tensor(stop, device=DEVICE))
     grad[0] = 0
@@ -73,7 +73,7 @@ from src.model import build
 from src.ops import SparseCode
 product = ops.product
 ops.kernels = lambda x: None if x.dtype is torch.float64 else kernels
-ops.narrows = lambda x: NARROW and ops._narrow and x.dtype is torch.float32
+ops.uses_bf16_matmul = lambda x: NARROW and ops._bf16_allowed and x.dtype is torch.float32
 ops.fast_bfloat16 = lambda: False
 ops.product = lambda a, b: a.float() @ b.float() if a.dtype is torch.bfloat16 else product(a, b)
 torch.manual_seed(0)
@@ -95,9 +95,9 @@ for name, forms, more in (
         exact.load_state_dict(sae.state_dict())
         exact.double()
         for one, where in ((sae, hidden), (exact, {site: h.double() for site, h in hidden.items()})):
-            if hasattr(one, "silent") and name in ("TopK", "MLSAE"):
-                one.silent[:40], one.dead_after = 1e6, torch.tensor(1e5)  # AuxK codes the first forty
-            with ops.narrow_factors():
+            if hasattr(one, "tokens_since_fired") and name in ("TopK", "MLSAE"):
+                one.tokens_since_fired[:40], one.dead_threshold = 1e6, torch.tensor(1e5)  # AuxK codes the first forty
+            with ops.bf16_matmuls():
                 terms = one.loss(one.autoencode(one.gather(where).to(next(one.parameters()).dtype)))
                 sum(terms.values()).backward()
         assert ("AuxK" in terms) == (name in ("TopK", "MLSAE"))
@@ -107,7 +107,7 @@ for name, forms, more in (
             assert (a.grad is None) == (b.grad is None) and off < bound, (name, form, label, off)
 sae, x = build("TopK", 32, 16, {"latent_size": 64, "k": 4, "layer": 4}).double(), torch.randn(5, 32)
 SparseCode.form = lambda ratio, x: "products"
-with ops.narrow_factors():  # a float32 state of a float64 SAE
+with ops.bf16_matmuls():  # a float32 state of a float64 SAE
     assert torch.allclose(sae.autoencode(x).x_hat, sae.autoencode(x.double()).x_hat, rtol=1e-12)
 """
 
@@ -163,7 +163,7 @@ def test_narrow_factors_change_a_step_by_their_rounding(form, monkeypatch):
     exact.load_state_dict(sae.state_dict())
     x = torch.randn(512, 256, device="cuda")
     for one in (sae, exact):
-        with ops.narrow_factors():
+        with ops.bf16_matmuls():
             sum(one.loss(one.autoencode(x.to(one.pre_bias.dtype))).values()).backward()
     for a, b in zip(sae.parameters(), exact.parameters(), strict=True):
         assert (a.grad - b.grad).norm() < 0.15 * b.grad.norm()  # a few tokens choose another latent

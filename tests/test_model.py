@@ -11,15 +11,15 @@ from src.ops import (
     SparseCode,
     Step_func,
     active,
+    apply_inference_cut,
     pre_process,
     project_decoder_grad,
     random_integers,
     random_subset,
-    restrict,
     topk_sparsify,
     unit_norm_decoder,
 )
-from src.sae import Pass
+from src.sae import SAEOutput
 from src.zoo import ZOO, canonical
 
 N, D, FEATURES, LAYERS = 50, 32, 64, 16
@@ -93,11 +93,11 @@ def test_a_perfect_reconstruction_leaves_the_residual_as_it_is(name, hidden, mon
     monkeypatch.setattr(
         type(inner),
         "autoencode",
-        lambda self, x, *_, **__: model.Pass(x, x.new_zeros(*x.shape[:-1], FEATURES), x),
+        lambda self, x, *_, **__: model.SAEOutput(x, x.new_zeros(*x.shape[:-1], FEATURES), x),
     )
-    for grafts in sae.grafts(hidden, token=TOKENS):
-        for site, graft in grafts.items():
-            assert torch.allclose(graft(hidden[site]), hidden[site], atol=1e-5)
+    for patches in sae.patches(hidden, token=TOKENS):
+        for site, patch in patches.items():
+            assert torch.allclose(patch(hidden[site]), hidden[site], atol=1e-5)
 
 
 def test_topk_keeps_exactly_k_and_negatives_only_without_relu(hidden):
@@ -114,7 +114,7 @@ def test_auxk_is_zero_without_dead_latents_and_trains_the_dead(hidden):
     p = sae.autoencode(x)
     assert sae.penalty(p) == {}
     sae.after_step(p, 0.1)
-    dead = sae.silent > 10
+    dead = sae.tokens_since_fired > 10
     assert dead.any()
     sae.penalty(sae.autoencode(x))["AuxK"].backward()
     assert (
@@ -177,16 +177,16 @@ def test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_tra
     x = sae.gather(hidden)
     p = sae.autoencode(x)
     site = p.weights.argmax(-1)
-    (grafts,) = sae.grafts(hidden)
+    (patches,) = sae.patches(hidden)
     for index, s in enumerate(sae.sites()):
-        after, here = grafts[s](hidden[s]), site == index
+        after, here = patches[s](hidden[s]), site == index
         assert torch.equal(after[~here], hidden[s][~here])
         expected = p.x_hat[here] / p.scale[here, None]
         states, mean, std = sae.standardise(hidden[s][here])
         assert torch.allclose((after[here] - mean) / std, expected, atol=1e-4)
-    unscaled = next(make("RouteSAE", route_scale="p", route_patch="unscaled").grafts(hidden))
+    unscaled = next(make("RouteSAE", route_scale="p", route_patch="unscaled").patches(hidden))
     s = sae.sites()[int(site[0])]
-    assert not torch.allclose(unscaled[s](hidden[s])[0], grafts[s](hidden[s])[0], atol=1e-4)
+    assert not torch.allclose(unscaled[s](hidden[s])[0], patches[s](hidden[s])[0], atol=1e-4)
 
 
 def test_soft_error_transfer_sums_to_the_mixture(hidden):
@@ -323,10 +323,10 @@ def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_s
     sae.target_l0 = factor * float((p.latents != 0).float().sum(-1).mean())
     for step in range(1, 21):
         sae.after_step(p, 0.05 * step)
-    assert direction * sae.gain.log().item() > 1
+    assert direction * sae.i_gain.log().item() > 1
     assert (
         direction * (sae._coefficient() / sae.l1_coeff).log().item()
-        > direction * sae.gain.log().item()
+        > direction * sae.i_gain.log().item()
     )
 
 
@@ -349,7 +349,7 @@ def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more,
     latents = sae.activate(F.linear(x - sae.pre_bias, sae.encoder.weight, sae.latent_bias))
     sparse, dense = (
         sae.autoencode(x),
-        Pass(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias)),
+        SAEOutput(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias)),
     )
     assert torch.allclose(sparse.latents, dense.latents, rtol=1e-12) and torch.allclose(
         sparse.x_hat, dense.x_hat, rtol=1e-12
@@ -372,7 +372,7 @@ def test_the_largest_of_each_row_are_found_in_one_stage_or_two(n, f, k, dtype):
     values = torch.randn(n, f).to(dtype)
     tied = torch.cat([values[: n // 2].round(), values[n // 2 :]])
     for some in (values, tied):
-        found = ops.largest(some, k)
+        found = ops.topk_indices(some, k)
         assert found.shape == (n, k) and all(len(set(row)) == k for row in found.tolist())
         assert torch.equal(some.gather(1, found).sort(1).values, some.topk(k).values.sort(1).values)
 
@@ -381,7 +381,7 @@ def test_the_largest_of_each_row_are_found_in_one_stage_or_two(n, f, k, dtype):
 def test_in_training_a_code_is_that_of_bfloat16_factors_and_its_gradients_are_exact_for_it():
     torch.manual_seed(0)
     sae, x = build("TopK", 64, 16, {"latent_size": 512, "k": 8, "layer": 4}), torch.randn(100, 64)
-    with ops.narrow_factors():
+    with ops.bf16_matmuls():
         p = sae.autoencode(x)
     exact = sae.autoencode(x)
     off = (p.x_hat - exact.x_hat).norm() / exact.x_hat.norm()
@@ -473,7 +473,7 @@ def test_ops_by_hand():
     assert topk_sparsify(x, 2).tolist() == [[3.0, 0.0, 2.0, 0.0]]
     assert [t.tolist() for t in active(topk_sparsify(x, 2))] == [[0, 0], [0, 2], [3.0, 2.0]]
     with pytest.warns(UserWarning, match="all are kept"):
-        assert restrict(x, infer_k=9).tolist() == x.tolist()
+        assert apply_inference_cut(x, infer_k=9).tolist() == x.tolist()
     states, mean, std = pre_process(torch.randn(5, 16).bfloat16() * 100 + 7)
     assert states.dtype == torch.float32 and torch.allclose(
         states.square().sum(-1), torch.tensor(15.0), atol=1e-3

@@ -128,14 +128,14 @@ def test_d1_d2_padding_changes_neither_what_is_coded_nor_a_metric():
     plain = Batch(ids, mask, torch.zeros(2, 12, dtype=torch.long), torch.arange(12).expand(2, 12))
     a, b = hooks.read(model, padded, [4])[4], hooks.read(model, plain, [4])[4]
     assert a.shape == b.shape == (22, 32) and torch.allclose(a, b, atol=1e-5)
-    grafts = {4: torch.zeros_like}
+    patches = {4: torch.zeros_like}
     kl = []
     for batch in (padded, plain):
         clean, patched = (
             lm.logits_of(model, states[batch.mask])
             for states in (
                 lm.final_states(model, batch.input_ids),
-                hooks.patched_states(model, batch, grafts),
+                hooks.patched_states(model, batch, patches),
             )
         )
         kl.append(float(metrics.KLDiv(clean, patched)))
@@ -236,7 +236,7 @@ def test_l14_sizes_that_contradict_the_language_model_are_refused(text):
 
 @pytest.mark.parametrize("name", ["TopK", "MLSAE", "RouteSAE", "Crosscoder"])
 def test_e4_l2_a_site_is_patched_where_it_was_read(name):
-    """The state a graft is given in the patched run is, at its first site, the one that was read there."""
+    """The state a patch is given in the patched run is, at its first site, the one that was read there."""
     model, ids = tiny(), torch.randint(3, 4000, (2, 12))
     batch = Batch(
         ids,
@@ -246,13 +246,13 @@ def test_e4_l2_a_site_is_patched_where_it_was_read(name):
     )
     sae = build(name, 32, 6, {"latent_size": 48, "k": 4})
     hidden = hooks.read(model, batch, sae.sites())
-    for grafts in sae.grafts(hidden):
+    for patches in sae.patches(hidden):
         seen = {}
         watch = {
-            site: (lambda h, site=site, seen=seen: seen.setdefault(site, h)) for site in grafts
+            site: (lambda h, site=site, seen=seen: seen.setdefault(site, h)) for site in patches
         }
         hooks.patched_states(model, batch, watch)
-        for site in grafts:
+        for site in patches:
             assert torch.equal(seen[site], hidden[site])
 
 

@@ -54,10 +54,13 @@ def test_loss_and_gradients_equal_the_plain_path(name, recipe, more):
     twin = plain.of(sae, options)
     ((x, token),) = batches(sae, 1)
     for counted in (sae, getattr(sae, "sae", sae)):
-        counted.silent[::3] = 200.0  # a third of the latents is dead
-        if hasattr(counted, "dead_after"):
-            counted.dead_after.fill_(100.0)
-    twin.silent, twin.dead_after = getattr(sae, "sae", sae).silent.clone(), 100.0
+        counted.tokens_since_fired[::3] = 200.0  # a third of the latents is dead
+        if hasattr(counted, "dead_threshold"):
+            counted.dead_threshold.fill_(100.0)
+    twin.tokens_since_fired, twin.dead_threshold = (
+        getattr(sae, "sae", sae).tokens_since_fired.clone(),
+        100.0,
+    )
     if hasattr(sae, "warm"):
         sae.warm.fill_(1.0)
         twin.progress = 1.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src import hooks, lm
-from src.applier import Applier, Seen
+from src.applier import Applier, ContextCollector
 from src.config import parse, run_stage
 from src.data import open_rows
 from src.files import DEMO_LM, load_json
@@ -180,7 +180,7 @@ def test_effects_are_measured_and_negatives_are_windows_without_the_latent(train
 
 
 def test_no_negative_shows_a_text_that_stands_among_the_contexts():
-    seen = object.__new__(Seen)
+    seen = object.__new__(ContextCollector)
     off, on = torch.tensor([False]), torch.tensor([True])
     seen.seed, seen.windows = 0, [([1], off), ([2], off), ([3], on), ([], off)]
     assert seen.without(0, [("a",), ("b",), ("c",), ()], {("a",)}) == [1]

@@ -18,7 +18,7 @@ from src import checkpoint, files, lm
 from src.config import interval, parse, run_stage
 from src.files import DEMO_LM
 from src.model import build
-from src.run import Run
+from src.sae_training import SAETraining
 from src.trainer import Trainer
 from src.zoo import ZOO
 
@@ -74,14 +74,14 @@ def train(text, *more, out="out"):
 
 def stopped_at(monkeypatch, step, do):
     """Calls do() in the middle of a step: after the first SAE's update, before the others'."""
-    original = Run.step
+    original = SAETraining.step
 
     def hooked(self, hidden, token, now, due):
         original(self, hidden, token, now, due)
         if now == step:
             do()
 
-    monkeypatch.setattr(Run, "step", hooked)
+    monkeypatch.setattr(SAETraining, "step", hooked)
 
 
 def kill():
@@ -159,10 +159,10 @@ def test_a_signal_lets_the_step_end_saves_and_says_so_in_the_exit_code(
 
 def test_a_second_signal_ends_the_process_at_once_and_leaves_no_half_state(text):
     code = (
-        "import os, signal, sys\nfrom src import checkpoint\nfrom src.config import run_stage\nfrom src.run import Run\n"
+        "import os, signal, sys\nfrom src import checkpoint\nfrom src.config import run_stage\nfrom src.sae_training import SAETraining\n"
         "from src.trainer import Trainer\n"
-        "step = Run.step\ndef once(self, h, t, now, due):\n    step(self, h, t, now, due)\n    if now == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "Run.step = once\nsave = checkpoint.torch.save\n"
+        "step = SAETraining.step\ndef once(self, h, t, now, due):\n    step(self, h, t, now, due)\n    if now == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "SAETraining.step = once\nsave = checkpoint.torch.save\n"
         "def slow(*a):\n    save(*a)\n    os.kill(os.getpid(), signal.SIGTERM)\ncheckpoint.torch.save = slow\n"
         "run_stage('train', lambda cfg: Trainer(cfg).run(), sys.argv[1:])\n"
     )
@@ -321,7 +321,7 @@ def test_two_writers_of_one_folder_are_refused_and_locks_of_the_dead_are_taken_o
 def test_a_loss_that_is_not_finite_keeps_the_weights_of_the_step_before_and_the_batch(
     text, monkeypatch
 ):
-    original, seen = Run.step, {}
+    original, seen = SAETraining.step, {}
 
     def poison(self, hidden, token, now, due):
         if now == 6:
@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_of_the_step_before_and_the_
             seen["after"] = dict(self.sae.named_parameters())
         assert now < 7
 
-    monkeypatch.setattr(Run, "step", poison)
+    monkeypatch.setattr(SAETraining, "step", poison)
     with pytest.raises(ValueError, match="loss is not finite at step 6"):
         train(text)
     assert all(torch.equal(value, seen["after"][name]) for name, value in seen["before"].items())
@@ -346,7 +346,7 @@ def run_of(text, name, n=48):
     cfg = parse("train", arguments(text, "--model", name))
     cfg.optimizer, cfg.grad_clip, cfg.steps = "adam", 0.0, 1
     torch.manual_seed(0)
-    run = Run(build(name, 32, 8, {"latent_size": 64, "k": 4}), name, {}, cfg, 10)
+    run = SAETraining(build(name, 32, 8, {"latent_size": 64, "k": 4}), name, {}, cfg, 10)
     run.mode(True)
     return (
         run,
@@ -381,7 +381,7 @@ def test_out_of_memory_halves_the_slices_and_keeps_the_gradient_of_the_whole_bat
         if one.grad is not None:
             assert torch.allclose(one.grad, two.grad, rtol=1e-4, atol=1e-6), key
     assert (
-        torch.equal(run.sae.silent, small.sae.silent)
+        torch.equal(run.sae.tokens_since_fired, small.sae.tokens_since_fired)
         and small.last.latents.shape == run.last.latents.shape
     )
     monkeypatch.setattr(

@@ -82,12 +82,12 @@ def test_expected_error_follows_its_formula(x, objective):
 
 def test_balance_is_least_where_the_load_is_even(x):
     sae = make(router_objective="expected", router_balance="switch", router_balance_coef=1.0)
-    even = sae.autoencode(x).with_(weights=torch.eye(SITES).repeat(9, 1))
-    uneven = even.with_(weights=F.one_hot(torch.zeros(45, dtype=torch.long), SITES).float())
+    even = sae.autoencode(x).replace(weights=torch.eye(SITES).repeat(9, 1))
+    uneven = even.replace(weights=F.one_hot(torch.zeros(45, dtype=torch.long), SITES).float())
     assert sae.penalty(even)["Balance"] == pytest.approx(1.0)
     assert sae.penalty(uneven)["Balance"] == pytest.approx(SITES)
     sae = make(router_balance="bias", router_balance_coef=0.1)
-    sae.after_step(sae.autoencode(x).with_(weights=uneven.weights), 0.1)
+    sae.after_step(sae.autoencode(x).replace(weights=uneven.weights), 0.1)
     assert sae.load_bias.tolist() == pytest.approx([-0.1, 0.1, 0.1, 0.1, 0.1])
 
 
@@ -96,10 +96,10 @@ def test_a_patch_reproduces_what_was_coded(x, scale):
     sae = make(route_scale=scale).eval()
     hidden = {site: x[:, i] * 3 + 1 for i, site in enumerate(sae.sites())}
     p = sae.autoencode(sae.gather(hidden))
-    (grafts,) = sae.grafts(hidden)
+    (patches,) = sae.patches(hidden)
     site = p.weights.argmax(-1)
     for i, number in enumerate(sae.sites()):
-        new, (_, mean, std) = grafts[number](hidden[number]), sae.standardise(hidden[number])
+        new, (_, mean, std) = patches[number](hidden[number]), sae.standardise(hidden[number])
         assert torch.equal(new[site != i], hidden[number][site != i])
         wanted = (p.x_hat / p.scale[:, None] * std + mean)[site == i]
         assert torch.allclose(new[site == i], wanted, atol=1e-4)
@@ -174,7 +174,7 @@ def test_straight_through_and_advantage_follow_their_formulas(x):
     )
     load, p = router.load(logits.softmax(-1)), logits.softmax(-1)
     by_logit = SITES * p * (load - (p * load).sum(-1, keepdim=True)) / len(x)
-    assert torch.allclose(torch.autograd.grad(router.switch(p, load), logits)[0], by_logit)
+    assert torch.allclose(torch.autograd.grad(router.switch_loss(p, load), logits)[0], by_logit)
 
 
 def test_a_token_that_decides_its_site_gives_all_the_information_and_a_shuffled_one_little():

@@ -15,7 +15,7 @@ from src.evaluator import Evaluator
 from src.files import DEMO_LM
 from src.metrics import KLDiv, Mean, Reconstruction
 from src.model import build
-from src.run import LinearWarmupLR
+from src.sae_training import LinearWarmupLR
 from src.trainer import Trainer
 from src.zoo import ZOO
 
@@ -298,7 +298,7 @@ def test_blocks_that_return_tuples_are_patched_too(text):
     full = lm.read_sites(model, batch.input_ids, [16])
     plain = hooks.patched_states(model, batch, {16: lambda h: h + 1}, full)
     output = (full[16], "cache")
-    hidden, rest = hooks.graft_hooks({16: lambda h: h + 1}, batch.mask)[16](output)
+    hidden, rest = hooks.patch_hooks({16: lambda h: h + 1}, batch.mask)[16](output)
     assert (
         rest == "cache"
         and torch.equal(hidden[batch.mask], full[16][batch.mask] + 1)

@@ -108,7 +108,7 @@ def test_saelens_loads_the_export_and_finds_the_same_latents(name, saes, hidden,
     sae, recipe = saes[name]
     exported = formats.export(sae, recipe, folder / "out", "saelens")
     worst, other, x_hat_worst, tokens = 0.0, 0, 0.0, 0
-    for site, form in sae.plain().items():
+    for site, form in sae.to_standard_form().items():
         theirs = sae_lens.SAE.load_from_disk(exported / formats.hook_of(site))
         h = hidden[site]
         x, mean, std = sae.standardise(h)
@@ -266,7 +266,7 @@ def test_saebench_measures_what_evaluate_measures_where_both_mean_the_same(
         ce_clean.append(per_token["ce_loss_without_sae"][at])
     kl, ce_sae, ce_clean = (float(torch.cat(part).mean()) for part in (kl, ce_sae, ce_clean))
     h = hidden[12]
-    x_hat = next(sae.grafts({12: h}))[12](h)
+    x_hat = next(sae.patches({12: h}))[12](h)
     error, cosine = (h - x_hat).square().sum(-1), torch.cosine_similarity(h, x_hat, dim=-1)
     size = len(h) / len(
         rows

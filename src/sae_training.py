@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from src import config, distributed
-from src.ops import narrow_factors, project_decoder_grad, sign_step_, unit_norm_decoder
-from src.sae import SAE, WARM_START, Pass
+from src.ops import bf16_matmuls, project_decoder_grad, sign_step_, unit_norm_decoder
+from src.sae import SAE, WARM_START, SAEOutput
 
 
 class LinearWarmupLR(torch.optim.lr_scheduler.LambdaLR):
@@ -96,7 +96,7 @@ def make_optimizer(
     )
 
 
-class Run:
+class SAETraining:
     """One SAE in training."""
 
     def __init__(
@@ -125,7 +125,7 @@ class Run:
         )
         self.tried = distributed.world() == 1  # whether the first step's memory was looked at
         self.found_inf = torch.zeros(
-            (), device=sae.silent.device
+            (), device=sae.tokens_since_fired.device
         )  # 1 from the first loss or gradient on that is not finite
         self.unread: list[
             tuple[int, list[str], Tensor]
@@ -180,7 +180,9 @@ class Run:
         ):
             mine.load_state_dict(saved)
         vars(self).update(state["plain"])
-        self.sums = {name: value.to(self.sae.silent.device) for name, value in self.sums.items()}
+        self.sums = {
+            name: value.to(self.sae.tokens_since_fired.device) for name, value in self.sums.items()
+        }
 
     def warm_start(self, hidden: dict[int, Tensor]) -> None:
         """Data-dependent initialisation from the first tokens of the whole batch; then the processes are made equal."""
@@ -192,10 +194,10 @@ class Run:
         distributed.copy_from_main_(list(self._tensors().values()))
         self.mode(True)
 
-    @narrow_factors()
+    @bf16_matmuls()
     def _gradients(
         self, hidden: dict[int, Tensor], token: Tensor, whole: int, first: int
-    ) -> tuple[Pass, dict[str, Tensor]]:
+    ) -> tuple[SAEOutput, dict[str, Tensor]]:
         """Forward and backward over `parts` slices of the tokens; (the pass, or the code of all slices; this process's shares of the loss terms).
 
         Terms that look at a batch as a whole (the variance in AuxK, a top-k over the batch) then look at each slice.
@@ -215,11 +217,11 @@ class Run:
             own = self.sae.loss(p)
             terms = {name: terms.get(name, 0.0) + term.detach() for name, term in own.items()}
             torch.stack(list(own.values())).sum().backward()
-            passes.append(p if parts == 1 else p.differentiated())
+            passes.append(p if parts == 1 else p.detach_code())
         self.sae.part_of(whole, first)
-        return p if parts == 1 else Pass.joined(passes), terms
+        return p if parts == 1 else SAEOutput.cat(passes), terms
 
-    def _within_memory(self, step: int, *batch: Any) -> tuple[Pass, dict[str, Tensor]]:
+    def _within_memory(self, step: int, *batch: Any) -> tuple[SAEOutput, dict[str, Tensor]]:
         """_gradients, in twice as many slices where memory is short, as often as it takes. Raises torch.OutOfMemoryError where slices of one
         token do not help."""
         while True:
@@ -244,7 +246,7 @@ class Run:
         with torch.no_grad():
             for name, buffer in self.sae.named_buffers():
                 buffer.copy_(before[name])
-        (self.parts,) = distributed.highest(self.parts)
+        (self.parts,) = distributed.all_max_ints(self.parts)
         self.tried = True
 
     def step(self, hidden: dict[int, Tensor], token: Tensor, step: int, due: bool) -> None:
@@ -267,7 +269,7 @@ class Run:
             found = torch.stack(
                 [*terms.values(), p.fired.sum() / (batch[2] * p.code.shape[1:-1].numel())]
             )
-            distributed.total_(
+            distributed.all_sum_(
                 [found, *(q.grad for q in self.sae.parameters() if q.grad is not None)]
             )
             now = dict(zip([*terms, "L0"], found, strict=True))
