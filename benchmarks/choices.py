@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.run import SHAPES
 from src import checkpoint, config, lm, model, ops
+from src.device import pick_device
 from src.files import save_json
 from src.sae_training import SAETraining
 
@@ -229,7 +230,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output_dir", default="outputs/benchmark")
     cfg = parser.parse_args()
-    checkpoint.pick_device("cuda")
+    pick_device("cuda")
     found = {"device": torch.cuda.get_device_name(), "commit": checkpoint.environment()}
     for name in cfg.only:
         PARTS[name](found, cfg)

@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from src import checkpoint, ops
+from src import ops
+from src.device import pick_device
 from src.model import TopK
 from src.ops import SparseCode
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
     cfg = parser.parse_args()
-    device = torch.device(checkpoint.pick_device(cfg.device))
+    device = torch.device(pick_device(cfg.device))
     print(
         f"{device}, {torch.get_num_threads()} threads, hidden {cfg.hidden_size}, {cfg.tokens} tokens, torch {torch.__version__}; milliseconds"
     )

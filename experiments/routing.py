@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from experiments import routing_measure, routing_report, routing_runs
-from src import checkpoint, config, demo, lm
+from src import config, demo, lm
 from src.data import Rows
+from src.device import pick_device
 
 
 def rows_of(cfg: argparse.Namespace, tokenizer: object, split: str, max_tokens: int) -> Rows:
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             cfg = routing_runs.options_of(argv, seed, "first")
             demo.use_demo_defaults(cfg)
             config.complete(cfg)
-            cfg.device = checkpoint.pick_device(cfg.device)
+            cfg.device = pick_device(cfg.device)
             tokenizer, language_model = lm.get_language_model(
                 cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from src import checkpoint, config, files, hooks, router
 from src.data import Rows
+from src.device import pick_device
 from src.sae import SAE, routed_sites
 from src.trainer import Trainer
 
@@ -126,7 +127,7 @@ def train(argv: list[str], seed: int, language_model: nn.Module, rows: Rows, n_l
     Matrix(cfg, first_matrix(n_layers, cfg)).run()
     noted = Path(cfg.output_dir) / f"shares_seed{seed}.json"
     if not noted.exists():
-        device = checkpoint.pick_device(cfg.device)
+        device = pick_device(cfg.device)
         saes = {name: checkpoint.load(path_of(cfg, name, seed), device)[0] for name in ROUTERS}
         order = rows.order(seed, 0)[: -(-50_000 // rows.max_length)]
         weights = router_weights(saes, language_model, rows, order, cfg.batch_size or 16, device)

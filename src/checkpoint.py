@@ -5,19 +5,15 @@ Also opens bare state dicts of the documented form, which have no recipe, from t
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import pickle
 import platform
 import re
 import shutil
 import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +23,7 @@ import torch
 from torch import Tensor
 
 from src import config, files, formats, model, zoo
+from src.device import pick_device
 from src.sae import SAE
 
 FORMAT_VERSION = 1
@@ -40,45 +37,6 @@ RECIPE = {
     "data_path": str,
     "format_version": int,
 }
-
-
-def keep_freed_memory() -> None:
-    """Blocks of up to 32 MB that are freed stay with the process (glibc): a step's temporaries otherwise come from the system anew every time,
-    page by page, which took a sixth of a training in float32 (docs/LOG.md)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            libc = ctypes.CDLL(None)
-            for option, value in (
-                (-3, 2**25),
-                (-1, 2**31 - 1),
-            ):  # M_MMAP_THRESHOLD, its largest; M_TRIM_THRESHOLD
-                libc.mallopt(option, value)
-
-
-def pick_device(device: str) -> str:
-    """`auto` is CUDA where there is one. Raises ValueError for a device that is not here, or of a kind nothing was written for."""
-    if device == "auto":
-        device = (
-            "cuda:0" if torch.cuda.is_available() else "cpu"
-        )  # one of several processes has its own by now (distributed.start)
-    if str(device).split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}; known are auto, cpu, cuda and cuda:NUMBER")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {device} is not usable here ({str(error).splitlines()[0]}); try --device auto"
-        ) from error
-    if str(device).startswith("cuda"):
-        if torch.device(device).index is not None:
-            torch.cuda.set_device(device)  # what names no device then means this one
-        # TF32: an SAE's float32 products in an eighth of the time, factors rounded to 10 bits
-        torch.backends.cuda.matmul.allow_tf32 = (
-            os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
-        )  # bfloat16 factors in training go with it
-    else:
-        keep_freed_memory()
-    return device
 
 
 def environment() -> dict[str, Any]:

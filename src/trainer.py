@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm, model
 from src.data import Rows, open_rows
+from src.device import pick_device
 from src.estimate import Estimate
 from src.ops import unit_norm_decoder
 from src.sae_training import SAETraining
@@ -144,7 +145,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        cfg.device = checkpoint.pick_device(cfg.device)
+        cfg.device = pick_device(cfg.device)
         self.folder = Path(cfg.output_dir) / files.SAE_DIR
         self.combinations = list(self._combine())
         self.titles = [self._title(name, swept) for name, _, swept in self.combinations]

@@ -26,6 +26,7 @@ from src import checkpoint, data, files, lm, sources
 from src.applier import Applier
 from src.config import run_stage
 from src.data import Rows
+from src.device import pick_device
 from src.evaluator import Evaluator
 from src.model import build
 from src.sae_training import SAETraining
@@ -812,7 +813,7 @@ def test_memory_that_ends_and_devices_nothing_was_written_for_are_one_line(capsy
     assert run_stage("evaluate", short, []) == 2 and "20.00 GiB.; lower --batch_size" in the_error(
         capsys
     )
-    assert run_stage("evaluate", lambda cfg: checkpoint.pick_device("mps"), []) == 2
+    assert run_stage("evaluate", lambda cfg: pick_device("mps"), []) == 2
     assert "--device mps; known are auto, cpu, cuda" in the_error(capsys)
     with pytest.raises(RuntimeError):  # a fault of the program's is told whole
         run_stage("evaluate", lambda cfg: torch.zeros(2) @ torch.zeros(3), [])

@@ -48,6 +48,7 @@ FLOOR |= {
 }
 FLOOR |= {
     "kernels": -1,
+    "device": 1,
     "hub": 0,
     "config_file": 0,
     "tracking": 0.5,
