@@ -13,8 +13,8 @@ import torch
 from src import hooks, lm
 from src.applier import SAMPLE, Applier, ContextCollector, parts
 from src.config import parse
-from src.contexts import Table
 from src.data import open_rows
+from src.events import Table
 from src.ops import active, dense, random_integers
 
 
@@ -129,6 +129,7 @@ def compare(argv=None):
         )
         for name, lean in (("lean loop", True), ("published loop", False))
     }
+    groups = torch.tensor(applier.text.group)
     for batch in rows.batches(cfg.batch_size):
         full = timed(
             "language model",
@@ -144,13 +145,13 @@ def compare(argv=None):
             code = sae.strength(p)
             timed(
                 "tables",
-                lambda p=p, s=code, b=some: seen.update(b, p, s, applier.text.group, threshold),
+                lambda p=p, s=code, b=some: seen.update(b, p, s, groups, threshold),
             )
             strength = dense(code)
             for name, loop in loops.items():
                 timed(
                     name,
-                    lambda s=strength, b=some, loop=loop: loop.update(s, b, applier.text.group),
+                    lambda s=strength, b=some, loop=loop: loop.update(s, b, groups),
                 )
     timed("tables", lambda: (seen.top.kept, seen.sample.kept))  # what waited is merged
     for loop in loops.values():

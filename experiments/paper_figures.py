@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import claims
+from experiments.figures import PAPER
 from src import config, files
-from src.figures import PAPER
 
 PAPER_WIDTH = 2048  # thresholds are quoted in the paper's units: 15 there is 15 sqrt(d / 2048) at another hidden size d
 THRESHOLDS = (5, 10, 15, 20)  # scored; counted at every whole number from the first of them on

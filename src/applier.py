@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm
-from src.contexts import Events, Table, TokenText, sentence
+from src.contexts import TokenText, sentence
 from src.data import Batch, Rows, open_rows
+from src.events import Events, Table
 from src.metrics import token_kl
 from src.ops import Sparse, active, random_integers, random_subset
 from src.sae import SAE, SAEOutput
@@ -412,12 +413,12 @@ class Applier:
         )  # whole batches: each is coded as it would be alone
         batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
         lm.compile_if_it_pays(cfg, self.language_model, cfg.batch_size, batches)
+        groups = torch.tensor(self.text.group, device=cfg.device)
         for batch in tqdm(mine, "applying", batches, unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
                 continue
             full = lm.read_sites(self.language_model, batch.input_ids, sae.sites())
-            groups = self.text.group.to(batch.input_ids.device)
             for some, hidden in parts(batch, full, sae):
                 p = sae.autoencode(sae.gather(hidden), cfg.infer_k, cfg.theta, some.token_keys())
                 seen.update(some, p, sae.strength(p), groups, threshold)

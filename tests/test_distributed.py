@@ -21,8 +21,8 @@ import torch
 from src import distributed, files
 from src.applier import Applier
 from src.config import complete, parse, run_stage
-from src.contexts import Events, Table
 from src.evaluator import Evaluator
+from src.events import Events, Table
 from src.files import DEMO_LM
 from src.metrics import Reconstruction
 from src.model import build

@@ -23,6 +23,7 @@ FLOOR = {
     "data": 1,
     "lm": 1,
     "metrics": 1,
+    "events": 0,
     "plots": 1,
     "page": 1,
     "config": 1,
@@ -31,7 +32,6 @@ FLOOR |= {
     "distributed": 0,
     "router": 0.5,
     "formats": 1.5,
-    "figures": 1.5,
     "hooks": 2,
     "checkpoint": 2,
     "demo": 2,
@@ -118,6 +118,13 @@ def test_help_is_quick_and_does_not_import_torch(entry):
     assert (
         time.time() - started < 10
     )  # seconds; an import of torch and transformers takes longer on a cold cache
+
+
+@pytest.mark.parametrize("module", ["src.interpreter", "src.contexts", "src.page", "src.plots"])
+def test_modules_that_read_texts_and_results_do_not_import_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_model_has_its_script_and_scripts_parse():

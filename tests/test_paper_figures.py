@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from experiments import claims, cost
+from experiments.figures import PAPER
 from experiments.paper_figures import SCALES, Figures, above, count, main, parse
 from src.config import parse as stage
-from src.figures import PAPER
 from src.files import DEMO_LM, load_json
 from src.zoo import ZOO
 

@@ -1,0 +1,51 @@
+"""The best events of each latent, against a plain loop."""
+
+import random
+
+import pytest
+import torch
+
+from src.events import Events, Table, best
+
+
+def random_events(n, latents, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randint(latents, (n,), generator=generator)
+    group = torch.randint(groups, (n,), generator=generator)
+    value = torch.randperm(n, generator=generator).float()
+    zero = torch.zeros(n, dtype=torch.long)
+    return Events(
+        latent, value, group, torch.arange(n), zero, zero, value, value, torch.zeros(n, 1)
+    )
+
+
+def values_kept_by_a_loop(events, per_group, per_latent):
+    kept = {}
+    for index in events.value.argsort(descending=True).tolist():
+        chosen = kept.setdefault(int(events.latent[index]), [])
+        same_group = sum(events.group[other] == events.group[index] for other in chosen)
+        if len(chosen) < per_latent and same_group < per_group:
+            chosen.append(index)
+    return {
+        latent: sorted(float(events.value[index]) for index in chosen)
+        for latent, chosen in kept.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_table_over_batches_keeps_what_a_loop_over_everything_keeps(seed):
+    events = random_events(4000, 7, 12, seed)
+    table = Table(7, 9, 2)
+    for batch in torch.arange(4000).split(random.Random(seed).randint(50, 900)):
+        new = events.take(batch)
+        table.add(new.take(table.candidates(new.latent, new.group, new.score)))
+    kept = table.kept
+    values = {latent: sorted(kept.value[kept.latent == latent].tolist()) for latent in range(7)}
+    assert values == values_kept_by_a_loop(events, 2, 9)
+    # Few events pass the floors of a full table.
+    assert len(table.candidates(events.latent, events.group, events.score)) < 200
+
+
+def test_equal_scores_keep_their_order():
+    same = torch.zeros(6, dtype=torch.long)
+    assert best(same, torch.arange(6), torch.ones(6), None, 3).tolist() == [0, 1, 2]
