@@ -1,11 +1,15 @@
-"""Kills, signals, damage and misbehaving servers by the hundred: `python -m tests.campaign --trials 200`. Not a part of the test suite.
+"""Hundreds of kills, signals, damages and faulty servers: `python -m tests.campaign --trials 200`.
 
-Processes are forked from one that has torch and transformers imported. A trial is a training of three SAEs at once on a tiny language
-model that saves every step, or a stage around it (tests/campaign_stages.py); it ends with the work finished and compared with that of an
-undisturbed run. Beside it the same faults meet saving in place, or the nearest plain way. Each finished trial is a line of
-OUT/trials.jsonl: run again, it goes on where it stopped. At the end: OUT/campaign.json and OUT/table.md.
+The campaign is not a part of the test suite. One trial is a training of three SAEs on a tiny
+language model with a state saved after every step, or a stage before or after training
+(tests/campaign_stages.py). A trial is disturbed, then run to its end, and its result is compared
+with that of an undisturbed run. The same faults also hit a baseline: saving in place, or the
+nearest plain way. Trials are forked from a process that has imported torch and transformers.
 
-SIGKILL cannot test fsync: what was written survives in the kernel. Only a power cut would.
+Each finished trial is a line of OUT/trials.jsonl, so that the same command continues after an
+interruption. The last step writes OUT/campaign.json and OUT/table.md.
+
+SIGKILL cannot test fsync, because the kernel keeps what was written. Only a power cut could.
 """
 
 from __future__ import annotations
@@ -43,26 +47,33 @@ CANARY = "sk-canary-5e1f0c27d9a84b36"  # stands for every secret in the environm
 
 
 class Shared:
-    """Two numbers that a process and its children see: (newest step whose save returned; step continued from, or calls counted)."""
+    """Two numbers in memory that a process shares with its children.
+
+    0: the newest step whose save returned. 1: the step a training continued from, or the number of
+    calls counted.
+    """
 
     def __init__(self):
         self.memory = mmap.mmap(-1, 16)
 
-    def __setitem__(self, i, value):
-        self.memory[8 * i : 8 * i + 8] = struct.pack("q", value)
+    def __setitem__(self, index, value):
+        struct.pack_into("q", self.memory, 8 * index, value)
 
-    def __getitem__(self, i):
-        return struct.unpack("q", self.memory[8 * i : 8 * i + 8])[0]
+    def __getitem__(self, index):
+        return struct.unpack_from("q", self.memory, 8 * index)[0]
 
 
 SHARED = Shared()
 
 
-# ------------------------------------------------------------------------------------------------------ processes
+# -------------------------------------------------------------------------------------- processes
 
 
 def fork(work, log=None):
-    """Runs work() in a child; its pid. What it returns is the exit code, 99 where it fails. Its output goes to a file."""
+    """Run work() in a child process and return its pid.
+
+    The exit code is what work() returns, or 99 if it raises. Output goes to the log file.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -82,7 +93,10 @@ def fork(work, log=None):
 
 
 def wait(pid, limit=180):
-    """Exit code of a child, negative for a signal; one that hangs is made to write down where, and raises RuntimeError."""
+    """Wait for a child and return its exit code, negative if a signal ended it.
+
+    A child that hangs gets SIGABRT, so that its log ends with a traceback; RuntimeError is raised.
+    """
     started = time.monotonic()
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -90,23 +104,23 @@ def wait(pid, limit=180):
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() - started > limit:
             os.kill(pid, signal.SIGABRT)
-            raise RuntimeError(f"a child hung for {limit} s; its log ends with where")
+            raise RuntimeError(f"a child hung for {limit} s; its log ends with its traceback")
         time.sleep(0.002)
 
 
 def kill_after(pid, seconds):
-    """Waits, then SIGKILL; whether it came before the child's own end."""
+    """Send SIGKILL after some seconds. Return whether the child was still running."""
     time.sleep(seconds)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     return wait(pid) == -signal.SIGKILL
 
 
-# ------------------------------------------------------------------------------------------------ saving in place
+# --------------------------------------------------------------------------------- saving in place
 
 
 def naive_save(folder, step, meta, parts, keep=2):
-    """Saving in place, as most training loops do."""
+    """Save a state in place, as most training loops do."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         torch.save({"step": step, "part": part}, folder / f"{name}.pt")
@@ -115,92 +129,117 @@ def naive_save(folder, step, meta, parts, keep=2):
 
 
 def naive_find(folder):
-    return (
-        (folder, json.loads((folder / "meta.json").read_text()))
-        if (folder / "meta.json").exists()
-        else None
-    )
+    """(folder, meta) of the saved state, or None."""
+    meta = folder / "meta.json"
+    return (folder, json.loads(meta.read_text())) if meta.exists() else None
+
+
+def naive_load_part(folder, name):
+    return torch.load(folder / f"{name}.pt", weights_only=True)["part"]
 
 
 def naive_condition(folder):
-    """Number in CONDITIONS; mixed: files of different steps."""
+    """Index into CONDITIONS of a state saved in place; "mixed" means files of different steps."""
     if not folder.exists() or not any(folder.iterdir()):
         return CONDITIONS.index("none")
     try:
         steps = {torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt")}
         steps.add(json.loads((folder / "meta.json").read_text())["step"])
-    except Exception:  # whatever it is, the state cannot be read
+    except Exception:  # for any reason: the state cannot be read
         return CONDITIONS.index("unreadable")
     return CONDITIONS.index("ok" if len(steps) == 1 else "mixed")
 
 
-def count_boundaries(kill_at, naive):
-    """SIGKILL before or after the kill_at-th call that changes the disk, within the third save and all after it; calls are counted in SHARED."""
-    counted = {"calls": 0, "saves": 0}
+class DiskCalls:
+    """Counts the calls that change the disk, twice each: before and after the call.
 
-    def wrap(owner, name):
+    Sends SIGKILL at number kill_at. If kill_at is negative, SHARED[1] gets the number of calls.
+    """
+
+    def __init__(self, kill_at):
+        self.kill_at = kill_at
+        self.calls = 0
+        self.counting = False
+
+    def count(self):
+        if not self.counting:
+            return
+        if self.calls == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls += 1
+        if self.kill_at < 0:
+            SHARED[1] = self.calls
+
+    def wrap(self, owner, name):
         original = getattr(owner, name)
 
         def call(*args, **kwargs):
-            for half in range(2):  # before, after
-                if counted["saves"] >= 3:
-                    if counted["calls"] == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    counted["calls"] += 1
-                    if kill_at < 0:
-                        SHARED[1] = counted["calls"]
-                if not half:
-                    result = original(*args, **kwargs)
+            self.count()
+            result = original(*args, **kwargs)
+            self.count()
             return result
 
         setattr(owner, name, call)
 
-    safe = (
-        (os, ("fsync", "replace", "mkdir", "unlink", "rmdir", "rename")),
-        (files._Summed, ("__init__",)),
-    )
-    for owner, names in ((torch, ("save",)), (Path, ("write_text",))) if naive else safe:
-        for name in names:
-            wrap(owner, name)
-    save = checkpoint.save_state
 
-    def third(*args, **kwargs):
-        counted["saves"] += 1
-        if counted["saves"] == 4:
-            counted["saves"] = -(10**9)  # one save is enough; the final weights come after it
-        return save(*args, **kwargs)
+def count_boundaries(kill_at, naive):
+    """Count disk calls in this process, and kill it at number kill_at.
 
-    checkpoint.save_state = third
+    Calls are counted during the third save and, unless states are saved in place, from the end of
+    training on.
+    """
+    disk = DiskCalls(kill_at)
+    if naive:
+        disk.wrap(torch, "save")
+        disk.wrap(Path, "write_text")
+    else:
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "rename"):
+            disk.wrap(os, name)
+        disk.wrap(files._Summed, "__init__")
+    save_state = checkpoint.save_state
+    saves = 0
+
+    def save_and_count(*args, **kwargs):
+        nonlocal saves
+        saves += 1
+        if saves in (3, 4):
+            disk.counting = saves == 3  # counting one save is enough
+        return save_state(*args, **kwargs)
+
+    checkpoint.save_state = save_and_count
     if not naive:
         finish = Trainer._finish
 
-        def last(*args):
-            counted["saves"] = 3
+        def finish_and_count(*args):
+            disk.counting = True  # the final weights are written now
             return finish(*args)
 
-        Trainer._finish = last
+        Trainer._finish = finish_and_count
 
 
-# -------------------------------------------------------------------------------------------------------- trainings
+# --------------------------------------------------------------------------------------- trainings
 
 
 class Trainings:
-    """Trials of a training in `work`; `seconds` is what one takes, `reference` what it ends with."""
+    """Trials of a training in the folder `work`.
+
+    seconds: duration of one training. reference: its result, which every trial must reach.
+    boundaries: {saving in place: number of calls counted by DiskCalls}.
+    """
 
     def __init__(self, work):
         self.work = work
-        assert wait(fork(lambda: self.language_model(work / "lm"))) == 0
-        lines = [
-            json.dumps({"text": f"Return the {i}th of {i * 7} values, or raise ValueError. " * 8})
-            for i in range(120)
-        ]
+        assert wait(fork(lambda: self.save_language_model(work / "lm"))) == 0
+        sentence = "Return the {}th of {} values, or raise ValueError. "
+        lines = [json.dumps({"text": sentence.format(i, i * 7) * 8}) for i in range(120)]
         (work / "text.jsonl").write_text("\n".join(lines))
         out = work / "reference"
-        assert wait(self.start(out)) == 0, self.said(out)  # tokenises; the second is timed
-        self.reference, started = self.result(out), time.monotonic()
-        assert (
-            wait(self.start(work / "timed")) == 0 and self.result(work / "timed") == self.reference
-        ), self.said(work / "timed")
+        assert wait(self.start(out)) == 0, self.log_of(out)  # tokenises; the second run is timed
+        self.reference = self.result(out)
+        started = time.monotonic()
+        timed = work / "timed"
+        assert wait(self.start(timed)) == 0, self.log_of(timed)
+        assert self.result(timed) == self.reference, self.log_of(timed)
         self.seconds = time.monotonic() - started
         self.boundaries = {}
         for naive in (False, True):
@@ -208,152 +247,130 @@ class Trainings:
             self.boundaries[naive] = SHARED[1]
 
     @staticmethod
-    def language_model(folder):
+    def save_language_model(folder):
+        """Save a tiny random Llama. Called in a child, because saving starts a thread."""
         torch.manual_seed(0)
         tokenizer = AutoTokenizer.from_pretrained(files.DEMO_LM)
-        shape = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-        }
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(
-            folder
-        )  # in a child: it starts a thread
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     @staticmethod
-    def said(out):
+    def log_of(out):
         return out.with_suffix(".log").read_text()
 
+    def argv(self, out):
+        """Options of train.py for one training."""
+        options = {
+            "model_path": self.work / "lm",
+            "data_path": self.work / "text.jsonl",
+            "output_dir": out,
+            "dtype": "float32",
+            "latent_size": 512,
+            "k": 8,
+            "max_length": 32,
+            "batch_size": 4,
+            "max_samples": 4 * STEPS,
+            "tag": "t",
+            "save_every": 1,
+            "target_l0": 8,
+        }
+        flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        return ["--model", *MODELS, *flags]
+
     def start(self, out, naive=False, kill_at=None):
-        """Forks a training into out; its pid."""
+        """Fork a training that writes to `out`, and return its pid."""
         SHARED[1] = 0
         out.parent.mkdir(parents=True, exist_ok=True)
 
         def work():
             if naive:
-                checkpoint.save_state, checkpoint.find_state = naive_save, naive_find
-                checkpoint.load_part = lambda path, name: torch.load(
-                    path / f"{name}.pt", weights_only=True
-                )["part"]
+                checkpoint.save_state = naive_save
+                checkpoint.find_state = naive_find
+                checkpoint.load_part = naive_load_part
             if kill_at is not None:
                 count_boundaries(kill_at, naive)
-            save, find = checkpoint.save_state, checkpoint.find_state
+            save_state = checkpoint.save_state
+            find_state = checkpoint.find_state
 
-            def saving(folder, step, *rest):
-                path = save(folder, step, *rest)
+            def save_and_share(folder, step, *rest):
+                path = save_state(folder, step, *rest)
                 SHARED[0] = step
                 return path
 
-            def finding(folder):
-                found = find(folder)
+            def find_and_share(folder):
+                state = find_state(folder)
                 if kill_at is None:
-                    SHARED[1] = found[1]["step"] if found else 0
-                return found
+                    SHARED[1] = state[1]["step"] if state else 0
+                return state
 
-            checkpoint.save_state, checkpoint.find_state = saving, finding
-            argv = [
-                "--model",
-                *MODELS,
-                "--model_path",
-                str(self.work / "lm"),
-                "--data_path",
-                str(self.work / "text.jsonl"),
-                "--output_dir",
-                str(out),
-            ]
-            argv += [
-                "--dtype",
-                "float32",
-                "--latent_size",
-                "512",
-                "--k",
-                "8",
-                "--max_length",
-                "32",
-                "--batch_size",
-                "4",
-            ]
-            argv += [
-                "--max_samples",
-                str(4 * STEPS),
-                "--tag",
-                "t",
-                "--save_every",
-                "1",
-                "--target_l0",
-                "8",
-            ]
-            return run_stage("train", lambda cfg: Trainer(cfg).run(), argv)
+            checkpoint.save_state = save_and_share
+            checkpoint.find_state = find_and_share
+            return run_stage("train", lambda cfg: Trainer(cfg).run(), self.argv(out))
 
         return fork(work, out.with_suffix(".log"))
 
     def result(self, out):
-        """SHA-256 over the final weights and the metrics without what a clock says."""
-        total = hashlib.sha256()
+        """SHA-256 of the final weights and of all metrics that do not depend on time."""
+        digest = hashlib.sha256()
         for path in sorted((out / "SAE_models").glob("*.pt")):
-            total.update(path.name.encode() + path.read_bytes())
+            digest.update(path.name.encode() + path.read_bytes())
         for line in (out / "runs" / "t" / "metrics.jsonl").read_text().splitlines():
-            total.update(
-                json.dumps(
-                    {k: v for k, v in json.loads(line).items() if "tokens_per_s" not in k}
-                ).encode()
-            )
-        return total.hexdigest()
+            metrics = {k: v for k, v in json.loads(line).items() if "tokens_per_s" not in k}
+            digest.update(json.dumps(metrics).encode())
+        return digest.hexdigest()
 
     def finish(self, out, naive=False):
-        """Whether the rest of the training ends as the undisturbed one did, and whether it ends at all."""
+        """Run the training to its end: whether it ends, and whether its result is the reference."""
         code = wait(self.start(out, naive))
         return {"ended": code == 0, "identical": code == 0 and self.result(out) == self.reference}
 
     def condition(self, states, naive):
-        """What a kill left: asked in a child, as torch.load starts threads that later children would miss."""
+        """One of CONDITIONS: what a kill left in the folder of states."""
         if naive:
+            # in a child: torch.load starts threads, and children forked later would lack them
             return CONDITIONS[wait(fork(lambda: naive_condition(states)))]
-        there = checkpoint.states(states) if states.exists() else []
-        return "ok" if not there or any(not bad(path) for path in there) else "unreadable"
+        saved = checkpoint.states(states) if states.exists() else []
+        return "ok" if not saved or any(not is_damaged(path) for path in saved) else "unreadable"
 
     def kill(self, out, key, naive=False):
-        """Two kills at random times, then to the end."""
-        draw, states, found = (
-            random.Random(key),
-            out / "runs" / "t" / "state",
-            {"kills": 0, "condition": "ok", "lost": 0},
-        )
+        """Kill a training twice at random times, then run it to its end."""
+        draw = random.Random(key)
+        states = out / "runs" / "t" / "state"
+        result = {"kills": 0, "condition": "ok", "lost": 0}
         for _ in range(2):
             SHARED[0] = 0
-            found["kills"] += kill_after(self.start(out, naive), draw.uniform(0, self.seconds))
+            result["kills"] += kill_after(self.start(out, naive), draw.uniform(0, self.seconds))
             condition = self.condition(states, naive)
-            found["condition"] = (
-                condition if condition in ("unreadable", "mixed") else found["condition"]
-            )
+            if condition in ("unreadable", "mixed"):
+                result["condition"] = condition
             if condition == "ok" and not naive and SHARED[0] and states.exists():
-                found["lost"] += max(
-                    0,
-                    SHARED[0]
-                    - max(
-                        int(path.name[5:]) for path in checkpoint.states(states) if not bad(path)
-                    ),
-                )
-        return found | self.finish(out, naive)
+                intact = [path for path in checkpoint.states(states) if not is_damaged(path)]
+                newest = max(int(path.name.removeprefix("step-")) for path in intact)
+                result["lost"] += max(0, SHARED[0] - newest)
+        return result | self.finish(out, naive)
 
     def kill_in_place(self, out, key):
         return self.kill(out, key, naive=True)
 
-    def boundary(self, out, k, naive=False):
-        killed = wait(self.start(out, naive, kill_at=k)) == -signal.SIGKILL
-        return {
-            "killed": killed,
-            "condition": self.condition(out / "runs" / "t" / "state", naive),
-        } | self.finish(out, naive)
+    def boundary(self, out, kill_at, naive=False):
+        """Kill a training at one disk call (DiskCalls), then run it to its end."""
+        killed = wait(self.start(out, naive, kill_at)) == -signal.SIGKILL
+        condition = self.condition(out / "runs" / "t" / "state", naive)
+        return {"killed": killed, "condition": condition} | self.finish(out, naive)
 
-    def boundary_in_place(self, out, k):
-        return self.boundary(out, k, naive=True)
+    def boundary_in_place(self, out, kill_at):
+        return self.boundary(out, kill_at, naive=True)
 
     def stop(self, out, key):
-        """A signal at a random time: the exit code, how long the stop took, steps not saved."""
+        """Send a signal at a random time: exit code, seconds to the end, result after resuming."""
         draw = random.Random(key)
         number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
         SHARED[0] = 0
@@ -361,38 +378,44 @@ class Trainings:
         time.sleep(draw.uniform(0.1, self.seconds))
         started = time.monotonic()
         os.kill(pid, number)
-        code, took, said = wait(pid), time.monotonic() - started, self.said(out)
-        saved = f"step {SHARED[0]} of {STEPS} is saved" in said or "nothing was trained yet" in said
-        right = code in (0, -number) or (
-            saved and code == (130 if number == signal.SIGINT else 143)
-        )  # -number: before training had begun
-        return {"code": code, "right": right, "seconds": took} | self.finish(out)
+        code = wait(pid)
+        seconds = time.monotonic() - started
+        log = self.log_of(out)
+        saved = f"step {SHARED[0]} of {STEPS} is saved" in log or "nothing was trained yet" in log
+        stopped = saved and code == (130 if number == signal.SIGINT else 143)
+        # -number: the signal came before the training handled signals
+        right = code in (0, -number) or stopped
+        return {"code": code, "right": right, "seconds": seconds} | self.finish(out)
 
     def two(self, out, key):
-        """A second training enters the folder of a running one, which then is killed; a third takes over the lock it left."""
+        """Start a second training in the folder of a running one, which may be killed then.
+
+        A third training takes over the lock that a killed one left.
+        """
         draw = random.Random(key)
         first = self.start(out)
         lock = out / "runs" / "t" / "lock"
         while not (lock.exists() and lock.read_text()):
             time.sleep(0.005)
         second = wait(self.start(out))
-        refused = second == 2 and f"process {first} on" in self.said(out)
-        died = draw.random() < 0.5 and kill_after(first, draw.uniform(0, self.seconds / 2))
-        if not died:
+        refused = second == 2 and f"process {first} on" in self.log_of(out)
+        killed = draw.random() < 0.5 and kill_after(first, draw.uniform(0, self.seconds / 2))
+        if not killed:
             with contextlib.suppress(ChildProcessError):
                 wait(first)
-        return {"refused": refused, "killed": died} | self.finish(out)
+        return {"refused": refused, "killed": killed} | self.finish(out)
 
 
-def bad(path):
+def is_damaged(folder):
+    """Whether a folder fails its manifest."""
     try:
-        files.verify_folder(path)
+        files.verify_folder(folder)
     except ValueError:
         return True
     return False
 
 
-# -------------------------------------------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------------------------- the whole
 
 
 def tasks(trainings, stages, trials):
@@ -416,201 +439,192 @@ def tasks(trainings, stages, trials):
     }
 
 
-def done(out):
-    """{kind: {key: result}} of OUT/trials.jsonl; a line torn by a kill is passed over."""
-    found = {}
-    if (out / "trials.jsonl").exists():
-        for line in (out / "trials.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                one = json.loads(line)
-                found.setdefault(one["kind"], {})[one["key"]] = one["result"] | {
-                    "commit": one.get("commit", "")
-                }
-    return found
+def schedule(table, finished, only):
+    """[(kind, key)] of the trials still to do, in an order that advances all kinds equally."""
+    order = []
+    for kind, (_, keys) in table.items():
+        if only and kind not in only:
+            continue
+        order += [(i / len(keys), kind, key) for i, key in enumerate(keys)]
+    return [(kind, key) for _, kind, key in sorted(order) if key not in finished.get(kind, {})]
+
+
+def finished_trials(out):
+    """{kind: {key: result}} of OUT/trials.jsonl; a line torn by a kill is skipped."""
+    path = out / "trials.jsonl"
+    results = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            trial = json.loads(line)
+            result = trial["result"] | {"commit": trial.get("commit", "")}
+            results.setdefault(trial["kind"], {})[trial["key"]] = result
+    return results
 
 
 def worker(table, todo, out, work, deadline, commit):
-    """Does trials until the time is up; each is written down as it ends, with the secrets found in what it left."""
+    """Run trials until the deadline. Returns 1 if trials are left, else 0.
+
+    Each result is written at once, with the number of files that contain a secret.
+    """
     for kind, key in todo:
         if time.monotonic() > deadline:
             return 1
         folder = work / "trials" / f"{kind.replace(' ', '_')}-{key}" / "out"
         folder.parent.mkdir(parents=True)
-        result = table[kind][0](folder, key)
-        left = [path for path in folder.parent.rglob("*") if path.is_file()]
-        result |= {
-            "files": len(left),
-            "secrets": sum(CANARY[3:].encode() in path.read_bytes() for path in left),
-        }
+        run_trial, _ = table[kind]
+        result = run_trial(folder, key)
+        written = [path for path in folder.parent.rglob("*") if path.is_file()]
+        result["files"] = len(written)
+        result["secrets"] = sum(CANARY[3:].encode() in path.read_bytes() for path in written)
+        line = json.dumps({"kind": kind, "key": key, "commit": commit, "result": result})
         with open(out / "trials.jsonl", "a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"kind": kind, "key": key, "commit": commit, "result": result}) + "\n"
-            )
+            file.write(line + "\n")
         shutil.rmtree(folder.parent)
     return 0
 
 
-def share(found, key):
+# --------------------------------------------------------------------------------------- the table
+
+
+def share(results, key):
     """`n of m` trials for which a key holds."""
-    return f"{sum(bool(one[key]) for one in found)} of {len(found)}"
+    return f"{sum(bool(result[key]) for result in results)} of {len(results)}"
 
 
-def total(found, key):
-    return sum(one[key] for one in found)
+def total(results, key):
+    return sum(result[key] for result in results)
+
+
+def total_of(results, key, whole):
+    """`n of m`, both summed over trials."""
+    return f"{total(results, key)} of {total(results, whole)}"
+
+
+def training_rows(results):
+    """[(fault, this program, the plain way)] of the trials in this file. results: {kind: list}."""
+    rows = []
+    if kills := results.get("kills"):
+        in_place = results.get("kills, in place", [])
+        name = f"{total(kills, 'kills')} kills at random moments of {len(kills)} trainings"
+        plain = f"{share(in_place, 'identical')} (saving in place)"
+        rows.append((f"{name}: ended as if undisturbed", share(kills, "identical"), plain))
+        name = "states unreadable, of mixed steps"
+        rows.append((name, bad_states(kills), bad_states(in_place)))
+        rows.append(("steps lost beyond the last save", total(kills, "lost"), ""))
+    if boundaries := results.get("boundaries"):
+        name = "a kill at every boundary of a save and of the end: as if undisturbed"
+        plain = share(results.get("boundaries, in place", []), "identical")
+        rows.append((name, share(boundaries, "identical"), plain))
+    if stops := results.get("signals"):
+        name = "SIGTERM, SIGINT, SIGUSR1 at random moments: right exit code, step saved"
+        rows.append((name, share(stops, "right"), ""))
+        rows.append(("continued after them: as if undisturbed", share(stops, "identical"), ""))
+        seconds = [result["seconds"] for result in stops]
+        slowest = f"{max(seconds):.2f} s, {statistics.median(seconds):.2f} s"
+        rows.append(("slowest stop, median", slowest, ""))
+    if two := results.get("two trainings"):
+        rows.append(("a second training in one folder: refused", share(two, "refused"), ""))
+        name = "the first unharmed, or killed and its lock taken over: as if undisturbed"
+        rows.append((name, share(two, "identical"), ""))
+    if ranks := results.get("torchrun"):
+        slowest = f"{max(result['seconds'] for result in ranks):.1f} s"
+        rows.append(("one of two torchrun ranks killed: slowest end of the job", slowest, ""))
+        rows.append(("continued after it: as if undisturbed", share(ranks, "identical"), ""))
+    return rows
+
+
+def bad_states(kills):
+    """`n, m`: numbers of trainings with an unreadable state, and with a state of mixed steps."""
+    conditions = [result["condition"] for result in kills]
+    return f"{conditions.count('unreadable')}, {conditions.count('mixed')}"
+
+
+def text_rows(results):
+    """Rows of damaged files, texts and caches."""
+    rows = []
+    if damage := results.get("damage"):
+        for part, name in (
+            ("state", "files of states flipped in a bit, cut, grown, exchanged: noticed"),
+            ("cache", "files of cached tokens: noticed"),
+        ):
+            noticed = total_of(damage, f"{part}_noticed", f"{part}_tried")
+            rows.append((name, noticed, f"{total(damage, f'{part}_plain')} (loading alone)"))
+    if lines := results.get("lines"):
+        name = "rows kept of texts with 1 % of their lines damaged"
+        plain = f"{total(lines, 'plain')} (load_dataset, json)"
+        rows.append((name, total_of(lines, "kept", "expected"), plain))
+    if archives := results.get("archives"):
+        rows.append((".gz and .zst cut short: refused by default", share(archives, "refused"), ""))
+        kept = total_of(archives, "kept", "expected")
+        rows.append(("rows kept of them where accepted", kept, ""))
+    if tokenising := results.get("tokenising killed"):
+        kills = total(tokenising, "kills")
+        name = f"{kills} kills while tokenising: no half cache, then the same tokens"
+        rows.append((name, share(tokenising, "identical"), ""))
+    if endless := results.get("endless line"):
+        name = f"memory for one line of {endless[0]['megabytes']} MB"
+        rows.append((name, f"{endless[0]['growth_mb']:.0f} MB", ""))
+    return rows
+
+
+def endpoint_rows(results):
+    """Rows of the endpoint that fails three times in ten."""
+    endpoint = results.get("endpoint")
+    if not endpoint:
+        return []
+    at_the_end = results.get("endpoint, written at the end", [])
+    features, kills = total(endpoint, "features"), total(endpoint, "kills")
+    name = f"{features} features of an endpoint with 30 % faults, {kills} kills: lost, twice"
+    paid_twice = total_of(endpoint, "paid_twice", "features")
+    plain = f"{total_of(at_the_end, 'paid_twice', 'features')} (written at the end)"
+    tokens = f"{total(endpoint, 'counted')}, {total(endpoint, 'billed')}"
+    return [
+        (name, f"{total(endpoint, 'lost')}, {total(endpoint, 'twice')}", ""),
+        ("answers on disk asked for again", total(endpoint, "again"), ""),
+        ("answers paid for twice (up to four are in flight at a kill)", paid_twice, plain),
+        ("tokens counted, tokens billed without those", tokens, ""),
+    ]
 
 
 def report(results, trainings):
-    """(figures, Markdown table: fault, here, saving in place or the plain way)"""
-    of, rows = {kind: list(by_key.values()) for kind, by_key in results.items()}, []
-
-    def row(said, here, plain=""):
-        rows.append(f"| {said} | {here} | {plain} |")
-
-    if kills := of.get("kills"):
-        plain = of.get("kills, in place", [])
-        bad_states, plain_bad = (
-            ", ".join(
-                str(sum(one["condition"] == what for one in found))
-                for what in ("unreadable", "mixed")
-            )
-            for found in (kills, plain)
-        )
-        n = f"{total(kills, 'kills')} kills at random moments of {len(kills)} trainings"
-        row(
-            f"{n}: ended as if undisturbed",
-            share(kills, "identical"),
-            f"{share(plain, 'identical')} (saving in place)",
-        )
-        row("states unreadable, of mixed steps", bad_states, plain_bad)
-        row("steps lost beyond the last save", total(kills, "lost"))
-    if edges := of.get("boundaries"):
-        plain = of.get("boundaries, in place", [])
-        row(
-            "a kill at every boundary of a save and of the end: as if undisturbed",
-            share(edges, "identical"),
-            share(plain, "identical"),
-        )
-    if stops := of.get("signals"):
-        row(
-            "SIGTERM, SIGINT, SIGUSR1 at random moments: right exit code, step saved",
-            share(stops, "right"),
-        )
-        row("continued after them: as if undisturbed", share(stops, "identical"))
-        times = [one["seconds"] for one in stops]
-        row("slowest stop, median", f"{max(times):.2f} s, {statistics.median(times):.2f} s")
-    if two := of.get("two trainings"):
-        row("a second training in one folder: refused", share(two, "refused"))
-        row(
-            "the first unharmed, or killed and its lock taken over: as if undisturbed",
-            share(two, "identical"),
-        )
-    if ranks := of.get("torchrun"):
-        row(
-            "one of two torchrun ranks killed: slowest end of the job",
-            f"{max(one['seconds'] for one in ranks):.1f} s",
-        )
-        row("continued after it: as if undisturbed", share(ranks, "identical"))
-    for what, said in (
-        ("state", "files of states flipped in a bit, cut, grown, exchanged: noticed"),
-        ("cache", "files of cached tokens: noticed"),
-    ):
-        if damage := of.get("damage"):
-            tried = total(damage, f"{what}_tried")
-            row(
-                said,
-                f"{total(damage, f'{what}_noticed')} of {tried}",
-                f"{total(damage, f'{what}_plain')} (loading alone)",
-            )
-    if lines := of.get("lines"):
-        plain = f"{total(lines, 'plain')} (load_dataset, json)"
-        row(
-            "rows kept of texts with 1 % of their lines damaged",
-            f"{total(lines, 'kept')} of {total(lines, 'expected')}",
-            plain,
-        )
-    if archives := of.get("archives"):
-        row(".gz and .zst cut short: refused by default", share(archives, "refused"))
-        row(
-            "rows kept of them where accepted",
-            f"{total(archives, 'kept')} of {total(archives, 'expected')}",
-        )
-    if tokenising := of.get("tokenising killed"):
-        row(
-            f"{total(tokenising, 'kills')} kills while tokenising: no half cache, then the same tokens",
-            share(tokenising, "identical"),
-        )
-    if endless := of.get("endless line"):
-        row(
-            f"memory for one line of {endless[0]['megabytes']} MB",
-            f"{endless[0]['growth_mb']:.0f} MB",
-        )
-    if here := of.get("endpoint"):
-        plain = of.get("endpoint, written at the end", [])
-        n = f"{total(here, 'features')} features of an endpoint with 30 % faults, {total(here, 'kills')} kills"
-        row(f"{n}: lost, twice", f"{total(here, 'lost')}, {total(here, 'twice')}")
-        row("answers on disk asked for again", total(here, "again"))
-        twice = [
-            f"{total(found, 'paid_twice')} of {total(found, 'features')}" for found in (here, plain)
-        ]
-        row(
-            "answers paid for twice (up to four are in flight at a kill)",
-            twice[0],
-            f"{twice[1]} (written at the end)",
-        )
-        row(
-            "tokens counted here, billed there without those",
-            f"{total(here, 'counted')}, {total(here, 'billed')}",
-        )
-    everything = [one for found in of.values() for one in found]
-    row(
-        f"secrets found in {total(everything, 'files')} files written", total(everything, "secrets")
-    )
-    if cost := of.get("cost"):
-        safe, plain = (f"{100 * cost[0][name] / 600:.2f} %" for name in ("save_s", "plain_s"))
-        row(
-            "saving 67M parameters every ten minutes, share of the time",
-            safe,
-            f"{plain} (in place)",
-        )
-    figures = {kind: len(found) for kind, found in of.items()}
-    figures |= {
-        "seconds_of_a_training": round(trainings.seconds, 2),
-        "boundaries": trainings.boundaries[False],
-    }
-    return figures, "\n".join(["| fault | here | plain way |", "|---|---|---|", *rows]) + "\n"
+    """(figures, Markdown table) of {kind: {key: result}}."""
+    by_kind = {kind: list(by_key.values()) for kind, by_key in results.items()}
+    rows = training_rows(by_kind) + text_rows(by_kind) + endpoint_rows(by_kind)
+    everything = [result for of_kind in by_kind.values() for result in of_kind]
+    name = f"secrets found in {total(everything, 'files')} files written"
+    rows.append((name, total(everything, "secrets"), ""))
+    if cost := by_kind.get("cost"):
+        name = "saving 67M parameters every ten minutes, share of the time"
+        safe, plain = (f"{100 * cost[0][key] / 600:.2f} %" for key in ("save_s", "plain_s"))
+        rows.append((name, safe, f"{plain} (in place)"))
+    figures = {kind: len(of_kind) for kind, of_kind in by_kind.items()}
+    figures["seconds_of_a_training"] = round(trainings.seconds, 2)
+    figures["boundaries"] = trainings.boundaries[False]
+    lines = ["| fault | this program | plain way |", "|---|---|---|"]
+    lines += [f"| {fault} | {value} | {plain} |" for fault, value, plain in rows]
+    return figures, "\n".join(lines) + "\n"
 
 
-def main():
+# --------------------------------------------------------------------------------- command line
+
+
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--trials",
-        type=int,
-        default=200,
-        help="trainings killed twice each; other faults in proportion (200)",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=25, help="start no trial after this long (25)"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="trials at one time (the number of cores)",
-    )
-    parser.add_argument(
-        "--only", nargs="+", help="kinds of trials, as named in OUT/trials.jsonl (all)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("outputs/campaign"),
-        help="folder of the results (outputs/campaign)",
-    )
-    parser.add_argument("--publish", action="store_true", help="write docs/fault_campaign.json too")
-    args = parser.parse_args()
-    deadline = time.monotonic() + 60 * args.minutes
-    args.out.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="campaign-"))
+    add = parser.add_argument
+    trials_help = "trainings killed twice each; other faults in proportion (200)"
+    add("--trials", type=int, default=200, help=trials_help)
+    add("--minutes", type=float, default=25, help="start no trial after this long (25)")
+    cores = os.cpu_count() or 1
+    add("--jobs", type=int, default=cores, help="trials at one time (the number of cores)")
+    add("--only", nargs="+", help="kinds of trials, as named in OUT/trials.jsonl (all)")
+    out = Path("outputs/campaign")
+    add("--out", type=Path, default=out, help="folder of the results (outputs/campaign)")
+    add("--publish", action="store_true", help="write docs/fault_campaign.json too")
+    return parser.parse_args()
+
+
+def prepare_environment(work):
+    """Settings that every child inherits."""
     os.environ |= {
         "DATA_DIR": str(work / "data"),
         "TOKENIZERS_PARALLELISM": "false",
@@ -618,47 +632,35 @@ def main():
         "no_proxy": "127.0.0.1",
     }
     os.environ |= dict.fromkeys(files.SECRETS, CANARY)
-    torch.set_num_threads(
-        1
-    )  # children are forked: no thread may exist here, its locks would stay locked in them
+    # No thread may exist where children are forked: a lock it held would stay locked in the child.
+    torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0
-    from tests.campaign_stages import Stages
 
-    trainings, stages = Trainings(work), Stages(work, args.out)
-    print(
-        f"one training takes {trainings.seconds:.2f} s; boundaries {list(trainings.boundaries.values())}",
-        flush=True,
-    )
-    table, finished = tasks(trainings, stages, args.trials), done(args.out)
-    parts = [
-        (i / len(keys), kind, key)
-        for kind, (_, keys) in table.items()
-        for i, key in enumerate(keys)
-    ]  # of each kind an equal share at any time
-    todo = [
-        (kind, key)
-        for _, kind, key in sorted(parts)
-        if key not in finished.get(kind, {}) and (not args.only or kind in args.only)
-    ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=files.ROOT
-    ).stdout.strip()
-    workers = []
-    for i in range(args.jobs):
 
-        def work_on(i=i):
+def run_workers(args, table, todo, work, deadline):
+    """Share the trials among args.jobs processes; their exit codes."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=files.ROOT).stdout.strip()
+
+    def start(index):
+        def run():
             global SHARED
-            SHARED = Shared()  # its own, not that of the other workers
-            return worker(table, todo[i :: args.jobs], args.out, work, deadline, commit)
+            SHARED = Shared()  # not shared with the other workers
+            return worker(table, todo[index :: args.jobs], args.out, work, deadline, commit)
 
-        workers.append(fork(work_on, args.out / f"worker{i}.log"))
-    codes = [wait(pid, 60 * args.minutes + 900) for pid in workers]
-    results = done(args.out)
+        return fork(run, args.out / f"worker{index}.log")
+
+    pids = [start(index) for index in range(args.jobs)]
+    return [wait(pid, 60 * args.minutes + 900) for pid in pids]
+
+
+def write_results(args, results, trainings):
+    """Write campaign.json and table.md, and print the table."""
     figures, markdown = report(results, trainings)
-    commits = sorted({one["commit"] for found in results.values() for one in found.values()})
+    commits = {result["commit"] for by_key in results.values() for result in by_key.values()}
     summary = {
         "command": f"python -m tests.campaign --trials {args.trials}",
-        "commits": commits,
+        "commits": sorted(commits),
         "trials": figures,
         "table": markdown.splitlines(),
     }
@@ -667,17 +669,32 @@ def main():
     if args.publish:
         files.save_json(summary, files.ROOT / "docs" / "fault_campaign.json")
     print(markdown)
+
+
+def main():
+    args = parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    args.out.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="campaign-"))
+    prepare_environment(work)
+    from tests.campaign_stages import Stages
+
+    trainings, stages = Trainings(work), Stages(work, args.out)
+    boundaries = list(trainings.boundaries.values())
+    print(f"one training takes {trainings.seconds:.2f} s; boundaries {boundaries}", flush=True)
+    table = tasks(trainings, stages, args.trials)
+    todo = schedule(table, finished_trials(args.out), args.only)
+    codes = run_workers(args, table, todo, work, deadline)
+    results = finished_trials(args.out)
+    write_results(args, results, trainings)
     if max(codes) < 2:
         shutil.rmtree(work, ignore_errors=True)
     if any(codes):
-        why = (
-            "time is up"
-            if max(codes) == 1
-            else f"a worker failed, see {args.out}/worker*.log and {work}"
-        )
-        print(
-            f"{why}: {sum(len(found) for found in results.values())} trials are done; the same command goes on"
-        )
+        why = "time is up"
+        if max(codes) > 1:
+            why = f"a worker failed, see {args.out}/worker*.log and {work}"
+        n_done = sum(len(by_key) for by_key in results.values())
+        print(f"{why}: {n_done} trials are done; the same command continues")
     return max(codes)
 
 
