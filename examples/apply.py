@@ -7,16 +7,19 @@ from src import config, files
 from src.applier import Applier
 
 # %%
-cfg = config.parse("apply", ["--max_tokens", "50000", "--context_length", "12", *sys.argv[1:]])
+flags = ["--max_tokens", "50000", "--context_length", "12"]
+cfg = config.parse("apply", [*flags, *sys.argv[1:]])
 cfg.SAE_path = cfg.SAE_path or [f"{cfg.output_dir}/{files.SAE_DIR}/RouteSAE_demo_example.pt"]
-kept, path = Applier(cfg).run()
+n_latents, path = Applier(cfg).run()
 
-# %% A JSON file: {latent: contexts, tokens, strengths, sites ...}; here the latent with the strongest activation.
+# %% The file is JSON: {latent: contexts, tokens, strengths, sites ...}.
 latents = files.load_json(path)["latent_context_map"]
-print(f"{kept} latents with contexts")
+print(f"{n_latents} latents with contexts")
+
+# %% The five strongest contexts of the latent with the largest activation.
 if latents:
     strongest = max(latents, key=lambda latent: latents[latent]["max_activation"])
-    for value, tokens in list(
-        zip(latents[strongest]["activations"], latents[strongest]["tokens"], strict=True)
-    )[:5]:
-        print(f"latent {strongest}  {value:6.2f}  {''.join(tokens)!r}")
+    contexts = latents[strongest]
+    pairs = list(zip(contexts["activations"], contexts["tokens"], strict=True))
+    for activation, tokens in pairs[:5]:
+        print(f"latent {strongest}  {activation:6.2f}  {''.join(tokens)!r}")

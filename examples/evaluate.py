@@ -1,4 +1,4 @@
-"""What two SAEs miss, and what their errors cost the language model, on held-out text."""
+"""The errors of two SAEs on held-out text, and what the errors cost the language model."""
 
 # %%
 import sys
@@ -6,20 +6,21 @@ import sys
 from src import config, files
 from src.evaluator import Evaluator
 
-# %% Several SAEs share one clean pass of the language model.
+# %% All SAEs share one pass of the unpatched language model.
 cfg = config.parse("evaluate", ["--metric", "all", "--max_tokens", "20000", *sys.argv[1:]])
+folder = f"{cfg.output_dir}/{files.SAE_DIR}"
 cfg.SAE_path = cfg.SAE_path or [
-    f"{cfg.output_dir}/{files.SAE_DIR}/{name}_demo_example.pt" for name in ("RouteSAE", "TopK")
+    f"{folder}/RouteSAE_demo_example.pt",
+    f"{folder}/TopK_demo_example.pt",
 ]
 results = Evaluator(cfg).run()
 
-# %% A dictionary by title. The share of tokens at each site says whether a router uses its sites or has settled on one.
+# %% The results are a dictionary by title.
 for title, result in results.items():
-    print(
-        f"{title}: NormMSE {result['NormMSE']:.3f}, KL {result['KLDiv']:.3f} nats a token, L0 {result['L0']:.1f}"
-    )
+    error, kl, l0 = (result[metric] for metric in ("NormMSE", "KLDiv", "L0"))
+    print(f"{title}: NormMSE {error:.3f}, KL {kl:.3f} nats a token, L0 {l0:.1f}")
+
+# %% The share of tokens at each site shows whether a router uses all sites or only one.
 routing = results["RouteSAE_demo_example"]["Routing"]
-print(
-    "share of tokens by site:",
-    {site: round(share, 2) for site, share in zip(routing["sites"], routing["share"], strict=True)},
-)
+shares = zip(routing["sites"], routing["share"], strict=True)
+print("share of tokens by site:", {site: round(share, 2) for site, share in shares})

@@ -1,4 +1,4 @@
-"""The examples run in their order on a small text, and say what they are there to say."""
+"""The examples run one after the other on a small text, and print what their comments announce."""
 
 import json
 import runpy
@@ -12,24 +12,17 @@ from src.reader import Reader
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The data is called demo, as the built-in text is."""
+    """A folder with a text called demo, as the built-in text is."""
     folder = tmp_path_factory.mktemp("examples")
-    lines = [
-        json.dumps(
-            {
-                "text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger. "
-                * 4
-            }
-        )
-        for i in range(200)
-    ]
+    sentence = "Return the {}th value of the array, or raise ValueError if {} is larger. "
+    lines = [json.dumps({"text": sentence.format(i, i * 7) * 4}) for i in range(200)]
     (folder / "demo.jsonl").write_text("\n".join(lines))
     return folder
 
 
 @pytest.fixture
-def place(folder, monkeypatch):
-    """Environment of a user."""
+def user_folder(folder, monkeypatch):
+    """The folder, with the environment variables that a user may set."""
     monkeypatch.setenv("DATA_PATH", str(folder / "demo.jsonl"))
     monkeypatch.setenv("MODEL_PATH", str(DEMO_LM))
     monkeypatch.setenv("OUTPUT_DIR", str(folder / "out"))
@@ -37,7 +30,7 @@ def place(folder, monkeypatch):
 
 
 SMALL = ["--max_length", "32", "--batch_size", "8"]
-ORDER = {
+FLAGS = {  # by example, in the order in which they need each other's results
     "train": [*SMALL, "--max_tokens", "4000", "--latent_size", "64", "--k", "4"],
     "evaluate": [*SMALL, "--max_tokens", "600"],
     "apply": [*SMALL, "--max_tokens", "3000", "--act_threshold", "0.1"],
@@ -45,8 +38,8 @@ ORDER = {
     "read": [],
     "steer": ["--max_new_tokens", "2"],
 }
-SAYS = {
-    "train": "tokens; NormMSE of the last step",
+OUTPUT = {
+    "train": "NormMSE of the last step",
     "evaluate": "share of tokens by site",
     "apply": "latents with contexts",
     "interpret": "mean score",
@@ -55,36 +48,37 @@ SAYS = {
 }
 
 
-def test_every_stage_has_an_example_that_runs(place, capsys, monkeypatch):
-    for name, flags in ORDER.items():
+def test_every_stage_has_an_example_that_runs(user_folder, capsys, monkeypatch):
+    for name, flags in FLAGS.items():
         monkeypatch.setattr(sys, "argv", [name, *flags])
         runpy.run_module(f"examples.{name}", run_name="__main__")
-        assert SAYS[name] in capsys.readouterr().out, name
+        assert OUTPUT[name] in capsys.readouterr().out, name
 
 
-def test_a_reader_gives_codes_sites_and_contexts_of_a_text(place):
-    paths = {
-        name: place / "out" / "SAE_models" / f"{name}_demo_example.pt"
-        for name in ("RouteSAE", "TopK")
-    }
-    reader = Reader(paths["RouteSAE"])
+def test_a_reader_gives_codes_sites_and_contexts_of_a_text(user_folder):
+    weights = user_folder / "out" / "SAE_models"
+    reader = Reader(weights / "RouteSAE_demo_example.pt")
     reading = reader.read("Return the value of the array.")
-    assert "".join(reading.tokens) == "Return the value of the array." and "Return" in str(reading)
-    assert (
-        reading.latents.shape == (len(reading.tokens), 64)
-        and (reading.latents != 0).sum(1).eq(4).all()
-    )
-    assert reading.weights.shape == (len(reading.tokens), 9) and set(reading.sites) <= set(
-        range(4, 13)
-    )
-    strongest = reading.strongest(1)[0][0]
-    assert reading.latents[0, strongest[0]] == strongest[1] == reading.latents[0].max()
-    some = next(latent for latent in range(64) if reader.contexts(latent))
-    values = [value for value, _ in reader.contexts(some)]
-    assert values == sorted(values, reverse=True) and values[0] > 0.1
-    plain = Reader(str(paths["TopK"])).read("Return the value")
-    assert plain.sites is None and plain.weights is None
+    n_tokens = len(reading.tokens)
+    assert "".join(reading.tokens) == "Return the value of the array."
+    assert "Return" in str(reading)
+    assert reading.latents.shape == (n_tokens, 64)
+    assert (reading.latents != 0).sum(1).eq(4).all()
+    assert reading.weights.shape == (n_tokens, 9)
+    assert set(reading.sites) <= set(range(4, 13))
+    latent, strength = reading.strongest(1)[0][0]
+    assert reading.latents[0, latent] == strength == reading.latents[0].max()
+    latent_with_contexts = next(latent for latent in range(64) if reader.contexts(latent))
+    strengths = [strength for strength, _ in reader.contexts(latent_with_contexts)]
+    assert strengths == sorted(strengths, reverse=True) and strengths[0] > 0.1
+
+
+def test_a_reading_without_a_router_has_no_sites_and_wrong_requests_are_refused(user_folder):
+    path = user_folder / "out" / "SAE_models" / "TopK_demo_example.pt"
+    reader = Reader(str(path))
+    reading = reader.read("Return the value")
+    assert reading.sites is None and reading.weights is None
     with pytest.raises(ValueError, match="no option colour"):
-        Reader(paths["TopK"], colour="red")
+        Reader(path, colour="red")
     with pytest.raises(ValueError, match="no token that counts"):
         reader.read("")
