@@ -1,9 +1,10 @@
-"""Text from files or the hub -> documents -> splits -> tokens -> rows of fixed length. Has never heard of an SAE.
+"""Text is tokenised once, cached, and cut into rows of fixed length when it is read.
 
-A source is tokenised once into a flat memory-mapped stream (document, EOS, document, EOS ...); rows are cut from the
-stream when they are read, so nothing is padded except the very last row and no text is lost.
+A source becomes one flat, memory-mapped token stream (document, EOS, document, EOS ...). Since rows
+are cut from the stream, only the very last row is padded, and no text is lost. This module knows
+nothing of SAEs.
 
-Shapes: B rows, S positions per row.
+Shapes: B rows, S positions per row, N counted tokens, V token ids.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import re
 import shutil
 import time
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,235 +43,415 @@ from src.sources import (
     split_files,
 )
 
-CHUNK_CHARS = 2**20  # characters tokenised at one time: about 150 bytes of memory each
-HUB_TOKENS = (
-    100_000_000  # what a hub data set is cut to where no limit is given: some of them do not end
-)
+PIECE_CHARS = 2**20  # characters tokenised in one call: each takes about 150 bytes of memory
+PIECES = 256  # pieces tokenised in one call at most
+HUB_TOKENS = 100_000_000  # default limit for data sets of the hub: some of them do not end
+ABANDONED_SECONDS = 30 * 86_400  # unfinished caches without a change for so long are removed
 
 
 class Batch(NamedTuple):
-    """Rows of tokens. `mask` is True where a token counts; a causal LM needs nothing more, since padding is on the right."""
+    """Rows of tokens. Padding is on the right, so a causal language model needs no other mask."""
 
     input_ids: Tensor  # int64 [B,S]
-    mask: Tensor  # bool  [B,S]; False on special tokens, position 0 and padding
+    mask: Tensor  # bool  [B,S]; True where a token counts: no special token, position 0, padding
     document: Tensor  # int64 [B,S]; number of the document each token comes from
     row: Tensor  # int64 [B]
 
     def part(self, rows: slice) -> Batch:
-        """Some of the rows. Of none at least the first with no token counted, so that a language model has something to run on."""
-        some = Batch(*(value[rows] for value in self))
-        return (
-            some
-            if len(some.row)
-            else Batch(*(value[:1] for value in self))._replace(
-                mask=torch.zeros_like(self.mask[:1])
-            )
-        )
+        """Some of the rows. If empty, one fully masked row, so that a language model can run."""
+        selected = Batch(*(value[rows] for value in self))
+        if len(selected.row):
+            return selected
+        first = Batch(*(value[:1] for value in self))
+        return first._replace(mask=torch.zeros_like(first.mask))
 
     def to(self, device: str | torch.device) -> Batch:
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        return Batch(*(value.to(device, non_blocking=True) for value in self))
 
     def token_keys(self) -> Tensor:
-        """A number for every counted token that does not depend on how rows are batched: int64 [N]."""
+        """A number for each counted token that does not depend on the batching: int64 [N]."""
         length = self.input_ids.shape[1]
         keys = self.row[:, None] * length + torch.arange(length, device=self.row.device)
         return keys[self.mask]
 
 
-# --------------------------------------------------------------------------------------------------------- tokens
+# ---------------------------------------------------------------------------------------- tokens
+
+
+def special_token_table(tokenizer: Any) -> Tensor:
+    """bool [V]: True at the ids of special tokens; the last entry, False, serves all larger ids."""
+    ids = tokenizer.all_special_ids
+    table = torch.zeros(max(ids, default=-1) + 2, dtype=torch.bool)
+    table[ids] = True
+    return table
+
+
+def count_mask(input_ids: Tensor, is_special: Tensor, first_counts: bool = False) -> Tensor:
+    """True where a token counts: bool [...,S] for input_ids [...,S]. The one place of this rule.
+
+    Special tokens do not count, nor does the first token of a text, because it is an attention sink
+    whatever it is. is_special: from special_token_table. first_counts: set it where input_ids
+    continue a text.
+    """
+    # A table, because torch.isin took 130 ms for 64 x 512 tokens and 256 special ones.
+    mask = ~is_special[input_ids.clamp(max=len(is_special) - 1)]
+    if not first_counts:
+        mask[..., 0] = False
+    return mask
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Changes when the tokenizer would give other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    return hashlib.blake2b(
-        (text + str(tokenizer.all_special_ids) + template).encode(), digest_size=8
-    ).hexdigest()
+    if backend is not None:
+        text = backend.to_str()
+    else:
+        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    text += str(tokenizer.all_special_ids)
+    text += str(getattr(tokenizer, "chat_template", None) or "")
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def chat_renderer(tokenizer: Any) -> Callable[[list], str]:
-    """Conversations as text in the tokenizer's template. Raises DataError, at the first conversation, where it has none."""
+    """A function that renders a conversation in the tokenizer's chat template.
+
+    It raises DataError if the tokenizer has none, TypeError if the template refuses the turns.
+    """
 
     def render(turns: list) -> str:
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
-                "the text is conversations, and this model's tokenizer has no chat template; take one that has (an -Instruct or -chat "
-                "model), or name the key of plain text with --text_key"
+                "the text is conversations, and this model's tokenizer has no chat template; use a "
+                "model that has one (-Instruct, -chat), or name a key of plain text with --text_key"
             )
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False)
-        except (
-            Exception
-        ) as error:  # templates raise what they like where the turns are not as they want them
+        except Exception as error:  # a template may raise any error for turns it does not expect
             raise TypeError(str(error)) from error
         return text.removeprefix(tokenizer.bos_token or "")  # every row begins with it
 
     return render
 
 
-def _word_pieces(text: str, words: int) -> Iterator[str]:
-    """Pieces of `words` whitespace-separated words; joined they are the text again, whitespace included."""
-    start = 0
-    for match in islice(re.finditer(r"\S+", text), words, None, words):
-        yield text[start : match.start()]
-        start = match.start()
-    yield text[start:]
+class Piece(NamedTuple):
+    """A part of a document that is tokenised by itself."""
+
+    text: str
+    is_last: bool  # of its document
+    is_chat: bool
 
 
-def _pieces(texts: Iterator[str], words: int | None) -> Iterator[list[tuple[str, bool, bool]]]:
-    """(piece of a document, whether it is its last, whether it is of a conversation), in lists of up to 256 pieces and about CHUNK_CHARS characters:
-    what is tokenised at one time.
+def _cut_document(text: str, words: int | None) -> Iterator[Piece]:
+    """Pieces of `words` words; if None, of PIECE_CHARS characters. Joined they are the text again.
 
-    Pieces are of `words` words, or where that is None whole documents; longer ones are cut, as one line of 100 MB would fill the memory.
+    Long documents are cut, because one line of 100 MB would fill the memory when tokenised.
     """
-    gathered, size = [], 0
+    if words:
+        starts = (match.start() for match in re.finditer(r"\S+", text))
+        cuts: Any = islice(starts, words, None, words)
+    else:
+        cuts = range(PIECE_CHARS, len(text), PIECE_CHARS)
+    start = 0
+    for stop in chain(cuts, [len(text)]):
+        yield Piece(text[start:stop], stop == len(text), isinstance(text, Chat))
+        start = stop
+
+
+def _piece_batches(texts: Iterator[str], words: int | None) -> Iterator[list[Piece]]:
+    """The pieces of all documents, in lists that are tokenised in one call."""
+    batch: list[Piece] = []
+    size = 0
     for text in texts:
-        pieces = (
-            _word_pieces(text, words)
-            if words
-            else (text[at : at + CHUNK_CHARS] for at in range(0, len(text), CHUNK_CHARS))
-        )
-        piece = next(pieces)
-        while piece is not None:
-            following = next(pieces, None)
-            gathered.append((piece, following is None, isinstance(text, Chat)))
-            size += len(piece)
-            if len(gathered) == 256 or size >= CHUNK_CHARS:
-                yield gathered
-                gathered, size = [], 0
-            piece = following
-    if gathered:
-        yield gathered
+        for piece in _cut_document(text, words):
+            batch.append(piece)
+            size += len(piece.text)
+            if len(batch) == PIECES or size >= PIECE_CHARS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
-class Preparation:
-    """The token stream of a source on its way: tokens.bin (uint32), and the places in it where documents and chunks start.
+def _encode(pieces: list[Piece], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each piece."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    ids: list[list[int]] = []
+    for is_chat, group in groupby(pieces, key=lambda piece: piece.is_chat):
+        # "<|end_of_text|>" in a plain text is text; in a conversation the template put it there.
+        if getattr(tokenizer, "is_fast", False):
+            options["split_special_tokens"] = not is_chat
+        ids += tokenizer([piece.text for piece in group], **options)["input_ids"]
+    return ids
 
-    What stands in `folder` is saved now and then, with the position of the source, so that a killed process is continued by the next.
+
+# ----------------------------------------------------------------------------------- token cache
+
+
+class StreamOptions(NamedTuple):
+    """What determines a token stream."""
+
+    source: str
+    tokenizer: Any
+    split: str
+    text_key: str
+    chunking: str
+    row_length: int  # tokens of the stream in a row
+    limit: int | None  # tokens
+    max_bad_frac: float
+
+    def key(self) -> list:
+        """What a cached stream must agree in; the limit is last."""
+        files: list = [self.source]
+        if is_local(self.source):
+            paths, _ = split_files(find_files(self.source), self.split)
+            stats = [(path, path.stat()) for path in paths]
+            files = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        return [
+            1,
+            files,
+            tokenizer_hash(self.tokenizer),
+            self.split,
+            self.text_key,
+            self.chunking,
+            self.words or 0,
+            self.limit,
+        ]
+
+    @property
+    def words(self) -> int | None:
+        """Words of a piece; None if the stream is packed."""
+        return self.row_length if self.chunking == "words" else None
+
+
+class StreamBuilder:
+    """A token stream while it is written: tokens.bin (uint32), documents.npy and chunks.npy.
+
+    The two arrays hold the indices in the stream at which documents and chunks start. From time to
+    time all of it is saved with the position of the source, so that the next process continues a
+    killed one.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.saved_at = folder, time.monotonic()
-        self.total, self.documents, self.chunks, self.position = 0, [0], [0], None
+        self.folder = folder
+        self.saved_at = time.monotonic()
+        self.total = 0  # tokens
+        self.documents = [0]
+        self.chunks = [0]
+        self.position: dict[str, Any] | None = None
         path = folder / "progress.json"
         if path.exists():
-            found = load_json(path)
-            self.total, self.position = found["total"], found["position"]
-            self.documents, self.chunks = (
-                np.load(folder / f"{name}.npy")[: found[name]].tolist()
-                for name in ("documents", "chunks")
-            )
-            if (
-                len(self.documents) < found["documents"]
-            ):  # a finished cache does not list where the next document would start
-                self.documents.append(self.total)
+            self._load(load_json(path))
         self.file = open(folder / "tokens.bin", "ab")
         self.file.truncate(4 * self.total)
 
+    def _load(self, progress: dict[str, Any]) -> None:
+        self.total = progress["total"]
+        self.position = progress["position"]
+        for name in ("documents", "chunks"):
+            starts = np.load(self.folder / f"{name}.npy")[: progress[name]]
+            setattr(self, name, starts.tolist())
+        # A finished cache does not list where the next document would start.
+        if len(self.documents) < progress["documents"]:
+            self.documents.append(self.total)
+
     def save(self, position: dict[str, Any]) -> None:
-        """Tokens first, then what points into them: a kill in between leaves more tokens than are counted, which are cut off."""
+        """Saves the tokens first, because on loading those that are not counted are cut off."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.position, self.saved_at = position, time.monotonic()
-        self._save_places()
+        self.position = position
+        self.saved_at = time.monotonic()
+        self._save_starts()
         counts = {"total": self.total, "documents": len(self.documents), "chunks": len(self.chunks)}
         save_json(counts | {"position": position}, self.folder / "progress.json", indent=None)
 
-    def _save_places(self) -> None:
-        for name, places in (("documents", self.documents), ("chunks", self.chunks)):
-            write_atomic(
-                self.folder / f"{name}.npy",
-                lambda file, places=places: np.save(file, np.asarray(places, dtype=np.int64)),
-            )
+    def _save_starts(self) -> None:
+        for name in ("documents", "chunks"):
+            starts = np.asarray(getattr(self, name), dtype=np.int64)
+            path = self.folder / f"{name}.npy"
+            write_atomic(path, lambda file, starts=starts: np.save(file, starts))
 
-    def run(
-        self, texts: Documents, tokenizer: Any, row_length: int, chunking: str, limit: int | None
-    ) -> None:
-        """Tokenises until the texts end or limit tokens are there."""
-        separator = (
-            []
-            if chunking == "words" or tokenizer.eos_token_id is None
-            else [tokenizer.eos_token_id]
-        )
-        encode = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        fast = getattr(tokenizer, "is_fast", False)
-        with (
-            tqdm(
-                desc="tokenising",
-                unit=" tokens",
-                unit_scale=True,
-                mininterval=1,
-                initial=self.total,
-            ) as bar,
-            self.file,
-        ):
-            batches = _pieces(iter(texts), row_length if chunking == "words" else None)
-            while limit is None or self.total < limit:
+    def _append(self, ids: list[int], words: int | None) -> None:
+        self.file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+        if words:  # a piece of many tokens takes several rows
+            self.chunks += range(self.total + words, self.total + len(ids), words)
+            self.chunks.append(self.total + len(ids))
+        self.total += len(ids)
+
+    def run(self, texts: Documents, options: StreamOptions) -> None:
+        """Tokenises until the texts end or the limit is reached."""
+        eos = options.tokenizer.eos_token_id
+        separator = [] if options.words or eos is None else [eos]
+        style = {"unit": " tokens", "unit_scale": True, "mininterval": 1}
+        with tqdm(desc="tokenising", initial=self.total, **style) as bar, self.file:
+            batches = _piece_batches(iter(texts), options.words)
+            while options.limit is None or self.total < options.limit:
                 pieces = next(batches, None)
                 if pieces is None:
                     break
-                before, ids_of = self.total, [[]] * len(pieces)
-                for chat in {
-                    chat for _, _, chat in pieces
-                }:  # "<|end_of_text|>" written in a text is text; in a template it is a command
-                    mine = [i for i, piece in enumerate(pieces) if piece[2] == chat]
-                    how = encode | ({"split_special_tokens": not chat} if fast else {})
-                    for i, ids in zip(
-                        mine,
-                        tokenizer([pieces[i][0] for i in mine], **how)["input_ids"],
-                        strict=True,
-                    ):
-                        ids_of[i] = ids
-                for ids, (_, last, _) in zip(ids_of, pieces, strict=True):
-                    ids = ids + separator if last else ids
-                    self.file.write(np.asarray(ids, dtype=np.uint32).tobytes())
-                    if chunking == "words":
-                        self.chunks += [
-                            self.total + cut for cut in range(row_length, len(ids), row_length)
-                        ] + [self.total + len(ids)]
-                    self.total += len(ids)
-                    if last:
+                before = self.total
+                for piece, ids in zip(pieces, _encode(pieces, options.tokenizer), strict=True):
+                    self._append(ids + separator if piece.is_last else ids, options.words)
+                    if piece.is_last:
                         self.documents.append(self.total)
                 bar.update(self.total - before)
-                if pieces[-1][1] and time.monotonic() - self.saved_at >= SAVE_SECONDS:
+                overdue = time.monotonic() - self.saved_at >= SAVE_SECONDS
+                if overdue and pieces[-1].is_last:
                     self.save(texts.position())
             texts.report.tokens = self.total
             texts.report.check(final=True)
-            if self.documents[-1] == self.total:  # else the limit came in the middle of a document
-                self.save(texts.position())  # where a longer cache goes on
+            if self.documents[-1] == self.total:  # the limit did not cut a document
+                self.save(texts.position())  # where a longer cache continues
                 self.documents.pop()
-            self._save_places()
+            self._save_starts()
 
 
-def _whole(folder: Path, max_bad_frac: float) -> bool:
-    """Whether a token cache is there; a damaged one is removed. Raises DataError where more was skipped in its making than is accepted now."""
+def _is_complete(folder: Path, max_bad_frac: float) -> bool:
+    """Whether a token cache exists; a damaged one is removed.
+
+    Raises DataError if more was skipped when it was made than max_bad_frac accepts.
+    """
     try:
         verify_folder(folder)
-        report = Report("", max_bad_frac)
-        vars(report).update({**load_json(folder / "report.json"), "max_bad_frac": max_bad_frac})
+        state = load_json(folder / "report.json")
     except ValueError as error:
         if folder.exists():
             print(f"warning: the token cache is damaged ({error}); tokenising again")
             shutil.rmtree(folder, ignore_errors=True)
         return False
-    report.bad = Counter(report.bad)
+    report = Report("", max_bad_frac)
+    report.restore(state | {"max_bad_frac": max_bad_frac})
     report.check(final=True)
     return True
 
 
+def _remove_abandoned(caches: Path) -> None:
+    """Removes the unfinished caches of killed processes that were not continued."""
+    for folder in caches.glob(".building-*"):
+        changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        if time.time() - changed > ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_cache(options: StreamOptions, key: list, folder: Path) -> None:
+    """Makes sure that `folder` holds the token stream; waits if another process prepares it."""
+    work = folder.with_name(f".building-{folder.name}")
+    waiting = False
+    with ExitStack() as stack:
+        while not _is_complete(folder, options.max_bad_frac):
+            try:
+                _remove_abandoned(folder.parent)
+                (work / "made").mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(work))
+            except OSError as error:
+                raise OSError(
+                    f"cannot write the token cache in {folder.parent} ({error.strerror}); "
+                    "set DATA_DIR to a folder that can be written"
+                ) from error
+            except ValueError as error:  # another process has the lock
+                if not waiting:
+                    print(f"waiting: {error}")
+                waiting = True
+                time.sleep(1)
+                continue
+            if not folder.exists():  # the other process may just have finished
+                _build_cache(options, key, work, folder)
+            shutil.rmtree(work, ignore_errors=True)
+            return
+
+
+def _build_cache(options: StreamOptions, key: list, work: Path, folder: Path) -> None:
+    """Tokenises into `work` and renames the result to `folder`.
+
+    Continues a killed process, or a shorter cache of the same text.
+    """
+    source = options.source
+    unfinished = work / "made"
+    if not (unfinished / "progress.json").exists():
+        _copy_shorter_cache(unfinished, key)
+    builder = StreamBuilder(unfinished)
+    if builder.total:
+        print(f"{source}: continuing after {builder.total:,} tokens that are already prepared")
+    report = Report(options.text_key, options.max_bad_frac)
+    render = chat_renderer(options.tokenizer)
+    texts = Documents(source, options.split, report, builder.position, render)
+    try:
+        builder.run(texts, options)
+        if not report.tokens:
+            raise _no_text(report, options)
+    except StreamError:
+        raise
+    except DataError:
+        shutil.rmtree(work)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the token cache in {folder.parent} does not fit ({error.strerror}); "
+            "make room or set DATA_DIR"
+        ) from error
+    if report.bad:
+        print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
+    save_json({"key": key} | vars(report), unfinished / "report.json")
+    seal(unfinished, folder.name)
+    os.replace(unfinished, folder)
+
+
+def _no_text(report: Report, options: StreamOptions) -> DataError:
+    reason, advice = report.reasons(), ""
+    if not report.lines:
+        reason = reason or "it is empty"
+    elif not reason:
+        reason = "all of them are in other splits"
+        advice = "; name the folder that holds the other splits too, or add --split all"
+    return DataError(
+        f"no usable text for split {options.split!r} in {options.source} "
+        f"({report.lines} lines read, {reason}){advice}"
+    )
+
+
+def _copy_shorter_cache(folder: Path, key: list) -> None:
+    """Copies the longest complete cache that differs only in a smaller limit, to continue it."""
+    *wanted, wanted_limit = json.loads(json.dumps(key))
+    shorter = []
+    for path in folder.parent.parent.glob("*/progress.json"):
+        report = load_json(path.with_name("report.json"))
+        *other, limit = report["key"]
+        if other != wanted or limit is None:
+            continue
+        if wanted_limit is None or limit < wanted_limit:
+            shorter.append((report["tokens"], path.parent))
+    if not shorter:
+        return
+    _, longest = max(shorter)
+    try:
+        verify_folder(longest)
+    except ValueError:  # its next use reports the damage
+        return
+    for name in ("tokens.bin", "documents.npy", "chunks.npy", "progress.json"):
+        shutil.copyfile(longest / name, folder / name)
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def _token_limit(source: str, max_tokens: int | None, sample_tokens: int) -> int | None:
+    """The smaller of two limits, each of which may be missing; the hub is never read to its end."""
+    limit = min(filter(None, (max_tokens, sample_tokens)), default=None)
+    if limit is None and not is_local(source):
+        limit = HUB_TOKENS
+        print(f"{source}: no --max_tokens given; using the first {limit:,} tokens")
+    return limit
+
+
 class Rows(Dataset):
-    """Rows of one split of a source, tokenised on first use and then read from a memory-mapped cache.
+    """Rows of one split of a source, tokenised on first use and then read from a mapped cache.
 
-    Each row is BOS (where the tokenizer has one) and the next stretch of the stream. `chunking="words"` is the
-    documented form: pieces of `max_length` words, each starting a row of its own, padded on the right.
+    Each row is BOS (if the tokenizer has one) and the next stretch of the stream. With
+    `chunking="words"`, the documented form, each piece of `max_length` words starts a row of its
+    own, padded on the right.
 
-    Raises FileNotFoundError or DataError (nothing usable, wrong key, too many damaged lines), ValueError (bad options).
+    Raises FileNotFoundError or DataError if the source cannot be used, ValueError for bad options.
     """
 
     def __init__(
@@ -295,179 +475,37 @@ class Rows(Dataset):
             raise ValueError(f"--max_length {max_length}; a row needs at least two positions")
         if split not in SPLITS or chunking not in ("pack", "words"):
             raise ValueError(
-                f"split {split!r}, chunking {chunking!r}; known are {', '.join(SPLITS)} and pack, words"
+                f"split {split!r}, chunking {chunking!r}; "
+                f"known are {', '.join(SPLITS)} and pack, words"
             )
-        self.max_length, self.include_special = max_length, include_special
+        self.max_length = max_length
+        self.include_special = include_special
         self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.pad = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+        pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad = next(token for token in pad_ids if token is not None)
+        self.is_special = special_token_table(tokenizer)
+        row_length = max_length - len(self.prefix)
+        limit = _token_limit(str(source), max_tokens, (max_samples or 0) * row_length)
+        options = StreamOptions(
+            str(source), tokenizer, split, text_key, chunking, row_length, limit, max_bad_frac
         )
-        self.special = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
-        body = max_length - len(self.prefix)  # tokens of the stream per row
-        wanted = [
-            n for n in (max_tokens, max_samples * body if max_samples else None) if n is not None
-        ]
-        limit = min(wanted) if wanted else None
-        if limit is None and not is_local(str(source)):
-            limit = HUB_TOKENS
-            print(f"{source}: no --max_tokens given; using the first {limit:,} tokens")
-        key = self._key(str(source), tokenizer, split, text_key, chunking, body, limit)
-        self.fingerprint = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
-        folder = self._cached(
-            str(source), tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key
-        )
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-        self.documents = np.load(folder / "documents.npy", mmap_mode="r")
-        stream = len(self.tokens) if limit is None else min(limit, len(self.tokens))
-        if chunking == "words":
-            self.cuts = np.load(folder / "chunks.npy", mmap_mode="r")
-        else:
-            self.cuts = np.append(np.arange(0, stream, body), stream)
+        self._open(options)
         self.n_rows = min(len(self.cuts) - 1, max_samples or len(self.cuts))
         self._order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
 
-    @staticmethod
-    def _key(
-        source: str,
-        tokenizer: Any,
-        split: str,
-        text_key: str,
-        chunking: str,
-        body: int,
-        limit: int | None,
-    ) -> list:
-        files = [source]
-        if is_local(source):
-            stats = [(f, f.stat()) for f in split_files(find_files(source), split)[0]]
-            files = [[str(f.resolve()), stat.st_size, stat.st_mtime_ns] for f, stat in stats]
-        return [
-            1,
-            files,
-            tokenizer_hash(tokenizer),
-            split,
-            text_key,
-            chunking,
-            body if chunking == "words" else 0,
-            limit,
-        ]
-
-    def _cached(
-        self, source, tokenizer, split, text_key, chunking, body, limit, max_bad_frac, key
-    ) -> Path:
+    def _open(self, options: StreamOptions) -> None:
+        """Maps the stream, and sets `cuts`: row i is tokens cuts[i] to cuts[i + 1]."""
+        key = options.key()
+        self.fingerprint = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
         folder = data_dir() / "cache" / self.fingerprint
-        work = folder.with_name(f".building-{folder.name}")
-        with ExitStack() as stack:
-            waiting = False
-            while not _whole(folder, max_bad_frac):
-                try:
-                    for rest in folder.parent.glob(
-                        ".building-*"
-                    ):  # of killed processes nobody went on with
-                        if (
-                            time.time()
-                            - max(path.stat().st_mtime for path in (rest, *rest.iterdir()))
-                            > 30 * 86_400
-                        ):
-                            shutil.rmtree(rest, ignore_errors=True)
-                    (work / "made").mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(locked(work))
-                except OSError as error:
-                    todo = "set DATA_DIR to a folder that can be"
-                    raise OSError(
-                        f"cannot write the token cache in {folder.parent} ({error.strerror}); {todo}"
-                    ) from error
-                except ValueError as error:  # another process prepares the same text
-                    if not waiting:
-                        print(f"waiting: {error}")
-                    waiting = True
-                    time.sleep(1)
-                    continue
-                if not folder.exists():  # else that process was just done
-                    self._prepare(
-                        source,
-                        tokenizer,
-                        split,
-                        text_key,
-                        chunking,
-                        body,
-                        limit,
-                        max_bad_frac,
-                        key,
-                        work,
-                        folder,
-                    )
-                shutil.rmtree(work, ignore_errors=True)
-                break
-        return folder
-
-    def _prepare(
-        self,
-        source,
-        tokenizer,
-        split,
-        text_key,
-        chunking,
-        body,
-        limit,
-        max_bad_frac,
-        key,
-        work: Path,
-        folder: Path,
-    ) -> None:
-        """Tokenises into `work`, from where a killed process stopped or a shorter cache of the same text ends, and renames it to `folder`."""
-        made = work / "made"
-        if not (made / "progress.json").exists():
-            self._begin_from_shorter(made, key)
-        preparation, report = Preparation(made), Report(text_key, max_bad_frac)
-        if preparation.total:
-            print(f"{source}: going on after {preparation.total:,} tokens that are there")
-        texts = Documents(source, split, report, preparation.position, chat_renderer(tokenizer))
-        try:
-            preparation.run(texts, tokenizer, body, chunking, limit)
-            if not report.tokens:
-                empty = f"{report.lines} lines read, {report.reasons() or ('all in other splits' if report.lines else 'nothing in it')}"
-                todo = (
-                    "; name the folder that holds the other splits too, or add --split all"
-                    if report.lines and not report.reasons()
-                    else ""
-                )
-                raise DataError(f"no usable text for split {split!r} in {source} ({empty}){todo}")
-        except DataError as error:
-            if not isinstance(error, StreamError):
-                shutil.rmtree(work)
-            raise
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(
-                    f"the token cache in {folder.parent} does not fit ({error.strerror}); make room or set DATA_DIR"
-                ) from error
-            raise
-        if report.bad:
-            print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
-        save_json({"key": key} | vars(report), made / "report.json")
-        seal(made, folder.name)
-        os.replace(made, folder)
-
-    @staticmethod
-    def _begin_from_shorter(made: Path, key: list) -> None:
-        """Copies the longest complete cache that differs in its limit alone, with the position it ended at."""
-        found = []
-        for path in made.parent.parent.glob("*/progress.json"):
-            about = load_json(path.with_name("report.json"))
-            *same, limit = about["key"]
-            if (
-                same == json.loads(json.dumps(key[:-1]))
-                and limit is not None
-                and (key[-1] is None or limit < key[-1])
-            ):
-                found.append((about["tokens"], path.parent))
-        for _, shorter in sorted(found, reverse=True)[:1]:
-            try:
-                verify_folder(shorter)
-            except ValueError:  # its next use will say so
-                return
-            for name in ("tokens.bin", "documents.npy", "chunks.npy", "progress.json"):
-                shutil.copyfile(shorter / name, made / name)
+        _open_cache(options, key, folder)
+        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        self.documents = np.load(folder / "documents.npy", mmap_mode="r")
+        if options.words:
+            self.cuts = np.load(folder / "chunks.npy", mmap_mode="r")
+        else:
+            length = min(options.limit or len(self.tokens), len(self.tokens))
+            self.cuts = np.append(np.arange(0, length, options.row_length), length)
 
     def __len__(self) -> int:
         return self.n_rows
@@ -475,59 +513,53 @@ class Rows(Dataset):
     def batch(self, rows: np.ndarray | list[int]) -> Batch:
         """The rows with these numbers, as a Batch."""
         shape = (len(rows), self.max_length)
-        ids, where = np.full(shape, self.pad, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+        ids = np.full(shape, self.pad, dtype=np.int64)
+        index = np.full(shape, -1, dtype=np.int64)  # in the stream; -1 at BOS and padding
         offset = len(self.prefix)
         for i, row in enumerate(rows):
             start, stop = int(self.cuts[row]), int(self.cuts[row + 1])
+            columns = slice(offset, offset + stop - start)
             ids[i, :offset] = self.prefix
-            ids[i, offset : offset + stop - start] = self.tokens[start:stop]
-            where[i, offset : offset + stop - start] = np.arange(start, stop)
-        real = where >= 0
-        mask = real & ~np.isin(ids, self.special)
-        mask[:, 0] = False  # the attention sink, whatever stands there
+            ids[i, columns] = self.tokens[start:stop]
+            index[i, columns] = np.arange(start, stop)
+        document = np.searchsorted(self.documents, index, side="right") - 1
+        input_ids = torch.from_numpy(ids)
+        mask = torch.from_numpy(index >= 0)
         if self.include_special:
-            mask = real.copy()
             mask[:, :offset] = True
-        document = np.searchsorted(self.documents, where, side="right") - 1
-        return Batch(
-            *(torch.from_numpy(a) for a in (ids, mask, document, np.asarray(rows, dtype=np.int64)))
-        )
+        else:
+            mask &= count_mask(input_ids, self.is_special)
+        numbers = np.asarray(rows, dtype=np.int64)
+        return Batch(input_ids, mask, torch.from_numpy(document), torch.from_numpy(numbers))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Row numbers in the order of one epoch: a function of (seed, epoch) alone."""
-        if self._order[0] != (
-            seed,
-            epoch,
-        ):  # asked for at every step; takes milliseconds for 200,000 rows
-            self._order = (
-                (seed, epoch),
-                np.random.default_rng([seed, epoch]).permutation(self.n_rows),
-            )
+        """Row numbers in the order of one epoch, which depends on (seed, epoch) alone."""
+        # Kept, because every step asks for it, and 200,000 rows take milliseconds.
+        if self._order[0] != (seed, epoch):
+            order = np.random.default_rng([seed, epoch]).permutation(self.n_rows)
+            self._order = ((seed, epoch), order)
         return self._order[1]
 
     def batches(
         self, batch_size: int, order: np.ndarray | None = None, start: int = 0, every: int = 1
     ) -> Iterator[Batch]:
-        """Batches of batch_size rows from batch number `start` on, each or one in `every`; the last may be smaller."""
+        """Batches from number `start` on, one in `every`; the last may have fewer rows."""
         order = np.arange(self.n_rows) if order is None else order
-        for at in range(start * batch_size, self.n_rows, every * batch_size):
-            yield self.batch(order[at : at + batch_size])
+        for first in range(start * batch_size, self.n_rows, every * batch_size):
+            yield self.batch(order[first : first + batch_size])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """(input_ids [S], attention_mask [S]), the documented form: 1 on every token that is not padding."""
+        """(input_ids [S], attention_mask [S]), the documented form: 1 on all but padding."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        batch = self.batch([index % len(self)])
-        real = torch.zeros(self.max_length, dtype=torch.long)
-        real[
-            : len(self.prefix)
-            + int(self.cuts[index % len(self) + 1] - self.cuts[index % len(self)])
-        ] = 1
-        return batch.input_ids[0], real
+        row = index % len(self)
+        attention_mask = torch.zeros(self.max_length, dtype=torch.long)
+        attention_mask[: len(self.prefix) + int(self.cuts[row + 1] - self.cuts[row])] = 1
+        return self.batch([row]).input_ids[0], attention_mask
 
 
 class OpenWebTextDataset(Rows):
-    """The documented data set: a folder of JSONL, all of it, as (input_ids [S], attention_mask [S]) items."""
+    """The documented data set: all of a folder, as (input_ids [S], attention_mask [S]) items."""
 
     def __init__(
         self,
@@ -557,14 +589,12 @@ def create_dataloader(
     keyword: str = "text",
 ) -> DataLoader:
     """DataLoader of (input_ids [B,S], attention_mask [B,S]) over OpenWebTextDataset, in order."""
-    return DataLoader(
-        OpenWebTextDataset(folder_path, tokenizer, max_length, max_samples, keyword),
-        batch_size=batch_size,
-    )
+    rows = OpenWebTextDataset(folder_path, tokenizer, max_length, max_samples, keyword)
+    return DataLoader(rows, batch_size=batch_size)
 
 
 def open_rows(cfg: Namespace, tokenizer: Any) -> Rows:
-    """The rows that a stage's text options name."""
+    """The rows that the text options of a stage name."""
     return Rows(
         cfg.data_path,
         tokenizer,

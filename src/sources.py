@@ -1,6 +1,7 @@
-"""Text from files or the hub -> documents of one split, in a fixed order, from any position on. Knows no tokenizer and no rows.
+"""Reads the documents of one split, from files or the hub, in a fixed order and from any position.
 
-`python -m src.sources NAME FOLDER` writes a source as three disjoint splits.
+This module does not tokenise. `python -m src.sources NAME FOLDER` writes a source as three disjoint
+splits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,65 +29,72 @@ from src import hub
 from src.files import load_json, locked, save_json
 
 SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
+SPLIT_NAMES = ("train", "eval", "apply")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DAMAGED = "damaged archive"
-CHATS = ("messages", "conversations")  # keys under which data sets keep conversations
-SAVE_SECONDS = 5.0  # work that a kill may cost
+CHAT_KEYS = ("messages", "conversations")  # keys under which data sets keep conversations
+SAVE_SECONDS = 5.0  # a killed process loses at most this much work
+MIN_CHARS = 100  # write_splits leaves out texts that are not longer
 
 
 class DataError(ValueError):
-    """Data that cannot be used: nothing there, nothing readable, the wrong key."""
+    """The data cannot be used: nothing is found, nothing can be read, or the text key is wrong."""
 
     exit_code = 3
 
 
 class StreamError(DataError):
-    """The hub stopped in the middle: what was read so far is kept, and the same command goes on from there."""
+    """The hub stopped while it was read. What was read is kept; the same command continues."""
 
 
 class Chat(str):
-    """A conversation in the form of its template, whose special tokens are meant as such."""
+    """A conversation rendered by its template, whose special tokens are to be read as such."""
 
 
 def find_files(path: str | os.PathLike) -> list[Path]:
     """The readable files behind a file, folder or glob, sorted by name.
 
-    Raises FileNotFoundError where nothing is there, DataError where nothing there can be read.
+    Raises FileNotFoundError if nothing exists at the path, DataError if no file can be read.
     """
     text = str(path)
     if globbing.has_magic(text) and not os.path.exists(text):
-        found = [Path(name) for name in globbing.glob(text, recursive=True)]
+        files = [Path(name) for name in globbing.glob(text, recursive=True)]
     elif os.path.isfile(text):
-        found = [Path(text)]
+        files = [Path(text)]
     elif os.path.isdir(text):
         entries = list(Path(text).iterdir())
         if not any(entry.name.endswith(SUFFIXES) for entry in entries):
             entries = list(Path(text).rglob("*"))
-        found = [entry for entry in entries if entry.is_file()]
+        files = [entry for entry in entries if entry.is_file()]
     else:
         raise FileNotFoundError(f"no file, folder or glob at {text}; check --data_path")
-    usable = sorted(f for f in found if f.name.endswith(SUFFIXES) and not f.name.startswith("."))
+    usable = [f for f in files if f.name.endswith(SUFFIXES) and not f.name.startswith(".")]
     if not usable:
-        kinds = Counter(f.suffix or "no suffix" for f in found)
-        there = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) or "nothing"
-        raise DataError(
-            f"no .jsonl file in {text} (found {there}); readable are {', '.join(SUFFIXES)}"
-        )
-    return usable
+        kinds = Counter(file.suffix or "no suffix" for file in files)
+        summary = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) or "nothing"
+        readable = ", ".join(SUFFIXES)
+        raise DataError(f"no .jsonl file in {text} (found {summary}); readable are {readable}")
+    return sorted(usable)
+
+
+def _starts_with_word(file: Path, words: str) -> bool:
+    return re.match(rf"({words})([._-]|$)", file.name) is not None
 
 
 def split_files(files: list[Path], split: str) -> tuple[list[Path], str]:
-    """Files named train*, eval*, apply* are the splits, if all three are there; else documents are split by hash."""
-    named = {
-        name: [f for f in files if re.match(rf"{name}([._-]|$)", f.name)]
-        for name in ("train", "eval", "apply")
-    }
+    """(files to read, split by which their documents are still to be filtered).
+
+    If there are files named train*, eval* and apply*, they are the splits. Otherwise each document
+    belongs to a split by its hash.
+    """
+    named = {name: [f for f in files if _starts_with_word(f, name)] for name in SPLIT_NAMES}
     if all(named.values()) and split != "all":
         return named[split], "all"
     return files, split
 
 
 def in_split(text: str, split: str) -> bool:
+    """Whether the hash of a text falls into the range of the split."""
     low, high = SPLITS[split]
     if (low, high) == (0.0, 1.0):
         return True
@@ -96,49 +103,57 @@ def in_split(text: str, split: str) -> bool:
 
 
 def _zst_lines(path: Path) -> Iterator[bytes]:
-    # decompressobj instead of stream_reader: the latter takes a truncated file for a finished one
-    decoder, open_frame, rest = zstandard.ZstdDecompressor().decompressobj(), False, b""
+    # decompressobj, because stream_reader takes a truncated file for a complete one.
+    decoder = zstandard.ZstdDecompressor().decompressobj()
+    in_frame = False
+    rest = b""
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             while block:
-                open_frame = True
-                pieces = (rest + decoder.decompress(block)).split(b"\n")
-                rest = pieces.pop()
-                yield from pieces
-                block = b""
-                if decoder.eof:
-                    block, open_frame = decoder.unused_data, False
+                lines = (rest + decoder.decompress(block)).split(b"\n")
+                rest = lines.pop()
+                yield from lines
+                in_frame = not decoder.eof
+                block = b"" if in_frame else decoder.unused_data
+                if not in_frame:
                     decoder = zstandard.ZstdDecompressor().decompressobj()
     if rest:
         yield rest
-    if open_frame:
+    if in_frame:
         raise EOFError("the compressed file ends in the middle of a frame")
 
 
 def _lines(path: Path) -> Iterator[bytes]:
     if path.name.endswith(".zst"):
         yield from _zst_lines(path)
-    else:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
-            yield from file
+        return
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        yield from file
 
 
 class Report:
-    """What was read and what was skipped, by reason; says where the first bad line stands."""
+    """Counts what was read and what was skipped, by reason, and remembers the first bad line.
+
+    Its attributes are stored beside the tokens, so their names are part of the file format.
+    """
 
     def __init__(self, text_key: str, max_bad_frac: float) -> None:
-        self.text_key, self.max_bad_frac = text_key, max_bad_frac
-        self.documents = self.tokens = self.lines = 0
+        self.text_key = text_key
+        self.max_bad_frac = max_bad_frac
+        self.documents = 0
+        self.tokens = 0
+        self.lines = 0
         self.files = 1
         self.bad: Counter[str] = Counter()
-        self.first_bad = self.first_damaged = self.keys = ""
+        self.first_bad = ""
+        self.first_damaged = ""
+        self.keys = ""  # of the first record that lacks the text key
 
     def state(self) -> dict[str, Any]:
-        """All of it, as JSON takes it."""
-        return {
-            name: getattr(self, name)
-            for name in ("documents", "lines", "bad", "first_bad", "first_damaged", "keys")
-        }
+        """What was counted so far, as JSON."""
+        names = ("documents", "lines", "bad", "first_bad", "first_damaged", "keys")
+        return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"bad": Counter(state["bad"])})
@@ -150,46 +165,50 @@ class Report:
             self.first_damaged = self.first_damaged or place
 
     def check(self, final: bool = False) -> None:
-        """Raises DataError once too many lines are damaged; early only where the sample is large enough to tell."""
-        damaged = sum(self.bad.values()) - self.bad["empty"]
+        """Raises DataError if too many lines are bad; before the end only on a large sample."""
         wrong_key = self.bad[f"no key {self.text_key!r}"]
         if wrong_key and wrong_key == self.lines and (final or wrong_key >= 1000):
             raise DataError(
-                f"no line has the text key {self.text_key!r}; the first has {self.keys}; set --text_key"
+                f"no line has the text key {self.text_key!r}; the first has {self.keys}; "
+                "set --text_key"
             )
-        if (
-            final and self.bad[DAMAGED] > self.max_bad_frac * self.files
-        ):  # nobody knows how many lines such a file has lost
+        # Files are counted here, since nobody knows how many lines a damaged file has lost.
+        if final and self.bad[DAMAGED] > self.max_bad_frac * self.files:
             raise DataError(
-                f"{self.bad[DAMAGED]} of {self.files} files cannot be read to their end, first {self.first_damaged}; "
-                f"fetch them again or raise --max_bad_frac (now {self.max_bad_frac})"
+                f"{self.bad[DAMAGED]} of {self.files} files cannot be read to their end, first "
+                f"{self.first_damaged}; fetch them again or raise --max_bad_frac "
+                f"(now {self.max_bad_frac})"
             )
-        if (
-            self.lines
-            and (final or self.lines >= 10_000)
-            and damaged > self.max_bad_frac * self.lines
-        ):
+        damaged = sum(self.bad.values()) - self.bad["empty"]
+        if self.lines < (1 if final else 10_000):
+            return
+        if damaged > self.max_bad_frac * self.lines:
             raise DataError(
-                f"{damaged} of {self.lines} lines are damaged ({self.reasons()}), first at {self.first_bad}; "
-                f"mend them or raise --max_bad_frac (now {self.max_bad_frac})"
+                f"{damaged} of {self.lines} lines are damaged ({self.reasons()}), first at "
+                f"{self.first_bad}; repair them or raise --max_bad_frac (now {self.max_bad_frac})"
             )
 
     def reasons(self) -> str:
         return ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common())
 
 
+def _text_key(record: dict, text_key: str, can_render: bool) -> str | None:
+    """The key of the record's text. A conversation may stand in for the default key, `text`."""
+    if text_key in record:
+        return text_key
+    if text_key != "text" or not can_render:
+        return None
+    return next((key for key in CHAT_KEYS if isinstance(record.get(key), list)), None)
+
+
 def _text_of(
     record: Any, place: str, report: Report, render: Callable[[list], str] | None
 ) -> str | None:
-    """The text of a record, a conversation through `render`; None where it is skipped, with the reason counted."""
+    """The text of a record, conversations through `render`. None if it is skipped, and counted."""
     if not isinstance(record, dict):
         return report.skip("not an object", place)
-    key = (
-        report.text_key
-        if report.text_key in record
-        else next((key for key in CHATS if isinstance(record.get(key), list)), None)
-    )
-    if key is None or (key != report.text_key and (render is None or report.text_key != "text")):
+    key = _text_key(record, report.text_key, render is not None)
+    if key is None:
         report.keys = report.keys or ", ".join(map(str, record)) or "no key at all"
         return report.skip(f"no key {report.text_key!r}", place)
     text = record[key]
@@ -202,65 +221,82 @@ def _text_of(
         return report.skip("text is not a string", place)
     if not text.strip():
         return report.skip("empty", place)
-    clean = text.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # JSON may spell unpaired surrogates, which no tokenizer takes
+    # JSON may spell unpaired surrogates, which no tokenizer takes.
+    clean = text.encode("utf-8", "replace").decode("utf-8")
     return Chat(clean) if isinstance(text, Chat) else clean
 
 
 def _turns(messages: list) -> list[dict[str, str]]:
-    """Turns as templates take them: {"role", "content"}, or ShareGPT's {"from", "value"}. Raises KeyError or TypeError for others."""
+    """Turns as templates take them: {"role", "content"}. ShareGPT's {"from", "value"} is converted.
+
+    Raises KeyError or TypeError if the messages have neither form.
+    """
     roles = {"human": "user", "gpt": "assistant"}
-    turns = [
-        turn
-        if "role" in turn
-        else {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-        for turn in messages
-    ]
+    turns = []
+    for turn in messages:
+        if "role" not in turn:
+            role = roles.get(turn["from"], turn["from"])
+            turn = {"role": role, "content": turn["value"]}
+        turns.append(turn)
     if not turns or not all(isinstance(turn["content"], str) for turn in turns):
         raise TypeError("no turns, or turns that are not text")
     return turns
 
 
-def _records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
-    """(record, place) of one file; damaged lines are counted and passed over."""
-    if file.suffix == ".parquet":
-        from datasets import load_dataset
+def _parquet_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
+    """(record, place) of one parquet file; a damaged file is counted once."""
+    from datasets import load_dataset
 
-        number = 0
-        try:
-            for number, record in enumerate(
-                load_dataset("parquet", data_files=str(file), split="train", streaming=True), 1
-            ):
-                report.lines += 1
-                yield record, f"{file}:{number}"
-        except ValueError:  # pyarrow's kinds are of it
+    number = 0
+    try:
+        rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        for number, record in enumerate(rows, 1):
             report.lines += 1
-            report.skip(DAMAGED, f"{file}:{number}")
-        return
+            yield record, f"{file}:{number}"
+    except ValueError:  # includes the errors of pyarrow
+        report.lines += 1
+        report.skip(DAMAGED, f"{file}:{number}")
+
+
+def _json_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
+    """(record, place) of one JSONL file; damaged lines are counted and skipped."""
     number = 0
     try:
         for number, line in enumerate(_lines(file), 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            place = f"{file}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
             if not line.strip():
                 continue
             report.lines += 1
             try:
-                yield json.loads(line.decode("utf-8")), f"{file}:{number}"
+                yield json.loads(line.decode("utf-8")), place
             except UnicodeDecodeError:
-                report.skip("not UTF-8", f"{file}:{number}")
+                report.skip("not UTF-8", place)
             except (json.JSONDecodeError, RecursionError):
-                report.skip("not JSON", f"{file}:{number}")
+                report.skip("not JSON", place)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
         report.lines += 1
         report.skip(DAMAGED, f"{file}:{number}")
 
 
-class Documents:
-    """Texts of one split of a source (file, folder, glob, or hub name `owner/name[:config]`), in a fixed order.
+def _hub_failure(error: Exception, name: str) -> str:
+    """Why the hub did not give a data set, in one line, and what to do where that is known."""
+    known = hub.reason(error, name, "datasets/")
+    if known:
+        return known
+    message = (str(error).splitlines() or [type(error).__name__])[0]
+    if "scripts are no longer supported" in message:
+        message += "; take a copy of it in parquet or JSONL"
+    return message
 
-    After each text, `position()` is what another Documents of the same source goes on from. Raises DataError for a source that cannot be
-    used, StreamError where the hub breaks off.
+
+class Documents:
+    """Texts of one split of a source, in a fixed order.
+
+    source: a file, folder, glob, or hub name `owner/name[:config]`. render: turns conversations
+    into text. After each text, `position()` is where another Documents of the same source
+    continues. Raises DataError if the source cannot be used, StreamError if the hub stops.
     """
 
     def __init__(
@@ -271,182 +307,194 @@ class Documents:
         position: dict[str, Any] | None = None,
         render: Callable[[list], str] | None = None,
     ) -> None:
-        self.source, self.split, self.report, self.render, self.rows = (
-            source,
-            split,
-            report,
-            render,
-            None,
-        )
+        self.source = source
+        self.split = split
+        self.report = report
         self.start = position
+        self.render = render
+        self.stream: Any = None  # the data set of the hub, once it is open
 
     def position(self) -> dict[str, Any]:
-        """As JSON: what was counted, and where a stream stands."""
-        return {
-            "report": self.report.state(),
-            "stream": self.rows.state_dict() if self.rows is not None else None,
-        }
+        """As JSON: what was counted, and the state of the hub's stream."""
+        stream = self.stream.state_dict() if self.stream is not None else None
+        return {"report": self.report.state(), "stream": stream}
 
     def __iter__(self) -> Iterator[str]:
-        report, split = self.report, self.split
         if is_local(self.source):
-            found = find_files(self.source)
-            files, split = split_files(found, split)
-            report.files = len(files)
-            apart = [
-                file.name
-                for file in found
-                if re.match(r"(eval|apply|val|valid|validation|dev|test)([._-]|$)", file.name)
-            ]
-            if apart and split == self.split != "all":
-                print(
-                    f"warning: {', '.join(apart[:3])} is no split of its own here (files train*, eval* and apply* are, if all three are there); "
-                    "the documents of all files are split by their text"
-                )
-            records = (pair for file in files for pair in _records(file, report))
-            if self.start:  # reading again what is there costs little beside tokenising it
-                passed = self.start["report"]["lines"]
-                while report.lines < passed and next(records, None) is not None:
-                    pass
+            records, split = self._local_records()
         else:
-            records = self._streamed()
+            records, split = self._hub_records(), self.split
         if self.start:
-            report.restore(self.start["report"])
+            self.report.restore(self.start["report"])
         for record, place in records:
-            text = _text_of(record, place, report, self.render)
-            report.check()
+            text = _text_of(record, place, self.report, self.render)
+            self.report.check()
             if text is not None and in_split(text, split):
-                report.documents += 1
+                self.report.documents += 1
                 yield text
 
-    def _streamed(self) -> Iterator[tuple[Any, str]]:
+    def _local_records(self) -> tuple[Iterator[tuple[Any, str]], str]:
+        """(records of all files from the start position on, split to filter them by)"""
+        report = self.report
+        all_files = find_files(self.source)
+        files, split = split_files(all_files, self.split)
+        report.files = len(files)
+        if split == self.split != "all":
+            self._warn_of_split_names(all_files)
+
+        def read() -> Iterator[tuple[Any, str]]:
+            for file in files:
+                parse = _parquet_records if file.suffix == ".parquet" else _json_records
+                yield from parse(file, report)
+
+        records = read()
+        if self.start:
+            # Reading the first part again takes little time compared with tokenising it.
+            skipped = self.start["report"]["lines"]
+            while report.lines < skipped and next(records, None) is not None:
+                pass
+        return records, split
+
+    def _warn_of_split_names(self, files: list[Path]) -> None:
+        words = "eval|apply|val|valid|validation|dev|test"
+        names = [file.name for file in files if _starts_with_word(file, words)]
+        if names:
+            print(
+                f"warning: {', '.join(names[:3])} is not used as a split (that needs files train*, "
+                "eval* and apply*); the documents of all files are split by their hash"
+            )
+
+    def _hub_records(self) -> Iterator[tuple[Any, str]]:
         from datasets import load_dataset
 
         name, _, config = self.source.partition(":")
+        # The hub client raises a dozen kinds of errors; the message tells them apart.
         try:
-            self.rows = load_dataset(name, config or None, split="train", streaming=True)
+            self.stream = load_dataset(name, config or None, split="train", streaming=True)
             if self.start:
-                self.rows.load_state_dict(self.start["stream"])
-            records = iter(self.rows)
-            first = next(records, None)
-        except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user, and the line says which
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            todo = (
-                "; take a copy of it in parquet or JSONL"
-                if "scripts are no longer supported" in said
-                else ""
-            )
-            reason = hub.reason(error, name, "datasets/") or said + todo
+                self.stream.load_state_dict(self.start["stream"])
+            records = iter(self.stream)
+            record = next(records, None)
+        except Exception as error:
             raise DataError(
-                f"{self.source} is no file here and cannot be read from the hub: {reason}"
+                f"{self.source} is not a local file and cannot be read from the hub: "
+                f"{_hub_failure(error, name)}"
             ) from error
-        while first is not None:
+        while record is not None:
             self.report.lines += 1
-            yield first, f"{self.source}:{self.report.lines}"
+            yield record, f"{self.source}:{self.report.lines}"
             try:
-                first = next(records, None)
-            except Exception as error:  # as above, hours later
-                reason = (
-                    hub.reason(error, name, "datasets/")
-                    or (str(error).splitlines() or [type(error).__name__])[0]
-                )
-                kept = "what is prepared so far is kept, and the same command goes on from there"
+                record = next(records, None)
+            except Exception as error:
                 raise StreamError(
-                    f"{self.source}: the hub broke off after {self.report.lines} records ({reason}); {kept}"
+                    f"{self.source}: the hub stopped after {self.report.lines} records "
+                    f"({_hub_failure(error, name)}); what is prepared so far is kept, and the same "
+                    "command continues from there"
                 ) from error
 
 
 def is_local(source: str) -> bool:
-    """True for paths and globs; False for what can only be a hub name (`owner/name` without a file behind it)."""
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not source.startswith(
-        (".", "/")
-    )
-    return (
-        os.path.exists(source)
-        or globbing.has_magic(source)
-        or source.endswith(SUFFIXES)
-        or not looks_like_hub
-    )
+    """False for what can only be a hub name: `owner/name` without a file behind it."""
+    if os.path.exists(source) or globbing.has_magic(source) or source.endswith(SUFFIXES):
+        return True
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source)
+    return not hub_name or source.startswith((".", "/"))
+
+
+class _SplitFiles:
+    """The three files of write_splits while they grow; what `save` has saved survives a kill."""
+
+    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+        self.path = folder / "progress.json"
+        self.request = request
+        progress = load_json(self.path) if self.path.exists() else {}
+        if progress.get("what") != request:
+            progress = {}
+        self.sizes = progress.get("sizes", dict.fromkeys(SPLIT_NAMES, 0))  # bytes
+        self.counts = progress.get("counts", dict.fromkeys(SPLIT_NAMES, 0))  # documents
+        self.position = progress.get("position")
+        self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in SPLIT_NAMES}
+        for name, file in self.files.items():
+            file.truncate(self.sizes[name])
+
+    def add(self, text: str) -> int:
+        """Writes a text into the file of its split; returns the number of bytes."""
+        split = next(name for name in SPLIT_NAMES if in_split(text, name))
+        size = self.files[split].write(json.dumps({"text": text}).encode() + b"\n")
+        self.counts[split] += 1
+        self.sizes[split] += size
+        return size
+
+    def fill(self, texts: Documents, max_bytes: int) -> None:
+        """Adds long texts until there are max_bytes, and saves from time to time."""
+        saved_at = time.monotonic()
+        written = sum(self.sizes.values())
+        units = {"unit": "B", "unit_scale": True, "mininterval": 1}
+        with tqdm(desc="downloading", initial=written, total=max_bytes, **units) as bar:
+            for text in texts:
+                if len(text) > MIN_CHARS:
+                    size = self.add(text)
+                    written += size
+                    bar.update(size)
+                    if written >= max_bytes:
+                        break
+                if time.monotonic() - saved_at >= SAVE_SECONDS:
+                    self.save(texts.position())
+                    saved_at = time.monotonic()
+
+    def save(self, position: dict[str, Any]) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        progress = {
+            "what": self.request,
+            "sizes": self.sizes,
+            "counts": self.counts,
+            "position": position,
+        }
+        save_json(progress, self.path, indent=None)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
 
 
 def write_splits(
     source: str, folder: str | os.PathLike, max_bytes: int, text_key: str = "text"
 ) -> dict[str, int]:
-    """Writes folder/{train,eval,apply}.jsonl from a source, texts over 100 characters, until max_bytes are written; returns documents by split.
+    """Writes a source to folder/{train,eval,apply}.jsonl; returns the documents of each split.
 
-    The files appear when all three are complete; a killed call is continued by the next. Raises DataError where the source cannot be read
-    or holds no such text.
+    Only texts of more than MIN_CHARS characters are written, until there are max_bytes of JSONL.
+    The files appear once all three are complete; the same call continues a killed one. Raises
+    DataError if the source cannot be read or gives too few such texts.
     """
-    names, folder = ("train", "eval", "apply"), Path(folder)
+    folder = Path(folder)
     work = folder / ".downloading"
     work.mkdir(parents=True, exist_ok=True)
     with locked(work):
-        what = {"source": str(source), "max_bytes": max_bytes, "text_key": text_key}
-        saved = load_json(work / "progress.json") if (work / "progress.json").exists() else {}
-        saved = saved if saved.get("what") == what else {}
-        sizes, counts = (
-            saved.get("sizes", dict.fromkeys(names, 0)),
-            saved.get("counts", dict.fromkeys(names, 0)),
-        )
-        texts = Documents(str(source), "all", Report(text_key, 0.01), saved.get("position"))
-        with ExitStack() as stack:
-            files = {
-                name: stack.enter_context(open(work / f"{name}.jsonl", "ab")) for name in names
-            }
-            for name, file in files.items():
-                file.truncate(sizes[name])
-            done = sum(sizes.values())
-            bar = stack.enter_context(
-                tqdm(
-                    total=max_bytes,
-                    initial=done,
-                    desc="downloading",
-                    unit="B",
-                    unit_scale=True,
-                    mininterval=1,
+        request = {"source": str(source), "max_bytes": max_bytes, "text_key": text_key}
+        files = _SplitFiles(work, request)
+        texts = Documents(str(source), "all", Report(text_key, 0.01), files.position)
+        try:
+            files.fill(texts, max_bytes)
+            texts.report.check(final=True)
+            if not all(files.counts.values()):
+                raise DataError(
+                    f"{source} gave {sum(files.counts.values())} texts of over {MIN_CHARS} "
+                    "characters, too few for three splits"
                 )
-            )
-
-            def save() -> None:
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-                progress = {
-                    "what": what,
-                    "sizes": sizes,
-                    "counts": counts,
-                    "position": texts.position(),
-                }
-                save_json(progress, work / "progress.json", indent=None)
-
-            saved_at = time.monotonic()
-            try:
-                for text in texts:
-                    if len(text) > 100:
-                        split = next(name for name in names if in_split(text, name))
-                        size = files[split].write(json.dumps({"text": text}).encode() + b"\n")
-                        counts[split], sizes[split] = counts[split] + 1, sizes[split] + size
-                        bar.update(size)
-                        if sum(sizes.values()) >= max_bytes:
-                            break
-                    if time.monotonic() - saved_at >= SAVE_SECONDS:
-                        save()
-                        saved_at = time.monotonic()
-                texts.report.check(final=True)
-                if not all(counts.values()):
-                    raise DataError(
-                        f"{source} gave {sum(counts.values())} texts of over 100 characters, too few for three splits"
-                    )
-            except (StreamError, KeyboardInterrupt):
-                save()
-                raise
-            except DataError:
-                shutil.rmtree(work)
-                raise
-        for name in names:
+        except (StreamError, KeyboardInterrupt):
+            files.save(texts.position())
+            raise
+        except DataError:
+            shutil.rmtree(work)
+            raise
+        finally:
+            files.close()
+        for name in SPLIT_NAMES:
             os.replace(work / f"{name}.jsonl", folder / f"{name}.jsonl")
         shutil.rmtree(work)
-    return counts
+    return files.counts
 
 
 def main() -> int:
@@ -465,10 +513,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"download_data: error: {error}", file=sys.stderr)
         return 3
-    print(
-        ", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items()),
-        f"in {args.folder}",
-    )
+    summary = ", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items())
+    print(summary, f"in {args.folder}")
     return 0
 
 

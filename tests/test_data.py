@@ -280,7 +280,7 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_with_the_same_rows(
     with monkeypatch.context() as patch:
         seen = killed_after(patch, 10**9)
         rows = Rows(source, tokenizer, 16, chunking=chunking, max_tokens=10**6)
-    assert "going on after" in capsys.readouterr().out
+    assert "continuing after" in capsys.readouterr().out
     assert len(seen) < 700  # of 1,000 texts
     if kind == "hub":
         assert hub["read"] < 700
@@ -298,7 +298,7 @@ def test_more_of_a_text_goes_on_from_what_is_there(
     short = Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=2000)
     before, hub["read"] = hub["read"], 0
     longer = Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=10**5)
-    assert "going on after" in capsys.readouterr().out and 0 < hub["read"] <= 1000 - before
+    assert "continuing after" in capsys.readouterr().out and 0 < hub["read"] <= 1000 - before
     assert np.array_equal(longer.tokens[: len(short.tokens)], short.tokens)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "other"))
     assert same_rows(longer, Rows("owner/name", tokenizer, 16, chunking=chunking, max_tokens=10**5))
@@ -308,13 +308,13 @@ def test_a_stream_that_breaks_off_keeps_what_was_read(tokenizer, monkeypatch, ca
     monkeypatch.setattr(data, "SAVE_SECONDS", 0)
     hub["breaks"] = 800
     with pytest.raises(
-        sources.StreamError, match="the hub broke off .*the same command goes on from there"
+        sources.StreamError, match="the hub stopped .*the same command continues from there"
     ) as told:
         Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6)
     assert told.value.exit_code == 3
     hub |= {"breaks": None, "read": 0}
     rows = Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6)
-    assert "going on after" in capsys.readouterr().out and hub["read"] < 800
+    assert "continuing after" in capsys.readouterr().out and hub["read"] < 800
     assert len(rows.documents) == 1000
 
 
@@ -439,6 +439,6 @@ def test_files_named_as_splits_that_are_none_and_splits_that_are_elsewhere_are_s
             "".join(json.dumps({"text": f"{name} {i} " * 9}) + "\n" for i in range(40))
         )
     list(Documents(str(tmp_path), "train", Report("text", 0.5)))
-    assert "validation.jsonl is no split of its own here" in capsys.readouterr().out
+    assert "validation.jsonl is not used as a split" in capsys.readouterr().out
     list(Documents(str(tmp_path / "train.jsonl"), "train", Report("text", 0.5)))
     assert not capsys.readouterr().out

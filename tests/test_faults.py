@@ -411,7 +411,7 @@ def test_one_endless_line_is_tokenised_in_pieces_without_loss(
     (tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"text": t}) for t in ("first", text, "last"))
     )
-    monkeypatch.setattr(data, "CHUNK_CHARS", 100)
+    monkeypatch.setattr(data, "PIECE_CHARS", 100)
     sizes, encode = [], type(tokenizer).__call__
     monkeypatch.setattr(
         type(tokenizer),
