@@ -1,6 +1,8 @@
-"""Weights and the recipe beside them: `X.pt` holds the state dict alone, `X.json` how it came about. Loading by path or hub name. Training states.
+"""Trained SAEs on disk, loaded by path or hub name, and the states of an unfinished training.
 
-Also opens bare state dicts of the documented form, which have no recipe, from their names, parameter names and shapes; folders: formats.py.
+`X.pt` holds the state dict alone, `X.json` the recipe: how the weights came about. State dicts
+of the public RouteSAE repositories have no recipe; it is derived from the file's name, the
+parameters' names and their shapes. Folders in other formats are read by formats.py.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from src.device import pick_device
 from src.sae import SAE
 
 FORMAT_VERSION = 1
-RECIPE = {
+RECIPE_TYPES = {
     "model": str,
     "config": dict,
     "options": dict,
@@ -40,46 +42,59 @@ RECIPE = {
 
 
 def environment() -> dict[str, Any]:
-    """What a result may depend on beside its options: commit, package versions, threads."""
+    """What a result may depend on besides its options: commit, package versions, threads."""
     return {**_program(), "threads": torch.get_num_threads()}
 
 
 @functools.cache
 def _program() -> dict[str, Any]:
-    try:
-        asked = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=files.ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-        commit = asked.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):  # no git here: the recipe then says null
-        commit = None
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "transformers", "datasets", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"git_commit": commit, "versions": versions}
+    return {"git_commit": _git_commit(), "versions": versions}
 
 
-# ---------------------------------------------------------------------------------------------- states of a training
+def _git_commit() -> str | None:
+    """The commit of this checkout, or None without git or a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        process = subprocess.run(
+            command, cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return process.stdout.strip() or None
+
+
+def _check_version(saved: Mapping[str, Any], path: Path) -> None:
+    version = saved.get("format_version", 0)
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; "
+            "update it"
+        )
+
+
+# ------------------------------------------------------------------------------- training states
 
 
 def states(folder: str | Path) -> list[Path]:
-    """Saved states, newest step first, whatever their condition."""
-    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)  # by step: clocks jump
+    """Saved states, newest step first, damaged ones included."""
+    paths = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    # By step and not by modification time, because clocks can jump.
+    return sorted(paths, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def save_state(
     folder: str | Path, step: int, meta: Mapping[str, Any], parts: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Writes meta (JSON) and parts (name -> tensors and numbers in dicts and lists) of one step; the newest `keep` states stay."""
+    """Write the state after one step, remove all but the newest `keep` states, return its folder.
+
+    meta: anything JSON can hold. parts: {name: tensors and numbers in dicts and lists}.
+    """
     text = json.dumps({"format_version": FORMAT_VERSION, "step": step} | dict(meta)).encode()
     writers = {"meta.json": lambda file: file.write(text)}
     writers |= {f"{name}.pt": functools.partial(torch.save, part) for name, part in parts.items()}
@@ -90,91 +105,97 @@ def save_state(
 
 
 def find_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """(folder, meta) of the newest state whose manifest verifies, with a warning for each newer one; None where none was ever saved.
+    """(folder, meta) of the newest undamaged state, or None if no state was ever saved.
 
-    Damaged states are renamed, so that they count no more; what was left half written is removed. The caller holds the run's lock.
-    Raises ValueError where there are states and all of them are damaged, or one is of a newer version.
+    Damaged states that are newer are reported and renamed, so that they no longer count; folders
+    that were never completed are removed. The caller must hold the lock of the run. Raises
+    ValueError if all states are damaged, or if the state has a newer format version.
     """
-    for rest in Path(folder).glob(".tmp-*"):
-        shutil.rmtree(rest, ignore_errors=True)
-    damaged = []
+    for incomplete in Path(folder).glob(".tmp-*"):
+        shutil.rmtree(incomplete, ignore_errors=True)
+    damaged: dict[Path, ValueError] = {}
     for path in states(folder):
         try:
             files.verify_folder(path)
         except ValueError as error:
-            damaged.append((path, error))
+            damaged[path] = error
             continue
         meta = files.load_json(path / "meta.json")
-        if meta["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {meta['format_version']}, this program reads up to {FORMAT_VERSION}; update it"
-            )
-        for bad, error in damaged:
+        _check_version(meta, path)
+        for bad, error in damaged.items():
             print(f"warning: the state of {bad.name} is damaged ({error}); taking {path.name}")
-            shutil.rmtree(bad.with_name(f"damaged-{bad.name}"), ignore_errors=True)
-            bad.rename(bad.with_name(f"damaged-{bad.name}"))
+            renamed = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            bad.rename(renamed)
         return path, meta
     if damaged:
-        found = "; ".join(str(error) for _, error in damaged)
+        reasons = "; ".join(map(str, damaged.values()))
         raise ValueError(
-            f"every saved state is damaged ({found}); restore one, or start again with --resume never --overwrite"
+            f"every saved state is damaged ({reasons}); restore one, "
+            "or start again with --resume never --overwrite"
         )
     return None
 
 
 def load_part(path: Path, name: str) -> Any:
-    """One part of a verified state, on the CPU. Tensors and plain values only: nothing in it is run."""
+    """One part of a verified state, on the CPU. Only tensors and plain values; no code is run."""
     return torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
 
 
-# --------------------------------------------------------------------------------------------------- trained weights
+# ------------------------------------------------------------------------------- weights, recipes
 
 
 def save(sae: SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) -> Path:
-    """Writes <title>.json, then <title>.pt, each atomically; returns the path of the weights."""
+    """Write <title>.json, then <title>.pt, each atomically; returns the path of the weights."""
     path = Path(folder) / f"{files.safe_name(title)}.pt"
     weights = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
-    files.save_json(
-        {"format_version": FORMAT_VERSION, "title": title} | dict(recipe), path.with_suffix(".json")
-    )
+    about = {"format_version": FORMAT_VERSION, "title": title}
+    files.save_json(about | dict(recipe), path.with_suffix(".json"))
     return files.write_atomic(path, lambda file: torch.save(weights, file))
 
 
 def read_recipe(path: str | Path) -> dict[str, Any] | None:
-    """The recipe beside a checkpoint, or None where there is none. Raises ValueError for one this version cannot read."""
+    """The recipe beside a checkpoint, or None if there is none.
+
+    Raises ValueError if this version cannot read it.
+    """
     path = Path(path).with_suffix(".json")
-    return _readable(files.load_json(path), path) if path.exists() else None
+    return _checked_recipe(files.load_json(path), path) if path.exists() else None
 
 
-def _readable(recipe: Any, path: Path) -> dict[str, Any]:
+def _checked_recipe(recipe: Any, path: Path) -> dict[str, Any]:
+    """The recipe itself. Raises ValueError if it lacks an entry that loading needs."""
     if not isinstance(recipe, dict) or not {"model", "config"} <= set(recipe):
-        raise ValueError(f"{path} is no recipe of a checkpoint: it names no model")
-    odd = [
-        key for key, kind in RECIPE.items() if key in recipe and not isinstance(recipe[key], kind)
+        raise ValueError(f"{path} is not the recipe of a checkpoint: it names no model")
+    wrong = [
+        key
+        for key, kind in RECIPE_TYPES.items()
+        if key in recipe and not isinstance(recipe[key], kind)
     ]
-    if odd or not isinstance(recipe["config"].get("hidden_size"), int):
+    if not wrong and not isinstance(recipe["config"].get("hidden_size"), int):
+        wrong = ["its hidden_size"]
+    if wrong:
         raise ValueError(
-            f"{path} is no recipe of a checkpoint: {odd[0] if odd else 'its hidden_size'} is missing or of the wrong kind"
+            f"{path} is not the recipe of a checkpoint: {wrong[0]} is missing or of the wrong type"
         )
-    files.safe_name(recipe.get("title", "none"))  # others name files by it
-    if recipe.get("format_version", 0) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {recipe['format_version']}, this program reads up to {FORMAT_VERSION}; update it"
-        )
+    files.safe_name(recipe.get("title", "none"))  # later stages name their files by it
+    _check_version(recipe, path)
     return recipe
 
 
 def newest(output_dir: str | Path) -> Path:
-    """The most recently written checkpoint under an output folder. Raises ValueError where there is none."""
-    found = files.newest(Path(output_dir) / files.SAE_DIR, "*.pt")
-    if found is None:
+    """The most recently written checkpoint of an output folder. Raises ValueError without one."""
+    folder = Path(output_dir) / files.SAE_DIR
+    path = files.newest(folder, "*.pt")
+    if path is None:
         raise ValueError(
-            f"no checkpoint in {Path(output_dir) / files.SAE_DIR}; run train.py first, or name one with --SAE_path"
+            f"no checkpoint in {folder}; run train.py first, or name one with --SAE_path"
         )
-    return found
+    return path
 
 
-def _weights(path: Path, device: str) -> dict[str, Tensor]:
+def _load_weights(path: Path, device: str) -> dict[str, Tensor]:
+    """The state dict in a file. Raises ValueError for anything else; no code in it is run."""
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; check --SAE_path")
     try:
@@ -184,31 +205,30 @@ def _weights(path: Path, device: str) -> dict[str, Tensor]:
             f"{path} holds other things than tensors, or is damaged; nothing in it was run"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is no readable checkpoint ({str(error).splitlines()[0][:120] if str(error) else 'damaged'})"
-        ) from error
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
+        reason = str(error).splitlines()[0][:120] if str(error) else "damaged"
+        raise ValueError(f"{path} is not a readable checkpoint ({reason})") from error
+    is_dict = isinstance(weights, dict) and weights
+    if not is_dict or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors")
     return weights
 
 
 def weights_sum(sae: SAE) -> str:
-    """What tells an SAE from another of the same title: results carry it."""
-    found = hashlib.blake2b(digest_size=8)
+    """Hash of all parameters and buffers. Results carry it, so that they can be told from those
+    of another SAE with the same title."""
+    digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(sae.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-PUBLISHED_EPS = (
-    1e-6  # of the standardisation in both public RouteSAE repositories; a bare file does not say
-)
-TITLES = {  # how swei2001/RouteSAEs names its files, and what the names say; beauefui/RouteSAE-repro begins them with the model's name
+# ------------------------------------------------------------------- files without a recipe
+
+# Epsilon of the standardisation in both public RouteSAE repositories; their files do not record it.
+PUBLISHED_EPS = 1e-6
+# How swei2001/RouteSAEs names its files. beauefui/RouteSAE-repro begins names with the model's.
+FILE_NAMES = {
     r"L(?P<layer>\d+)_K(?P<k>\d+)_": "TopK",
     r"L(?P<layer>\d+)_VL": "Vanilla",
     r"L(?P<layer>\d+)_GL": "Gated",
@@ -220,23 +240,25 @@ TITLES = {  # how swei2001/RouteSAEs names its files, and what the names say; be
 }
 
 
-def _title(stem: str) -> tuple[list[str], dict[str, Any]]:
-    """(models a file's name may mean, likeliest first; what else it says)."""
-    for pattern, name in TITLES.items():
-        if found := re.match(pattern, stem):
-            return [name], {
-                key: int(value) if value.isdigit() else value
-                for key, value in found.groupdict().items()
-            }
-    return sorted(
-        (name for name in [*zoo.ZOO, *zoo.ALIASES] if stem.lower().startswith(name.lower())),
-        key=len,
-        reverse=True,
-    ), {}
+def _read_file_name(stem: str) -> tuple[list[str], dict[str, Any]]:
+    """(models that a file's name may mean, likeliest first; options that it states)."""
+    for pattern, name in FILE_NAMES.items():
+        if match := re.match(pattern, stem):
+            options = match.groupdict().items()
+            return [name], {key: int(v) if v.isdigit() else v for key, v in options}
+    names = [name for name in [*zoo.ZOO, *zoo.ALIASES] if stem.lower().startswith(name.lower())]
+    return sorted(names, key=len, reverse=True), {}
 
 
-def _guess(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe of a bare state dict: sizes from shapes; the model from `given`, the file name, or the one set of keys that fits."""
+def _derive_recipe(
+    path: Path, weights: Mapping[str, Tensor], hints: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Recipe of a state dict that has none.
+
+    Sizes come from shapes. The model is the one in `hints`, or the first whose parameters have
+    these names and shapes, beginning with those that the file's name suggests. Raises ValueError
+    if no model fits.
+    """
     prefix = "sae." if any(key.startswith("sae.") for key in weights) else ""
     encoders = [
         value
@@ -244,146 +266,147 @@ def _guess(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) 
         if key.startswith(f"{prefix}encoder.") and key.endswith("weight")
     ]
     if not encoders:
-        raise ValueError(
-            f"{path} holds no encoder (keys: {', '.join(list(weights)[:6])}); it is no SAE of this zoo"
-        )
+        keys = ", ".join(list(weights)[:6])
+        raise ValueError(f"{path} holds no encoder (keys: {keys}); no model here has such weights")
     latent_size, hidden_size = encoders[0].shape
-    routed = weights["router.weight"].shape[0] if "router.weight" in weights else len(encoders)
-    n_layers = given.get("n_layers") or (2 * (routed - 1) if routed > 1 else 16)
-    named, told = _title(path.stem)
-    typed = {key: value for key, value in given.items() if value is not None}
-    options = (
-        {"latent_size": latent_size, "k": min(64, latent_size), "norm_eps": PUBLISHED_EPS}
-        | told
-        | typed
-    )
-    order = [given["model"]] if given.get("model") else [*named, *zoo.ZOO]
-    for name in dict.fromkeys(zoo.canonical(name) for name in order):
+    n_sites = weights["router.weight"].shape[0] if "router.weight" in weights else len(encoders)
+    # n layers are routed at n / 2 + 1 sites: from n / 4 to 3 n / 4.
+    n_layers = hints.get("n_layers") or (2 * (n_sites - 1) if n_sites > 1 else 16)
+    likely, named_options = _read_file_name(path.stem)
+    options = {"latent_size": latent_size, "k": min(64, latent_size), "norm_eps": PUBLISHED_EPS}
+    options |= named_options
+    options |= {key: value for key, value in hints.items() if value is not None}
+    names = [hints["model"]] if hints.get("model") else [*likely, *zoo.ZOO]
+    for name in dict.fromkeys(map(zoo.canonical, names)):
         candidate = model.build(name, hidden_size, n_layers, options)
-        shapes = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
-        if shapes == {key: tuple(value.shape) for key, value in weights.items()}:
-            used = {
-                key: value
-                for key, value in candidate.config.items()
-                if key not in ("hidden_size", "latent_size")
-            }
-            print(
-                f"{path.name}: no recipe beside it; taken for {name} with {', '.join(f'{key} {value}' for key, value in used.items())}"
-            )
-            return {
-                "model": name,
-                "config": dict(candidate.config)
-                | {"hidden_size": hidden_size, "n_layers": n_layers},
-                "options": {},
-            }
-    raise ValueError(
-        f"{path} fits no model of the zoo: {', '.join(f'{k} {tuple(v.shape)}' for k, v in list(weights.items())[:8])}"
+        if _shapes(candidate.state_dict()) == _shapes(weights):
+            _report_derived(path, name, candidate)
+            sizes = {"hidden_size": hidden_size, "n_layers": n_layers}
+            return {"model": name, "config": dict(candidate.config) | sizes, "options": {}}
+    shapes = ", ".join(f"{key} {shape}" for key, shape in list(_shapes(weights).items())[:8])
+    raise ValueError(f"{path} fits no model known here: {shapes}")
+
+
+def _report_derived(path: Path, name: str, sae: SAE) -> None:
+    values = ", ".join(
+        f"{key} {value}"
+        for key, value in sae.config.items()
+        if key not in ("hidden_size", "latent_size")
     )
+    print(f"{path.name}: no recipe beside it; taken for {name} with {values}")
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in weights.items()}
+
+
+# ------------------------------------------------------------------------------- loading
 
 
 def load(
-    path: str | Path, device: str = "cpu", given: Mapping[str, Any] | None = None
+    path: str | Path, device: str = "cpu", hints: Mapping[str, Any] | None = None
 ) -> tuple[SAE, dict[str, Any]]:
-    """(SAE in eval mode on device, recipe) of a checkpoint file, a folder of export.py or SAELens, or a hub name (formats.locate).
+    """(SAE in eval mode on device, recipe) of a checkpoint.
 
-    `given` helps bare files along: model, k, layer, n_layers ... Raises ValueError for a missing, foreign or damaged file, for a repository that
-    cannot be had, and for weights that do not fit their recipe.
+    path: a file, a folder written by export.py or SAELens, or a hub name (formats.locate).
+    hints: model, k, layer, n_layers ... of a file without a recipe. Raises ValueError for a
+    missing, foreign or damaged file, for a repository that cannot be fetched, and for weights
+    that do not fit their recipe.
     """
     name, path = str(path), formats.locate(path)
     if path.is_dir():
         weights, recipe = formats.read_folder(path)
-        _readable(recipe, path)
+        _checked_recipe(recipe, path)
+        title = files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
     else:
-        weights = _weights(path, device)
-        recipe = read_recipe(path) or _guess(path, weights, given or {})
-    values = dict(recipe["config"])
-    try:
-        sae = model.build(
-            zoo.canonical(recipe["model"]),
-            values.pop("hidden_size"),
-            values.pop("n_layers", None),
-            values,
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"{path.with_suffix('.json')}: its config makes no {recipe['model']} ({error})"
-        ) from error
-    for key, expected in sae.state_dict().items():
-        there = tuple(weights[key].shape) if key in weights else "missing"
-        if there != tuple(expected.shape):
-            needs = f"the recipe of {recipe['model']} needs {tuple(expected.shape)}"
-            raise ValueError(f"{path}: {key} is {there}, {needs}; weights and recipe do not match")
-    extra = sorted(set(weights) - set(sae.state_dict()))
-    if extra:
-        raise ValueError(
-            f"{path} holds what {recipe['model']} does not have: {', '.join(extra[:5])}"
-        )
+        weights = _load_weights(path, device)
+        recipe = read_recipe(path) or _derive_recipe(path, weights, hints or {})
+        title = path.stem
+    sae = _build(recipe, path)
+    _check_shapes(sae, weights, recipe["model"], path)
     sae.load_state_dict(weights)
-    recipe = recipe | {"weights_sum": weights_sum(sae)}
-    title = (
-        path.stem
-        if path.is_file()
-        else files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
-    )
-    return sae.to(device).eval(), recipe | {"title": recipe.get("title", title)}
+    about = {"weights_sum": weights_sum(sae), "title": recipe.get("title", title)}
+    return sae.to(device).eval(), recipe | about
+
+
+def _build(recipe: Mapping[str, Any], path: Path) -> SAE:
+    values = dict(recipe["config"])
+    hidden_size, n_layers = values.pop("hidden_size"), values.pop("n_layers", None)
+    try:
+        return model.build(zoo.canonical(recipe["model"]), hidden_size, n_layers, values)
+    except TypeError as error:
+        recipe_path = path.with_suffix(".json")
+        raise ValueError(
+            f"{recipe_path}: no {recipe['model']} can be built from its config ({error})"
+        ) from error
+
+
+def _check_shapes(sae: SAE, weights: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Raise ValueError, naming the parameter, if the weights are not those of the SAE."""
+    shapes, expected_shapes = _shapes(weights), _shapes(sae.state_dict())
+    for key, expected in expected_shapes.items():
+        shape = shapes.get(key, "missing")
+        if shape != expected:
+            raise ValueError(
+                f"{path}: {key} is {shape}, the recipe of {name} needs {expected}; "
+                "weights and recipe do not match"
+            )
+    extra = sorted(set(shapes) - set(expected_shapes))
+    if extra:
+        raise ValueError(f"{path} holds parameters that {name} lacks: {', '.join(extra[:5])}")
+
+
+# Options that a file without a recipe may need, and those that also change an SAE with a recipe.
+HINTS = ("k", "layer", "n_layers", "aggre", "routing", "start_layer", "end_layer", "norm_eps")
+CHANGEABLE = ("routing", "norm_eps")
 
 
 def open_saes(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
-    """The SAEs that cfg.SAE_path names (default: the newest) and their recipes, on cfg.device (default: CPU). Raises ValueError for unusable ones."""
+    """The SAEs of cfg.SAE_path (default: the newest) and their recipes, on cfg.device.
+
+    Without cfg.device the CPU is used. Raises ValueError for SAEs that cannot be used.
+    """
     if not cfg.SAE_path:
         cfg.SAE_path = [str(newest(cfg.output_dir))]
         print(f"taking the newest checkpoint: {cfg.SAE_path[0]}")
     cfg.device = pick_device(getattr(cfg, "device", "cpu"))
-    given = {
-        key: getattr(cfg, key, None)
-        for key in (
-            "k",
-            "layer",
-            "n_layers",
-            "aggre",
-            "routing",
-            "start_layer",
-            "end_layer",
-            "norm_eps",
-        )
-    }
-    given = {
-        key: value[0] if isinstance(value, list) else value
-        for key, value in given.items()
-        if key in cfg.typed
-    }
-    opened = [load(path, cfg.device, given) for path in dict.fromkeys(cfg.SAE_path)]
+    hints = {key: getattr(cfg, key, None) for key in HINTS if key in cfg.typed}
+    hints = {key: value[0] if isinstance(value, list) else value for key, value in hints.items()}
+    opened = [load(path, cfg.device, hints) for path in dict.fromkeys(cfg.SAE_path)]
     if all("format_version" in recipe for _, recipe in opened):
-        for key in sorted(
-            set(given) - {"routing", "norm_eps"}
-        ):  # which evaluation and export can change
-            print(
-                f"warning: --{key} does nothing for a trained SAE, whose recipe says it"
-                + ("; --infer_k is what you may want" * (key == "k"))
-            )
+        for key in sorted(hints.keys() - CHANGEABLE):
+            advice = "; --infer_k is what you may want" if key == "k" else ""
+            print(f"warning: --{key} does nothing for a trained SAE with a recipe{advice}")
     return opened
 
 
 def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
-    """The SAEs a stage is to work on; what their recipes say fills the options nobody typed. Raises ValueError for SAEs of different LMs too."""
+    """The SAEs a stage works on. Options that were not typed are filled from their recipes.
+
+    Raises ValueError also for SAEs that belong to different language models.
+    """
     opened = open_saes(cfg)
-    models = {recipe.get("model_path") for _, recipe in opened} - {None}
+    recipes = [recipe for _, recipe in opened]
+    models = {recipe.get("model_path") for recipe in recipes} - {None}
     if len(models) > 1 and not cfg.model_path:
         raise ValueError(
-            f"the checkpoints belong to different language models ({', '.join(sorted(models))}); take them apart"
+            f"the checkpoints belong to different language models ({', '.join(sorted(models))}); "
+            "run the stage once for each"
         )
-    for _, recipe in opened:
-        known, named = recipe.get("model_path"), recipe.get("model_name")
-        if named and not known and not cfg.model_path:
-            raise ValueError(
-                f"{recipe['title']} was trained on {named}, which its recipe gives no place of; name it with --model_path"
-            )
-        if (
-            known
-            and cfg.model_path
-            and "model_path" in cfg.typed
-            and Path(known).resolve() != Path(cfg.model_path).resolve()
-        ):
-            print(f"warning: {recipe['title']} was trained on {known}, not on {cfg.model_path}")
-    config.fill_from_recipe(cfg, opened[0][1])
+    for recipe in recipes:
+        _check_language_model(cfg, recipe)
+    config.fill_from_recipe(cfg, recipes[0])
     return opened
+
+
+def _check_language_model(cfg: Namespace, recipe: Mapping[str, Any]) -> None:
+    """Warn of a language model that differs from the recipe's; raise ValueError if it is lost."""
+    path, name = recipe.get("model_path"), recipe.get("model_name")
+    if name and not path and not cfg.model_path:
+        raise ValueError(
+            f"{recipe['title']} was trained on {name}, whose place its recipe does not say; "
+            "name it with --model_path"
+        )
+    if path and cfg.model_path and "model_path" in cfg.typed:
+        if Path(path).resolve() != Path(cfg.model_path).resolve():
+            print(f"warning: {recipe['title']} was trained on {path}, not on {cfg.model_path}")

@@ -746,7 +746,7 @@ def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
 
     Neither the split nor sizes of the training run (rows, tokens, device) are taken over.
     """
-    own = NEUTRAL | config_file.OF_ITS_RUN
+    own = NEUTRAL | config_file.NOT_INHERITED
     saved = dict(recipe.get("options", {})) | {
         key: recipe[key] for key in ("model_path", "data_path") if recipe.get(key)
     }

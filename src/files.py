@@ -1,6 +1,6 @@
-"""Where outputs go, how they are named, and how they are written so that a killed process leaves nothing half done.
+"""Names and places of outputs, and writing that a killed process cannot leave half done.
 
-Standard library only; knows nothing of models or data.
+Uses the standard library only and knows nothing of models or data.
 """
 
 from __future__ import annotations
@@ -19,33 +19,39 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_LM = ROOT / "assets" / "demo_lm"
 
+# Folders under the output folder, one for each kind of result.
+SAE_DIR = "SAE_models"
+EVAL_DIR = "eval"
+CONTEXT_DIR = "contexts"
+INTERPRET_DIR = "interpret"
+RUN_DIR = "runs"
+CLAMP_DIR = "clamp"
+EXPORT_DIR = "export"
+
+# Environment variables whose values must never be printed or written.
 SECRETS = (
     "OPENAI_API_KEY",
     "AZURE_OPENAI_API_KEY",
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
     "WANDB_API_KEY",
-)  # environment variables
-SAE_DIR, EVAL_DIR, CONTEXT_DIR, INTERPRET_DIR, RUN_DIR, CLAMP_DIR, EXPORT_DIR = (
-    "SAE_models",
-    "eval",
-    "contexts",
-    "interpret",
-    "runs",
-    "clamp",
-    "export",
 )
+SHORTEST_SECRET = 6  # characters; shorter values are placeholders and occur inside words
+LONGEST_NAME = 120  # bytes of a file name; file systems allow 255, suffixes need some
 
 
 class Unusable(ValueError):
-    """A file that was found but cannot be used."""
+    """A file that exists but cannot be used."""
 
     exit_code = 3
+
+
+# ------------------------------------------------------------------------------- names and text
 
 
 def data_dir() -> Path:
@@ -54,60 +60,69 @@ def data_dir() -> Path:
 
 
 def safe_name(name: str) -> str:
-    """A file name; raises ValueError for path parts and control characters, and where nothing usable is left.
+    """Turn a name into a file name that stays inside its folder.
 
-    Names of models, data sets and runs come from users and from files of others; none of them may leave the output folder.
+    Names of models, data sets and runs come from users and from downloaded files. Raises
+    ValueError for path separators and control characters, and if no usable character is left.
     """
     cleaned = re.sub(r"[^\w.+=-]+", "_", name.strip(), flags=re.UNICODE).strip("._")
     if not cleaned or re.search(r"[/\\\x00-\x1f\x7f]", name):
         shown = name if len(name) < 80 else name[:80] + "..."
         raise ValueError(f"{shown!r} cannot name a file; use letters, digits, '-', '_' or '.'")
-    if (
-        len(cleaned.encode()) > 120
-    ):  # bytes, as file systems count; the sum keeps long names of different runs apart
-        cleaned = (
-            cleaned.encode()[:107].decode("utf-8", "ignore")
-            + "-"
-            + hashlib.sha256(cleaned.encode()).hexdigest()[:12]
-        )
-    return cleaned
-
-
-def redacted(text: str, *secrets: str | None) -> str:
-    """Text without the given secrets and those of the environment."""
-    for secret in (*secrets, *(os.environ.get(name) for name in SECRETS)):
-        if secret and len(secret) > 5:  # shorter ones are placeholders, and parts of words
-            text = text.replace(secret, "[key]")
-    return text
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: characters that could move its cursor, colour or retitle it are spelt out; line breaks and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    encoded = cleaned.encode()
+    if len(encoded) <= LONGEST_NAME:
+        return cleaned
+    # Long names that differ only at the end must stay different: 12 digits of a hash replace it.
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    start = encoded[: LONGEST_NAME - 13].decode("utf-8", "ignore")
+    return f"{start}-{digest}"
 
 
 def data_name(path: str | os.PathLike) -> str:
-    """Short name of a data source for titles: `data/openwebtext2/` -> `openwebtext2`, `x/train.jsonl.gz` -> `train`."""
-    for part in reversed(
-        re.split(r"[/\\]", str(path))
-    ):  # a glob such as `texts/*.jsonl` is named by its folder
-        name = re.sub(
-            r"[*?\[\]\x00-\x1f\x7f]+", "_", re.sub(r"(\.(jsonl|json|parquet|gz|zst))+$", "", part)
-        ).strip("_")
+    """Short name of a data source for titles.
+
+    `data/openwebtext2/` gives `openwebtext2`, `x/train.jsonl.gz` gives `train`, and a glob such as
+    `texts/*.jsonl` takes the name of its folder.
+    """
+    for part in reversed(re.split(r"[/\\]", str(path))):
+        stem = re.sub(r"(\.(jsonl|json|parquet|gz|zst))+$", "", part)
+        name = re.sub(r"[*?\[\]\x00-\x1f\x7f]+", "_", stem).strip("_")
         if re.search(r"[^\W_]", name):
             return safe_name(name)
     return "data"
 
 
+def redacted(text: str, *secrets: str | None) -> str:
+    """Replace the given secrets and those of the environment in a text by `[key]`."""
+    for secret in (*secrets, *map(os.environ.get, SECRETS)):
+        if secret and len(secret) >= SHORTEST_SECRET:
+            text = text.replace(secret, "[key]")
+    return text
+
+
+def printable(text: str) -> str:
+    """Text that is safe for a terminal; only line breaks and tabs stay as they are.
+
+    Other characters that could move the cursor, change colours or set the title are escaped.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+# ------------------------------------------------------------------------------- single files
+
+
 def umask() -> int:
-    """The permissions that new files of this process lack."""
-    found = os.umask(0)
-    os.umask(found)
-    return found
+    """The permission bits that new files of this process do not get."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> Path:
-    """Calls write(file) on a temporary file in the same folder, then renames it to path: old content or new, never half."""
+    """Call write(file) on a temporary file beside path, then rename it to path.
+
+    Whatever happens, path holds either its old content or the new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(
@@ -118,9 +133,8 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(
-            temporary, 0o666 & ~umask()
-        )  # mkstemp gives 0600, which locks out a shared cluster's group
+        # mkstemp gives 0600, which would lock out the other members of a group on a cluster.
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -129,49 +143,53 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
 
 
 def save_text(text: str, path: str | os.PathLike) -> Path:
-    """Writes text as UTF-8, atomically. Unpaired surrogates become '?'."""
+    """Write text as UTF-8, atomically. Unpaired surrogates become '?'."""
     return write_atomic(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Path:
-    """Writes JSON (UTF-8, two-space indent; `.gz` compresses), atomically. NaN and infinity raise ValueError."""
-    text = (
-        json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False).encode(
-            "utf-8", "replace"
-        )
-        + b"\n"
-    )
+    """Write UTF-8 JSON, atomically; a name that ends in `.gz` is compressed.
+
+    Raises ValueError for NaN and infinity.
+    """
+    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
+    content = text.encode("utf-8", "replace") + b"\n"
     if str(path).endswith(".gz"):
-        text = gzip.compress(text, mtime=0)
-    return write_atomic(path, lambda file: file.write(text))
+        content = gzip.compress(content, mtime=0)
+    return write_atomic(path, lambda file: file.write(content))
+
+
+DAMAGED_JSON = (
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    gzip.BadGzipFile,
+    EOFError,
+    RecursionError,
+    zlib.error,
+)
 
 
 def load_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file (`.gz` too). Raises Unusable, naming it, for a damaged one."""
-    opened = gzip.open if str(path).endswith(".gz") else open
+    """Read a JSON file, also a compressed one (`.gz`). Raises Unusable for a damaged file."""
+    open_file = gzip.open if str(path).endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with open_file(path, "rt", encoding="utf-8") as file:
             return json.load(file)
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        gzip.BadGzipFile,
-        EOFError,
-        RecursionError,
-        zlib.error,
-    ) as error:
+    except DAMAGED_JSON as error:
         raise Unusable(f"{path} is not readable JSON ({error})") from error
 
 
-def open_to_append(path: str | os.PathLike, mode: str = "a", **more: Any) -> Any:
-    """Opens a file that grows. Raises ValueError for a symbolic link in its place: it may lead out of the output folder."""
+def open_to_append(path: str | os.PathLike, mode: str = "a", **options: Any) -> Any:
+    """Open a file that grows.
+
+    Raises ValueError for a symbolic link, which could lead out of the output folder.
+    """
+
+    def without_links(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
     try:
-        return open(
-            path,
-            mode,
-            opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666),
-            **more,
-        )
+        return open(path, mode, opener=without_links, **options)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ValueError(f"{path} is a symbolic link; remove it") from error
@@ -179,7 +197,7 @@ def open_to_append(path: str | os.PathLike, mode: str = "a", **more: Any) -> Any
 
 
 def append(file: BinaryIO, data: bytes) -> None:
-    """Adds data to an unbuffered file, all of it or nothing. Raises OSError that names the file."""
+    """Add data to an unbuffered file, all of it or nothing. Raises OSError that names the file."""
     size = file.tell()
     try:
         if file.write(data) != len(data):
@@ -187,30 +205,37 @@ def append(file: BinaryIO, data: bytes) -> None:
     except OSError as error:
         file.truncate(size)
         raise OSError(
-            f"cannot write {file.name} ({error.strerror or error}); mend that and run the same command again"
+            f"cannot write {file.name} ({error.strerror or error}); "
+            "mend that and run the same command again"
         ) from error
 
 
 def is_stale_result(result: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    """Whether two that bear one title were made with other weights, as far as both say."""
-    both = result.get("weights_sum"), known.get("weights_sum")
-    return None not in both and both[0] != both[1]
+    """Whether two results of one title come from different weights, as far as both record it."""
+    sums = result.get("weights_sum"), known.get("weights_sum")
+    return None not in sums and sums[0] != sums[1]
 
 
 def newest(folder: str | os.PathLike, pattern: str) -> Path | None:
-    """The most recently written file matching pattern in folder, or None."""
-    found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
+    """The most recently written file in folder that matches pattern, or None."""
+    matches = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
+    return matches[-1] if matches else None
 
 
-# ------------------------------------------------------------------------------------------- folders, all or nothing
+# ------------------------------------------------------------------------- folders with a manifest
 
 
-class _Summed:
-    """A file being written that knows its size and SHA-256. torch.save hides why a write failed; `error` keeps it."""
+class HashingFile:
+    """Pass data on to a file and keep its size and SHA-256.
+
+    torch.save hides why a write failed; `error` keeps the reason.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sum, self.size, self.error = file, hashlib.sha256(), 0, None
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:
@@ -218,7 +243,7 @@ class _Summed:
         except OSError as error:
             self.error = error
             raise
-        self.sum.update(data)
+        self.hash.update(data)
         self.size += len(data)
         return len(data)
 
@@ -226,8 +251,8 @@ class _Summed:
         self.file.flush()
 
 
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -235,43 +260,42 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
+def _write_hashed(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
+    """Call write(file) for a new file; returns its size and SHA-256 as the manifest lists them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        hashing = HashingFile(file)
+        try:
+            write(hashing)
+        except RuntimeError as error:
+            raise (hashing.error or error) from error
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": hashing.size, "sha256": hashing.hash.hexdigest()}
+
+
 def write_folder(
     path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]], manifest: bool = True
 ) -> Path:
-    """Calls write(file) for each name, adds a manifest of sizes and SHA-256 sums (unless told not to), and renames the whole to path: complete or
-    not there.
+    """Write a folder that is either complete or absent, and return its path.
 
-    What stands at path is replaced; write only where that is damaged or nothing.
+    Calls write(file) for each name, adds a manifest of sizes and SHA-256 sums (unless `manifest`
+    is False) and renames the folder to path. A folder that already exists at path is replaced.
     """
     path = Path(path)
     work = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        sums: dict[str, dict[str, Any]] = {}
-
-        def put(name: str, write: Callable[[Any], Any]) -> None:
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(work / name, "wb") as file:
-                summed = _Summed(file)
-                try:
-                    write(summed)
-                except RuntimeError as error:
-                    raise (summed.error or error) from error
-                file.flush()
-                os.fsync(file.fileno())
-            sums[name] = {"size": summed.size, "sha256": summed.sum.hexdigest()}
-
-        for name, write in writers.items():
-            put(name, write)
+        entries = {name: _write_hashed(work / name, write) for name, write in writers.items()}
         if manifest:
-            listed = json.dumps({"folder": path.name, "files": sums}).encode()
-            put("manifest.json", lambda file: file.write(listed))
-        _sync(work)
+            listing = json.dumps({"folder": path.name, "files": entries}).encode()
+            _write_hashed(work / "manifest.json", lambda file: file.write(listing))
+        _sync_folder(work)
         if path.exists():
             shutil.rmtree(path)
         os.replace(work, path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -279,125 +303,153 @@ def write_folder(
 
 
 def seal(folder: str | os.PathLike, name: str) -> None:
-    """Adds the manifest to a folder that is going to be renamed to `name`, for files too long to be written twice."""
-    sums = {}
+    """Add the manifest to a folder that is about to be renamed to `name`.
+
+    For files that grow over hours, which write_folder could only write a second time.
+    """
+    entries = {}
     for path in sorted(Path(folder).iterdir()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-            sums[path.name] = {
-                "size": path.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
-    save_json({"folder": name, "files": sums}, Path(folder) / "manifest.json")
-    _sync(Path(folder))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[path.name] = {"size": path.stat().st_size, "sha256": digest}
+    save_json({"folder": name, "files": entries}, Path(folder) / "manifest.json")
+    _sync_folder(Path(folder))
 
 
 def verify_folder(path: str | os.PathLike) -> None:
-    """Raises ValueError, naming the file, where a folder is not what write_folder wrote there."""
+    """Raise ValueError, naming the file, if a folder differs from its manifest."""
     path = Path(path)
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        expected = {
-            name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
-        }
-        if manifest["folder"] != path.name:
-            raise ValueError(f"it is the manifest of {manifest['folder']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}/manifest.json: {error if isinstance(error, ValueError) else type(error).__name__}"
-        ) from error
-    for name, (size, digest) in expected.items():
+    for name, (size, digest) in _read_manifest(path).items():
+        file_path = path / name
         try:
-            with open(path / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            with open(file_path, "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise ValueError(f"{path / name}: {error.strerror}") from error
-        if found != digest or (path / name).stat().st_size != size:
-            raise ValueError(f"{path / name}: not what was written")
+            raise ValueError(f"{file_path}: {error.strerror}") from error
+        if actual != digest or file_path.stat().st_size != size:
+            raise ValueError(f"{file_path}: its content is not what was written")
 
 
-# ----------------------------------------------------------------------------------------------------- one writer
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """{file name: (size, SHA-256)}. Raises ValueError if the manifest is damaged or another's."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["folder"] != folder.name:
+            raise ValueError(f"it is the manifest of {manifest['folder']}")
+        entries = manifest["files"].items()
+        return {name: (entry["size"], entry["sha256"]) for name, entry in entries}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}") from error
+
+
+# ------------------------------------------------------------------------------- one writer
 
 
 def probe(folder: str | os.PathLike) -> None:
-    """Makes the folder and writes, renames and removes a file there. Raises OSError that says what to check, before hours are spent."""
+    """Make the folder, then write, rename and remove a file in it, before hours are spent.
+
+    Raises OSError that says what to check.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            folder / f".probe-{os.getpid()}", lambda file: file.write(b"x" * 4096)
-        ).unlink()
+        test_file = folder / f".probe-{os.getpid()}"
+        write_atomic(test_file, lambda file: file.write(b"x" * 4096)).unlink()
     except OSError as error:
         raise OSError(
-            f"cannot write to {folder} ({error.strerror or error}); check --output_dir, its permissions and free space"
+            f"cannot write to {folder} ({error.strerror or error}); "
+            "check --output_dir, its permissions and free space"
         ) from error
-
-
-def _running(owner: Mapping[str, Any]) -> bool:
-    """Whether the process a lock names may still run: it does on this host, or cannot be asked."""
-    if owner.get("host") != socket.gethostname():
-        requeued = owner.get("job") is not None and owner["job"] == os.environ.get(
-            "SLURM_JOB_ID"
-        )  # a requeued job keeps its id
-        return not (
-            requeued
-            and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > int(owner.get("restart") or 0)
-        )
-    try:
-        os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as someone else
-        return True
-    return int(owner["pid"]) != os.getpid()
 
 
 @contextlib.contextmanager
 def locked(
-    folder: str | os.PathLike, name: str = "lock", instead: str = "use --tag NAME"
+    folder: str | os.PathLike, name: str = "lock", advice: str = "use --tag NAME"
 ) -> Iterator[None]:
-    """One writer per folder, named in folder/lock by host and process. Raises ValueError naming it where there is another.
+    """Hold folder/name as the only writer; the file names this host and process.
 
-    The kernel's lock on the file settles it among processes of one machine and ends with its holder, so that none goes stale; the
-    names settle it among machines and on file systems without such locks.
+    Raises ValueError that names the present writer, and gives `advice`, if there is one.
+
+    Two mechanisms are needed. Among the processes of one machine the kernel's lock decides; it
+    ends with its holder, so it never goes stale. Among machines, and on file systems without
+    such locks, the host and process in the file decide.
     """
-    import fcntl
-
     path = Path(folder) / name
     with open_to_append(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            state = "ours"
-        except BlockingIOError:
-            state = "taken"
-        except OSError:
-            state = "unknown"  # a file system without locks
-        file.seek(0)
-        try:
-            owner = dict(json.loads(file.read() or "{}"))
-        except (ValueError, TypeError):  # killed while writing it
-            owner = {}
-        dead = state == "ours" and owner.get("host") == socket.gethostname()
-        if state == "taken" or (owner and not dead and _running(owner)):
-            who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
+        has_kernel_lock = _kernel_lock(file)
+        owner = _read_owner(file)
+        # A writer of this machine would still hold the kernel's lock.
+        is_stale = has_kernel_lock and owner.get("host") == socket.gethostname()
+        if has_kernel_lock is False or (owner and not is_stale and _may_be_running(owner)):
+            pid, host, since = (owner.get(key, "?") for key in ("pid", "host", "since"))
             raise ValueError(
-                f"{folder} is being written by {who}; wait for it or {instead} (if it is gone, delete {path})"
+                f"{folder} is being written by process {pid} on {host} since {since}; "
+                f"wait for it or {advice} (if it is gone, delete {path})"
             )
         file.truncate(0)
-        job = {
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "restart": os.environ.get("SLURM_RESTART_COUNT"),
-        }
-        mine = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        } | job
-        file.write(json.dumps(mine))
+        file.write(json.dumps(_this_process()))
         file.flush()
         try:
             yield
         finally:
-            file.truncate(
-                0
-            )  # kept, empty: a file that vanished could be locked twice, by whoever still has it open
+            # The empty file stays. Were it removed, a process that still has it open and one
+            # that makes it anew could both hold a lock.
+            file.truncate(0)
+
+
+def _kernel_lock(file: TextIO) -> bool | None:
+    """Try to lock a file: True if it is ours, False if another process has it, None if unknown."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def _read_owner(file: TextIO) -> dict[str, Any]:
+    """The writer that a lock file names; {} if it is empty or was cut off by a kill."""
+    file.seek(0)
+    try:
+        return dict(json.loads(file.read() or "{}"))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"),
+    }
+
+
+def _may_be_running(owner: Mapping[str, Any]) -> bool:
+    """Whether the process that a lock names may still run. On other hosts nobody can tell."""
+    if owner.get("host") != socket.gethostname():
+        return not _is_earlier_start_of_this_job(owner)
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return int(owner["pid"]) != os.getpid()
+
+
+def _is_earlier_start_of_this_job(owner: Mapping[str, Any]) -> bool:
+    """Whether Slurm has ended that process: a requeued job keeps its id and counts its starts."""
+    job = owner.get("job")
+    if job is None or job != os.environ.get("SLURM_JOB_ID"):
+        return False
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return restarts > int(owner.get("restart") or 0)

@@ -1,6 +1,9 @@
-"""Other homes of an SAE: folders of SAELens, folders and repositories of Hugging Face, objects for SAEBench. Knows no model by name.
+"""SAEs in the formats of SAELens, the Hugging Face hub and SAEBench, written and read.
 
-N tokens, D hidden, F latents. The forward pass written here is the documented one of SAELens; every export is compared with it first.
+Knows no model by name. The forward pass of SiteSAE is the documented one of SAELens; an SAE is
+exported only after the two have given the same latents.
+
+Shapes: N tokens, D hidden, F latents.
 """
 
 from __future__ import annotations
@@ -19,43 +22,39 @@ from torch import Tensor, nn
 from src import files, hub, model
 from src.sae import SAE, STANDARD_NAMES, StandardForm
 
-LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS = (
-    "cfg.json",
-    "sae_weights.safetensors",
-    "config.json",
-    "model.safetensors",
-)
-LENS_EPS = 1e-5  # what SAELens' layer_norm adds to the standard deviation; it cannot be set there
-LENS_VERSION = "6.54.12"  # of the layout written here; older ones are read too
+LENS_CONFIG = "cfg.json"
+LENS_WEIGHTS = "sae_weights.safetensors"
+HUB_CONFIG = "config.json"
+HUB_WEIGHTS = "model.safetensors"
+LENS_EPS = 1e-5  # what SAELens adds to the standard deviation; it has no option for it
+LENS_VERSION = "6.54.12"  # of the layout written here; older layouts are read too
 HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
 )
-CARD_METRICS = (
-    "NormMSE",
-    "FVU",
-    "L0",
-    "Dead",
-    "KLDiv",
-    "DeltaCE",
-    "Recovered_zero",
-    "Recovered_mean",
-)
+DEMO_LM_NAME = str(files.DEMO_LM.relative_to(files.ROOT))
+CARD_METRICS = ("NormMSE", "FVU", "L0", "Dead", "KLDiv", "DeltaCE")
+CARD_METRICS += ("Recovered_zero", "Recovered_mean")
+
+Contents = dict[str, Callable[[], bytes]]  # file name -> what makes its content
 
 
-# ------------------------------------------------------------------------------------------------- one SAE at one site
+# ------------------------------------------------------------------------------- an SAE of one site
 
 
-def _topk(pre: Tensor, k: int) -> Tensor:
-    values, indices = pre.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+def _topk(pre_acts: Tensor, k: int) -> Tensor:
+    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, values.relu())
 
 
+def _jumprelu(pre_acts: Tensor, threshold: Tensor) -> Tensor:
+    return F.relu(pre_acts) * (pre_acts > threshold)
+
+
+# Latents from product = (x - b_dec) W_enc [N,F], by architecture.
 ACTIVATIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "standard": lambda product, sae: F.relu(product + sae.b_enc),
     "topk": lambda product, sae: _topk(product + sae.b_enc, sae.k),
-    "jumprelu": lambda product, sae: (
-        F.relu(product + sae.b_enc) * (product + sae.b_enc > sae.threshold)
-    ),
+    "jumprelu": lambda product, sae: _jumprelu(product + sae.b_enc, sae.threshold),
     "gated": lambda product, sae: (
         (product + sae.b_gate > 0) * F.relu(sae.r_mag.exp() * product + sae.b_mag)
     ),
@@ -63,10 +62,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 class SiteSAE(nn.Module):
-    """A plain form at work on raw residual states: what SAEBench takes as an SAE object (encode, decode, W_enc ..., cfg).
+    """The standard form of an SAE at one site, applied to raw residual states.
 
-    decode gives states back with the mean and standard deviation of the states encoded last. `hook_name` is the LM's own for the site
-    (default: TransformerLens'); `model_name` what SAEBench is to load.
+    SAEBench takes it as an SAE object (encode, decode, W_enc ..., cfg). `model_name` is what
+    SAEBench loads, `hook_name` the language model's own name of the site (default: that of
+    TransformerLens). decode uses the mean and standard deviation of the states encoded last.
     """
 
     def __init__(
@@ -78,12 +78,14 @@ class SiteSAE(nn.Module):
         hook_name: str | None = None,
     ) -> None:
         super().__init__()
-        self.k, self.caveat, self._standardise = form.k, form.caveat, sae.standardise
         self.architecture = form.architecture
+        self.k = form.k
+        self.caveat = form.caveat
+        self._standardise = sae.standardise
+        self._moments: tuple[Tensor, Tensor] | None = None
         for name, value in form.tensors.items():
-            setattr(
-                self, name, nn.Parameter(value.detach(), requires_grad=False)
-            )  # shared with the SAE
+            # Detached, not copied: the memory is shared with the SAE.
+            setattr(self, name, nn.Parameter(value.detach(), requires_grad=False))
         d_in, d_sae = self.W_enc.shape
         self.cfg = _Config(
             architecture=form.architecture,
@@ -105,7 +107,6 @@ class SiteSAE(nn.Module):
             dataset_trust_remote_code=False,
             exclude_special_tokens=None,
         )
-        self._moments: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -122,10 +123,14 @@ class SiteSAE(nn.Module):
         return ACTIVATIONS[self.architecture]((x.to(self.dtype) - self.b_dec) @ self.W_enc, self)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> raw states. Raises ValueError where the states they are of were not the last to be encoded."""
+        """Latents -> raw states. [...,F] -> [...,D]
+
+        Raises ValueError if the last call of encode had states of another shape.
+        """
         if self._moments is None or self._moments[0].shape[:-1] != latents.shape[:-1]:
             raise ValueError(
-                "decode needs mean and standard deviation of the states: encode them first, then decode a code of the same tokens"
+                "decode needs mean and standard deviation of the states: encode them first, "
+                "then decode a code of the same tokens"
             )
         mean, std = self._moments
         return (latents @ self.W_dec + self.b_dec) * std.to(self.dtype) + mean.to(self.dtype)
@@ -136,9 +141,8 @@ class SiteSAE(nn.Module):
 
 class _Config(SimpleNamespace):
     def to_dict(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in vars(self).items() if key != "metadata"
-        }  # which SAEBench adds
+        """All fields but the `metadata` that SAEBench adds."""
+        return {key: value for key, value in vars(self).items() if key != "metadata"}
 
 
 def hook_of(site: int) -> str:
@@ -146,95 +150,115 @@ def hook_of(site: int) -> str:
     return f"blocks.{site - 1}.hook_resid_post"
 
 
+# Names of residual-stream sites in TransformerLens and transformers; index + shift is the site.
+HOOK_PATTERNS = (
+    (r"blocks\.(\d+)\.hook_resid_post", 1),
+    (r"blocks\.(\d+)\.hook_resid_pre", 0),
+    (r"[\w.]*\b(?:layers|h)\.(\d+)", 1),
+)
+
+
 def site_of(hook: str) -> int:
-    """Site of a hook's name, TransformerLens' or a module's of transformers. Raises ValueError for one off the residual stream."""
-    for pattern, shift in (
-        (r"blocks\.(\d+)\.hook_resid_post", 1),
-        (r"blocks\.(\d+)\.hook_resid_pre", 0),
-        (r"[\w.]*\b(?:layers|h)\.(\d+)", 1),
-    ):
-        found = re.fullmatch(pattern, hook)
-        if found and int(found[1]) + shift > 0:
-            return int(found[1]) + shift
+    """The site that a hook's name means. Raises ValueError for one off the residual stream."""
+    for pattern, shift in HOOK_PATTERNS:
+        match = re.fullmatch(pattern, hook)
+        site = int(match[1]) + shift if match else 0
+        if site > 0:
+            return site
     raise ValueError(
-        f"it reads {hook!r}, which is the output of no decoder block; SAEs here read those alone"
+        f"it reads {hook!r}, which is the output of no decoder block; "
+        "SAEs of this program read such outputs only"
     )
 
 
 def site_saes(
     sae: SAE, model_name: str | None = None, hook_names: Mapping[int, str] | None = None
 ) -> dict[int, SiteSAE]:
-    """{site: SiteSAE}. Raises ValueError with the reason where the SAE has no plain form, or its code differs from it."""
-    made = {
-        site: SiteSAE(sae, site, form, model_name, (hook_names or {}).get(site))
-        for site, form in sae.to_standard_form().items()
+    """{site: SiteSAE} of an SAE.
+
+    Raises ValueError with the reason if the SAE has no standard form or its latents differ.
+    """
+    hook_names = hook_names or {}
+    forms = sae.to_standard_form()
+    result = {
+        site: SiteSAE(sae, site, form, model_name, hook_names.get(site))
+        for site, form in forms.items()
     }
-    for site, form in sae.to_standard_form().items():
-        compare(sae, form, made[site])
-    return made
+    for site, form in forms.items():
+        compare(sae, form, result[site])
+    return result
 
 
 @torch.no_grad()
-def compare(sae: SAE, form: StandardForm, made: SiteSAE, tokens: int = 1024) -> None:
-    """Raises ValueError where the plain form's code of random states differs from the SAE's own by more than rounding."""
-    below = int((form.tensors["threshold"] < 0).sum()) if "threshold" in form.tensors else 0
-    if below:
+def compare(sae: SAE, form: StandardForm, site_sae: SiteSAE, tokens: int = 1024) -> None:
+    """Raise ValueError if latents of random states differ from the SAE's own beyond rounding."""
+    below_0 = int((form.tensors["threshold"] < 0).sum()) if "threshold" in form.tensors else 0
+    if below_0:
         raise ValueError(
-            f"{below} thresholds lie below 0 and let negative values through, which the {form.architecture} of SAELens clips"
+            f"{below_0} thresholds lie below 0 and let negative values through, "
+            f"which the {form.architecture} of SAELens clips"
         )
     generator = torch.Generator().manual_seed(0)
-    h = torch.randn(tokens, sae.hidden_size, generator=generator).to(made.device)
-    ours, theirs = form.code(sae.standardise(h)[0]), made.encode(h)
-    if (ours < 0).any():
-        share = float((ours < 0).any(-1).float().mean())
+    h = torch.randn(tokens, sae.hidden_size, generator=generator).to(site_sae.device)
+    expected, latents = form.code(sae.standardise(h)[0]), site_sae.encode(h)
+    if (expected < 0).any():
+        share = float((expected < 0).any(-1).float().mean())
         raise ValueError(
-            f"negative values are among the latents (on {share:.1%} of random states) and SAELens clips them; train with --topk_relu 1"
+            f"negative values are among the latents (on {share:.1%} of random states) "
+            "and SAELens clips them; train with --topk_relu 1"
         )
-    wrong = float(((ours - theirs).abs() > 1e-4 * ours.amax().clamp_min(1)).any(-1).float().mean())
-    if wrong > 1e-3:  # at a tie, rounding may choose another latent
+    tolerance = 1e-4 * expected.amax().clamp_min(1)
+    wrong = float(((expected - latents).abs() > tolerance).any(-1).float().mean())
+    # At a tie, rounding may choose another latent; that must stay rare.
+    if wrong > 1e-3:
         raise ValueError(f"the exported form gives other latents on {wrong:.1%} of random states")
 
 
-# -------------------------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------- export
 
 
 def export(
     sae: SAE, recipe: Mapping[str, Any], output_dir: str | Path, kind: str, overwrite: bool = False
 ) -> Path:
-    """Writes export/<kind>/<title> under output_dir, complete or not at all, and returns it.
+    """Write the folder export/<kind>/<title> under output_dir, completely or not at all.
 
-    Raises ValueError where the format cannot hold the SAE, and where the folder is there already.
+    kind: "saelens" or "hf". Returns the folder. Raises ValueError if the format cannot hold the
+    SAE, or if the folder exists and is not to be overwritten.
     """
     folder = Path(output_dir) / files.EXPORT_DIR / kind / files.safe_name(recipe["title"])
     if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} is there already; --overwrite replaces it")
-    found = (
-        files.load_json(path)
-        if (path := Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json").exists()
-        else {}
-    )
-    if files.is_stale_result(found, recipe):
-        print(
-            f"{path}: of another SAE that had this name; its figures are left out of the card. Run evaluate.py and export again with --overwrite"
-        )
-        found = {}
-    contents, lines = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, public(recipe))
-    contents["README.md"] = card(sae, public(recipe), found, lines).encode
-    return files.write_folder(
-        folder,
-        {name: (lambda file, make=make: file.write(make())) for name, make in contents.items()},
-        manifest=False,
-    )
+        raise ValueError(f"{folder} exists already; --overwrite replaces it")
+    evaluation = _read_evaluation(Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json", recipe)
+    shown = public_recipe(recipe)
+    contents, how_to_load = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, shown)
+    contents["README.md"] = card(sae, shown, evaluation, how_to_load).encode
+    writers = {name: _writer(make) for name, make in contents.items()}
+    return files.write_folder(folder, writers, manifest=False)
 
 
-def public(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe as it may leave this machine: paths cut to their last part under other names, hub names kept."""
+def _writer(make: Callable[[], bytes]) -> Callable[[Any], Any]:
+    return lambda file: file.write(make())
+
+
+def _read_evaluation(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation of this SAE, or {} if there is none or it belongs to other weights."""
+    evaluation = files.load_json(path) if path.exists() else {}
+    if not files.is_stale_result(evaluation, recipe):
+        return evaluation
+    print(
+        f"{path}: the results of another SAE that had this name; the card leaves them out. "
+        "Run evaluate.py and export again with --overwrite"
+    )
+    return {}
+
+
+def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe that can be published: hub names stay, local paths become short names."""
     shown = json.loads(json.dumps(dict(recipe)))
     paths = ("model_path", "data_path")
-    options = shown.get("options", {}).items()
     shown["options"] = {
         key: value
-        for key, value in options
+        for key, value in shown.get("options", {}).items()
         if key not in paths and not (isinstance(value, str) and Path(value).is_absolute())
     }
     for key in paths:
@@ -242,135 +266,162 @@ def public(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if not value or value == "None":
             continue
         if Path(value).resolve() == files.DEMO_LM:
-            shown[key] = str(files.DEMO_LM.relative_to(files.ROOT))
+            shown[key] = DEMO_LM_NAME
         elif not Path(value).exists() and HUB_NAME.fullmatch(value):
             shown[key] = value
         shown[key.replace("path", "name")] = shown.get(key) or files.data_name(value)
     return shown
 
 
-def _tensors(module: nn.Module) -> Callable[[], bytes]:
+def _safetensors(module: nn.Module) -> Callable[[], bytes]:
     from safetensors.torch import save
 
-    return lambda: save(
-        {
+    def make() -> bytes:
+        tensors = {
             name: value.cpu().float().contiguous().clone()
             for name, value in module.state_dict().items()
-        },
-        {"format": "pt"},
-    )
+        }
+        return save(tensors, {"format": "pt"})
+
+    return make
 
 
 def _json(data: Any) -> Callable[[], bytes]:
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False).encode
 
 
-def _lens_files(
-    sae: SAE, recipe: dict[str, Any]
-) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
+LENS_LOADING = """\
+```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("{hook}")  # in this folder
+sae = SAE.from_pretrained("user/repository", "{hook}")  # once it is pushed
+```
+"""
+LENS_EXACT = "Same latents as the original."
+LENS_ROUNDED = (
+    "Same latents as the original up to float32 rounding, checked on random states when this was "
+    "written. Reconstructions differ by 1e-5 of a standard deviation, which SAELens leaves out "
+    "when it scales back."
+)
+
+
+def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Contents, list[str]]:
+    """(files of a folder for SAELens, lines of the card on how to load it)."""
     norm = {"none": "none", "token": "layer_norm"}[sae.input_norm]
     if norm == "layer_norm" and sae.norm_eps != LENS_EPS:
         raise ValueError(
-            f"it standardises with norm_eps {sae.norm_eps:g}, SAELens with {LENS_EPS:g}, and the codes differ; --norm_eps {LENS_EPS:g} exports it "
-            "as if trained so"
+            f"it standardises with norm_eps {sae.norm_eps:g}, SAELens with {LENS_EPS:g}, and the "
+            f"codes differ; --norm_eps {LENS_EPS:g} exports it as if trained so"
         )
-    contents = {}
-    made = site_saes(sae)
-    for site, one in made.items():
-        config = {
-            "architecture": one.architecture,
-            "d_in": one.cfg.d_in,
-            "d_sae": one.cfg.d_sae,
-            "dtype": "float32",
-            "device": "cpu",
-            "apply_b_dec_to_input": True,
-            "normalize_activations": norm,
-            "reshape_activations": "none",
-            **(
-                {"k": one.k, "rescale_acts_by_decoder_norm": _unit(one.W_dec)}
-                if one.architecture == "topk"
-                else {}
-            ),
-            "metadata": {
-                "sae_lens_version": LENS_VERSION,
-                "model_name": recipe.get("model_name"),
-                "hook_name": one.cfg.hook_name,
-                "hook_layer": site - 1,
-                "hook_head_index": None,
-                "model_class_name": "HookedTransformer",
-                "prepend_bos": True,
-                "context_size": recipe.get("options", {}).get("max_length"),
-                "dataset_path": recipe.get("data_name"),
-                "source": "RouteSAE-repro",
-                "source_model": sae.name,
-                "source_title": recipe["title"],
-                "caveat": one.caveat or None,
-            },
-        }
-        contents |= {
-            f"{one.cfg.hook_name}/{LENS_CONFIG}": _json(config),
-            f"{one.cfg.hook_name}/{LENS_WEIGHTS}": _tensors(one),
-        }
-    first = next(iter(made.values()))
-    lines = [
-        "```python",
-        "from sae_lens import SAE",
-        "",
-        f'sae = SAE.load_from_disk("{first.cfg.hook_name}")  # in this folder',
-        f'sae = SAE.from_pretrained("user/repository", "{first.cfg.hook_name}")  # once it is pushed',
-        "```",
-        "",
-        "Same latents as the original up to float32 rounding, checked on random states when this was written. Reconstructions differ by 1e-5 of a "
-        "standard deviation, which SAELens leaves out when it scales back."
-        if norm == "layer_norm"
-        else "Same latents as the original.",
-    ]
-    return contents, [*lines, *(["", first.caveat] if first.caveat else [])]
-
-
-def _unit(W_dec: Tensor) -> bool:
-    """Whether rows have norm 1: scaling by them is then no change, and SAELens' tools may fold them."""
-    return bool((W_dec.norm(dim=-1) - 1).abs().max() < 1e-5)
-
-
-def _hub_files(
-    sae: SAE, recipe: dict[str, Any]
-) -> tuple[dict[str, Callable[[], bytes]], list[str]]:
-    contents = {HUB_CONFIG: _json(recipe), HUB_WEIGHTS: _tensors(sae)}
-    lines = [
-        "In a checkout of RouteSAE-repro:",
-        "",
-        "```python",
-        "from src import checkpoint",
-        "",
-        'sae, recipe = checkpoint.load("user/repository")  # or the path of this folder',
-        "```",
-        "",
-        "```bash",
-        "python evaluate.py --SAE_path user/repository --metric NormMSE KLDiv",
-        "```",
-        "",
-        f"`{HUB_WEIGHTS}` is the state dict, `{HUB_CONFIG}` the recipe: constructor values, options, data fingerprint, versions.",
-    ]
+    contents: Contents = {}
+    by_site = site_saes(sae)
+    for site_sae in by_site.values():
+        folder = site_sae.cfg.hook_name
+        config = _lens_config(site_sae, norm, recipe, sae.name)
+        contents[f"{folder}/{LENS_CONFIG}"] = _json(config)
+        contents[f"{folder}/{LENS_WEIGHTS}"] = _safetensors(site_sae)
+    first = next(iter(by_site.values()))
+    lines = LENS_LOADING.format(hook=first.cfg.hook_name).split("\n")
+    lines += [LENS_ROUNDED if norm == "layer_norm" else LENS_EXACT]
+    if first.caveat:
+        lines += ["", first.caveat]
     return contents, lines
 
 
-def card(sae: SAE, recipe: Mapping[str, Any], found: Mapping[str, Any], lines: list[str]) -> str:
-    """A model card in Markdown: what the recipe says, what was measured (`found`, an evaluation's JSON, may be empty), how to load it."""
-    options, base = recipe.get("options", {}), recipe.get("model_path")
-    head = ["tags:", "- sparse-autoencoder", "- interpretability", f"- {sae.name.lower()}"]
-    if base and HUB_NAME.fullmatch(base) and base != str(files.DEMO_LM.relative_to(files.ROOT)):
-        head += [f"base_model: {base}"]
-    rows = {
+def _lens_config(
+    site_sae: SiteSAE, norm: str, recipe: Mapping[str, Any], model_name: str
+) -> dict[str, Any]:
+    """The cfg.json of SAELens for one site."""
+    config = {
+        "architecture": site_sae.architecture,
+        "d_in": site_sae.cfg.d_in,
+        "d_sae": site_sae.cfg.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": norm,
+        "reshape_activations": "none",
+    }
+    if site_sae.architecture == "topk":
+        config["k"] = site_sae.k
+        # With rows of norm 1 the scaling changes nothing, and SAELens' tools may fold it.
+        norm_errors = (site_sae.W_dec.norm(dim=-1) - 1).abs()
+        config["rescale_acts_by_decoder_norm"] = bool(norm_errors.max() < 1e-5)
+    config["metadata"] = {
+        "sae_lens_version": LENS_VERSION,
+        "model_name": recipe.get("model_name"),
+        "hook_name": site_sae.cfg.hook_name,
+        "hook_layer": site_sae.cfg.hook_layer,
+        "hook_head_index": None,
+        "model_class_name": "HookedTransformer",
+        "prepend_bos": True,
+        "context_size": recipe.get("options", {}).get("max_length"),
+        "dataset_path": recipe.get("data_name"),
+        "source": "RouteSAE-repro",
+        "source_model": model_name,
+        "source_title": recipe["title"],
+        "caveat": site_sae.caveat or None,
+    }
+    return config
+
+
+HUB_LOADING = f"""\
+In a checkout of RouteSAE-repro:
+
+```python
+from src import checkpoint
+
+sae, recipe = checkpoint.load("user/repository")  # or the path of this folder
+```
+
+```bash
+python evaluate.py --SAE_path user/repository --metric NormMSE KLDiv
+```
+
+`{HUB_WEIGHTS}` is the state dict, `{HUB_CONFIG}` the recipe: constructor values, options, """
+HUB_LOADING += "data fingerprint, versions."
+
+
+def _hub_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Contents, list[str]]:
+    """(files of a Hugging Face repository, lines of the card on how to load it)."""
+    contents = {HUB_CONFIG: _json(recipe), HUB_WEIGHTS: _safetensors(sae)}
+    return contents, HUB_LOADING.split("\n")
+
+
+def card(
+    sae: SAE,
+    recipe: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    how_to_load: list[str],
+) -> str:
+    """A model card in Markdown. `evaluation`: the JSON of an evaluation, or {}."""
+    tags = ["tags:", "- sparse-autoencoder", "- interpretability", f"- {sae.name.lower()}"]
+    base = recipe.get("model_path")
+    if base and HUB_NAME.fullmatch(base) and base != DEMO_LM_NAME:
+        tags += [f"base_model: {base}"]
+    lines = ["---", "# license: (yours to choose)", *tags, "---", "", f"# {recipe['title']}", ""]
+    lines += ["A sparse autoencoder of a language model's residual stream.", ""]
+    lines += ["| | |", "|---|---|"]
+    for name, value in _card_facts(sae, recipe).items():
+        if value is not None:
+            lines += [f"| {name} | {_cell(value)} |"]
+    lines += ["", "## Loading", "", *how_to_load, "", "## Measured", ""]
+    lines += _card_results(evaluation)
+    return "\n".join([*lines, ""])
+
+
+def _card_facts(sae: SAE, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    options = recipe.get("options", {})
+    standardised = f"each token standardised, eps {sae.norm_eps:g}"
+    return {
         "model": sae.name,
         "language model": recipe.get("model_name"),
         "sites (1 = output of the first block)": ", ".join(map(str, sae.sites())),
         "hidden size": sae.hidden_size,
         "latents": sae.latent_size,
         "active latents a token (k)": getattr(sae, "k", None),
-        "input": f"each token standardised, eps {sae.norm_eps:g}"
-        if sae.input_norm == "token"
-        else "raw states",
+        "input": standardised if sae.input_norm == "token" else "raw states",
         "training text": recipe.get("data_name"),
         "training tokens": recipe.get("tokens"),
         "tokens a row": options.get("max_length"),
@@ -378,162 +429,110 @@ def card(sae: SAE, recipe: Mapping[str, Any], found: Mapping[str, Any], lines: l
         "seed": recipe.get("seed"),
         "commit of the training program": recipe.get("git_commit"),
     }
-    text = ["---", "# license: (yours to choose)", *head, "---", "", f"# {recipe['title']}", ""]
-    text += [
-        "A sparse autoencoder of a language model's residual stream.",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
-    text += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None]
-    text += ["", "## Loading", "", *lines, "", "## Measured", ""]
-    if found:
-        measured = {
-            name: found[name] for name in CARD_METRICS if isinstance(found.get(name), float)
-        }
-        units = found.get("units", {})
-        split = _cell(found.get("split"))
-        text += [
-            f"On {found.get('tokens')}{' held-out' * (split == 'eval')} tokens (`{split}` split):",
-            "",
-        ]
-        text += ["| metric | value | unit |", "|---|---|---|"]
-        text += [
-            f"| {name} | {value:.4g} | {_cell(units.get(name, ''))} |"
-            for name, value in measured.items()
-        ]
-    else:
-        text += [
-            "Not measured: run `evaluate.py` on the checkpoint and export again with `--overwrite`."
-        ]
-    return "\n".join([*text, ""])
+
+
+def _card_results(evaluation: Mapping[str, Any]) -> list[str]:
+    if not evaluation:
+        command = "run `evaluate.py` on the checkpoint and export again with `--overwrite`"
+        return [f"Not measured: {command}."]
+    units = evaluation.get("units", {})
+    split = _cell(evaluation.get("split"))
+    held_out = " held-out" if split == "eval" else ""
+    lines = [f"On {evaluation.get('tokens')}{held_out} tokens (`{split}` split):", ""]
+    lines += ["| metric | value | unit |", "|---|---|---|"]
+    for name in CARD_METRICS:
+        value = evaluation.get(name)
+        if isinstance(value, float):
+            lines += [f"| {name} | {value:.4g} | {_cell(units.get(name, ''))} |"]
+    return lines
 
 
 def _cell(value: Any) -> str:
-    """One cell of a table: no line breaks, bars or markup out of names that users chose."""
+    """One cell of a table. Names that users chose lose line breaks, bars and markup."""
     return re.sub(r"[\s|<>`]+", " ", str(value)).strip()
 
 
-# -------------------------------------------------------------------------------------------------------------- import
+# ------------------------------------------------------------------------------- import
 
 
 def locate(name: str | Path) -> Path:
-    """The file or folder of that name; for `user/repository[/folder][@revision]` its copy from the hub, downloaded where it is not cached.
+    """The file or folder of that name.
 
-    Raises ValueError that says which it was: nothing there, no such repository, gated, no token, offline.
+    `user/repository[/folder][@revision]` that is no local path is fetched from the hub, or taken
+    from its cache. Raises ValueError that says why a repository cannot be had.
     """
-    path, found = Path(name), HUB_NAME.fullmatch(str(name))
-    local = path.suffix in (".pt", ".json", ".safetensors") or {".", ".."} & set(
-        str(name).split("/")
-    )
-    if path.exists() or local or not found:
+    path, hub_name = Path(name), HUB_NAME.fullmatch(str(name))
+    has_file_suffix = path.suffix in (".pt", ".json", ".safetensors")
+    is_relative = bool({".", ".."} & set(str(name).split("/")))
+    if path.exists() or has_file_suffix or is_relative or not hub_name:
         return path
-    repo, folder = found["repo"], found["folder"].strip("/")
     import huggingface_hub
 
+    repo, folder = hub_name["repo"], hub_name["folder"].strip("/")
     wanted = (LENS_CONFIG, LENS_WEIGHTS, HUB_CONFIG, HUB_WEIGHTS)
     patterns = [f"{folder}/{file}" for file in wanted] if folder else [*wanted, f"*/{LENS_CONFIG}"]
     try:
-        there = huggingface_hub.snapshot_download(
-            repo, revision=found["revision"], allow_patterns=patterns
+        snapshot = huggingface_hub.snapshot_download(
+            repo, revision=hub_name["revision"], allow_patterns=patterns
         )
     except (OSError, ValueError) as error:
-        said = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        why = hub.reason(error, repo) or f"the hub answered: {said[:160]}"
-        raise ValueError(f"no file or folder {name}; {why}") from error
-    return Path(there) / folder
+        reason = hub.reason(error, repo) or f"the hub answered: {_first_line(error)[:160]}"
+        raise ValueError(f"no file or folder {name}; {reason}") from error
+    return Path(snapshot) / folder
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, recipe) of a folder written by `export` in form hf, or one of SAELens. Raises ValueError for anything else, with the reason."""
+    """(state dict, recipe) of a folder that `export` wrote as "hf", or of one of SAELens.
+
+    Raises ValueError with the reason for anything else.
+    """
     if (path / HUB_CONFIG).is_file() and (path / HUB_WEIGHTS).is_file():
-        return _load(path / HUB_WEIGHTS), files.load_json(path / HUB_CONFIG)
+        return _load_safetensors(path / HUB_WEIGHTS), files.load_json(path / HUB_CONFIG)
     if (path / LENS_CONFIG).is_file() and (path / LENS_WEIGHTS).is_file():
         try:
-            return _read_lens(_load(path / LENS_WEIGHTS), files.load_json(path / LENS_CONFIG))
+            tensors = _load_safetensors(path / LENS_WEIGHTS)
+            return _read_lens(tensors, files.load_json(path / LENS_CONFIG))
         except ValueError as error:
             raise ValueError(
                 f"{path}: this SAE of SAELens cannot be held exactly here: {error}"
             ) from error
     inside = sorted(file.parent.name for file in path.glob(f"*/{LENS_CONFIG}"))
-    hint = (
-        f"; it has SAEs in {', '.join(inside[:5])}{' ...' if len(inside) > 5 else ''}: name one"
-        if inside
-        else ""
-    )
+    hint = ""
+    if inside:
+        names = ", ".join(inside[:5]) + (" ..." if len(inside) > 5 else "")
+        hint = f"; it has SAEs in {names}: name one"
     raise ValueError(
-        f"{path} holds neither {HUB_CONFIG} and {HUB_WEIGHTS} nor {LENS_CONFIG} and {LENS_WEIGHTS}{hint}"
+        f"{path} holds neither {HUB_CONFIG} and {HUB_WEIGHTS} "
+        f"nor {LENS_CONFIG} and {LENS_WEIGHTS}{hint}"
     )
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
 
 
 def _read_lens(
     tensors: dict[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Decoder bias not applied at the input, and norms that TopK chooses by, are folded into the encoder: the same code, up to rounding."""
-    about = config.get("metadata") or config  # before version 6 one level held all
-    kind = config.get("architecture") or "standard"
-    function = config.get("activation_fn") or config.get("activation_fn_str") or "relu"  # as well
-    if function == "topk":
-        kind, config = "topk", {**config, "k": (config.get("activation_fn_kwargs") or {}).get("k")}
-    elif function != "relu":
-        raise ValueError(f"its activation is {function!r}")
-    if kind == "topk" and not isinstance(config.get("k"), int):
-        raise ValueError("it does not say k")
-    name = next(
-        (name for name, cls in model.CLASSES.items() if vars(cls).get("architecture") == kind), None
-    )
-    if name is None:
-        known = sorted({cls.architecture for cls in model.CLASSES.values()} - {""})
-        raise ValueError(f"its architecture is {kind!r}; known are {', '.join(known)}")
-    norm = config.get("normalize_activations") or "none"
-    if norm not in ("none", "layer_norm"):
-        raise ValueError(
-            f"its inputs are scaled by {norm!r}; known are none, layer_norm (fold_activation_norm_scaling_factor makes it none)"
-        )
-    if config.get("reshape_activations", "none") != "none" or config.get(
-        "finetuning_scaling_factor"
-    ):
-        raise ValueError("it reshapes or rescales what it reads")
+    """(state dict, recipe) of an SAE of SAELens. Raises ValueError if no model here equals it."""
+    about = config.get("metadata") or config  # before version 6 there was only one level
+    architecture, k = _lens_architecture(config)
+    name = _model_of(architecture)
+    input_norm = _lens_input_norm(config)
     site = site_of(about.get("hook_name") or about.get("hook_point") or "")
-    missing = {"W_enc", "W_dec", "b_dec"} - set(tensors)
-    unknown = set(tensors) - set(STANDARD_NAMES)
-    if missing or unknown:
-        raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
-    found = {key: value.float() for key, value in tensors.items()}
-    if kind == "topk" and config.get("rescale_acts_by_decoder_norm"):
-        norms = found["W_dec"].norm(dim=-1)
-        found |= {
-            "W_enc": found["W_enc"] * norms,
-            "b_enc": found["b_enc"] * norms,
-            "W_dec": found["W_dec"] / norms[:, None],
-        }
-    if not config.get("apply_b_dec_to_input", True):
-        shift = found["b_dec"] @ found["W_enc"]
-        scales = {
-            "b_enc": 1.0,
-            "b_gate": 1.0,
-            "b_mag": found["r_mag"].exp() if "r_mag" in found else 1.0,
-        }
-        found |= {key: found[key] + shift * scale for key, scale in scales.items() if key in found}
-    if "threshold" in found:
-        found["threshold"] = found["threshold"].clamp_min(0)  # SAELens clips negative values anyway
-    weights = {
-        ours: found[theirs].T if found[theirs].dim() == 2 else found[theirs]
-        for theirs, ours in STANDARD_NAMES.items()
-        if theirs in found
-    }
+    _check_lens_tensors(tensors)
+    weights = _state_dict(_folded(tensors, config, architecture))
     latent_size, hidden_size = weights["encoder.weight"].shape
     values = {
         "hidden_size": hidden_size,
@@ -541,11 +540,93 @@ def _read_lens(
         "latent_size": latent_size,
         "layer": site,
         "norm_eps": LENS_EPS,
+        "input_norm": input_norm,
     }
-    values |= {"input_norm": "none" if norm == "none" else "token"} | (
-        {"k": config["k"], "topk_relu": True} if kind == "topk" else {}
-    )
-    lm = about.get("model_name")
-    return weights, {"model": name, "config": values, "options": {}} | (
-        {"model_path": lm} if lm and HUB_NAME.fullmatch(lm) else {}
-    )
+    if architecture == "topk":
+        values |= {"k": k, "topk_relu": True}
+    recipe = {"model": name, "config": values, "options": {}}
+    language_model = about.get("model_name")
+    if language_model and HUB_NAME.fullmatch(language_model):
+        recipe["model_path"] = language_model
+    return weights, recipe
+
+
+def _lens_architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """(architecture, k of a topk). Old versions name the activation function beside it."""
+    architecture, k = config.get("architecture") or "standard", config.get("k")
+    activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
+    if activation == "topk":
+        architecture, k = "topk", (config.get("activation_fn_kwargs") or {}).get("k")
+    elif activation != "relu":
+        raise ValueError(f"its activation is {activation!r}")
+    if architecture == "topk" and not isinstance(k, int):
+        raise ValueError("it does not say k")
+    return architecture, k
+
+
+def _model_of(architecture: str) -> str:
+    """The first model that defines this architecture itself, instead of inheriting it."""
+    for name, cls in model.CLASSES.items():
+        if vars(cls).get("architecture") == architecture:
+            return name
+    known = sorted({cls.architecture for cls in model.CLASSES.values()} - {""})
+    raise ValueError(f"its architecture is {architecture!r}; known are {', '.join(known)}")
+
+
+def _lens_input_norm(config: Mapping[str, Any]) -> str:
+    """The input_norm of the same meaning. Raises ValueError for other changes of the input."""
+    norm = config.get("normalize_activations") or "none"
+    if norm not in ("none", "layer_norm"):
+        raise ValueError(
+            f"its inputs are scaled by {norm!r}; known are none, layer_norm "
+            "(fold_activation_norm_scaling_factor makes it none)"
+        )
+    reshapes = config.get("reshape_activations", "none") != "none"
+    if reshapes or config.get("finetuning_scaling_factor"):
+        raise ValueError("it reshapes or rescales what it reads")
+    return "none" if norm == "none" else "token"
+
+
+def _check_lens_tensors(tensors: Mapping[str, Tensor]) -> None:
+    missing = {"W_enc", "W_dec", "b_dec"} - set(tensors)
+    unknown = set(tensors) - set(STANDARD_NAMES)
+    if missing or unknown:
+        raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
+
+
+def _folded(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], architecture: str
+) -> dict[str, Tensor]:
+    """Tensors of an SAE without options of SAELens that the models here lack.
+
+    Two are folded into the encoder, which leaves the code the same up to rounding: a decoder bias
+    that is not subtracted from the input, and the norms of decoder rows that TopK ranks by.
+    """
+    folded = {name: value.float() for name, value in tensors.items()}
+    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
+        norms = folded["W_dec"].norm(dim=-1)
+        folded["W_enc"] = folded["W_enc"] * norms
+        folded["b_enc"] = folded["b_enc"] * norms
+        folded["W_dec"] = folded["W_dec"] / norms[:, None]
+    if not config.get("apply_b_dec_to_input", True):
+        # x W + b = (x - b_dec) W + (b_dec W + b); a gated SAE scales the product by exp(r_mag).
+        shift = folded["b_dec"] @ folded["W_enc"]
+        for bias in ("b_enc", "b_gate"):
+            if bias in folded:
+                folded[bias] = folded[bias] + shift
+        if "b_mag" in folded:
+            scale = folded["r_mag"].exp() if "r_mag" in folded else 1.0
+            folded["b_mag"] = folded["b_mag"] + shift * scale
+    if "threshold" in folded:
+        # SAELens clips negative values, which a threshold below 0 would let through here.
+        folded["threshold"] = folded["threshold"].clamp_min(0)
+    return folded
+
+
+def _state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a standard form under the names and in the orientation of our parameters."""
+    return {
+        ours: tensors[name].T if tensors[name].dim() == 2 else tensors[name]
+        for name, ours in STANDARD_NAMES.items()
+        if name in tensors
+    }

@@ -1,4 +1,7 @@
-"""What the hub's refusals mean, in one line each, and fetching a language model from it: `python -m src.hub NAME FOLDER`."""
+"""Explain in one line why the Hugging Face hub refused something, and fetch language models.
+
+usage: python -m src.hub NAME FOLDER
+"""
 
 from __future__ import annotations
 
@@ -7,77 +10,89 @@ import os
 import sys
 from pathlib import Path
 
-RARELY_NEEDED = (
-    "original/*",
-    "*.gguf",
-    "*.onnx",
-    "onnx/*",
-    "*.msgpack",
-    "*.h5",
-)  # other formats of the same weights
+# Other formats of weights that are fetched as safetensors.
+RARELY_NEEDED = ("original/*", "*.gguf", "*.onnx", "onnx/*", "*.msgpack", "*.h5")
 
 
 def chain(error: BaseException) -> list[BaseException]:
-    """The error and what it came from."""
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
+    """The error and the errors that it was raised from, outermost first."""
+    errors: list[BaseException] = []
+    while error is not None and error not in errors:
+        errors.append(error)
         error = error.__cause__ or error.__context__
-    return found
+    return errors
 
 
 def reason(error: BaseException, name: str, page: str = "") -> str | None:
-    """Why the hub did not give `name` and what to do: gated, no token, bad token, typo, offline; None for an error that is not the hub's.
+    """Why the hub did not give `name` and what to do, or None if the error is not the hub's.
 
-    page: "" for models, "datasets/" for data sets.
+    page: the part of the hub's addresses before the name, "" for models, "datasets/" for data sets.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors as hub_errors
 
-    found = chain(error)
-    token = "the token in use was sent" if huggingface_hub.get_token() else "no token was sent"
+    raised = chain(error)
+    codes = {getattr(getattr(e, "response", None), "status_code", None) for e in raised} - {None}
+    has_token = bool(huggingface_hub.get_token())
+    token = "the token in use was sent" if has_token else "no token was sent"
     login = "set HF_TOKEN, or run `hf auth login`"
 
-    def any_of(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(one, kinds) for one in found)
+    def is_any(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in raised)
 
-    status = {getattr(getattr(one, "response", None), "status_code", None) for one in found}
-    if any_of(errors.GatedRepoError):
-        return f"{name} is gated ({token}): accept its terms at https://huggingface.co/{page}{name}, then {login}"
-    if 401 in status and huggingface_hub.get_token():
-        return f"the hub refuses the token in use for {name}: make another at https://huggingface.co/settings/tokens, then {login}"
-    if any_of(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return f"there is no {name} on the hub: is it spelt owner/name, without a typo? If it is private, {login} ({token})"
-    if any_of(errors.RevisionNotFoundError):
-        return f"{name} is there, but not the revision asked for"
-    if any_of(errors.OfflineModeIsEnabled) or (
-        any_of(errors.LocalEntryNotFoundError)
-        and os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    ):
-        return f"{name} is not in the cache, and HF_HUB_OFFLINE forbids asking the hub: unset it, or give a folder"
-    if any_of(errors.LocalEntryNotFoundError, ConnectionError) or any(
-        "Connect" in type(one).__name__ for one in found
-    ):
-        return f"{name} is not in the cache, and the hub cannot be reached: is there a network? Else give a folder"
-    if any_of(errors.HfHubHTTPError):
-        return f"the hub answered {', '.join(str(code) for code in status - {None}) or 'with an error'} for {name}: try again later"
+    if is_any(hub_errors.GatedRepoError):
+        return (
+            f"{name} is gated ({token}): "
+            f"accept its terms at https://huggingface.co/{page}{name}, then {login}"
+        )
+    if 401 in codes and has_token:
+        return (
+            f"the hub refuses the token in use for {name}: "
+            f"make another at https://huggingface.co/settings/tokens, then {login}"
+        )
+    if is_any(hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        return (
+            f"there is no {name} on the hub: is it spelt owner/name, without a typo? "
+            f"If it is private, {login} ({token})"
+        )
+    if is_any(hub_errors.RevisionNotFoundError):
+        return f"{name} is on the hub, but not the revision asked for"
+
+    not_cached = is_any(hub_errors.LocalEntryNotFoundError)
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+    if is_any(hub_errors.OfflineModeIsEnabled) or (not_cached and is_offline):
+        return (
+            f"{name} is not in the cache, and HF_HUB_OFFLINE forbids asking the hub: "
+            "unset it, or give a folder"
+        )
+    # Clients raise connection errors of their own that share nothing but the name.
+    no_connection = is_any(ConnectionError) or any("Connect" in type(e).__name__ for e in raised)
+    if not_cached or no_connection:
+        return (
+            f"{name} is not in the cache, and the hub cannot be reached: "
+            "is there a network? Else give a folder"
+        )
+    if is_any(hub_errors.HfHubHTTPError):
+        answer = ", ".join(map(str, codes)) or "with an error"
+        return f"the hub answered {answer} for {name}: try again later"
     return None
 
 
 def download(name: str, folder: str | os.PathLike) -> Path:
-    """Fetches a language model to folder; what is there already is not fetched again. Raises ValueError that says why not."""
+    """Fetch a language model into folder, without files that are already in it.
+
+    Raises ValueError that says why the hub did not give it.
+    """
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, local_dir=folder, ignore_patterns=list(RARELY_NEEDED)
-            )
+        path = huggingface_hub.snapshot_download(
+            name, local_dir=folder, ignore_patterns=list(RARELY_NEEDED)
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            reason(error, name) or f"cannot fetch {name} to {folder}: {error}"
-        ) from error
+        message = reason(error, name) or f"cannot fetch {name} to {folder}: {error}"
+        raise ValueError(message) from error
+    return Path(path)
 
 
 def main() -> int:
@@ -85,7 +100,7 @@ def main() -> int:
         prog="python -m src.hub", description="Fetch a language model from the hub."
     )
     parser.add_argument("name", help="owner/name")
-    parser.add_argument("folder", help="where it goes")
+    parser.add_argument("folder", help="folder to write it to")
     args = parser.parse_args()
     try:
         print(f"{args.name} is in {download(args.name, args.folder)}")

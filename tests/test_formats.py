@@ -202,7 +202,9 @@ def test_card_tells_model_text_and_measurements_and_no_path_of_this_machine(tmp_
 
 
 def test_the_demo_language_model_is_named_as_it_lies_in_the_repository(tmp_path):
-    shown = formats.public(recipe_of(made("TopK"), model_path=str(files.DEMO_LM), data_path="None"))
+    shown = formats.public_recipe(
+        recipe_of(made("TopK"), model_path=str(files.DEMO_LM), data_path="None")
+    )
     assert shown["model_path"] == "assets/demo_lm" and "data_path" not in shown
 
 
@@ -358,14 +360,14 @@ def test_bare_files_of_both_public_repositories_are_recognised_by_name_and_shape
     sae = build(name, D, 8, {"latent_size": F, "k": 5, "b_pre_init": "zero"})
     path = tmp_path / f"{stem}.pt"
     torch.save(sae.state_dict(), path)
-    back, recipe = checkpoint.load(path, given={"n_layers": 8})
+    back, recipe = checkpoint.load(path, hints={"n_layers": 8})
     assert (
         recipe["model"] == name and {key: recipe["config"].get(key) for key in expected} == expected
     )
     assert (
         back.norm_eps == 1e-6 and "norm_eps 1e-06" in capsys.readouterr().out
     )  # both repositories standardise with it
-    assert checkpoint.load(path, given={"n_layers": 8, "norm_eps": 1e-5})[0].norm_eps == 1e-5
+    assert checkpoint.load(path, hints={"n_layers": 8, "norm_eps": 1e-5})[0].norm_eps == 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub

@@ -259,7 +259,7 @@ def test_a_manifest_of_another_step_is_noticed_and_states_are_ordered_by_step_no
 
 def test_a_full_disk_leaves_the_states_before_intact_and_no_stub(text, monkeypatch):
     real, left = (
-        files._Summed.__init__,
+        files.HashingFile.__init__,
         [180_000],
     )  # bytes: the first state fits, the second does not
 
@@ -273,14 +273,14 @@ def test_a_full_disk_leaves_the_states_before_intact_and_no_stub(text, monkeypat
                 raise OSError(errno.ENOSPC, "No space left on device")
             return self.file.write(data)
 
-    monkeypatch.setattr(files._Summed, "__init__", lambda self, file: real(self, Full(file)))
+    monkeypatch.setattr(files.HashingFile, "__init__", lambda self, file: real(self, Full(file)))
     with pytest.raises(
         OSError, match=r"cannot save the state of step 4.*No space left.*step-00000002 is intact"
     ):
         train(text, "--save_every", "2")
     states = text.parent / "out" / "runs" / "t" / "state"
     assert [path.name for path in states.iterdir()] == ["step-00000002"]
-    monkeypatch.setattr(files._Summed, "__init__", real)
+    monkeypatch.setattr(files.HashingFile, "__init__", real)
     train(text)
     train(text, out="straight")
     assert_same(text, "straight", "out")

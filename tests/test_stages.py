@@ -279,7 +279,7 @@ def test_published_recipe_trains_and_documented_bare_files_load(text, tmp_path):
     for name in ("RouteSAE", "Vanilla", "Gated", "JumpReLU", "Crosscoder"):
         bare = tmp_path / f"{name}_openwebtext2.pt"
         shutil.copy(tmp_path / "out" / "SAE_models" / f"{name}_text.pt", bare)
-        sae, recipe = checkpoint.load(bare, given={"n_layers": 16})
+        sae, recipe = checkpoint.load(bare, hints={"n_layers": 16})
         assert recipe["model"] == name and sae.sites()
 
 
