@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from src.plots import between
+from src.plots import interpolate
 
 PAPER_ROW = 512  # tokens of a sequence there; its KL is a sum over a sequence
 LLAMA = {"hidden_size": 2048, "n_layers": 16}  # of Llama-3.2-1B-Instruct, which it measures
@@ -56,7 +56,7 @@ class Found:
         near = [p for p in mine if abs(p["L0"] / l0 - 1) <= 0.1]
         if near:
             return min(near, key=lambda p: abs(p["L0"] / l0 - 1))[name]
-        read = between(mine, l0)
+        read = interpolate(mine, l0)
         return None if read is None else read[name]
 
     def below(self, name: str, low: str, high: Sequence[str]) -> tuple[list[bool], str]:

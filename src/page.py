@@ -1,6 +1,7 @@
-"""One self-contained HTML page of features, made from the JSON artefacts alone: `python -m src.page CONTEXTS.json REPORT.html`.
+"""One self-contained HTML page of features: `python -m src.page CONTEXTS.json REPORT.html`.
 
-No network, no outside file; texts reach the page as JSON data and are shown by textContent only, so that hostile text stays text.
+The page is made from the JSON files of the stages alone and loads nothing from outside. Texts
+reach it as JSON data and are shown by textContent only, so that hostile text stays text.
 """
 
 from __future__ import annotations
@@ -11,95 +12,225 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from string import Template
+from types import NoneType
 from typing import Any
 
 from src.files import ROOT, is_stale_result, load_json, newest, save_text
 
-ASSETS = ROOT / "assets" / "page"  # page.css and page.js, put into the page as they are
+ASSETS = ROOT / "assets" / "page"  # page.html is the frame of page.css, page.js and the data
+HISTOGRAM_BINS = 12
+MAX_CLASSES = 8  # token classes of a feature that the search finds
+
+# No text in a <script> element may end it; U+2028 and U+2029 are line ends to old browsers.
+SCRIPT_ESCAPES = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
+
+Types = dict[str, type | tuple[type, ...]]
+NUMBER = (int, float)
+HEADER_TYPES: Types = {
+    "title": str,
+    "model": str,
+    "source_model": str,
+    "sites": list,
+    "latent_size": int,
+    "total_latents": int,
+    "tokens": int,
+    "threshold": NUMBER,
+    "latent_context_map": dict,
+    "routing": (dict, NoneType),
+}
+ENTRY_TYPES: Types = {
+    "activations": list,
+    "token_class": list,
+    "max_activation": NUMBER,
+    "density": NUMBER,
+    "sample": list,
+    "sample_activations": list,
+    "site_counts": (list, NoneType),
+    "decoder_norms": (list, NoneType),
+    "effect_KL": (*NUMBER, NoneType),
+}
+LABEL_TYPES: Types = {
+    "description": (str, NoneType),
+    "category": (str, NoneType),
+    "score": (*NUMBER, NoneType),
+    "detection": (dict, NoneType),
+    "fuzzing": (dict, NoneType),
+}
+CONTEXT_TYPES: Types = {
+    "tokens": list,
+    "position": int,
+    "token_activations": list,
+    "layer": (int, NoneType),
+    "router_weight": NUMBER,
+    "document": int,
+}
+MEASURES = ("L0", "NormMSE", "FVU", "KLDiv", "Recovered_mean", "Dead")
+EVALUATION_TYPES: Types = {"title": (str, NoneType)}
+EVALUATION_TYPES |= dict.fromkeys(MEASURES, (*NUMBER, NoneType))
 
 
-BINS = 12  # bars of an activation histogram
+# ------------------------------------------------------------------------------- checks of the data
 
 
-class _Words:
-    """Texts of tokens, each stored once: the page holds their numbers."""
-
-    def __init__(self) -> None:
-        self.number: dict[str, int] = {}
-
-    def __call__(self, words: list[str]) -> list[int]:
-        return [self.number.setdefault(word, len(self.number)) for word in words]
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        again = "run the stage that wrote it again"
+        raise ValueError(f"damaged contexts, labels or evaluation: {problem}; {again}")
 
 
-def _context(activation: float, one: dict[str, Any], reach: int, words: _Words) -> list[Any]:
-    """[words, place of the active one, strength, [[place, strength], ...], site, router weight, document, quarter]"""
-    at = one["position"]
-    first, last = max(0, at - reach), at + reach + 1
-    near = [
-        [j - first, float(f"{value:.3g}")]
-        for j, value in one["token_activations"]
-        if first <= j < last
-    ]
-    tokens = words(one["tokens"][first:last])
-    return [
-        tokens,
-        at - first,
-        float(f"{activation:.4g}"),
-        near,
-        one["layer"],
-        one["router_weight"],
-        one["document"],
-        one.get("quarter", 0),
-    ]
+def _check_types(record: Any, types: Types, name: str) -> None:
+    _require(isinstance(record, dict), f"{name} is no JSON object")
+    for key, kind in types.items():
+        _require(
+            isinstance(record.get(key), kind), f"{key} of {name} is missing or of a wrong type"
+        )
+
+
+def _check_texts(texts: list[Any], name: str) -> None:
+    _require(all(isinstance(text, str) for text in texts), f"{name} are not all texts")
+
+
+def _check_numbers(numbers: list[Any], count: int | None, name: str) -> None:
+    _require(all(isinstance(number, NUMBER) for number in numbers), f"{name} are not all numbers")
+    _require(count in (None, len(numbers)), f"{name}: {len(numbers)} values for {count}")
+
+
+def _check_pairs(pairs: Any, first: type, name: str) -> None:
+    fit = isinstance(pairs, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and isinstance(pair[0], first)
+        and isinstance(pair[1], NUMBER)
+        for pair in pairs
+    )
+    _require(fit, f"{name} are no pairs of {first.__name__} and number")
+
+
+def _check_routing(routing: dict[str, Any], n_sites: int) -> None:
+    _check_types(routing, {"share": list, "sample": dict}, "the routing")
+    _check_numbers(routing["share"], n_sites, "shares of the sites")
+    sample = routing["sample"]
+    _check_types(sample, {"tokens": list, "weights": list}, "the routing's sample")
+    tokens, weights = sample["tokens"], sample["weights"]
+    _check_texts(tokens, "tokens of the routing's sample")
+    counts = f"{len(tokens)} tokens but {len(weights)} rows of weights"
+    _require(len(tokens) == len(weights), f"the routing's sample has {counts}")
+    for row in weights:
+        _require(isinstance(row, list), "a row of router weights is no list")
+        _check_numbers(row, n_sites, "router weights of a token")
+
+
+# --------------------------------------------------------------------------- what the script reads
+
+
+class FeatureWriter:
+    """Turns the entries of latents into what the page's script reads.
+
+    Each distinct token text is stored once, in `words`; contexts hold its number.
+    Raises ValueError if an entry has values of a wrong type or lists of a wrong length.
+    """
+
+    def __init__(self, sites: list[int], reach: int, shown: int) -> None:
+        self.sites = sites
+        self.reach = reach
+        self.shown = shown
+        self.words: dict[str, int] = {}
+
+    def feature(self, latent: str, entry: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
+        """What the page shows of one latent, from its contexts and its label."""
+        name = f"latent {latent}"
+        _check_types(entry, ENTRY_TYPES, name)
+        _check_types(label, LABEL_TYPES, f"the label of {name}")
+        _check_numbers(entry["sample_activations"], None, f"sampled activations of {name}")
+        _check_texts(entry["token_class"], f"token classes of {name}")
+        by_site = entry.get("site_counts") or entry.get("decoder_norms")
+        if by_site:
+            _check_numbers(by_site, len(self.sites), f"{name} by site")
+        result = {
+            "id": latent,
+            "label": label.get("description"),
+            "category": label.get("category"),
+            "score": label.get("score"),
+            "detection": label.get("detection"),
+            "fuzzing": label.get("fuzzing"),
+            "max": entry["max_activation"],
+            "density": entry["density"],
+            "classes": list(dict.fromkeys(entry["token_class"]))[:MAX_CLASSES],
+            "sites": by_site if by_site and len(self.sites) > 1 else None,
+            "norms": entry.get("site_counts") is None,
+            "site": self.sites[by_site.index(max(by_site))] if by_site else None,
+            "histogram": _histogram(entry["sample_activations"]),
+            "effect_KL": entry.get("effect_KL"),
+            "contexts": self._strongest(entry, name),
+            "others": [self._context(context, name) for context in entry["sample"]],
+        }
+        for key in ("promoted", "suppressed", "effect_promoted", "effect_suppressed"):
+            pairs = entry.get(key, [])
+            _check_pairs(pairs, str, f"{key} tokens of {name}")
+            result[key] = [[token, float(f"{value:.3g}")] for token, value in pairs]
+        return result
+
+    def _strongest(self, entry: dict[str, Any], name: str) -> list[list[Any]]:
+        columns = {"activation": entry["activations"]}
+        columns |= {key: entry.get(key) for key in CONTEXT_TYPES}
+        for key, column in columns.items():
+            same = isinstance(column, list) and len(column) == len(entry["activations"])
+            _require(same, f"{key} of {name} has not one value for each activation")
+        rows = list(zip(*columns.values(), strict=True))[: self.shown]
+        return [self._context(dict(zip(columns, row, strict=True)), name) for row in rows]
+
+    def _context(self, context: dict[str, Any], name: str) -> list[Any]:
+        """[words, index of the active one, strength, [[index, strength], ...], site, router weight,
+        document, quarter of the sample or 0]"""
+        name = f"a context of {name}"
+        _check_types(context, CONTEXT_TYPES | {"activation": NUMBER}, name)
+        tokens = context["tokens"]
+        position = context["position"]
+        _check_texts(tokens, f"tokens of {name}")
+        _require(0 <= position < len(tokens), f"position {position} of {name} is outside of it")
+        _check_pairs(context["token_activations"], int, f"token activations of {name}")
+        first = max(0, position - self.reach)
+        last = position + self.reach + 1
+        strengths = [
+            [index - first, float(f"{value:.3g}")]
+            for index, value in context["token_activations"]
+            if first <= index < last
+        ]
+        return [
+            [self.words.setdefault(token, len(self.words)) for token in tokens[first:last]],
+            position - first,
+            float(f"{context['activation']:.4g}"),
+            strengths,
+            context["layer"],
+            context["router_weight"],
+            context["document"],
+            context.get("quarter", 0),
+        ]
 
 
 def _histogram(values: list[float]) -> dict[str, Any] | None:
     """{"from", "to", "counts", "n"} of a sample of activations; None for fewer than two."""
     if len(values) < 2:
         return None
-    low, high, counts = min(values), max(values), [0] * BINS
+    low, high = min(values), max(values)
+    counts = [0] * HISTOGRAM_BINS
     for value in values:
-        counts[min(BINS - 1, int(BINS * (value - low) / (high - low or 1)))] += 1
+        index = int(HISTOGRAM_BINS * (value - low) / (high - low or 1))
+        counts[min(HISTOGRAM_BINS - 1, index)] += 1
     return {"from": low, "to": high, "counts": counts, "n": len(values)}
 
 
-def feature(
-    latent: str,
-    entry: dict[str, Any],
-    label: dict[str, Any],
-    sites: list[int],
-    reach: int,
-    shown: int,
-    words: _Words,
-) -> dict[str, Any]:
-    """What the page shows of one latent, from its entries in the contexts and the interpretation."""
-    keys = ("tokens", "position", "token_activations", "layer", "router_weight", "document")
-    top = [
-        _context(a, {key: entry[key][i] for key in keys}, reach, words)
-        for i, a in enumerate(entry["activations"][:shown])
-    ]
-    by_site = entry.get("site_counts") or entry.get("decoder_norms")
-    found = {
-        "id": latent,
-        "label": label.get("description"),
-        "category": label.get("category"),
-        "score": label.get("score"),
-        "detection": label.get("detection"),
-        "fuzzing": label.get("fuzzing"),
-        "max": entry["max_activation"],
-        "density": entry["density"],
-        "classes": list(dict.fromkeys(entry["token_class"]))[:8],
-        "sites": by_site if by_site and len(sites) > 1 else None,
-        "norms": entry.get("site_counts") is None,
-        "site": sites[by_site.index(max(by_site))] if by_site else None,
-        "histogram": _histogram(entry["sample_activations"]),
-        "effect_KL": entry.get("effect_KL"),
-        "contexts": top,
-        "others": [_context(one["activation"], one, reach, words) for one in entry["sample"]],
-    }
-    for name in ("promoted", "suppressed", "effect_promoted", "effect_suppressed"):
-        found[name] = [[word, float(f"{value:.3g}")] for word, value in entry.get(name, [])]
-    return found
+def _headline(contexts: dict[str, Any], n_shown: int) -> str:
+    sites = contexts["sites"]
+    language_model = Path(contexts["source_model"]).name
+    last_site = f" to {sites[-1]}" if len(sites) > 1 else ""
+    return (
+        f"{contexts['model']} on {language_model}, sites {sites[0]}{last_site}; "
+        f"{n_shown} of {contexts['total_latents']} latents with contexts, "
+        f"{contexts['latent_size']} in all; "
+        f"{contexts['tokens']:,} tokens, strength above {contexts['threshold']:.3g}"
+    )
 
 
 def page(
@@ -112,106 +243,115 @@ def page(
     reach: int = 20,
     shown: int = 10,
 ) -> str:
-    """The whole page. limit: features, the most active first; reach: tokens on each side; shown: strongest contexts of each."""
-    table = contexts["latent_context_map"]
-    chosen = sorted(table, key=lambda latent: -table[latent]["max_activation"])[:limit]
+    """Return the whole page.
+
+    limit: features at most, the strongest first. reach: tokens on each side of the active one.
+    shown: strongest contexts of each feature. Raises ValueError if the contexts are damaged.
+    """
+    _check_types(contexts, HEADER_TYPES, "the file")
     sites = contexts["sites"]
-    line = f"{contexts['model']} on {Path(contexts['source_model']).name}, sites {sites[0]}" + (
-        f" to {sites[-1]}" if len(sites) > 1 else ""
-    )
-    line += f"; {len(chosen)} of {contexts['total_latents']} latents with contexts, {contexts['latent_size']} in all; "
-    line += f"{contexts['tokens']:,} tokens, strength above {contexts['threshold']:.3g}"
-    words = _Words()
+    _require(bool(sites), "there are no sites")
+    if contexts.get("routing"):
+        _check_routing(contexts["routing"], len(sites))
+    for result in evaluation:
+        _check_types(result, EVALUATION_TYPES, "an evaluation")
+    _require(isinstance(labels, dict), "the labels are no JSON object")
+    table = contexts["latent_context_map"]
+    for latent, entry in table.items():
+        _check_types(entry, {"max_activation": NUMBER}, f"latent {latent}")
+    chosen = sorted(table, key=lambda latent: -table[latent]["max_activation"])[:limit]
+    writer = FeatureWriter(sites, reach, shown)
+    about = {
+        "title": contexts["title"],
+        "line": _headline(contexts, len(chosen)),
+        "sites": sites,
+    }
+    encoded_picture = base64.b64encode(picture).decode()
     data = {
-        "about": {"title": contexts["title"], "line": line, "sites": sites},
+        "about": about,
         "features": [
-            feature(latent, table[latent], labels.get(latent, {}), sites, reach, shown, words)
-            for latent in chosen
+            writer.feature(latent, table[latent], labels.get(latent, {})) for latent in chosen
         ],
         "routing": contexts.get("routing"),
         "evaluation": evaluation,
-        "picture": "data:image/png;base64," + base64.b64encode(picture).decode()
-        if picture
-        else None,
+        "picture": f"data:image/png;base64,{encoded_picture}" if picture else None,
+        "words": list(writer.words),
     }
-    data["words"] = list(words.number)
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character, escaped in (
-        ("<", "\\u003c"),
-        (">", "\\u003e"),
-        ("&", "\\u0026"),
-        ("\u2028", "\\u2028"),
-        ("\u2029", "\\u2029"),
-    ):
-        text = text.replace(character, escaped)  # inside <script> no text may end it
-    script, style = (
-        (ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "page.css")
+    return _fill_in(data)
+
+
+def _fill_in(data: dict[str, Any]) -> str:
+    """The frame with style, script and data put in. Its policy allows this one script alone."""
+    frame, style, script = (
+        (ASSETS / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Features</title>'
-        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><header><h1>Features of a sparse autoencoder</h1>'
-        '<span><button id="home" type="button">overview</button> <button id="back" type="button" aria-label="previous feature">&larr;</button> '
-        '<button id="next" type="button" aria-label="next feature">&rarr;</button></span></header><main><nav>'
-        '<input id="query" type="search" placeholder="search labels, tokens, numbers" aria-label="search">'
-        '<p><label>order <select id="order"><option value="max">strength</option><option value="density">density</option>'
-        '<option value="score">score</option><option value="tested">tested score</option><option value="site">site</option>'
-        '<option value="id">number</option></select></label> <label>site <select id="site"><option value="">all</option></select></label> '
-        '<small id="count"></small></p><div id="list"></div></nav><section id="view"><noscript>This page needs its script.</noscript></section>'
-        f'</main><script type="application/json" id="data">{text}</script><script>{script}</script></body></html>'
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Template(frame).substitute(
+        script_hash=f"sha256-{digest}",
+        style=style,
+        script=script,
+        data=text.translate(SCRIPT_ESCAPES),
     )
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("contexts", type=Path, help="contexts file of apply.py")
+    add("report", type=Path, help="HTML file to write")
+    add("--labels", type=Path, help="labels of interpret.py (default: those beside the contexts)")
+    folder = "folder of evaluation results (default: the one beside the contexts)"
+    add("--eval", type=Path, help=folder)
+    add("--picture", type=Path, help="comparison picture to put in")
+    add("--only", default="", help="only evaluations whose name holds this")
+    add("--features", type=int, default=1000, help="features at most, strongest first")
+    return parser.parse_args()
+
+
+def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations in a folder, without one of the same SAE from before its last training."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        if only not in path.stem:
+            continue
+        result = load_json(path)
+        title = result.get("title")
+        if title == contexts["title"] and is_stale_result(result, contexts):
+            print(
+                f"{title}: was evaluated before it was trained anew and is left out; "
+                "run evaluate.py again"
+            )
+        else:
+            rows.append({key: result.get(key) for key in EVALUATION_TYPES})
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("contexts", type=Path, help="contexts file of apply.py")
-    parser.add_argument("report", type=Path, help="HTML file to write")
-    parser.add_argument(
-        "--labels", type=Path, help="labels of interpret.py (default: those beside the contexts)"
-    )
-    parser.add_argument(
-        "--eval",
-        type=Path,
-        help="folder of evaluation results (default: the one beside the contexts)",
-    )
-    parser.add_argument("--picture", type=Path, help="comparison picture to put in")
-    parser.add_argument("--only", default="", help="only evaluations whose name holds this")
-    parser.add_argument(
-        "--features", type=int, default=1000, help="features at most, strongest first"
-    )
-    args = parser.parse_args()
-    contexts, root = load_json(args.contexts), args.contexts.resolve().parent.parent
-    if not isinstance(contexts, dict) or not {"title", "latent_context_map", "sites"} <= set(
-        contexts
-    ):
+    args = _arguments()
+    contexts = load_json(args.contexts)
+    root = args.contexts.resolve().parent.parent
+    needed = {"title", "latent_context_map", "sites"}
+    if not isinstance(contexts, dict) or not needed <= set(contexts):
         raise ValueError(f"{args.contexts} is no contexts file of apply.py")
     labels = args.labels or newest(root / "interpret", f"interp_{contexts['title']}.json")
-    found = sorted((args.eval or root / "eval").glob("*.json"))
-    evaluation = [load_json(path) for path in found if args.only in path.stem]
-    for result in [
-        one
-        for one in evaluation
-        if one.get("title") == contexts["title"] and is_stale_result(one, contexts)
-    ]:
-        print(
-            f"{result['title']}: was evaluated before it was trained anew; left out. Run evaluate.py again"
-        )
-        evaluation.remove(result)
+    evaluation = _evaluation(args.eval or root / "eval", args.only, contexts)
     if labels and labels.stat().st_mtime < args.contexts.stat().st_mtime:
         print(
-            f"warning: {labels} is older than the contexts; where the SAE was trained anew its labels are another's: run interpret.py again"
+            f"warning: {labels} is older than the contexts; if the SAE was trained anew in "
+            "between, these labels belong to its predecessor: run interpret.py again"
         )
-    picture = args.picture.read_bytes() if args.picture else b""
-    columns = ("title", "L0", "NormMSE", "FVU", "KLDiv", "Recovered_mean", "Dead")
-    evaluation = [{key: result.get(key) for key in columns} for result in evaluation]
-    save_text(
-        page(
-            contexts, load_json(labels) if labels else {}, evaluation, picture, limit=args.features
-        ),
-        args.report,
+    html = page(
+        contexts,
+        load_json(labels) if labels else {},
+        evaluation,
+        args.picture.read_bytes() if args.picture else b"",
+        limit=args.features,
     )
+    save_text(html, args.report)
     print(f"page: {args.report.resolve()} ({args.report.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -1,5 +1,8 @@
-"""Pictures and the comparison table, made from the JSON of evaluations alone: `python -m src.plots EVAL_FOLDER PICTURE.png`,
-or the course of a training from its metrics.jsonl alone: `python -m src.plots RUN/metrics.jsonl PICTURE.png`."""
+"""Pictures and the comparison table, made from the JSON files of the stages alone.
+
+`python -m src.plots EVAL_FOLDER PICTURE.png` compares evaluated SAEs;
+`python -m src.plots RUN/metrics.jsonl PICTURE.png` shows the course of a training.
+"""
 
 from __future__ import annotations
 
@@ -14,259 +17,317 @@ from typing import Any
 
 from src.files import load_json, save_text
 
+Result = dict[str, Any]  # the JSON of one evaluation
+
 COLUMNS = ("L0", "NormMSE", "FVU", "KLDiv", "DeltaCE", "Recovered_mean", "Dead")
-LABEL = {"step_tokens_per_s": "training step, tokens/s"}
+SPEED, SPEED_TITLE = "step_tokens_per_s", "training step, tokens/s"
 SWEPT = re.compile(r"_(target_l0|l1_coeff)[\d.e+-]+(?=_|$)")
+L0_TOLERANCE = 0.1  # an L0 farther than this share from the row's own k is starred
+L0_LABEL = "L0, active latents a token"
+DENSITY_TICKS = ("never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1")
+SCALE = (
+    "NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, "
+    "above 0.8 failed. KLDiv: nats per real token."
+)
+STAR = (
+    "\\* L0 is more than 10 % off the common k: not comparable at this row. A Crosscoder's code "
+    "has read later sites too, so its KL is no causal comparison. KL follows the depth of the "
+    "patched site: compare it only between rows patched at the same sites."
+)
 
 
-def load(folder: Path, only: str = "") -> list[dict[str, Any]]:
-    """Results of one folder by NormMSE, best first. Raises ValueError where there are none."""
-    found = [load_json(path) for path in sorted(folder.glob("*.json")) if only in path.stem]
-    if not found:
+# ------------------------------------------------------------------------------- evaluation results
+
+
+def load(folder: Path, only: str = "") -> list[Result]:
+    """Return the results of one folder by NormMSE, best first. Raises ValueError if it has none."""
+    results = [load_json(path) for path in sorted(folder.glob("*.json")) if only in path.stem]
+    if not results:
         raise ValueError(f"no evaluation in {folder}; run evaluate.py first")
-    return sorted(found, key=lambda result: result["NormMSE"])
+    return _by_error(results)
 
 
-def families(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Results by title without the swept sparsity, each family by L0: one point of its frontier after another."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def _by_error(results: list[Result]) -> list[Result]:
+    return sorted(results, key=lambda result: result["NormMSE"])
+
+
+def families(results: list[Result]) -> dict[str, list[Result]]:
+    """Group results by their title without the swept sparsity.
+
+    Each family is ordered by L0, so that it is a sparsity frontier.
+    """
+    result_families: dict[str, list[Result]] = {}
     for result in results:
-        found.setdefault(SWEPT.sub("", result["title"]), []).append(result)
-    return {name: sorted(family, key=lambda result: result["L0"]) for name, family in found.items()}
+        result_families.setdefault(SWEPT.sub("", result["title"]), []).append(result)
+    return {
+        name: sorted(family, key=lambda result: result["L0"])
+        for name, family in result_families.items()
+    }
 
 
-def between(family: list[dict[str, Any]], l0: float) -> dict[str, Any] | None:
-    """The frontier of a family read off at an L0, linear in log L0; None where no two of its points lie around it."""
-    for low, high in zip(family, family[1:], strict=False):
-        if low["L0"] <= l0 <= high["L0"] and low["L0"] < high["L0"]:
-            t = (math.log(l0) - math.log(low["L0"])) / (math.log(high["L0"]) - math.log(low["L0"]))
-            numbers = {
-                n: low[n] + t * (high[n] - low[n])
-                for n in COLUMNS
-                if low.get(n) is not None and high.get(n) is not None
-            }
-            return (
-                low
-                | numbers
-                | {"title": f"{SWEPT.sub('', low['title'])}, read off its frontier", "L0": l0}
-            )
+def interpolate(family: list[Result], l0: float) -> Result | None:
+    """Read a family's frontier off at an L0, linearly in log L0.
+
+    Returns None if no two neighbouring points of the family lie around this L0.
+    """
+    for low, high in itertools.pairwise(family):
+        if not (low["L0"] <= l0 <= high["L0"] and low["L0"] < high["L0"]):
+            continue
+        low_log = math.log(low["L0"])
+        share = (math.log(l0) - low_log) / (math.log(high["L0"]) - low_log)
+        result = dict(low)
+        for name in COLUMNS:
+            if low.get(name) is not None and high.get(name) is not None:
+                result[name] = low[name] + share * (high[name] - low[name])
+        title = f"{SWEPT.sub('', low['title'])}, read off its frontier"
+        return result | {"title": title, "L0": l0}
     return None
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A markdown table; a dash where nothing was measured. An L0 more than 10 % off the row's own k (else the one k of the table) is starred."""
-    columns = COLUMNS + tuple(name for name in LABEL if any(result.get(name) for result in results))
+def table(results: list[Result]) -> str:
+    """Return a markdown table, with a dash where nothing was measured.
+
+    An L0 that is more than 10 % off the row's own k, or off the one k of the table, is starred.
+    """
+    with_speed = any(result.get(SPEED) for result in results)
+    columns = [*COLUMNS, *([SPEED_TITLE] if with_speed else [])]
     lines = [
-        "| SAE | sites | " + " | ".join(LABEL.get(name, name) for name in columns) + " |",
+        "| SAE | sites | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
-    targets = {result["k"] for result in results if result.get("k")}
-    common = next(iter(targets)) if len(targets) == 1 else None
-    if common:
-        read = [between(family, common) for family in families(results).values() if len(family) > 1]
-        results = sorted(
-            [*results, *(row for row in read if row)], key=lambda result: result["NormMSE"]
-        )
+    all_k = {result["k"] for result in results if result.get("k")}
+    common_k = all_k.pop() if len(all_k) == 1 else None
+    if common_k:
+        results = _by_error(results + _frontiers_at(results, common_k))
     for result in results:
-        cells = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in COLUMNS]
-        cells += [
-            f"{result[name]:,}" if result.get(name) else "-" for name in columns[len(COLUMNS) :]
-        ]
-        target = result.get("k") or common
-        if target and abs(result["L0"] / target - 1) > 0.1:
-            cells[0] += " *"
-        sites = result["sites"]
-        where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]}"
-        lines.append(f"| {result['title']} | {where} | " + " | ".join(cells) + " |")
+        cells = _cells(result, result.get("k") or common_k, with_speed)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _frontiers_at(results: list[Result], l0: float) -> list[Result]:
+    swept = [family for family in families(results).values() if len(family) > 1]
+    return [result for family in swept if (result := interpolate(family, l0))]
+
+
+def _cells(result: Result, target_l0: float | None, with_speed: bool) -> list[str]:
+    sites = result["sites"]
+    numbers = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in COLUMNS]
+    if target_l0 and abs(result["L0"] / target_l0 - 1) > L0_TOLERANCE:
+        numbers[0] += " *"
+    if with_speed:
+        numbers.append(f"{result[SPEED]:,}" if result.get(SPEED) else "-")
+    site_range = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]}"
+    return [result["title"], site_range, *numbers]
+
+
+def _document(results: list[Result], picture_name: str) -> str:
+    """The markdown file of a comparison: what was measured, the table, how to read it."""
+    first = results[0]
+    about = (
+        f"{first['tokens']:,} tokens of split {first['split']} of {Path(first['data_path']).name}; "
+        f"commit {str(first['git_commit'])[:10]}; torch {first['versions']['torch']}; "
+        f"trained on {first['trained_tokens']:,} tokens each."
+    )
+    picture_link = f"![comparison]({picture_name})"
+    parts = ("# Evaluation results", about, table(results), SCALE, STAR, picture_link)
+    return "\n\n".join(parts) + "\n"
+
+
+# ------------------------------------------------------------------------------------- the pictures
+
+
 def pyplot() -> Any:
-    """matplotlib's, for files alone."""
+    """Return matplotlib's pyplot, set to draw to files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
-    return plt
+    return matplotlib.pyplot
 
 
-def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """NormMSE and KL against L0, routing shares, firing rates."""
-    plt = pyplot()
-    figure, ((mse, kl), (share, density)) = plt.subplots(
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
+def _site_colours(count: int) -> Any:
+    return pyplot().get_cmap("viridis")([i / max(1, count - 1) for i in range(count)])
+
+
+def picture(results: list[Result], path: Path) -> None:
+    """Draw NormMSE and KL against L0, routing shares and firing rates."""
+    figure, ((mse, kl), (share, density)) = pyplot().subplots(
         2, 2, figsize=(13, 9), constrained_layout=True
     )
-    drawn = families(results)
-    looks = {
-        name: {"color": f"C{i % 10}", "marker": "osD^vP"[i // 10]} for i, name in enumerate(drawn)
+    result_families = families(results)
+    styles = {
+        name: {"color": f"C{i % 10}", "marker": "osD^vP"[i // 10]}
+        for i, name in enumerate(result_families)
     }
-    for axis, name, label in ((mse, "NormMSE", "NormMSE"), (kl, "KLDiv", "KL, nats a token")):
-        for title, family in drawn.items():
-            points = [
-                (result["L0"], result[name]) for result in family if result.get(name) is not None
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), **looks[title], label=title)
-        axis.set(xlabel="L0, active latents a token", ylabel=label, xscale="log", yscale="log")
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_formatter("{x:g}")
-            side.set_minor_locator(
-                plt.matplotlib.ticker.LogLocator(subs=(2, 3, 5))
-            )  # all nine would run into each other
-            side.set_minor_formatter("{x:.2g}")
-        axis.grid(alpha=0.3, which="both")
-    routed = [result for result in results if "Routing" in result]
+    _draw_frontiers(mse, result_families, styles, "NormMSE", "NormMSE")
+    _draw_frontiers(kl, result_families, styles, "KLDiv", "KL, nats a token")
+    _draw_routing(share, [result for result in results if "Routing" in result])
+    _draw_densities(density, result_families, styles)
+    handles, labels = mse.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, path)
+
+
+def _draw_frontiers(
+    axis: Any, result_families: dict[str, list[Result]], styles: dict, name: str, label: str
+) -> None:
+    for title, family in result_families.items():
+        measured = [result for result in family if result.get(name) is not None]
+        if measured:
+            l0 = [result["L0"] for result in measured]
+            values = [result[name] for result in measured]
+            axis.plot(l0, values, **styles[title], label=title)
+    axis.set(xlabel=L0_LABEL, ylabel=label, xscale="log", yscale="log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+        # The labels of all nine minor ticks would overlap.
+        side.set_minor_locator(pyplot().matplotlib.ticker.LogLocator(subs=(2, 3, 5)))
+        side.set_minor_formatter("{x:.2g}")
+    axis.grid(alpha=0.3, which="both")
+
+
+def _draw_routing(axis: Any, routed: list[Result]) -> None:
+    axis.set(xlabel="site", ylabel="share of tokens", title="Routing")
     for i, result in enumerate(routed):
-        sites = [site + 0.8 * (i / len(routed) - 0.5) for site in result["Routing"]["sites"]]
-        share.bar(
-            sites,
-            result["Routing"]["share"],
-            width=0.8 / len(routed),
-            label=result["title"],
-            align="edge",
-        )
-    share.set(xlabel="site", ylabel="share of tokens", title="Routing")
+        routing = result["Routing"]
+        width = 0.8 / len(routed)
+        positions = [site + 0.8 * (i / len(routed) - 0.5) for site in routing["sites"]]
+        axis.bar(positions, routing["share"], width=width, label=result["title"], align="edge")
     if routed:
-        share.set_xticks(routed[0]["Routing"]["sites"])
-        share.legend(fontsize=8)
-    for title, family in drawn.items():
-        latents = family[len(family) // 2]["Density_histogram"]["latents"]
-        density.plot(range(len(latents)), [n / sum(latents) for n in latents], **looks[title])
-    density.set_xticks(range(7), ["never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1"])
-    density.set(
+        axis.set_xticks(routed[0]["Routing"]["sites"])
+        axis.legend(fontsize=8)
+
+
+def _draw_densities(axis: Any, result_families: dict[str, list[Result]], styles: dict) -> None:
+    for title, family in result_families.items():
+        middle = family[len(family) // 2]
+        latents = middle["Density_histogram"]["latents"]
+        shares = [n / sum(latents) for n in latents]
+        axis.plot(range(len(latents)), shares, **styles[title])
+    axis.set_xticks(range(len(DENSITY_TICKS)), DENSITY_TICKS)
+    axis.set(
         xlabel="share of tokens a latent is active on",
         ylabel="share of latents",
         title="Firing rates",
     )
-    handles, labels = mse.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def course(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a metrics.jsonl by SAE, in the order written. A last line cut short by a kill is left out.
+Course = list[dict[str, Any]]  # the lines of one SAE in a metrics.jsonl
 
-    Raises ValueError where there is no line.
+
+def load_courses(path: Path) -> dict[str, Course]:
+    """Return the lines of a metrics.jsonl by SAE, in the order written.
+
+    A last line cut short by a kill is left out. Raises ValueError if the file has no line.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    courses: dict[str, Course] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # what was being written when the process was killed
+        except json.JSONDecodeError:  # it was being written when the process was killed
             continue
-        found.setdefault(line["sae"], []).append(line)
-    if not found:
+        courses.setdefault(line["sae"], []).append(line)
+    if not courses:
         raise ValueError(f"{path} has no line yet")
-    return found
+    return courses
 
 
-def run_picture(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """A training's course over tokens: every term of the loss, L0, the dead share, and for routed models the share of each site."""
-    import matplotlib
+def run_picture(courses: dict[str, Course], path: Path) -> None:
+    """Draw the course of a training over its tokens.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    routed = [title for title, lines in runs.items() if any("share" in line for line in lines)]
+    It shows every term of the loss, L0, the share of dead latents and, for routed models, the
+    share of tokens at each site.
+    """
+    routed = [title for title, course in courses.items() if any("share" in line for line in course)]
     rows = 2 + math.ceil(len(routed) / 2)
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         rows, 2, figsize=(13, 4.2 * rows), constrained_layout=True, squeeze=False
     )
-    panels = {
-        "NormMSE": axes[0][0],
-        "other terms of the loss": axes[0][1],
-        "L0, active latents a token": axes[1][0],
-        "dead latents": axes[1][1],
-    }
-    marks = ["-", "--", ":", "-."]
-    for i, (title, lines) in enumerate(runs.items()):
-        tokens, look = [line["tokens"] for line in lines], {"color": f"C{i % 10}", "label": title}
-        for panel, name in (
-            ("NormMSE", "NormMSE"),
-            ("L0, active latents a token", "L0"),
-            ("dead latents", "dead"),
-        ):
-            panels[panel].plot(tokens, [line.get(name, math.nan) for line in lines], **look)
-        names = list(
-            dict.fromkeys(
-                name
-                for line in lines
-                for name in list(line)[list(line).index("loss") + 1 : list(line).index("L0")]
-            )
-        )
-        for name, mark in zip(
-            [name for name in names if name != "NormMSE"], itertools.cycle(marks), strict=False
-        ):  # terms stand between the two
-            label = f"{title}: {name}"
-            panels["other terms of the loss"].plot(
-                tokens,
-                [line.get(name, math.nan) for line in lines],
-                mark,
-                color=look["color"],
-                label=label,
-            )
-    for label, axis in panels.items():
-        axis.set(xlabel="tokens", ylabel=label)
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    for label in ("NormMSE", "other terms of the loss", "L0, active latents a token"):
-        panels[label].set_yscale("log")
-    for axis in axes[2:].flat[len(routed) :]:
+    (mse, terms), (l0, dead) = axes[:2]
+    for i, (title, course) in enumerate(courses.items()):
+        colour = f"C{i % 10}"
+        for axis, name in ((mse, "NormMSE"), (l0, "L0"), (dead, "dead")):
+            _draw_measure(axis, course, name, color=colour, label=title)
+        _draw_other_terms(terms, course, title, colour)
+    _label_panel(mse, "NormMSE", log=True)
+    _label_panel(terms, "other terms of the loss", log=True)
+    _label_panel(l0, L0_LABEL, log=True)
+    _label_panel(dead, "dead latents", log=False)
+    site_axes = list(axes[2:].flat)
+    for title, axis in zip(routed, site_axes, strict=False):
+        _draw_site_shares(axis, title, [line for line in courses[title] if "share" in line])
+    for axis in site_axes[len(routed) :]:
         axis.remove()
-    for title, axis in zip(routed, axes[2:].flat, strict=False):
-        lines = [line for line in runs[title] if "share" in line]
-        shares = list(zip(*(line["share"] for line in lines), strict=True))
-        colors = plt.get_cmap("viridis")([i / max(1, len(shares) - 1) for i in range(len(shares))])
-        axis.stackplot(
-            [line["tokens"] for line in lines],
-            shares,
-            labels=[f"site {site}" for site in lines[0]["sites"]],
-            colors=colors,
-        )
-        axis.set(xlabel="tokens", ylabel="share of tokens", title=title, ylim=(0, 1))
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
+
+
+def _draw_measure(axis: Any, course: Course, name: str, *line_style: str, **style: str) -> None:
+    tokens = [line["tokens"] for line in course]
+    values = [line.get(name, math.nan) for line in course]
+    axis.plot(tokens, values, *line_style, **style)
+
+
+def _draw_other_terms(axis: Any, course: Course, title: str, colour: str) -> None:
+    names = [name for line in course for name in _loss_terms(line) if name != "NormMSE"]
+    line_styles = itertools.cycle(("-", "--", ":", "-."))
+    for name in dict.fromkeys(names):
+        _draw_measure(axis, course, name, next(line_styles), color=colour, label=f"{title}: {name}")
+
+
+def _loss_terms(line: dict[str, Any]) -> list[str]:
+    """The names of the loss's terms: the trainer writes them between `loss` and `L0`."""
+    keys = list(line)
+    return keys[keys.index("loss") + 1 : keys.index("L0")]
+
+
+def _label_panel(axis: Any, label: str, log: bool) -> None:
+    axis.set(xlabel="tokens", ylabel=label)
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=8)
+    if log:
+        axis.set_yscale("log")
+
+
+def _draw_site_shares(axis: Any, title: str, course: Course) -> None:
+    tokens = [line["tokens"] for line in course]
+    shares = list(zip(*(line["share"] for line in course), strict=True))
+    labels = [f"site {site}" for site in course[0]["sites"]]
+    axis.stackplot(tokens, shares, labels=labels, colors=_site_colours(len(shares)))
+    axis.set(xlabel="tokens", ylabel="share of tokens", title=title, ylim=(0, 1))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+# --------------------------------------------------------------------------------- the command line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m src.plots", description=__doc__)
-    parser.add_argument(
-        "folder", type=Path, help="folder of evaluation results, or a run's metrics.jsonl"
-    )
-    parser.add_argument("picture", type=Path, help="PNG to write")
-    parser.add_argument("--table", type=Path, help="markdown file to write as well")
-    parser.add_argument("--only", default="", help="only results whose name holds this")
+    add = parser.add_argument
+    add("folder", type=Path, help="folder of evaluation results, or a run's metrics.jsonl")
+    add("picture", type=Path, help="PNG to write")
+    add("--table", type=Path, help="markdown file to write as well")
+    add("--only", default="", help="only results whose name holds this")
     args = parser.parse_args()
     if args.folder.suffix == ".jsonl":
-        run_picture(
-            {title: lines for title, lines in course(args.folder).items() if args.only in title},
-            args.picture,
-        )
-        print(f"picture: {args.picture}")
-        return
-    results = load(args.folder, args.only)
-    picture(results, args.picture)
-    print(table(results))
+        courses = load_courses(args.folder)
+        chosen = {title: course for title, course in courses.items() if args.only in title}
+        run_picture(chosen, args.picture)
+    else:
+        results = load(args.folder, args.only)
+        picture(results, args.picture)
+        print(table(results))
+        if args.table:
+            save_text(_document(results, args.picture.name), args.table)
     print(f"picture: {args.picture}")
-    if args.table:
-        head = results[0]
-        about = f"{head['tokens']:,} tokens of split {head['split']} of {Path(head['data_path']).name}; commit {str(head['git_commit'])[:10]}; "
-        about += (
-            f"torch {head['versions']['torch']}; trained on {head['trained_tokens']:,} tokens each."
-        )
-        scale = "NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, above 0.8 failed. KLDiv: nats per real token."
-        star = "\\* L0 is more than 10 % off the common k: not comparable at this row. A Crosscoder's code has read later sites too, "
-        star += "so its KL is no causal comparison. KL follows the depth of the patched site: compare it only between rows patched at the same sites."
-        save_text(
-            f"# Evaluation results\n\n{about}\n\n{table(results)}\n\n{scale}\n\n{star}\n\n![comparison]({args.picture.name})\n",
-            args.table,
-        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The page holds hostile text as text and nothing from outside; the table reads frontiers off."""
+"""The page shows hostile text as text, loads nothing from outside and checks its data."""
 
+import copy
 import json
 import re
 import subprocess
@@ -9,7 +10,6 @@ import pytest
 
 from src.files import ROOT
 from src.page import page
-from src.plots import between, families, table
 from tests.browser import CHROMIUM, Browser
 
 ATTACKS = [
@@ -22,40 +22,45 @@ ATTACKS = [
     "<svg/onload=document.title='owned'>",
     "\u202e\u200b\u2066e\u0301\U0001f9d1\u200d\U0001f680",
     "w" * 10**5,
+    "$script $data ${style}",
 ]
+DATA = re.compile(r'(?<=id="data">).*?(?=</script>)', re.S)
+
+SAMPLED_CONTEXT = {
+    "tokens": ATTACKS,
+    "position": 1,
+    "token_activations": [[1, 2.0]],
+    "layer": 4,
+    "router_weight": 0.5,
+    "document": 3,
+    "activation": 2.0,
+    "quarter": 1,
+}
+ENTRY = {
+    "activations": [2.0],
+    "tokens": [ATTACKS],
+    "position": [1],
+    "token_activations": [[[1, 2.0]]],
+    "layer": [4],
+    "router_weight": [0.5],
+    "document": [3],
+    "token_class": [ATTACKS[0]],
+    "site_counts": [3, 1],
+    "decoder_norms": None,
+    "max_activation": 2.0,
+    "density": 0.1,
+    "sample_activations": [1.0, 2.0],
+    "sample": [SAMPLED_CONTEXT],
+    "promoted": [[ATTACKS[1], 1.0]],
+    "suppressed": [[ATTACKS[0], -1.0]],
+}
+EVALUATION = [{"title": ATTACKS[1], "L0": 16.0, "NormMSE": 0.1}]
+LABELS = {"7": {"description": ATTACKS[0], "score": 4}}
 
 
-def made(labels, latents=("7",)):
-    context = {
-        "tokens": ATTACKS,
-        "position": 1,
-        "token_activations": [[1, 2.0]],
-        "layer": 4,
-        "router_weight": 0.5,
-        "document": 3,
-        "activation": 2.0,
-        "quarter": 1,
-    }
-    entry = {
-        "activations": [2.0],
-        "tokens": [ATTACKS],
-        "position": [1],
-        "token_activations": [[[1, 2.0]]],
-        "layer": [4],
-        "router_weight": [0.5],
-        "document": [3],
-        "token_class": [ATTACKS[0]],
-        "site_counts": [3, 1],
-        "decoder_norms": None,
-        "max_activation": 2.0,
-        "density": 0.1,
-        "sample_activations": [1.0, 2.0],
-        "sample": [context],
-        "promoted": [[ATTACKS[1], 1.0]],
-        "suppressed": [[ATTACKS[0], -1.0]],
-    }
+def hostile_contexts(latents=("7",)):
     contexts = {
-        "latent_context_map": {name: entry for name in latents},
+        "latent_context_map": dict.fromkeys(latents, ENTRY),
         "sites": [4, 5],
         "model": "RouteSAE",
         "source_model": "x/demo",
@@ -66,128 +71,198 @@ def made(labels, latents=("7",)):
         "threshold": 1.0,
         "routing": {
             "share": [0.75, 0.25],
-            "sample": {"tokens": ATTACKS, "weights": [[0.9, 0.1]] * 5},
+            "sample": {"tokens": ATTACKS, "weights": [[0.9, 0.1]] * len(ATTACKS)},
         },
     }
-    return page(contexts, labels, [{"title": ATTACKS[1], "L0": 16.0, "NormMSE": 0.1}], b"png")
+    return copy.deepcopy(contexts)
+
+
+def hostile_page(labels=LABELS, latents=("7",)):
+    return page(hostile_contexts(latents), labels, EVALUATION, b"png")
 
 
 def test_hostile_text_cannot_end_the_data_or_add_elements():
-    html = made({"7": {"description": ATTACKS[0], "score": 4}})
-    assert html.count("</script>") == 2 and html.count("<script") == 2 and "<img src=x" not in html
-    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))
-    assert (
-        data["features"][0]["label"] == ATTACKS[0]
-        and [data["words"][i] for i in data["features"][0]["contexts"][0][0]] == ATTACKS
-    )
-    assert "default-src 'none'" in html and not re.search(
-        r"https?://|innerHTML|document\.write|eval\(", html
-    )
+    html = hostile_page()
+    assert html.count("</script>") == html.count("<script") == 2
+    assert "<img src=x" not in html
+    data = json.loads(DATA.search(html).group())
+    feature = data["features"][0]
+    assert feature["label"] == ATTACKS[0]
+    assert [data["words"][number] for number in feature["contexts"][0][0]] == ATTACKS
+    assert "default-src 'none'" in html
+    assert not re.search(r"https?://|innerHTML|document\.write|eval\(", html)
 
 
 def test_a_page_without_features_is_a_page():
-    html = made({}, ())
-    assert json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))["features"] == []
+    html = hostile_page({}, ())
+    assert json.loads(DATA.search(html).group())["features"] == []
 
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def change_routing(contexts, **values):
+    contexts["routing"]["sample"].update(values)
+
+
+def change_entry(contexts, **values):
+    contexts["latent_context_map"]["7"].update(values)
+
+
+def change_context(contexts, **values):
+    contexts["latent_context_map"]["7"]["sample"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "values", "message"),
+    [
+        (change_routing, {"weights": [[0.9, 0.1]] * 5}, "10 tokens but 5 rows of weights"),
+        (change_routing, {"weights": [[0.9]] * len(ATTACKS)}, "router weights of a token: 1"),
+        (change_routing, {"tokens": [1] * len(ATTACKS)}, "tokens of the routing's sample are not"),
+        (dict.update, {"sites": []}, "there are no sites"),
+        (dict.update, {"tokens": "many"}, "tokens of the file is missing or of a wrong type"),
+        (dict.update, {"latent_context_map": {"7": 5}}, "latent 7 is no JSON object"),
+        (change_entry, {"site_counts": [1, 2, 3]}, "latent 7 by site: 3 values for 2"),
+        (change_entry, {"position": []}, "position of latent 7 has not one value"),
+        (change_entry, {"promoted": [["word"]]}, "promoted tokens of latent 7 are no pairs"),
+        (change_context, {"position": 10}, "position 10 of a context of latent 7"),
+        (change_context, {"tokens": "word"}, "tokens of a context of latent 7"),
+        (change_context, {"token_activations": [1, 2]}, "token activations of a context"),
+    ],
+)
+def test_damaged_contexts_are_refused_with_the_reason(change, values, message):
+    contexts = hostile_contexts()
+    change(contexts, **values)
+    with pytest.raises(ValueError, match=message):
+        page(contexts, LABELS, EVALUATION)
+
+
+def test_damaged_labels_and_evaluations_are_refused():
+    with pytest.raises(ValueError, match="score of the label of latent 7"):
+        page(hostile_contexts(), {"7": {"score": "4"}}, EVALUATION)
+    with pytest.raises(ValueError, match="L0 of an evaluation"):
+        page(hostile_contexts(), LABELS, [{"title": "a", "L0": "16"}])
+
+
+# ------------------------------------------------------------------------------- in a browser
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+VIEW_TEXT = "document.getElementById('view').textContent"
+SHOWN_IDS = "[...document.querySelectorAll('#list a')].map(link => link.dataset.id)"
 
 
 @pytest.fixture
 def browser(tmp_path):
-    opened = Browser(tmp_path / "profile", width=390)
-    yield opened
-    opened.close()
+    tab = Browser(tmp_path / "profile", width=390)
+    yield tab
+    tab.close()
+
+
+@pytest.fixture
+def show(tmp_path, browser):
+    """Opens a page's HTML at an anchor."""
+
+    def write_and_open(html, anchor=""):
+        (tmp_path / "report.html").write_text(html)
+        browser.open(tmp_path / "report.html", anchor)
+
+    return write_and_open
 
 
 @needs_browser
-def test_in_a_browser_the_page_shows_the_text_and_runs_none_of_it(tmp_path, browser):
-    (tmp_path / "r.html").write_text(made({"7": {"description": ATTACKS[0], "score": 4}}))
-    for anchor, wanted in (
-        ("#7", ["Strongest contexts", *ATTACKS[:2]]),
-        ("", ["Share of tokens by site", ATTACKS[0]]),
-    ):
-        browser.open(tmp_path / "r.html", anchor)
-        text = browser.run("document.getElementById('view').textContent")
-        assert all(part in text for part in wanted)
-    assert (
-        browser.run("document.title") == "Features" and browser.run("document.images.length") == 1
-    )  # the picture given, no forged one
+def test_in_a_browser_the_page_shows_the_text_and_runs_none_of_it(browser, show):
+    html = hostile_page()
+    show(html, "#7")
+    text = browser.run(VIEW_TEXT)
+    assert all(part in text for part in ("Strongest contexts", *ATTACKS[:2]))
+    show(html)
+    text = browser.run(VIEW_TEXT)
+    assert all(part in text for part in ("Share of tokens by site", ATTACKS[0], "Evaluation"))
+    assert "cannot be shown" not in text
+    assert browser.run("document.querySelectorAll('.map tr').length") == 1 + len(ATTACKS)
+    assert browser.run("document.title") == "Features"
+    assert browser.run("document.images.length") == 1  # the picture that was given
     assert all(address.startswith("data:image/png;base64,") for address in browser.requests)
-    assert not [
-        e for e in browser.errors if "data:image" not in json.dumps(e)
-    ]  # the picture of this test is none
+    # The bytes "png" are no picture, which is the one error.
+    assert all("data:image" in json.dumps(error) for error in browser.errors)
 
 
 @needs_browser
-def test_keys_step_permalinks_open_search_and_order_apply(tmp_path, browser):
-    (tmp_path / "r.html").write_text(
-        made({"8": {"description": "a fox"}, "7": {"description": "a hen"}}, ["7", "8", "9"])
-    )
-    browser.open(tmp_path / "r.html", "#8")
+def test_a_broken_part_says_so_and_leaves_the_rest(browser, show):
+    html = hostile_page()
+    data = json.loads(DATA.search(html).group())
+    data["routing"]["sample"]["weights"] = data["routing"]["sample"]["weights"][:5]
+    data["routing"]["share"] = None
+    feature = data["features"][0]
+    feature["promoted"] = None
+    feature["contexts"] = [[None], *feature["contexts"]]
+    data["features"].append(feature | {"id": "8", "max": "x", "others": None})
+    html = DATA.sub(lambda _: json.dumps(data).replace("<", "\\u003c"), html)
+    show(html)
+    text = browser.run(VIEW_TEXT)
+    assert "The shares of the sites cannot be shown" in text
+    assert "The router weights cannot be shown" in text
+    assert "Evaluation" in text
+    assert browser.run("document.images.length") == 1
+    assert browser.run(SHOWN_IDS) == ["7"]
+    assert "Feature 8 cannot be shown" in browser.run("document.getElementById('list').textContent")
+    show(html, "#7")
+    text = browser.run(VIEW_TEXT)
+    assert "The decoder direction cannot be shown" in text
+    assert "A context cannot be shown" in text
+    assert "A sample of its activations, strongest quarter" in text
+    show(html, "#8")
+    text = browser.run(VIEW_TEXT)
+    assert "The summary cannot be shown" in text
+    assert "Strongest contexts" in text
+    assert "A quarter of the sample cannot be shown" in text
+
+
+@pytest.fixture
+def three_features(show):
+    labels = {"8": {"description": "a fox"}, "7": {"description": "a hen"}}
+    show(hostile_page(labels, ["7", "8", "9"]), "#8")
+
+
+@needs_browser
+def test_keys_step_permalinks_open_search_and_order_apply(tmp_path, browser, three_features):
     title = "document.querySelector('h2').textContent"
-    assert (
-        browser.run(title) == "Feature 8"
-        and browser.run("document.querySelector('#list a.on').dataset.id") == "8"
-    )
-    seen = []
+    assert browser.run(title) == "Feature 8"
+    assert browser.run("document.querySelector('#list a.on').dataset.id") == "8"
+    addresses = []
     for key in ("j", "ArrowRight", "k", "ArrowLeft", "ArrowLeft"):
         browser.press(key)
-        seen.append(browser.run("location.hash"))
-    assert seen == ["#9", "#9", "#8", "#7", "#7"]  # it stops at both ends
+        addresses.append(browser.run("location.hash"))
+    assert addresses == ["#9", "#9", "#8", "#7", "#7"]  # it stops at both ends
     browser.press("/")
     for letter in "fox":
         browser.press(letter)
-    assert (
-        browser.run("[...document.querySelectorAll('#list a')].map(a => a.dataset.id)") == ["8"]
-        and browser.run("location.hash") == "#7"
-    )
+    assert browser.run(SHOWN_IDS) == ["8"]
+    assert browser.run("location.hash") == "#7"
     browser.run("document.getElementById('home').click()")
-    browser.run("new Promise(f => setTimeout(f, 50))")
+    browser.run("new Promise(resolve => setTimeout(resolve, 50))")
     assert browser.run(title) == ATTACKS[0]
     assert browser.run("document.documentElement.scrollWidth") <= 390  # nothing wider than a phone
-    browser.open(tmp_path / "r.html", "#12345")
-    assert "No feature 12345" in browser.run("document.getElementById('view').textContent")
+    browser.open(tmp_path / "report.html", "#12345")
+    assert "No feature 12345" in browser.run(VIEW_TEXT)
     assert browser.run("document.getElementById('site').options.length") == 3
 
 
-def test_a_frontier_is_read_off_between_its_points_only():
-    rows = [
-        {
-            "title": f"Vanilla_d_target_l0{n}",
-            "L0": float(n),
-            "NormMSE": e,
-            "k": None,
-            "sites": [12],
-            "model": "Vanilla",
-        }
-        for n, e in ((8, 0.3), (32, 0.1))
-    ]
-    rows.append(
-        {"title": "TopK_d", "L0": 16.0, "NormMSE": 0.15, "k": 16, "sites": [12], "model": "TopK"}
-    )
-    family = families(rows)["Vanilla_d"]
-    assert between(family, 16.0)["NormMSE"] == pytest.approx(0.2) and between(family, 64.0) is None
-    assert "Vanilla_d, read off its frontier" in table(rows)
+# ------------------------------------------------------------------------------- command line
 
 
-def test_a_file_that_is_no_contexts_file_is_one_line(tmp_path):
-    (tmp_path / "foreign.json").write_text('{"a": 1}')
-    (tmp_path / "cut.json").write_text('{"title": "TopK')
-    for name, wanted in (
-        ("foreign.json", "is no contexts file"),
-        ("cut.json", "is not readable JSON"),
-        ("missing.json", "No such file"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "src.page", str(tmp_path / name), str(tmp_path / "p.html")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert (
-            done.returncode == 2
-            and wanted in done.stderr
-            and done.stderr.count("\n") == 1
-            and not (tmp_path / "p.html").exists()
-        )
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("foreign.json", '{"a": 1}', "is no contexts file"),
+        ("cut.json", '{"title": "TopK', "is not readable JSON"),
+        ("missing.json", None, "No such file"),
+    ],
+)
+def test_a_file_that_is_no_contexts_file_is_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    report = tmp_path / "page.html"
+    command = [sys.executable, "-m", "src.page", str(tmp_path / name), str(report)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not report.exists()

@@ -1,4 +1,4 @@
-"""The course of a training is drawn from its metrics.jsonl alone."""
+"""The comparison table and the course of a training are made from JSON alone."""
 
 import json
 import sys
@@ -7,9 +7,11 @@ import pytest
 
 from src import plots
 
+STEPS = range(1, 6)
 
-def lines(n):
-    for step in range(1, n + 1):
+
+def metrics_lines():
+    for step in STEPS:
         common = {
             "step": step,
             "tokens": 100 * step,
@@ -25,7 +27,8 @@ def lines(n):
             "AuxK": 0.1 / step,
             "L0": 16.0,
             "dead": 0.1,
-        } | {"share": [0.5, 0.3, 0.2]}
+            "share": [0.5, 0.3, 0.2],
+        }
         yield {
             "sae": "Gated_t",
             "sites": [5],
@@ -42,36 +45,43 @@ def test_every_term_l0_dead_share_and_the_sites_are_drawn(tmp_path, monkeypatch,
     import matplotlib.pyplot as plt
 
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        "\n".join(json.dumps(line) for line in lines(5)) + '\n{"sae": "Gat'
-    )  # killed while writing
-    drawn = {}
-    monkeypatch.setattr(plt, "close", lambda figure: drawn.update(figure=figure))
+    cut_line = '{"sae": "Gat'  # the process was killed while it wrote
+    path.write_text("\n".join([*map(json.dumps, metrics_lines()), cut_line]))
+    closed = []
+    monkeypatch.setattr(plt, "close", closed.append)
     monkeypatch.setattr(sys, "argv", ["plots", str(path), str(tmp_path / "course.png")])
     plots.main()
-    mse, terms, l0, dead, shares = drawn["figure"].axes
-    assert [line.get_label() for line in terms.lines] == [
-        "RouteSAE_t: AuxK",
-        "Gated_t: L1",
-        "Gated_t: GateAux",
-    ]
-    assert list(mse.lines[1].get_ydata()) == [0.5 / step for step in range(1, 6)] and list(
-        mse.lines[1].get_xdata()
-    ) == [100, 200, 300, 400, 500]
-    assert (
-        list(l0.lines[0].get_ydata()) == [16.0] * 5 and list(dead.lines[0].get_ydata()) == [0.1] * 5
-    )
-    assert [text.get_text() for text in shares.get_legend().get_texts()] == [
-        "site 4",
-        "site 5",
-        "site 6",
-    ]
-    assert (tmp_path / "course.png").read_bytes().startswith(
-        b"\x89PNG"
-    ) and "course.png" in capsys.readouterr().out
+    mse, terms, l0, dead, shares = closed[0].axes
+    labels = [line.get_label() for line in terms.lines]
+    assert labels == ["RouteSAE_t: AuxK", "Gated_t: L1", "Gated_t: GateAux"]
+    assert list(mse.lines[1].get_ydata()) == [0.5 / step for step in STEPS]
+    assert list(mse.lines[1].get_xdata()) == [100 * step for step in STEPS]
+    assert list(l0.lines[0].get_ydata()) == [16.0] * 5
+    assert list(dead.lines[0].get_ydata()) == [0.1] * 5
+    sites = [text.get_text() for text in shares.get_legend().get_texts()]
+    assert sites == ["site 4", "site 5", "site 6"]
+    assert (tmp_path / "course.png").read_bytes().startswith(b"\x89PNG")
+    assert "course.png" in capsys.readouterr().out
 
 
 def test_a_run_without_lines_is_one_clear_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="metrics.jsonl has no line yet"):
-        plots.course(tmp_path / "metrics.jsonl")
+        plots.load_courses(tmp_path / "metrics.jsonl")
+
+
+def evaluation(title, l0, error, k=None):
+    model = title.split("_")[0]
+    return {"title": title, "L0": l0, "NormMSE": error, "k": k, "sites": [12], "model": model}
+
+
+def test_a_frontier_is_read_off_between_its_points_only():
+    results = [
+        evaluation("Vanilla_d_target_l08", 8.0, 0.3),
+        evaluation("Vanilla_d_target_l032", 32.0, 0.1),
+        evaluation("TopK_d", 16.0, 0.15, k=16),
+    ]
+    family = plots.families(results)["Vanilla_d"]
+    assert plots.interpolate(family, 16.0)["NormMSE"] == pytest.approx(0.2)
+    assert plots.interpolate(family, 64.0) is None
+    assert "Vanilla_d, read off its frontier" in plots.table(results)
