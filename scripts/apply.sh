@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Contexts of each latent of the newest SAE (or --SAE_path); further arguments go to apply.py.
+# Writes the contexts of each latent of the newest SAE, or of --SAE_path.
+# Further arguments go to apply.py.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
 python apply.py "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Labels for the newest contexts (or CONTEXTS.json); further arguments go to interpret.py.
+# Labels the newest contexts, or those of CONTEXTS.json. Further arguments go to interpret.py.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
 python interpret.py "$@"

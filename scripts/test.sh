@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Environment, then tests: all of them, or the quick part with `test.sh fast`. Further arguments go to pytest.
+# Installs the environment and runs all tests, or the quick ones with `test.sh fast`.
+# Further arguments go to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 select="not gpu and not interop"
 if [ "${1:-}" = fast ]; then select="not gpu and not interop and not slow"; shift; fi

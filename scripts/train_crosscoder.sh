@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains Crosscoder; further arguments go to train.py.
+# Trains Crosscoder. Further arguments go to train.py.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
 python train.py --model Crosscoder "$@"
