@@ -1,6 +1,9 @@
-"""Triton kernels for CUDA, each with a plain twin in ops.py or metrics.py that says what it computes. ops.kernels imports them.
+"""Triton kernels for CUDA. ops.kernels imports this module where it works.
 
-N rows, D hidden, F latents, E entries of a code. TRITON_INTERPRET=1 runs them on a CPU, which is how the tests compare them with their twins.
+Each kernel has a twin in plain PyTorch in ops.py or metrics.py that defines its result. With
+TRITON_INTERPRET=1 the kernels run on a CPU; the tests compare them with their twins that way.
+
+Shapes: N rows, D hidden, F latents, E entries of a sparse code, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,46 +17,160 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RANKED = 128  # largest of a row at most, for whose sake candidates are compared each with each
+# Largest k for which candidates are ranked by comparing every pair; the cost grows with its square.
+MAX_RANKED_K = 128
 
 
-def _beside(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Launches on the device of its first tensor; Triton takes the thread's current one."""
+def _on_device_of_first(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the first tensor; Triton by itself takes the thread's current one."""
 
     @functools.wraps(launch)
-    def run(first: Tensor, *more: Any) -> Any:
+    def run(first: Tensor, *rest: Any) -> Any:
         with torch.cuda.device_of(first):
-            return launch(first, *more)
+            return launch(first, *rest)
 
     return run
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With neighbours in a row next to each other in memory."""
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """x itself, or a copy in which the elements of a row are neighbours in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@triton.jit
-def _keys(values, at, width):
-    """Integers in the order of the floats there, the least one outside."""
-    bits = tl.load(values + at, mask=at < width, other=0.0).to(tl.int32, bitcast=True)
-    return tl.where(at < width, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -2147483648)
+# ---------------------------------------------------------------------------------------- top-k
 
 
 @triton.jit
-def _places(mask):
-    """Place of every True of a [R,C] among them, in the order of memory."""
+def _sort_keys(values, index, width):
+    """int32 keys that are ordered like values[index]; the smallest int32 beyond the row's end."""
+    inside = index < width
+    bits = tl.load(values + index, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    # The bits of negative floats grow with their magnitude: flip all but the sign.
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(inside, keys, -2147483648)
+
+
+@triton.jit
+def _true_before(mask):
+    """For each element of a [R,C] mask: how many True precede it in memory."""
     ones = mask.to(tl.int32)
-    of_row = tl.sum(ones, 1)
-    return (tl.cumsum(of_row, 0) - of_row)[:, None] + tl.cumsum(ones, 1) - 1
+    row_sum = tl.sum(ones, 1)
+    return (tl.cumsum(row_sum, 0) - row_sum)[:, None] + tl.cumsum(ones, 1) - 1
 
 
 @triton.jit
-def _largest(
+def _count_keys(values, tile, width, bound, strict: tl.constexpr, TILE: tl.constexpr):
+    """Number of keys of the row that are at least `bound`, or above it if strict."""
+    counts = tl.zeros((tile.shape[1],), tl.int32)
+    for start in range(0, width, TILE):
+        index = start + tile
+        keys = _sort_keys(values, index, width)
+        reached = (keys > bound) if strict else (keys >= bound) & (index < width)
+        counts += tl.sum(reached.to(tl.int32), 0)
+    return tl.sum(counts)
+
+
+@triton.jit
+def _candidate_bound(values, tile, width, k: tl.constexpr, TILE: tl.constexpr):
+    """A key that at least k keys of the row reach, and seldom many more.
+
+    It lies at or a little below the k-th largest of the lanes' maxima. Histograms of these maxima
+    find it. Each histogram divides one bin of the previous one, until few more than k are above.
+    """
+    LANES: tl.constexpr = tile.shape[1]
+    best = tl.full((LANES,), -2147483648, tl.int32)
+    for start in range(0, width, TILE):
+        best = tl.maximum(best, tl.max(_sort_keys(values, start + tile, width), 0))
+    low, high, reached = tl.min(best, 0), tl.max(best, 0), LANES
+    while (reached > k + k // 4) & (low < high):
+        # The span of two int32 needs int64.
+        origin = low.to(tl.int64)
+        scale = 255 / (high.to(tl.int64) - origin).to(tl.float32)
+        clamped = tl.minimum(tl.maximum(best, low), high)
+        offset = (clamped.to(tl.int64) - origin).to(tl.float32)
+        bin = (offset * scale).to(tl.int32)
+        from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
+        kth_bin = tl.sum((from_above >= k).to(tl.int32)) - 1
+        high = tl.max(tl.where((bin <= kth_bin) & (best <= high), best, -2147483648), 0)
+        low = tl.min(tl.where((bin >= kth_bin) & (best >= low), best, 2147483647), 0)
+        reached = tl.sum((best >= low).to(tl.int32))
+    return low
+
+
+@triton.jit
+def _collect_candidates(
+    values, candidates, counter, tile, width, bound, ROOM: tl.constexpr, TILE: tl.constexpr
+):
+    """Write the indices whose key reaches `bound`, in any order, as far as ROOM; count them all."""
+    counts = tl.zeros((tile.shape[1],), tl.int32)
+    for start in range(0, width, TILE):
+        index = start + tile
+        candidate = (_sort_keys(values, index, width) >= bound) & (index < width)
+        slot = tl.atomic_add(
+            counter + tl.zeros_like(index), 1, mask=candidate, sem="relaxed", scope="cta"
+        )
+        tl.store(candidates + slot, index, mask=candidate & (slot < ROOM))
+        counts += tl.sum(candidate.to(tl.int32), 0)
+    return tl.sum(counts)
+
+
+@triton.jit
+def _write_best_candidates(
+    values, out, candidates, count, width, k: tl.constexpr, ROOM: tl.constexpr
+):
+    """Write the k best candidates to `out`, each at its rank: the number of better candidates."""
+    slot = tl.arange(0, ROOM)
+    lane = tl.arange(0, 32)
+    # Empty slots get an index beyond the row, whose key is below all others.
+    index = tl.load(candidates + slot, mask=slot < count, other=2147483647)
+    key = _sort_keys(values, index, width)
+    rank = tl.zeros((ROOM,), tl.int32)
+    for start in range(0, count, 32):
+        other = tl.load(candidates + start + lane, mask=start + lane < count, other=2147483647)
+        other_key = _sort_keys(values, other, width)
+        larger = other_key[None, :] > key[:, None]
+        earlier_tie = (other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None])
+        rank += tl.sum((larger | earlier_tie).to(tl.int32), 1)
+    tl.store(out + rank, index.to(tl.int64), mask=(slot < count) & (rank < k))
+
+
+@triton.jit
+def _kth_largest_key(values, tile, width, k: tl.constexpr, TILE: tl.constexpr):
+    """The largest bound that at least k keys reach, or one that exactly k keys reach.
+
+    The bits of the bound are set from the sign down.
+    """
+    bound, reached, bit = -2147483648, width, 31
+    while (bit >= 0) & (reached != k):
+        higher = tl.where(bit == 31, 0, bound + (1 << bit))
+        count = _count_keys(values, tile, width, higher, False, TILE)
+        bound = tl.where(count >= k, higher, bound)
+        reached = tl.where(count >= k, count, reached)
+        bit -= 1
+    return bound
+
+
+@triton.jit
+def _write_from_bound(values, out, tile, width, bound, k: tl.constexpr, TILE: tl.constexpr):
+    """Write all indices with a key above `bound`, and the first of those equal to it, up to k."""
+    above = _count_keys(values, tile, width, bound, True, TILE)
+    written, equals = 0, 0
+    for start in range(0, width, TILE):
+        index = start + tile
+        key = _sort_keys(values, index, width)
+        equal = (key == bound) & (index < width)
+        kept = (key > bound) | (equal & (equals + _true_before(equal) < k - above))
+        tl.store(out + written + _true_before(kept), index.to(tl.int64), mask=kept)
+        written += tl.sum(kept.to(tl.int32))
+        equals += tl.sum(equal.to(tl.int32))
+
+
+@triton.jit
+def _topk_indices(
     values,
     out,
-    waiting,
-    taken,
+    candidates,
+    counters,
     width,
     stride,
     k: tl.constexpr,
@@ -61,301 +178,232 @@ def _largest(
     LANES: tl.constexpr,
     ROOM: tl.constexpr,
 ):
+    """One program per row. ROOM 0: no candidates are collected, the bound is found bit by bit."""
     row = tl.program_id(0).to(tl.int64)
     values += row * stride
     out += row * k
     tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    few = False
+    TILE: tl.constexpr = ROWS * LANES
+    done = False
     if ROOM:
-        best = tl.full((LANES,), -2147483648, tl.int32)
-        for start in range(0, width, ROWS * LANES):
-            best = tl.maximum(best, tl.max(_keys(values, start + tile, width), 0))
-        # at least k values reach the k-th largest of the lanes' maxima, and seldom many more. Histograms of the maxima find it, each of what
-        # lies in one bin of the one before, until few more than k are above
-        low, high, reached = tl.min(best, 0), tl.max(best, 0), LANES
-        while (reached > k + k // 4) & (low < high):
-            scale = 255 / (high.to(tl.int64) - low.to(tl.int64)).to(tl.float32)
-            place = (tl.minimum(tl.maximum(best, low), high).to(tl.int64) - low.to(tl.int64)).to(
-                tl.float32
-            )
-            bin = (place * scale).to(tl.int32)
-            from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
-            lowest = tl.sum((from_above >= k).to(tl.int32)) - 1
-            high = tl.max(tl.where((bin <= lowest) & (best <= high), best, -2147483648), 0)
-            low = tl.min(tl.where((bin >= lowest) & (best >= low), best, 2147483647), 0)
-            reached = tl.sum((best >= low).to(tl.int32))
-        waiting += row * ROOM
-        counts = tl.zeros((LANES,), tl.int32)
-        for start in range(0, width, ROWS * LANES):
-            at = start + tile
-            candidate = (_keys(values, at, width) >= low) & (at < width)
-            slot = tl.atomic_add(
-                taken + row + tl.zeros_like(at), 1, mask=candidate, sem="relaxed", scope="cta"
-            )
-            tl.store(waiting + slot, at, mask=candidate & (slot < ROOM))
-            counts += tl.sum(candidate.to(tl.int32), 0)
-        count = tl.sum(counts)
-        tl.debug_barrier()
-        few = count <= ROOM
-        if few:  # they came in any order; their places follow from comparing each with each
-            slot, some = tl.arange(0, ROOM), tl.arange(0, 32)
-            index = tl.load(waiting + slot, mask=slot < count, other=2147483647)
-            key, place = (
-                _keys(values, index, width),
-                tl.zeros((ROOM,), tl.int32),
-            )  # no such index: below all
-            for start in range(0, count, 32):
-                other = tl.load(waiting + start + some, mask=start + some < count, other=2147483647)
-                other_key = _keys(values, other, width)
-                before = (other_key[None, :] > key[:, None]) | (
-                    (other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None])
-                )
-                place += tl.sum(before.to(tl.int32), 1)
-            tl.store(out + place, index.to(tl.int64), mask=(slot < count) & (place < k))
-    if not few:
-        # the largest threshold that at least k keys reach, bit by bit from the sign down, until exactly k do; of those equal to it the first ones
-        threshold, reached, bit = -2147483648, width, 31
-        while (bit >= 0) & (reached != k):
-            higher = tl.where(bit == 31, 0, threshold + (1 << bit))
-            counts = tl.zeros((LANES,), tl.int32)
-            for start in range(0, width, ROWS * LANES):
-                counts += tl.sum(
-                    ((_keys(values, start + tile, width) >= higher) & (start + tile < width)).to(
-                        tl.int32
-                    ),
-                    0,
-                )
-            count = tl.sum(counts)
-            threshold = tl.where(count >= k, higher, threshold)
-            reached = tl.where(count >= k, count, reached)
-            bit -= 1
-        counts = tl.zeros((LANES,), tl.int32)
-        for start in range(0, width, ROWS * LANES):
-            counts += tl.sum((_keys(values, start + tile, width) > threshold).to(tl.int32), 0)
-        above, written, equals = tl.sum(counts), 0, 0
-        for start in range(0, width, ROWS * LANES):
-            at = start + tile
-            key = _keys(values, at, width)
-            equal = (key == threshold) & (at < width)
-            kept = (key > threshold) | (equal & (equals + _places(equal) < k - above))
-            tl.store(out + written + _places(kept), at.to(tl.int64), mask=kept)
-            written += tl.sum(kept.to(tl.int32))
-            equals += tl.sum(equal.to(tl.int32))
-
-
-@_beside
-def topk_indices(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row, in no order; of equal values (-0 is below 0) the first. float32 [N,F] -> int64 [N,k]"""
-    values, (n, width) = _rows(values), values.shape
-    lanes = max(512, triton.next_power_of_2(8 * k))
-    room = max(64, triton.next_power_of_2(2 * k)) if k <= RANKED and 2 * lanes <= width else 0
-    lanes = lanes if room else 512
-    out = torch.empty(n, k, dtype=torch.long, device=values.device)
-    waiting = torch.empty(n, room, dtype=torch.int32, device=values.device)
-    taken = torch.zeros(n, dtype=torch.int32, device=values.device)
-    if n:
-        _largest[(n,)](
-            values,
-            out,
-            waiting,
-            taken,
-            width,
-            values.stride(0),
-            k,
-            1024 // lanes,
-            lanes,
-            room,
-            num_warps=4,
+        candidates += row * ROOM
+        bound = _candidate_bound(values, tile, width, k, TILE)
+        count = _collect_candidates(
+            values, candidates, counters + row, tile, width, bound, ROOM, TILE
         )
+        # Candidates written by other threads are read next.
+        tl.debug_barrier()
+        done = count <= ROOM
+        if done:
+            _write_best_candidates(values, out, candidates, count, width, k, ROOM)
+    if not done:
+        bound = _kth_largest_key(values, tile, width, k, TILE)
+        _write_from_bound(values, out, tile, width, bound, k, TILE)
+
+
+@_on_device_of_first
+def topk_indices(values: Tensor, k: int) -> Tensor:
+    """Indices of the k largest values of each row, in no particular order.
+
+    Among equal values the first are taken; -0 is below 0. float32 [N,F] -> int64 [N,k]
+    """
+    values = _contiguous_rows(values)
+    n, width = values.shape
+    lanes = max(512, triton.next_power_of_2(8 * k))
+    room = 0
+    if k <= MAX_RANKED_K and 2 * lanes <= width:
+        room = max(64, triton.next_power_of_2(2 * k))
+    else:
+        lanes = 512
+    out = torch.empty(n, k, dtype=torch.long, device=values.device)
+    candidates = torch.empty(n, room, dtype=torch.int32, device=values.device)
+    counters = torch.zeros(n, dtype=torch.int32, device=values.device)
+    if n:
+        sizes = (width, values.stride(0), k, 1024 // lanes, lanes, room)
+        _topk_indices[(n,)](values, out, candidates, counters, *sizes, num_warps=4)
     return out
+
+
+# ------------------------------------------------------------------------------ standardisation
 
 
 @triton.jit
 def _standardise(states, out, width, stride, out_stride, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    h = tl.load(states + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
-    centred = tl.where(at < width, h - tl.sum(h) / width, 0.0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    h = tl.load(states + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, h - tl.sum(h) / width, 0.0)
     std = tl.sqrt(tl.sum(centred * centred) / (width - 1))
-    tl.store(out + row * out_stride + at, centred / (std + eps), mask=at < width)
+    tl.store(out + row * out_stride + column, centred / (std + eps), mask=inside)
 
 
-@_beside
+@_on_device_of_first
 def standardise(states: Tensor, eps: float, out: Tensor) -> None:
-    """out [N,D] = (h - mean) / (std + eps) of every row of states [N,D], of any float type; rows of both may lie apart."""
-    if len(states):
-        block = triton.next_power_of_2(states.shape[1])
+    """Write (h - mean) / (std + eps) of every row h of states to out. [N,D] -> [N,D]
+
+    States may have any float type. The rows of both may have any stride.
+    """
+    n, width = states.shape
+    if n:
+        block = triton.next_power_of_2(width)
         warps = min(16, max(1, block // 256))
-        _standardise[(len(states),)](
-            states,
-            out,
-            states.shape[1],
-            states.stride(0),
-            out.stride(0),
-            eps,
-            block,
-            num_warps=warps,
-        )
+        sizes = (width, states.stride(0), out.stride(0), eps, block)
+        _standardise[(n,)](states, out, *sizes, num_warps=warps)
+
+
+# -------------------------------------------------------------------------------- sparse codes
 
 
 @triton.jit
-def _row_sums(
-    values, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+def _load_table_rows(table, row, valid, stride, column, width):
+    """float32 table[row], zeros where an entry or a column is not valid. [ENTRIES,BLOCK]"""
+    mask = valid[:, None] & (column < width)[None, :]
+    rows = tl.load(table + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    return rows.to(tl.float32)
+
+
+@triton.jit
+def _bag_sums(
+    values, latent, bounds, table, out, width, stride, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """One program per bag. The entries are taken ENTRIES at a time."""
     bag = tl.program_id(0).to(tl.int64)
     first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
-    at, some = tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
+    column, offset = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
     total = tl.zeros((BLOCK,), tl.float32)
-    for entry in range(first, end, AT_ONCE):
-        there = entry + some < end
-        value = tl.load(values + entry + some, mask=there, other=0.0)
-        row = tl.load(latent + entry + some, mask=there, other=0)
-        part = tl.load(
-            table + row[:, None] * stride + at[None, :],
-            mask=there[:, None] & (at < width)[None, :],
-            other=0.0,
+    for start in range(first, end, ENTRIES):
+        entry = start + offset
+        valid = entry < end
+        value = tl.load(values + entry, mask=valid, other=0.0)
+        row = tl.load(latent + entry, mask=valid, other=0)
+        total += tl.sum(
+            value[:, None] * _load_table_rows(table, row, valid, stride, column, width), 0
         )
-        total += tl.sum(value[:, None] * part.to(tl.float32), 0)
-    tl.store(out + bag * width + at, total, mask=at < width)
-
-
-@_beside
-def weighted_embedding_bag(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
-    """values[e] table[latent[e]] summed over the entries e of each bag, bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> float32 [N,D]"""
-    out, table = torch.empty(len(bounds) - 1, table.shape[1], device=table.device), _rows(table)
-    if len(out):
-        block = triton.next_power_of_2(table.shape[1])
-        warps = min(8, max(1, block // 512))
-        _row_sums[(len(bounds) - 1,)](
-            values,
-            latent,
-            bounds,
-            table,
-            out,
-            table.shape[1],
-            table.stride(0),
-            4,
-            block,
-            num_warps=warps,
-        )
-    return out
+    tl.store(out + bag * width + column, total, mask=column < width)
 
 
 @triton.jit
-def _row_dots(
-    grad, latent, bounds, table, out, width, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+def _bag_dots(
+    grad, latent, bounds, table, out, width, stride, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """One program per bag. The entries are taken ENTRIES at a time."""
     bag = tl.program_id(0).to(tl.int64)
     first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
-    at, some = tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
-    mine = tl.load(grad + bag * width + at, mask=at < width, other=0.0).to(tl.float32)
-    for entry in range(first, end, AT_ONCE):
-        there = entry + some < end
-        row = tl.load(latent + entry + some, mask=there, other=0)
-        part = tl.load(
-            table + row[:, None] * stride + at[None, :],
-            mask=there[:, None] & (at < width)[None, :],
-            other=0.0,
-        )
-        tl.store(out + entry + some, tl.sum(mine[None, :] * part.to(tl.float32), 1), mask=there)
+    column, offset = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
+    bag_grad = tl.load(grad + bag * width + column, mask=column < width, other=0.0).to(tl.float32)
+    for start in range(first, end, ENTRIES):
+        entry = start + offset
+        valid = entry < end
+        row = tl.load(latent + entry, mask=valid, other=0)
+        rows = _load_table_rows(table, row, valid, stride, column, width)
+        tl.store(out + entry, tl.sum(bag_grad[None, :] * rows, 1), mask=valid)
 
 
-@_beside
-def bag_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
-    """<grad[n], table[latent[e]]> of every entry e of bag n. [N,D], [E], [N+1], [F,D] -> float32 [E]"""
-    out, table = torch.empty(len(latent), device=table.device), _rows(table)
-    if len(latent):
-        block = triton.next_power_of_2(table.shape[1])
-        warps = min(8, max(1, block // 512))
-        _row_dots[(len(bounds) - 1,)](
-            grad.contiguous(),
-            latent,
-            bounds,
-            table,
-            out,
-            table.shape[1],
-            table.stride(0),
-            4,
-            block,
-            num_warps=warps,
-        )
+def _launch_bags(
+    kernel: Any, operand: Tensor, latent: Tensor, bounds: Tensor, table: Tensor, out: Tensor
+) -> None:
+    """Run _bag_sums or _bag_dots, one program per bag."""
+    table = _contiguous_rows(table)
+    block = triton.next_power_of_2(table.shape[1])
+    warps = min(8, max(1, block // 512))
+    sizes = (table.shape[1], table.stride(0), 4, block)
+    kernel[(len(bounds) - 1,)](operand, latent, bounds, table, out, *sizes, num_warps=warps)
+
+
+@_on_device_of_first
+def weighted_embedding_bag(values: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+    """Sum of values[e] table[latent[e]] over the entries e of each bag.
+
+    Bag n has the entries bounds[n] to bounds[n+1] - 1. [E], [E], [N+1], [F,D] -> float32 [N,D]
+    """
+    out = torch.empty(len(bounds) - 1, table.shape[1], device=table.device)
+    if len(out):
+        _launch_bags(_bag_sums, values, latent, bounds, table, out)
     return out
 
 
+@_on_device_of_first
+def bag_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+    """Inner product of grad[n] and table[latent[e]], for every entry e of each bag n.
+
+    [N,D], [E], [N+1], [F,D] -> float32 [E]
+    """
+    out = torch.empty(len(latent), device=table.device)
+    if len(latent):
+        _launch_bags(_bag_dots, grad.contiguous(), latent, bounds, table, out)
+    return out
+
+
+# ----------------------------------------------------------------------------------- optimiser
+
+
 @triton.jit
-def _sign_step(y, z, grad, stop, share, by, lr, count, BLOCK: tl.constexpr):
+def _sign_step(y, z, grad, stop, share, y_step, lr, count, BLOCK: tl.constexpr):
     if tl.load(stop) == 0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        there = at < count
-        g, before, ahead = (
-            tl.load(grad + at, mask=there),
-            tl.load(y + at, mask=there),
-            tl.load(z + at, mask=there),
-        )
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = index < count
+        g = tl.load(grad + index, mask=inside)
+        old_y = tl.load(y + index, mask=inside)
+        old_z = tl.load(z + index, mask=inside)
         sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
-        tl.store(y + at, before + share * (ahead - before) - by * sign, mask=there)
-        tl.store(z + at, ahead - lr * sign, mask=there)
+        tl.store(y + index, old_y + share * (old_z - old_y) - y_step * sign, mask=inside)
+        tl.store(z + index, old_z - lr * sign, mask=inside)
 
 
-@_beside
+@_on_device_of_first
 def sign_step(
-    y: Tensor, z: Tensor, grad: Tensor, share: float, by: float, lr: float, stop: Tensor
+    y: Tensor, z: Tensor, grad: Tensor, share: float, y_step: float, lr: float, stop: Tensor
 ) -> None:
-    """ops.sign_step_ of float32 tensors that lie in one piece, in one pass over memory."""
-    _sign_step[(triton.cdiv(y.numel(), 2048),)](
-        y, z, grad, stop, share, by, lr, y.numel(), 2048, num_warps=8
-    )
+    """ops.sign_step_ of contiguous float32 tensors, in one pass over memory."""
+    grid = (triton.cdiv(y.numel(), 2048),)
+    _sign_step[grid](y, z, grad, stop, share, y_step, lr, y.numel(), 2048, num_warps=8)
+
+
+# ------------------------------------------------------------------------ comparison of logits
 
 
 @triton.jit
 def _compare(logits, others, targets, divergence, loss, width, BLOCK: tl.constexpr):
+    """One program per row. All sums are of exponentials relative to the largest logit so far."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    most, other_most = -float("inf"), -float("inf")
-    total, other_total, apart = (
-        0.0,
-        0.0,
-        0.0,
-    )  # sums of exponentials below the largest so far; apart: those of logits times the difference
+    logits += row * width
+    others += row * width
+    column = tl.arange(0, BLOCK)
+    highest, other_highest = -float("inf"), -float("inf")
+    total, other_total = 0.0, 0.0
+    # Sum of exp(logit) (logit - other logit).
+    weighted_diff = 0.0
     for start in range(0, width, BLOCK):
-        there = start + at < width
-        a = tl.load(logits + row * width + start + at, mask=there, other=-float("inf")).to(
-            tl.float32
-        )
-        b = tl.load(others + row * width + start + at, mask=there, other=-float("inf")).to(
-            tl.float32
-        )
-        new, other_new = tl.maximum(most, tl.max(a)), tl.maximum(other_most, tl.max(b))
-        shrink, weight = tl.exp(most - new), tl.exp(a - new)
-        total = total * shrink + tl.sum(weight)
-        apart = apart * shrink + tl.sum(tl.where(there, weight * (a - b), 0.0))
-        other_total = other_total * tl.exp(other_most - other_new) + tl.sum(tl.exp(b - other_new))
-        most, other_most = new, other_new
-    tl.store(
-        divergence + row,
-        apart / total - (most - other_most) - tl.log(tl.div_rn(total, other_total)),
-    )
-    tl.store(
-        loss + row,
-        other_most
-        + tl.log(other_total)
-        - tl.load(others + row * width + tl.load(targets + row)).to(tl.float32),
-    )
+        index = start + column
+        inside = index < width
+        a = tl.load(logits + index, mask=inside, other=-float("inf")).to(tl.float32)
+        b = tl.load(others + index, mask=inside, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(highest, tl.max(a))
+        other_new = tl.maximum(other_highest, tl.max(b))
+        rescale, weight = tl.exp(highest - new), tl.exp(a - new)
+        total = total * rescale + tl.sum(weight)
+        diff = tl.where(inside, weight * (a - b), 0.0)
+        weighted_diff = weighted_diff * rescale + tl.sum(diff)
+        other_rescale = tl.exp(other_highest - other_new)
+        other_total = other_total * other_rescale + tl.sum(tl.exp(b - other_new))
+        highest, other_highest = new, other_new
+    log_ratio = tl.log(tl.div_rn(total, other_total))
+    tl.store(divergence + row, weighted_diff / total - (highest - other_highest) - log_ratio)
+    target_logit = tl.load(others + tl.load(targets + row)).to(tl.float32)
+    tl.store(loss + row, other_highest + tl.log(other_total) - target_logit)
 
 
-@_beside
+@_on_device_of_first
 def compare(logits: Tensor, others: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL(softmax of logits || softmax of others), cross-entropy of the others) of each row, in nats. [N,V], [N,V], int64 [N] -> float32 [N], [N]"""
-    divergence, loss = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    if len(logits):
-        _compare[(len(logits),)](
-            logits.contiguous(),
-            others.contiguous(),
-            targets,
-            divergence,
-            loss,
-            logits.shape[1],
-            4096,
-            num_warps=8,
-        )
+    """(KL(softmax(logits) || softmax(others)), cross-entropy of others) of each row, in nats.
+
+    [N,V], [N,V], int64 [N] -> float32 [N], float32 [N]
+    """
+    n, width = logits.shape
+    divergence = torch.empty(n, device=logits.device)
+    loss = torch.empty_like(divergence)
+    if n:
+        rows = (logits.contiguous(), others.contiguous(), targets)
+        _compare[(n,)](*rows, divergence, loss, width, 4096, num_warps=8)
     return divergence, loss
