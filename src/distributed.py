@@ -1,6 +1,8 @@
-"""Several processes that work as one (torchrun, or the same environment set by hand): who this is, sums over all, agreement, who writes.
+"""Several processes that work as one, started by torchrun or with the same environment by hand.
 
-With one process every function is the identity, so that no caller has a second path. Collective: every process has to make the same calls.
+Each process learns its number here, sums tensors over all, agrees with the others, and knows
+whether it is the one that writes. With one process every function is the identity, so callers need
+no second path. The functions below `start` are collective: all processes have to call them alike.
 """
 
 from __future__ import annotations
@@ -19,25 +21,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-PREPARING = timedelta(hours=3)  # what the others wait while one process tokenises or saves
-STEPPING = timedelta(
-    seconds=45
-)  # what one process may be behind another within a step: a machine that is gone says nothing
-BUCKET = 2**22  # numbers; smaller tensors travel together, larger ones alone and where they are
-_job: dict[str, Any] = {}  # store, steps (a process group)
+# How long the others wait while one process tokenises or saves.
+SETUP_TIMEOUT = timedelta(hours=3)
+# How long a process may fall behind another within a step. A machine that is gone gives no sign.
+STEP_TIMEOUT = timedelta(seconds=45)
+# Tensors of fewer numbers are reduced together in flat buckets, larger ones in place.
+BUCKET_NUMBERS = 2**22
+# "store": of the rendezvous; "steps": process group with STEP_TIMEOUT; "alone": see alone().
+_job: dict[str, Any] = {}
 
 
-class Lost(OSError):
-    """Another process of the job is gone, or hangs."""
+class ProcessLost(OSError):
+    """Another process of the job is gone, or does not answer."""
 
     exit_code = 4
 
 
 def rank() -> int:
+    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """Number of processes that work together."""
     return 1 if not dist.is_initialized() or "alone" in _job else dist.get_world_size()
 
 
@@ -46,40 +52,47 @@ def main() -> bool:
     return rank() == 0
 
 
-def start(device: str) -> str:
-    """Joins the job the environment describes; the device of this process. The others' standard output is closed from here on.
+def _take_gpu(device: str, local: int) -> str:
+    """Make the GPU with the local number of this process its current device."""
+    if device not in ("auto", "cuda"):
+        raise ValueError(
+            f"--device {device} with several processes: each takes the GPU of its number; "
+            "leave it out, or give --device cpu"
+        )
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local} of this machine has no GPU of its own: the machine has "
+            f"{torch.cuda.device_count()}; lower --nproc_per_node"
+        )
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
 
+
+def start(device: str) -> str:
+    """Join the job that the environment describes; returns the device of this process.
+
+    From here on, the standard output of all processes but the main one is closed.
     Raises ValueError where the processes of a machine outnumber its GPUs.
     """
     local = int(os.environ.get("LOCAL_RANK") or 0)
-    cuda = torch.cuda.is_available() and device != "cpu"
-    if cuda:
-        if device not in ("auto", "cuda"):
-            raise ValueError(
-                f"--device {device} with several processes: each takes the GPU of its number; leave it out, or give --device cpu"
-            )
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} here); lower --nproc_per_node"
-            )
-        torch.cuda.set_device(local)
+    backend, own_device = "gloo", "cpu"
+    if torch.cuda.is_available() and device != "cpu":
+        backend, own_device = "cpu:gloo,cuda:nccl", _take_gpu(device, local)
     with _reported():
-        store, number, size = next(dist.rendezvous("env://", timeout=PREPARING))
+        store, number, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
         dist.init_process_group(
-            "gloo", store=store, rank=number, world_size=size, timeout=PREPARING
+            "gloo", store=store, rank=number, world_size=size, timeout=SETUP_TIMEOUT
         )
         _job["store"] = store
-        _job["steps"] = dist.new_group(
-            backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=STEPPING
-        )
+        _job["steps"] = dist.new_group(backend=backend, timeout=STEP_TIMEOUT)
     if not main():
         sys.stdout = open(os.devnull, "w")
-    return f"cuda:{local}" if cuda else "cpu"
+    return own_device
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process is the only one."""
+    """Inside, this process computes as if it were the only one."""
     _job["alone"] = True
     try:
         yield
@@ -88,111 +101,119 @@ def alone() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leaves the job in good order."""
+    """Leave the job in good order."""
     if dist.is_initialized():
         dist.destroy_process_group()
         _job.clear()
 
 
 def first_to_end() -> bool:
-    """True in the process that ends before the others do: its reason is the reason, theirs are consequences."""
+    """True in the process that ends first. Its error is the cause, those of the others follow."""
     if not _job:
         return True
     try:
         return _job["store"].add("ended", 1) == 1
-    except RuntimeError:  # the launcher is gone too
+    except RuntimeError:  # the launcher that holds the store is gone too
         return True
 
 
 @contextlib.contextmanager
 def _reported() -> Iterator[None]:
+    """Turn an error of the backend into ProcessLost."""
     try:
         yield
-    except RuntimeError as error:  # what the backends raise, whatever has happened
-        reason = re.sub(
-            r"\[\S*/\S*\] *", "", (str(error).splitlines() or [type(error).__name__])[0]
-        )
-        reason = reason.split(". ")[0]  # without source file, advice and joke
-        here = f"process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
-        raise Lost(
-            f"{here} lost another one ({reason}); run the same command again: a training continues at its last saved state"
+    except RuntimeError as error:  # the backends raise it whatever has happened
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        # Without the place in the source, and without advice that follows the first sentence.
+        reason = re.sub(r"\[\S*/\S*\] *", "", first_line).split(". ")[0]
+        number, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        raise ProcessLost(
+            f"process {number} of {size} lost another one ({reason}); run the same command again: "
+            "a training continues at its last saved state"
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------ within a step
+# -------------------------------------------------------------------------------- within a step
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum over processes, the same bits in each."""
-    return x if world() == 1 else _reduced(x.clone(), dist.ReduceOp.SUM)
+    """Sum over processes, with the same bits in each."""
+    return x if world() == 1 else _reduce_(x.clone(), dist.ReduceOp.SUM)
 
 
 def all_max(x: Tensor) -> Tensor:
-    """Largest over processes, entry by entry."""
-    return x if world() == 1 else _reduced(x.clone(), dist.ReduceOp.MAX)
+    """Elementwise maximum over processes."""
+    return x if world() == 1 else _reduce_(x.clone(), dist.ReduceOp.MAX)
 
 
-def _reduced(x: Tensor, how: Any) -> Tensor:
+def _reduce_(x: Tensor, op: Any) -> Tensor:
     with _reported():
-        dist.all_reduce(x, how, _job["steps"])
+        dist.all_reduce(x, op, _job["steps"])
     return x
 
 
 def all_sum_(tensors: Sequence[Tensor]) -> None:
-    """Each tensor becomes its sum over processes, in place: large ones as they are, small ones in flat buckets."""
+    """Replace each tensor by its sum over processes, in place."""
     if world() == 1:
         return
     small: list[Tensor] = []
     for tensor in tensors:
-        if tensor.numel() >= BUCKET and tensor.is_contiguous():
-            _reduced(tensor, dist.ReduceOp.SUM)
+        if tensor.numel() >= BUCKET_NUMBERS and tensor.is_contiguous():
+            _reduce_(tensor, dist.ReduceOp.SUM)
             continue
         small.append(tensor)
-        if sum(t.numel() for t in small) >= BUCKET:
-            _bucket_(small)
+        if sum(t.numel() for t in small) >= BUCKET_NUMBERS:
+            _sum_bucket_(small)
             small = []
-    _bucket_(small)
+    _sum_bucket_(small)
 
 
-def _bucket_(tensors: list[Tensor]) -> None:
-    if tensors:
-        flat = _reduced(torch.cat([t.flatten() for t in tensors]), dist.ReduceOp.SUM)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+def _sum_bucket_(tensors: list[Tensor]) -> None:
+    if not tensors:
+        return
+    flat = _reduce_(torch.cat([t.flatten() for t in tensors]), dist.ReduceOp.SUM)
+    parts = flat.split([t.numel() for t in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def concat(x: Tensor) -> Tensor:
-    """The rows of all processes in their order; there may be another number of them in each. [n,...] -> [N,...]"""
+    """Rows of all processes, in the order of their numbers. [n,...] -> [N,...]
+
+    n may differ from process to process.
+    """
     if world() == 1:
         return x
-    sizes = [int(n) for n in all_sum(torch.eye(world(), dtype=torch.long)[rank()] * len(x))]
+    own_size = torch.eye(world(), dtype=torch.long)[rank()] * len(x)
+    sizes = all_sum(own_size).tolist()
     padded = x.new_zeros(max(sizes), *x.shape[1:])
     padded[: len(x)] = x
-    found = [torch.empty_like(padded) for _ in sizes]
+    parts = [torch.empty_like(padded) for _ in sizes]
     with _reported():
-        dist.all_gather(found, padded, _job["steps"])
-    return torch.cat([part[:n] for part, n in zip(found, sizes, strict=True)])
+        dist.all_gather(parts, padded, _job["steps"])
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-# ------------------------------------------------------------------------------------------- between the steps
+# ----------------------------------------------------------------------------- between the steps
 
 
 def all_max_ints(*numbers: int) -> list[int]:
-    """The highest over processes of each number: how they agree to stop, or to take more slices."""
-    return (
-        list(numbers)
-        if world() == 1
-        else _reduced(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
-    )
+    """Maximum of each number over processes: how they agree to stop, or to take more slices."""
+    if world() == 1:
+        return list(numbers)
+    return _reduce_(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
 
 
 def share(n: int) -> slice:
-    """Which of n things are this process's."""
+    """The part of n items that belongs to this process."""
     return slice(rank() * n // world(), (rank() + 1) * n // world())
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What the function gives in the main process, the others wait for it. Its ValueError or OSError is raised in all of them."""
+    """Call the function in the main process; return its value in all of them.
+
+    A ValueError or OSError of the function is raised in all processes.
+    """
     if world() == 1:
         return function()
     answer: list[Any] = [None, None]
@@ -203,45 +224,48 @@ def from_main(function: Callable[[], T]) -> T:
             answer[1] = error
     with _reported():
         dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    value, error = answer
+    if error is not None:
+        raise error
+    return value
 
 
 def main_first(function: Callable[[], T]) -> T:
-    """The function's value in every process; the main one has done it before the others begin: what it wrote to a cache is there."""
-    mine: list[T] = []
-    from_main(lambda: mine.append(function()))
-    return mine[0] if mine else function()
+    """Call the function in every process, in the main one first: the others find what it cached."""
+    values: list[T] = []
+    from_main(lambda: values.append(function()))
+    return values[0] if values else function()
 
 
-def to_main(thing: T, device: str) -> list[T]:
-    """That of every process, in the main one, its tensors on this device or, where they were there, on the CPU; of this one elsewhere.
+def to_main(value: T, device: str) -> list[T]:
+    """Gather the values of all processes in the main one; the others get only their own.
 
-    Not for what others may have sent: unpickled.
+    Tensors arrive on this device, or on the CPU where they were on the CPU. The values are
+    unpickled, so they must come from the processes of this job alone.
     """
     if world() == 1:
-        return [thing]
+        return [value]
     buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    found: list[Any] | None = [None] * world() if main() else None
+    torch.save(value, buffer)
+    gathered: list[Any] | None = [None] * world() if main() else None
     with _reported():
-        dist.gather_object(buffer.getvalue(), found)
-    if found is None:
-        return [thing]
+        dist.gather_object(buffer.getvalue(), gathered)
+    if gathered is None:
+        return [value]
 
-    def place(storage: Any, there: str) -> Any:
-        return (
-            storage
-            if there == "cpu"
-            else torch.serialization.default_restore_location(storage, device)
-        )
+    def place(storage: Any, location: str) -> Any:
+        if location == "cpu":
+            return storage
+        return torch.serialization.default_restore_location(storage, device)
 
-    return [torch.load(io.BytesIO(one), map_location=place, weights_only=False) for one in found]
+    return [
+        torch.load(io.BytesIO(content), map_location=place, weights_only=False)
+        for content in gathered
+    ]
 
 
 def copy_from_main_(tensors: Sequence[Tensor]) -> None:
-    """Every tensor becomes what it is in the main process."""
+    """Replace every tensor by that of the main process, in place."""
     if world() > 1:
         with _reported():
             for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Weights & Biases beside metrics.jsonl, which has every line anyway: optional, and never the end of a training."""
+"""Optional logging to Weights & Biases. It never ends a training: metrics.jsonl has every line."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 from src.files import redacted
 
 
-class Tracked:
-    """A run there. Its first error of any kind is printed, after which nothing more is sent."""
+class WandbRun:
+    """A run at Weights & Biases. After its first error, which is printed, it sends nothing more."""
 
     def __init__(self, run: Any) -> None:
         self.run = run
 
-    def _send(self, call: str, *values: Any, **named: Any) -> None:
+    def _send(self, call: str, *args: Any, **kwargs: Any) -> None:
         if self.run is None:
             return
         try:
-            getattr(self.run, call)(*values, **named)
-        except Exception as error:  # a service outside: network, quota, disk and version errors all mean the same here
+            getattr(self.run, call)(*args, **kwargs)
+        # An outside service: errors of network, quota, disk and version are all treated alike.
+        except Exception as error:
             self.run = None
-            said = f"warning: wandb stopped ({type(error).__name__}: {error}); the training goes on, metrics.jsonl has every line"
-            print(redacted(said))
+            message = f"warning: wandb stopped ({type(error).__name__}: {error}); "
+            message += "the training goes on, metrics.jsonl has every line"
+            print(redacted(message))
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._send("log", values, step=step)
@@ -33,17 +35,14 @@ class Tracked:
 
 def wandb_init(
     project: str, config: dict[str, Any], name: str, folder: str | Path | None = None
-) -> Tracked | None:
-    """A Weights & Biases run, or None with the reason printed: logging there never stops a training."""
+) -> WandbRun | None:
+    """Start a run at Weights & Biases; returns None after printing the reason where that fails."""
     try:
         import wandb
 
-        return Tracked(wandb.init(project=project, config=config, name=name, dir=folder))
-    except Exception as error:  # as above, and the package may not be installed
-        todo = "; pip install wandb" if isinstance(error, ImportError) else ""
-        print(
-            redacted(
-                f"warning: no wandb logging ({type(error).__name__}: {error}{todo}); metrics.jsonl has every line"
-            )
-        )
+        return WandbRun(wandb.init(project=project, config=config, name=name, dir=folder))
+    except Exception as error:  # as in WandbRun; the package may be missing too
+        advice = "; pip install wandb" if isinstance(error, ImportError) else ""
+        message = f"warning: no wandb logging ({type(error).__name__}: {error}{advice}); "
+        print(redacted(message + "metrics.jsonl has every line"))
         return None
