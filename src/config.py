@@ -1,6 +1,7 @@
-"""Every option once: its type, default and help; which stage shows it; the order of precedence; how a stage ends.
+"""Every option of the stages, stated once; their command lines; how a stage ends.
 
-Precedence: typed > --config file > saved recipe of a checkpoint > recipe of the model > declared default. Torch-free, so that `--help` is quick.
+Precedence of values: typed > --config file > recipe saved with a checkpoint > recipe of the model
+> default in the table. This module does not import torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from src import config_file, zoo
 from src.files import DEMO_LM, printable, redacted
 
+# ------------------------------------------------------------------------------ types of options
+
 
 def assignment(text: str) -> tuple[int, float]:
-    """LATENT=VALUE."""
+    """LATENT=VALUE, as in 12=5.0."""
     latent, _, value = text.partition("=")
     try:
         return int(latent), float(value)
@@ -30,14 +34,14 @@ def assignment(text: str) -> tuple[int, float]:
 
 def boolean(text: str) -> bool:
     """0/1, true/false, yes/no."""
-    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if text.lower() not in known:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
-    return known[text.lower()]
+    return values[text.lower()]
 
 
 def placement(text: str) -> Any:
-    """auto, cpu, cuda:1 ... as it is; JSON as what it says: {"": 0}."""
+    """A mapping for JSON such as {"": 0}; other text, such as auto or cuda:1, stays as it is."""
     if not text.lstrip().startswith("{"):
         return text
     try:
@@ -47,21 +51,24 @@ def placement(text: str) -> Any:
 
 
 def interval(text: str) -> tuple[float, str]:
-    """500 -> (500.0, "steps"); 90s, 10m, 2h -> (seconds, "s")."""
-    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "")
+    """500 -> (500, "steps"); 90s, 10m, 2h -> (seconds, "s")."""
+    seconds = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
     try:
-        value = float(number) if unit else int(number)
+        value = float(text[:-1]) * seconds if seconds else int(text)
         if not 0 <= value < float("inf"):
             raise ValueError
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither steps (500) nor a time (90s, 10m, 2h)"
-        ) from error
-    return (value * {"s": 1, "m": 60, "h": 3600}[unit], "s") if unit else (value, "steps")
+        message = f"{text!r} is neither steps (500) nor a time (90s, 10m, 2h)"
+        raise argparse.ArgumentTypeError(message) from error
+    return value, "s" if seconds else "steps"
 
 
 class Option(NamedTuple):
-    """One row of the table. `low` is the smallest accepted value, `above` a value it must exceed; `many` takes several values."""
+    """One row of the table.
+
+    group: sections of the command line, see STAGES. low: smallest value. above: a value that it
+    must exceed. many: takes one value or more, kept as a list. count: takes exactly so many.
+    """
 
     group: str
     type: Callable[[str], Any]
@@ -74,6 +81,7 @@ class Option(NamedTuple):
     count: int | None = None
 
 
+# ------------------------------------------------------------------------------------- the table
 METRICS = (
     "NormMSE",
     "KLDiv",
@@ -88,82 +96,121 @@ METRICS = (
     "all",
 )
 OPTIONS: dict[str, Option] = {
-    # where things are, what they run on
+    # language model, text and results
     "model_path": Option(
         "lm",
         str,
         None,
-        "language model: folder or hub name ($MODEL_PATH, else the built-in demo LM)",
+        "Language model: a folder or a hub name. Default: $MODEL_PATH, else the built-in demo LM.",
     ),
     "data_path": Option(
         "text interpretation",
         str,
         None,
-        "text: file, folder, glob, hub name ($DATA_PATH, else demo text); interpret.py: contexts",
+        "Text: a file, folder, glob or hub name; for interpret.py, the contexts file. "
+        "Default: $DATA_PATH, else the demo's text.",
     ),
-    "output_dir": Option("common", str, "outputs", "folder all results go to ($OUTPUT_DIR)"),
-    "device": Option("lm", str, "auto", "auto (CUDA where there is one), cpu, cuda:0 ..."),
+    "output_dir": Option(
+        "common", str, "outputs", "Folder for all results. Default: $OUTPUT_DIR, else outputs."
+    ),
+    "device": Option(
+        "lm", str, "auto", "Device: cpu, cuda:0 and so on; auto takes CUDA where it is available."
+    ),
     "device_map": Option(
         "lm",
         placement,
         None,
-        'spread a large language model: auto, a device, or JSON {"module": device} (needs accelerate)',
+        'Spread a large language model over devices: auto, a device, or JSON {"module": '
+        "device}. Needs the package accelerate. Default: one device.",
     ),
     "dtype": Option(
         "lm",
         str,
         "auto",
-        "number format of the language model; SAEs are float32",
-        ("auto", "float32", "bfloat16", "float16"),
+        "Number format of the language model. SAEs are always float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     ),
-    "seed": Option("common", int, 42, "seed of initialisation, order and random draws", low=0),
+    "seed": Option(
+        "common",
+        int,
+        42,
+        "Seed of the initialisation, of the order of the text and of random draws.",
+        low=0,
+    ),
     "trust_remote_code": Option(
-        "lm", boolean, False, "run code that comes with the language model"
+        "lm", boolean, False, "Run code that comes with the language model."
     ),
     "config": Option(
         "common",
         str,
         None,
-        "file of options: YAML, JSON, or the .json recipe beside trained weights; what is typed wins",
+        "File with options: YAML, JSON, or the .json recipe beside trained weights. Typed "
+        "options win over it.",
     ),
-    "debug": Option("common", boolean, False, "show the whole traceback of an error"),
+    "debug": Option("common", boolean, False, "Show the whole traceback of an error."),
     # text
-    "batch_size": Option("text", int, None, "rows a step (default: 64; demo LM: 16)", low=1),
-    "max_length": Option("text", int, None, "tokens a row (default: 512; demo LM: 256)", low=2),
-    "max_samples": Option("text", int, None, "rows to use at most (default: all)", low=1),
-    "max_tokens": Option("text", int, None, "tokens of text to use at most (default: all)", low=1),
+    "batch_size": Option(
+        "text", int, None, "Rows per step. Default: 64; with the demo LM 16.", low=1
+    ),
+    "max_length": Option(
+        "text", int, None, "Tokens per row. Default: 512; with the demo LM 256.", low=2
+    ),
+    "max_samples": Option("text", int, None, "Use at most this many rows. Default: all.", low=1),
+    "max_tokens": Option(
+        "text", int, None, "Use at most this many tokens of the text. Default: all.", low=1
+    ),
     "split": Option(
         "text",
         str,
         None,
-        "split to read (default: each stage its own)",
-        ("train", "eval", "apply", "all"),
+        "Split of the text to read. Default: train for train.py, eval for evaluate.py, "
+        "apply for apply.py.",
+        choices=("train", "eval", "apply", "all"),
     ),
-    "text_key": Option("text", str, "text", "key of the text in each record"),
+    "text_key": Option("text", str, "text", "Key of the text in each record."),
     "chunking": Option(
         "text",
         str,
         "pack",
-        "pack: rows are full; words: the documented pieces of max_length words",
-        ("pack", "words"),
+        "How documents become rows. pack fills every row; words cuts pieces of max_length "
+        "words, as the published code does.",
+        choices=("pack", "words"),
     ),
-    "max_bad_frac": Option("text", float, 0.01, "share of damaged lines that is accepted", low=0),
+    "max_bad_frac": Option(
+        "text", float, 0.01, "Accept at most this share of damaged lines.", low=0
+    ),
     "include_special": Option(
-        "text", boolean, False, "count special tokens and position 0 too (for comparison only)"
+        "text",
+        boolean,
+        False,
+        "Also count special tokens and position 0. Meant for comparison with published figures.",
     ),
     # the SAE
     "hidden_size": Option(
-        "sae", int, None, "check: width of the language model (default: read from it)", low=1
+        "sae",
+        int,
+        None,
+        "Width that the language model is expected to have; another one is an error. "
+        "Default: not checked.",
+        low=1,
     ),
     "n_layers": Option(
-        "sae export", int, None, "check: number of its blocks (default: read from it)", low=1
+        "sae export",
+        int,
+        None,
+        "Number of blocks that the language model is expected to have; another one is an "
+        "error. Default: not checked.",
+        low=1,
     ),
-    "latent_size": Option("sae", int, None, "latents (default: 16384; demo LM: 2048)", low=1),
+    "latent_size": Option(
+        "sae", int, None, "Number of latents. Default: 16384; with the demo LM 2048.", low=1
+    ),
     "k": Option(
         "sae export",
         int,
         None,
-        "active latents a token; several values train one SAE each (default: 64; demo LM: 16)",
+        "Active latents per token. Several values train one SAE each. Default: 64; with the "
+        "demo LM 16.",
         low=1,
         many=True,
     ),
@@ -171,62 +218,85 @@ OPTIONS: dict[str, Option] = {
         "sae export",
         int,
         None,
-        "site of single-layer models; several train one SAE each (default: 3/4 of the depth)",
+        "Site of models that read one site. Several values train one SAE each. Default: "
+        "three quarters of the depth.",
         low=1,
         many=True,
     ),
     "start_layer": Option(
-        "sae", int, None, "first routed site (default: a quarter of the depth)", low=1
+        "sae",
+        int,
+        None,
+        "First of the sites that a routed model reads. Default: a quarter of the depth.",
+        low=1,
     ),
     "end_layer": Option(
         "sae",
         int,
         None,
-        "site after the last routed one (default: three quarters of the depth, plus 1)",
+        "Site after the last one that a routed model reads. Default: three quarters of the "
+        "depth, plus 1.",
         low=2,
     ),
     "l1_coeff": Option(
         "sae",
         float,
         None,
-        "L1 (JumpReLU: L0) coefficient; several values train one SAE each (default: auto)",
+        "Coefficient of the L1 penalty, for JumpReLU of the L0 penalty. Several values "
+        "train one SAE each. Default: chosen for the model.",
         low=0,
         many=True,
     ),
     "threshold": Option(
+        "sae", float, None, "Initial threshold of JumpReLU. Default: chosen for the width.", above=0
+    ),
+    "bandwidth": Option(
         "sae",
         float,
         None,
-        "initial JumpReLU threshold (default: auto, scaled to the width)",
+        "Width of the window in which JumpReLU's threshold gets a gradient. Default: chosen "
+        "for the width.",
         above=0,
-    ),
-    "bandwidth": Option(
-        "sae", float, None, "width of JumpReLU's gradient window (default: auto)", above=0
     ),
     "target_l0": Option(
         "sae",
         float,
         None,
-        "steer sparsity to this many active latents; several: an SAE each (default: off)",
+        "Adjust the sparsity coefficient until this many latents are active per token. "
+        "Several values train one SAE each. Default: off.",
         above=0,
         many=True,
     ),
     "sparsity_warmup": Option(
-        "sae", float, None, "share of the run over which the coefficient rises from 0", low=0
+        "sae",
+        float,
+        None,
+        "Share of the run over which the sparsity coefficient rises from 0. Default: 0.05; "
+        "0 with --recipe published.",
+        low=0,
     ),
-    "aggre": Option("sae", str, None, "how the router joins the sites' states", ("sum", "mean")),
+    "aggre": Option(
+        "sae",
+        str,
+        None,
+        "How the router combines the states of the sites. Default: sum.",
+        choices=("sum", "mean"),
+    ),
     "routing": Option(
         "sae",
         str,
         None,
-        "one site a token, a mixture, a random one, shuffled, or the best",
-        ("hard", "soft", "random", "permuted", "oracle"),
+        "Site of a token: the router's choice (hard), a mixture of all (soft), a random "
+        "one, the choice of another token (permuted), or the best one (oracle). Default: "
+        "hard.",
+        choices=("hard", "soft", "random", "permuted", "oracle"),
     ),
     "route_shares": Option(
         "sae",
         float,
         None,
-        "share of each routed site: random routing (default: uniform), frozen router",
+        "Share of tokens per routed site, for --routing random and for a frozen router. "
+        "Default: uniform.",
         low=0,
         many=True,
     ),
@@ -234,39 +304,67 @@ OPTIONS: dict[str, Option] = {
         "sae",
         str,
         None,
-        "where the router's gradient comes from (docs/routing.md)",
-        ("published", "expected", "advantage", "ste", "frozen"),
+        "What gives the router its gradient (docs/routing.md). Default: expected; published "
+        "with --recipe published.",
+        choices=("published", "expected", "advantage", "ste", "frozen"),
     ),
     "router_balance": Option(
-        "sae", str, None, "what keeps the sites' load even", ("none", "switch", "bias")
+        "sae",
+        str,
+        None,
+        "What keeps the load of the sites even. Default: switch; none with --recipe published.",
+        choices=("none", "switch", "bias"),
     ),
     "router_balance_coef": Option(
-        "sae", float, None, "its weight, or the bias's step (default: .02, .001)", low=0
+        "sae",
+        float,
+        None,
+        "Weight of the switch loss, or step of the bias. Default: 0.02 for switch, 0.001 for bias.",
+        low=0,
     ),
     "route_scale": Option(
         "sae",
         str,
         None,
-        "what multiplies the chosen state (default: p for published, else one)",
-        ("p", "one", "ste"),
+        "Factor of the chosen state: the router's probability (p), one, or a "
+        "straight-through one (ste). Default: p for the published objective, else one.",
+        choices=("p", "one", "ste"),
     ),
     "auxk_coeff": Option(
-        "sae", float, None, "weight of the auxiliary loss that revives dead latents", low=0
+        "sae",
+        float,
+        None,
+        "Weight of the auxiliary loss that revives dead latents. Default: 1/32; 0 with "
+        "--recipe published.",
+        low=0,
     ),
     "dead_tokens": Option(
         "sae",
         int,
         None,
-        "tokens without activation after which a latent is dead (default: auto)",
+        "A latent that has not fired for this many tokens is dead. "
+        "Default: 3 % of the tokens of the run, at most 10 million.",
         low=1,
     ),
-    "topk_relu": Option("sae", boolean, None, "clip negative values among the k"),
-    "b_pre_init": Option("sae", str, None, "initial pre_bias", ("geom_median", "mean", "zero")),
+    "topk_relu": Option(
+        "sae",
+        boolean,
+        None,
+        "Set negative values among the k largest to 0. Default: 0; 1 for BatchTopK.",
+    ),
+    "b_pre_init": Option(
+        "sae",
+        str,
+        None,
+        "Initial value of pre_bias, computed from the first batches. Default: geom_median; "
+        "zero with --recipe published.",
+        choices=("geom_median", "mean", "zero"),
+    ),
     "norm_eps": Option(
         "sae export",
         float,
         1e-5,
-        "added to the standard deviation when inputs are standardised",
+        "Added to the standard deviation when inputs are standardised.",
         above=0,
     ),
     # training
@@ -274,216 +372,288 @@ OPTIONS: dict[str, Option] = {
         "training",
         str,
         "TopK",
-        f"SAEs to train on the same batches: {', '.join(zoo.ZOO)}",
+        f"SAEs to train on the same batches: {', '.join(zoo.ZOO)}.",
         many=True,
     ),
     "recipe": Option(
         "training",
         str,
         "standard",
-        "the right form of each model, or the documented one",
-        ("standard", "published"),
+        "standard trains the recommended form of each model, published the form that the "
+        "paper documents.",
+        choices=("standard", "published"),
     ),
     "optimizer": Option(
         "training",
         str,
         None,
-        "signum: schedule-free sign of gradient; adam (default: by recipe)",
-        ("signum", "adam"),
+        "signum is a schedule-free sign of the gradient. Default: signum; adam with "
+        "--recipe published.",
+        choices=("signum", "adam"),
     ),
     "lr": Option(
         "training",
         float,
         None,
-        "learning rate (default: signum 5e-3/sqrt(latents/16384), for some models 0.3 of it; adam 5e-4)",
+        "Learning rate. Default: for signum 5e-3 / sqrt(latent_size / 16384), for some "
+        "models 0.3 of it; for adam 5e-4.",
         above=0,
     ),
-    "betas": Option("training", float, [0.9, 0.999], "betas of adam", low=0, count=2),
+    "betas": Option("training", float, [0.9, 0.999], "Betas of adam.", low=0, count=2),
     "grad_clip": Option(
-        "training", float, None, "largest gradient norm; 0: off (default: by recipe)", low=0
+        "training",
+        float,
+        None,
+        "Largest norm of the gradient; 0 turns clipping off. Default: 1; 0 with --recipe "
+        "published.",
+        low=0,
     ),
-    "num_epochs": Option("training", int, 1, "passes over the text", low=1),
+    "num_epochs": Option("training", int, 1, "Passes over the text.", low=1),
     "steps": Option(
         "training",
         int,
         None,
-        "decoder columns go back to unit norm every so many steps (default: by recipe)",
+        "Set decoder columns to unit norm every so many steps. Default: 1; 100 with "
+        "--recipe published.",
         low=1,
     ),
-    "tag": Option("training", str, None, "added to the names of the results"),
-    "overwrite": Option("training export", boolean, False, "replace results of the same name"),
+    "tag": Option("training", str, None, "Text added to the names of the results. Default: none."),
+    "overwrite": Option("training export", boolean, False, "Replace results of the same name."),
     "save_every": Option(
         "training",
         interval,
         (600.0, "s"),
-        "save the unfinished run: steps (500) or time (90s, 10m); 0: on signals (default: 10m)",
+        "Save the unfinished run every so many steps (500) or so much time (90s, 10m, 2h); "
+        "0 saves on signals only. Default: 10m.",
     ),
     "resume": Option(
         "training",
         str,
         "auto",
-        "auto: continue an unfinished run; never: start again (with --overwrite)",
-        ("auto", "never"),
+        "auto continues an unfinished run; never starts again, together with --overwrite.",
+        choices=("auto", "never"),
     ),
     "deterministic": Option(
-        "training", boolean, False, "on CUDA: only algorithms that repeat bit for bit (slower)"
+        "training",
+        boolean,
+        False,
+        "On CUDA, use only algorithms that repeat bit for bit. They are slower.",
     ),
     "compile_lm": Option(
         "training evaluation application",
         str,
         "auto",
-        "compile the language model's blocks: auto (CUDA, not short runs), yes, no",
-        ("auto", "yes", "no"),
+        "Compile the blocks of the language model. auto does so on CUDA, except in short runs.",
+        choices=("auto", "yes", "no"),
     ),
     "max_memory_hint": Option(
         "training",
         float,
         None,
-        "GB a run may need by estimate, more is refused (default: warn above what is free)",
+        "Refuse a run whose estimated memory is above this many GB. Default: warn above the "
+        "free memory.",
         above=0,
     ),
-    "use_wandb": Option("training", boolean, False, "log to Weights & Biases too"),
-    "wandb_project": Option("training", str, "RouteSAE-repro", "project name there"),
+    "use_wandb": Option("training", boolean, False, "Log to Weights & Biases too."),
+    "wandb_project": Option("training", str, "RouteSAE-repro", "Project at Weights & Biases."),
     # trained SAEs
     "SAE_path": Option(
         "inference export",
         str,
         None,
-        "checkpoints, folders or hub names (default: the newest)",
+        "Trained SAEs: checkpoints, folders or hub names. Default: the newest in the output "
+        "folder.",
         many=True,
     ),
     "format": Option(
         "export",
         str,
         "hf",
-        "hf: a Hugging Face folder with its card; saelens: one SAELens folder per site",
-        ("hf", "saelens"),
+        "hf writes a Hugging Face folder with a model card; saelens one SAELens folder per site.",
+        choices=("hf", "saelens"),
     ),
     "infer_k": Option(
-        "inference", int, None, "keep this many latents a token instead of the trained rule", low=1
+        "inference",
+        int,
+        None,
+        "Keep this many latents per token, instead of the trained rule. Default: the trained rule.",
+        low=1,
     ),
-    "theta": Option("inference", float, None, "keep latents above this value instead"),
+    "theta": Option(
+        "inference",
+        float,
+        None,
+        "Keep latents above this value, instead of the trained rule. Default: the trained rule.",
+    ),
     "metric": Option(
-        "evaluation", str, ["NormMSE"], f"what to measure: {', '.join(METRICS)}", METRICS, many=True
+        "evaluation",
+        str,
+        ["NormMSE"],
+        f"What to measure: {', '.join(METRICS)}.",
+        choices=METRICS,
+        many=True,
     ),
     "route_patch": Option(
         "evaluation",
         str,
         None,
-        "scaled: as trained; unscaled: the published form",
-        ("scaled", "unscaled"),
+        "How a routed reconstruction is put back: scaled as in training, or unscaled as in "
+        "the published code. Default: as the SAE was trained.",
+        choices=("scaled", "unscaled"),
     ),
     "act_threshold": Option(
         "application",
         float,
         None,
-        "strength a latent must exceed (default: 0.22 sqrt(hidden), 10 at 2048)",
+        "Activation that a latent must exceed. Default: 0.22 sqrt(hidden_size), which is 10 "
+        "at 2048.",
         low=0,
     ),
-    "threshold_rel": Option("application", float, None, "the same in units of sqrt(hidden)", low=0),
+    "threshold_rel": Option(
+        "application",
+        float,
+        None,
+        "Like --act_threshold, in units of sqrt(hidden_size). Default: 0.22.",
+        low=0,
+    ),
     "quantile": Option(
         "application",
         float,
         None,
-        "instead: above this quantile of each latent's own activations, estimated from a sample",
+        "Instead of a threshold: exceed this quantile of the latent's own activations, "
+        "estimated from a sample. Default: off.",
         low=0,
     ),
     "context_length": Option(
-        "application", int, 64, "tokens shown on each side of the active one", low=1
+        "application", int, 64, "Tokens kept on each side of the active token.", low=1
     ),
     "max_per_token": Option(
         "application",
         int,
         2,
-        "contexts of one latent at most for one token class (stripped, lower-cased text)",
+        "Keep at most this many contexts per latent and token class. A class is the text of "
+        "the token, stripped and in lower case.",
         low=1,
     ),
-    "lines": Option("application", int, 4, "contexts a latent needs to be kept", low=1),
-    "top_n": Option("application", int, 20, "strongest contexts kept of each latent", low=1),
+    "lines": Option("application", int, 4, "Drop latents with fewer contexts than this.", low=1),
+    "top_n": Option(
+        "application", int, 20, "Keep this many of the strongest contexts per latent.", low=1
+    ),
     "effect": Option(
         "application",
         int,
         0,
-        "measure for this many latents what removing them does to the next-token distribution",
+        "For this many latents, measure how removing them changes the next-token distribution.",
         low=0,
     ),
+    "gzip": Option("application", boolean, False, "Compress the contexts file."),
     "sample_latents": Option(
-        "interpretation", int, 100, "features to label, drawn at random; 0: all", low=0
+        "interpretation", int, 100, "Label this many latents, drawn at random; 0 labels all.", low=0
     ),
     "engine": Option(
         "interpretation",
         str,
         "gpt-4o-mini",
-        "model at the endpoint; `heuristic` labels by rule, without any endpoint",
+        "Model at the endpoint. `heuristic` labels by rules, without an endpoint.",
     ),
     "api_base": Option(
-        "interpretation", str, None, "address of an OpenAI-compatible endpoint (default: OpenAI's)"
+        "interpretation", str, None, "Address of an OpenAI-compatible endpoint. Default: OpenAI."
     ),
     "api_type": Option(
-        "interpretation", str, "auto", "form of the endpoint", ("auto", "openai", "azure")
+        "interpretation",
+        str,
+        "auto",
+        "Protocol of the endpoint. auto decides by its address.",
+        choices=("auto", "openai", "azure"),
     ),
-    "api_version": Option("interpretation", str, None, "Azure's API version"),
+    "api_version": Option(
+        "interpretation", str, None, "API version of Azure. Default: 2024-02-15-preview."
+    ),
     "api_key": Option(
         "interpretation",
         str,
         None,
-        "key; visible to others on this machine (prefer $OPENAI_API_KEY)",
+        "Key of the endpoint. Other users of this machine can see it: prefer the "
+        "environment. Default: $OPENAI_API_KEY.",
     ),
-    "api_key_file": Option("interpretation", str, None, "file that holds the key"),
-    "concurrency": Option("interpretation", int, 8, "requests at one time", low=1),
+    "api_key_file": Option("interpretation", str, None, "File with the key. Default: none."),
+    "concurrency": Option("interpretation", int, 8, "Requests sent at one time.", low=1),
     "requests_per_minute": Option(
-        "interpretation", float, None, "send no more than this (default: no limit)", above=0
+        "interpretation",
+        float,
+        None,
+        "Send at most this many requests per minute. Default: no limit.",
+        above=0,
     ),
-    "timeout": Option("interpretation", float, 60.0, "seconds to wait for one answer", above=0),
-    "budget_usd": Option("interpretation", float, None, "stop once this much is spent", above=0),
+    "timeout": Option("interpretation", float, 60.0, "Seconds to wait for an answer.", above=0),
+    "budget_usd": Option(
+        "interpretation",
+        float,
+        None,
+        "Stop once this many US dollars are spent. Default: no limit.",
+        above=0,
+    ),
     "budget_tokens": Option(
-        "interpretation", int, None, "stop once this many tokens are used", low=1
+        "interpretation",
+        int,
+        None,
+        "Stop once this many tokens are used. Default: no limit.",
+        low=1,
     ),
     "dry_run": Option(
-        "interpretation", boolean, False, "write the prompts and their size, send nothing"
+        "interpretation", boolean, False, "Write the prompts and their size, but send nothing."
     ),
     "score": Option(
         "interpretation",
         str,
         None,
-        "test each label on contexts it was not made from",
-        ("detection", "fuzzing"),
+        "Test each label on contexts that it was not made from. Default: no test.",
+        choices=("detection", "fuzzing"),
         many=True,
     ),
+    # steering
     "set": Option(
-        "steering", assignment, None, "latents held at a strength, LATENT=VALUE ...", many=True
+        "steering", assignment, None, "Hold latents at these values. Default: none.", many=True
     ),
-    "add": Option("steering", assignment, None, "latents raised by a strength", many=True),
-    "multiply": Option("steering", assignment, None, "latents multiplied", many=True),
-    "zero": Option("steering", int, None, "latents switched off", low=0, many=True),
-    "prompt": Option("steering", str, None, "texts to continue", many=True),
+    "add": Option("steering", assignment, None, "Add these values to latents.", many=True),
+    "multiply": Option(
+        "steering", assignment, None, "Multiply latents by these values.", many=True
+    ),
+    "zero": Option("steering", int, None, "Switch these latents off.", low=0, many=True),
+    "prompt": Option("steering", str, None, "Texts to continue.", many=True),
     "prompts": Option(
-        "steering", str, None, "file of them: .txt (one a line) or conversations (.json, .jsonl)"
+        "steering",
+        str,
+        None,
+        "File of texts to continue: .txt with one per line, or .json and .jsonl with "
+        "conversations.",
     ),
-    "max_new_tokens": Option("steering", int, 40, "tokens to write", low=1),
+    "max_new_tokens": Option("steering", int, 40, "Tokens to write.", low=1),
     "temperature": Option(
         "steering",
         float,
         0.0,
-        "0: the likeliest token; above: drawn, seeded alike with and without the edit",
+        "0 takes the most likely token. Above 0 tokens are drawn, with the same seed with "
+        "and without the edit.",
         low=0,
     ),
     "mode": Option(
         "steering",
         str,
         "delta",
-        "add the change alone, or replace the state by the edited code",
-        ("delta", "replace"),
+        "delta adds the change of the code alone; replace puts the decoded code in place of "
+        "the state.",
+        choices=("delta", "replace"),
     ),
     "site": Option(
         "steering",
         int,
         None,
-        "where an SAE of several sites is edited (default: where the latent is strongest)",
+        "Site at which an SAE of several sites is edited. Default: where the latent is strongest.",
         low=1,
     ),
-    "gzip": Option("application", boolean, False, "compress the contexts file"),
 }
+# Sections of each stage's command line, in the order of its --help.
 STAGES: dict[str, tuple[str, ...]] = {
     "train": ("training", "sae", "text", "lm", "common"),
     "evaluate": ("evaluation", "inference", "text", "sae", "lm", "common"),
@@ -500,11 +670,12 @@ ABOUT = {
     "export": "Write trained sparse autoencoders in the formats of other libraries.",
     "steer": "Continue texts with latents set, added to, multiplied or switched off.",
 }
-SHARED_OUT = (
-    "train",
-    "evaluate",
-    "apply",
-)  # stages that several processes may share out (src/distributed.py)
+PRECEDENCE = (
+    "Typed options win over the --config file, the file over the recipe of a checkpoint, "
+    "and the recipe over the defaults above."
+)
+# Stages that several processes may share (src/distributed.py).
+SHARED_STAGES = ("train", "evaluate", "apply")
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
 # What a recipe sets beside the constructor values in the zoo.
@@ -512,123 +683,115 @@ RECIPES: dict[str, dict[str, Any]] = {
     "standard": {"optimizer": "signum", "grad_clip": 1.0, "steps": 1},
     "published": {"optimizer": "adam", "grad_clip": 0.0, "steps": 100, "include_special": True},
 }
-# Options that change nothing about the weights.
+# Defaults that depend on the language model: (with any other, with the demo LM).
+SIZES: dict[str, tuple[Any, Any]] = {
+    "batch_size": (64, 16),
+    "max_length": (512, 256),
+    "latent_size": (16384, 2048),
+    "k": ([64], [16]),
+}
+STAGE_SPLIT = {"train": "train", "evaluate": "eval", "apply": "apply"}
+# Options that do not change the trained weights.
 NEUTRAL = frozenset(
-    "output_dir config debug tag overwrite save_every resume max_memory_hint use_wandb wandb_project device device_map trust_remote_code "
-    "typed from_file stage".split()
+    "output_dir config debug tag overwrite save_every resume max_memory_hint use_wandb "
+    "wandb_project device device_map trust_remote_code typed from_file stage".split()
 )
 SECRET = frozenset({"api_key", "api_key_file"})
 
 
+# --------------------------------------------------------------------------------- command lines
+
+
 class _Parser(argparse.ArgumentParser):
-    reading = ""  # the file whose options are being parsed
+    source = ""  # prefix of error messages: the file whose options are being parsed
 
     def error(self, message: str) -> None:
-        self.exit(
-            2,
-            f"{self.prog}: error: {self.reading}{message}; see --help\n"
-            if os.environ.get("RANK", "0") == "0"
-            else None,
-        )
+        is_main = os.environ.get("RANK", "0") == "0"
+        line = f"{self.prog}: error: {self.source}{message}; see --help\n"
+        self.exit(2, line if is_main else None)
+
+
+def small_parser(module: str, about: str) -> argparse.ArgumentParser:
+    """Command line of a small program beside the stages, run by `python -m MODULE`."""
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+
+
+def _options_of(stage: str) -> Iterator[tuple[str, Option]]:
+    for name, option in OPTIONS.items():
+        if set(option.group.split()) & set(STAGES[stage]):
+            yield name, option
+
+
+def _help_of(option: Option) -> str:
+    """The help text; a plain default is added to it."""
+    default = option.default
+    if default is None or "Default:" in option.help:
+        return option.help
+    if option.type is boolean:
+        default = int(default)
+    values = default if isinstance(default, list) else [default]
+    return f"{option.help} Default: {' '.join(map(str, values))}."
+
+
+def _argument(option: Option) -> dict[str, Any]:
+    """Arguments of argparse.add_argument for an option."""
+    argument: dict[str, Any] = {"type": option.type, "help": _help_of(option).replace("%", "%%")}
+    if option.type is boolean:
+        return argument | {"nargs": "?", "const": True, "metavar": "0|1"}
+    if option.many or option.count:
+        argument["nargs"] = option.count or "+"
+    if option.choices:
+        argument["choices"] = option.choices
+    elif option.type is assignment:
+        argument["metavar"] = "LATENT=VALUE"
+    else:
+        argument["metavar"] = option.type.__name__.upper()
+    return argument
 
 
 def parser(stage: str) -> _Parser:
-    """The command line of one stage. Absent options stay absent, so that what was typed is known."""
-    order = "What is typed wins over the --config file, that over the recipe of a checkpoint, that over the defaults here."
-    usage = "%(prog)s [options]" + (" [contexts]" if stage == "interpret" else "")
-    made = _Parser(
+    """The command line of one stage. Options that are not typed stay absent from its result."""
+    usage = "%(prog)s [options]"
+    if stage == "interpret":
+        usage += " [contexts]"
+    command_line = _Parser(
         f"{stage}.py",
         usage,
         ABOUT[stage],
-        order,
+        PRECEDENCE,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for group in STAGES[stage]:
-        section = made.add_argument_group(group)
-        for name, row in OPTIONS.items():
-            if group not in row.group.split():
-                continue
-            default = (
-                " ".join(map(str, row.default)) if isinstance(row.default, list) else row.default
-            )
-            shown = (
-                f" (default: {default})"
-                if row.default is not None and "$" not in row.help and "default" not in row.help
-                else ""
-            )
-            extra: dict[str, Any] = {
-                "type": row.type,
-                "help": (row.help + shown).replace("%", "%%"),
-            }
-            if row.type is boolean:
-                extra |= {"nargs": "?", "const": True, "metavar": "0|1"}
-            elif row.many or row.count:
-                extra["nargs"] = row.count or "+"
-            if row.choices:
-                extra["choices"] = row.choices
-            elif row.type is not boolean:
-                extra["metavar"] = (
-                    "LATENT=VALUE" if row.type is assignment else row.type.__name__.upper()
-                )
-            section.add_argument(f"--{name}", **extra)
+        section = command_line.add_argument_group(group)
+        for name, option in OPTIONS.items():
+            if group in option.group.split():
+                section.add_argument(f"--{name}", **_argument(option))
     if stage == "interpret":
-        made.add_argument(
-            "contexts", nargs="?", default=None, help="contexts file (default: the newest)"
-        )
-    return made
+        text = "Contexts file. Default: the newest."
+        command_line.add_argument("contexts", nargs="?", default=None, help=text)
+    return command_line
 
 
 def parse(stage: str, argv: Sequence[str] | None = None) -> Namespace:
-    """Options of a stage, checked as far as that goes without a language model. `typed` names those the user gave.
+    """Options of a stage, checked as far as that is possible without a language model.
 
-    A bad value ends the program with one line and exit code 2, as argparse does.
+    cfg.typed names the options that the user gave, cfg.from_file those that the --config file
+    gave. A bad value ends the program with one line and exit code 2, as argparse does.
     """
-    made = parser(stage)
-    given = vars(made.parse_args(argv))
-    cfg = Namespace(
-        **{
-            name: row.default
-            for name, row in OPTIONS.items()
-            if set(row.group.split()) & set(STAGES[stage])
-        }
-    )
-    for name, variable in ENVIRONMENT.items():
-        if hasattr(cfg, name):
-            setattr(cfg, name, os.environ.get(variable) or getattr(cfg, name))
+    command_line = parser(stage)
+    typed = vars(command_line.parse_args(argv))
+    cfg = Namespace(**_defaults(stage))
     try:
-        from_file = _from_file(given["config"], stage, made) if given.get("config") else {}
-        vars(cfg).update(from_file | given)
-        cfg.typed, cfg.from_file, cfg.stage = (
-            set(given) | set(from_file),
-            set(from_file) - set(given),
-            stage,
-        )
+        from_file = _from_file(typed.get("config"), stage, command_line)
+        vars(cfg).update(from_file | typed)
+        cfg.typed = set(typed) | set(from_file)
+        cfg.from_file = set(from_file) - set(typed)
+        cfg.stage = stage
         check(cfg)
     except ValueError as error:
-        made.error(str(error))
+        command_line.error(str(error))
     return cfg
-
-
-def _from_file(path: str, stage: str, made: _Parser) -> dict[str, Any]:
-    """What a --config file says for this stage, parsed as if it were typed; options of other stages are passed over."""
-    options, said = config_file.read(path, stage, OPTIONS)
-    if said:
-        print(said)
-    mine = {
-        name for name, row in OPTIONS.items() if set(row.group.split()) & set(STAGES[stage])
-    } - {"config"}
-    mine -= (
-        {"data_path"} if stage == "interpret" else set()
-    )  # there it means contexts, in a file for all stages text
-    made.reading = f"--config {path}: "
-    parsed = vars(
-        made.parse_args(
-            config_file.words({name: value for name, value in options.items() if name in mine})
-        )
-    )
-    made.reading = ""
-    return {name: value for name, value in parsed.items() if name in mine}
 
 
 def parse_args() -> Namespace:
@@ -636,192 +799,259 @@ def parse_args() -> Namespace:
     return parse("train")
 
 
+def _defaults(stage: str) -> dict[str, Any]:
+    values = {name: option.default for name, option in _options_of(stage)}
+    for name, variable in ENVIRONMENT.items():
+        if name in values:
+            values[name] = os.environ.get(variable) or values[name]
+    return values
+
+
+def _from_file(path: str | None, stage: str, command_line: _Parser) -> dict[str, Any]:
+    """Options of a --config file, parsed as if they were typed; those of other stages are left."""
+    if not path:
+        return {}
+    options, message = config_file.read(path, stage, OPTIONS)
+    if message:
+        print(message)
+    names = {name for name, _ in _options_of(stage)} - {"config"}
+    if stage == "interpret":
+        # A file for all stages means the text by data_path; here it would mean contexts.
+        names -= {"data_path"}
+    words = config_file.words({name: value for name, value in options.items() if name in names})
+    command_line.source = f"--config {path}: "
+    parsed = vars(command_line.parse_args(words))
+    command_line.source = ""
+    return {name: value for name, value in parsed.items() if name in names}
+
+
+# ------------------------------------------------------------------------------------ the checks
+
+
 def check(cfg: Namespace) -> None:
-    """Raises ValueError for a value out of range, an unknown model or options that exclude each other; mends lists."""
-    for name, row in OPTIONS.items():
+    """Check values and combinations; turn single values of options that take several into lists.
+
+    Raises ValueError for a value out of range, an unknown model, or options that exclude each
+    other.
+    """
+    for name, option in OPTIONS.items():
         value = getattr(cfg, name, None)
-        if row.many and value is not None and not isinstance(value, list | tuple):
-            value = [value]
-            setattr(cfg, name, value)
-        if value is None or row.type not in (int, float):
+        if value is None:
             continue
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if one != one or abs(one) == float("inf"):
-                raise ValueError(f"--{name} {one}: not a finite number")
-            if row.low is not None and one < row.low:
-                raise ValueError(f"--{name} {one}: must be at least {row.low}")
-            if row.above is not None and one <= row.above:
-                raise ValueError(f"--{name} {one}: must be above {row.above}")
+        values = value if isinstance(value, list | tuple) else [value]
+        if option.many:
+            setattr(cfg, name, values)
+        if option.type in (int, float):
+            for number in values:
+                _check_range(name, option, number)
     if getattr(cfg, "betas", None) and max(cfg.betas) >= 1:
         raise ValueError(f"--betas {' '.join(map(str, cfg.betas))}: each must be below 1")
-    if getattr(cfg, "model", None):
-        cfg.model = list(dict.fromkeys(zoo.canonical(name) for name in cfg.model))
-    if getattr(cfg, "infer_k", None) is not None and getattr(cfg, "theta", None) is not None:
-        raise ValueError("--infer_k and --theta exclude each other; give one")
-    thresholds = [
-        name
-        for name in ("act_threshold", "threshold_rel", "quantile")
-        if getattr(cfg, name, None) is not None
-    ]
-    if len(thresholds) > 1:
-        raise ValueError(f"--{' and --'.join(thresholds)} exclude each other; give one")
-    objective, routing = getattr(cfg, "router_objective", None), getattr(cfg, "routing", None)
-    if (
-        cfg.stage == "train"
-        and objective not in (None, "published")
-        and routing not in (None, "hard", "permuted")
-    ):
-        raise ValueError(
-            f"--router_objective {objective} chooses one site a token; it needs --routing hard, not {routing}"
-        )
     if (getattr(cfg, "quantile", None) or 0) >= 1:
         raise ValueError(f"--quantile {cfg.quantile}: must be below 1")
+    if getattr(cfg, "model", None):
+        cfg.model = list(dict.fromkeys(zoo.canonical(name) for name in cfg.model))
+    _check_exclusive(cfg, "infer_k", "theta")
+    _check_exclusive(cfg, "act_threshold", "threshold_rel", "quantile")
+    if cfg.stage == "train":
+        _check_routing(cfg)
+
+
+def _check_range(name: str, option: Option, number: float) -> None:
+    if number != number or abs(number) == float("inf"):
+        raise ValueError(f"--{name} {number}: not a finite number")
+    if option.low is not None and number < option.low:
+        raise ValueError(f"--{name} {number}: must be at least {option.low}")
+    if option.above is not None and number <= option.above:
+        raise ValueError(f"--{name} {number}: must be above {option.above}")
+
+
+def _check_exclusive(cfg: Namespace, *names: str) -> None:
+    present = [name for name in names if getattr(cfg, name, None) is not None]
+    if len(present) > 1:
+        raise ValueError(f"--{' and --'.join(present)} exclude each other; give one")
+
+
+def _check_routing(cfg: Namespace) -> None:
+    objective, routing = cfg.router_objective, cfg.routing
+    if objective in (None, "published") or routing in (None, "hard", "permuted"):
+        return
+    raise ValueError(
+        f"--router_objective {objective} chooses one site per token; "
+        f"it needs --routing hard, not {routing}"
+    )
+
+
+# ------------------------------------------------------------------------- values that depend
 
 
 def complete(cfg: Namespace) -> Namespace:
-    """Fills what depends on the language model's size or the recipe and was not typed. Raises ValueError where k > latent_size."""
-    demo = bool(cfg.model_path) and Path(cfg.model_path).resolve() == DEMO_LM
-    sizes = {
-        "batch_size": (64, 16),
-        "max_length": (512, 256),
-        "latent_size": (16384, 2048),
-        "k": ([64], [16]),
-    }
-    for name, (real, small) in sizes.items():
+    """Set what was not typed and depends on the language model, the recipe or the stage.
+
+    Raises ValueError where k is larger than latent_size.
+    """
+    is_demo = bool(cfg.model_path) and Path(cfg.model_path).resolve() == DEMO_LM
+    for name, (size, demo_size) in SIZES.items():
         if getattr(cfg, name, 0) is None:
-            setattr(cfg, name, small if demo else real)
+            setattr(cfg, name, demo_size if is_demo else size)
     for name, value in RECIPES[getattr(cfg, "recipe", "standard")].items():
         if name not in cfg.typed and hasattr(cfg, name):
             setattr(cfg, name, value)
     if getattr(cfg, "split", 0) is None:
-        cfg.split = {"train": "train", "evaluate": "eval", "apply": "apply"}[cfg.stage]
-    if cfg.stage == "train":
-        if max(cfg.k) > cfg.latent_size:
-            raise ValueError(f"--k {max(cfg.k)} is more than --latent_size {cfg.latent_size}")
+        cfg.split = STAGE_SPLIT[cfg.stage]
+    if cfg.stage == "train" and max(cfg.k) > cfg.latent_size:
+        raise ValueError(
+            f"--k {max(cfg.k)} is more than --latent_size {cfg.latent_size}; lower --k"
+        )
     return cfg
 
 
 def model_options(cfg: Namespace, name: str) -> dict[str, Any]:
-    """Constructor options of one model of the zoo: typed > recipe of the model > default. Swept options keep their lists."""
+    """Constructor options of one model: typed > recipe of the model > default.
+
+    Swept options keep their lists.
+    """
     entry = zoo.ZOO[name]
-    recipe = dict(
-        entry.published if getattr(cfg, "recipe", "standard") == "published" else entry.standard
-    )
-    common = ("latent_size", "norm_eps", "seed", "start_layer", "end_layer")
-    shared = {key: getattr(cfg, key) for key in common if getattr(cfg, key, None) is not None}
-    own = {key: getattr(cfg, key) for key in entry.options if getattr(cfg, key, None) is not None}
-    return (
-        shared
-        | {k: v for k, v in own.items() if k not in cfg.typed}
-        | recipe
-        | {k: v for k, v in own.items() if k in cfg.typed}
-    )
+    is_published = getattr(cfg, "recipe", "standard") == "published"
+    recipe = entry.published if is_published else entry.standard
+
+    def present(names: Sequence[str]) -> dict[str, Any]:
+        return {key: getattr(cfg, key) for key in names if getattr(cfg, key, None) is not None}
+
+    shared = present(("latent_size", "norm_eps", "seed", "start_layer", "end_layer"))
+    own = present(entry.options)
+    typed = {key: value for key, value in own.items() if key in cfg.typed}
+    untyped = {key: value for key, value in own.items() if key not in cfg.typed}
+    return shared | untyped | recipe | typed
 
 
 def learning_rate(cfg: Namespace, name: str) -> float:
-    """The typed one, else the default of the optimiser: for signum one that falls with the dictionary's size, in the model's own units."""
+    """The typed learning rate, else the default of the optimiser.
+
+    That of signum falls with the dictionary's size; its unit depends on the model.
+    """
     if cfg.lr is not None:
         return cfg.lr
-    return (
-        zoo.ZOO[name].lr * 5e-3 / (cfg.latent_size / 16384) ** 0.5
-        if cfg.optimizer == "signum"
-        else 5e-4
-    )
+    if cfg.optimizer == "signum":
+        return zoo.ZOO[name].lr * 5e-3 / (cfg.latent_size / 16384) ** 0.5
+    return 5e-4
 
 
 def unused(cfg: Namespace) -> list[str]:
-    """One line for each typed option that none of the chosen models uses. Files may hold options for all models."""
+    """One line for each typed option that none of the chosen models uses.
+
+    Options from a file are passed over: it may hold options for all models.
+    """
     lines = []
+    models = ", ".join(cfg.model)
     for name in sorted(cfg.typed - cfg.from_file):
         owners = [model for model, entry in zoo.ZOO.items() if name in entry.options]
-        if owners and len(owners) < len(zoo.ZOO) and not set(owners) & set(cfg.model):
-            lines.append(
-                f"--{name} does nothing for {', '.join(cfg.model)}; it belongs to {', '.join(owners)}"
-            )
+        is_common = len(owners) in (0, len(zoo.ZOO))
+        if not is_common and not set(owners) & set(cfg.model):
+            lines.append(f"--{name} does nothing for {models}; it belongs to {', '.join(owners)}")
     return lines
 
 
 def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
-    """Takes over what a checkpoint's recipe says about model, text and language model, for whatever was not typed.
+    """Take options that were not typed from a checkpoint's recipe: of model, text and LM.
 
-    Neither the split nor sizes of the training run (rows, tokens, device) are taken over.
+    Its split, its sizes (rows, tokens) and its device stay with the training run.
     """
-    own = NEUTRAL | config_file.NOT_INHERITED
-    saved = dict(recipe.get("options", {})) | {
-        key: recipe[key] for key in ("model_path", "data_path") if recipe.get(key)
-    }
+    saved = dict(recipe.get("options", {}))
+    saved |= {key: recipe[key] for key in ("model_path", "data_path") if recipe.get(key)}
     for name, value in saved.items():
-        if (
-            name in own
-            or name in cfg.typed
-            or name not in OPTIONS
-            or value is None
-            or not hasattr(cfg, name)
-        ):
-            continue
-        if name in ENVIRONMENT and os.environ.get(ENVIRONMENT[name]):
-            continue
-        kind = {float: (int, float), boolean: (bool, int)}.get(
-            OPTIONS[name].type, OPTIONS[name].type
-        )
-        many = OPTIONS[name].many or OPTIONS[name].count
-        if isinstance(kind, type | tuple) and not all(
-            isinstance(one, kind)
-            for one in (value if many and isinstance(value, list) else [value])
-        ):
-            raise ValueError(f"the checkpoint's recipe says {name} {value!r}; give --{name}")
-        setattr(cfg, name, [value] if OPTIONS[name].many and not isinstance(value, list) else value)
+        if value is not None and _takes_from_recipe(cfg, name):
+            if not _has_type(OPTIONS[name], value):
+                message = f"the checkpoint's recipe says {name} {value!r}, which is no valid value"
+                raise ValueError(f"{message}; give --{name}")
+            as_list = OPTIONS[name].many and not isinstance(value, list)
+            setattr(cfg, name, [value] if as_list else value)
     check(cfg)
     return cfg
+
+
+def _takes_from_recipe(cfg: Namespace, name: str) -> bool:
+    of_the_run = name in NEUTRAL or name in config_file.NOT_INHERITED
+    in_environment = os.environ.get(ENVIRONMENT.get(name, ""))
+    is_open = name in OPTIONS and hasattr(cfg, name) and name not in cfg.typed
+    return is_open and not of_the_run and not in_environment
+
+
+def _has_type(option: Option, value: Any) -> bool:
+    """True where a value read from JSON has the type of the option."""
+    accepted = {int: int, str: str, float: (int, float), boolean: (bool, int)}.get(option.type)
+    is_list = isinstance(value, list) and (option.many or option.count)
+    values = value if is_list else [value]
+    return accepted is None or all(isinstance(item, accepted) for item in values)
+
+
+# ------------------------------------------------------------------------------------- the stages
 
 
 def run_stage(
     stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] | None = None
 ) -> int:
-    """Parses, calls function(cfg), and turns what went wrong into one line and an exit code.
+    """Parse the options, call function(cfg), and return the exit code.
 
-    The line may quote files, servers and language models: secrets and what a terminal would obey are taken out.
+    An error becomes one line. It may quote files, servers and language models; secrets and
+    control characters are removed from it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a terminal that lacks a letter ends no run
+            # A terminal without some letter must not end a run.
+            stream.reconfigure(errors="backslashreplace")
     cfg = parse(stage, argv)
-    speaks, leave = (lambda: True), (lambda: None)
     try:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            if stage not in SHARED_OUT:
-                raise ValueError(
-                    f"one of {os.environ['WORLD_SIZE']} processes; this stage takes one, run it without torchrun"
-                )
-            if os.environ.get("RANK", "0") != "0":
-                os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which torch does
-            from src import distributed
-
-            speaks, leave = distributed.first_to_end, distributed.stop
-            cfg.device = distributed.start(cfg.device)
+        job = _join_job(cfg)
         function(cfg)
-        leave()
+        if job is not None:
+            job.stop()
         return 0
     except KeyboardInterrupt as stop:
-        if speaks():
-            print(f"{stage}.py: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+        reason = f"; {stop}" if str(stop) else ""
+        if _ended_first():
+            print(f"{stage}.py: interrupted{reason}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError, RuntimeError) as error:
-        if (
-            type(error).__name__ == "OutOfMemoryError"
-        ):  # PyTorch's, which is not imported for a word of help
-            error = ValueError(f"{error}; lower --batch_size, or --max_length")
-        elif isinstance(error, RuntimeError):
+        # torch.OutOfMemoryError, without an import of torch.
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not out_of_memory:
             raise
-        if cfg.debug:
-            print(
-                printable(redacted(traceback.format_exc(), getattr(cfg, "api_key", None))),
-                file=sys.stderr,
-            )
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = redacted(" ".join(lines) or type(error).__name__, getattr(cfg, "api_key", None))
-        if speaks():
-            print(f"{stage}.py: error: {printable(said)}", file=sys.stderr, flush=True)
-        return getattr(error, "exit_code", 2)
+        _report(cfg, error, "; lower --batch_size, or --max_length" if out_of_memory else "")
+        return 2 if out_of_memory else getattr(error, "exit_code", 2)
+
+
+def _join_job(cfg: Namespace) -> ModuleType | None:
+    """Join the other processes, if there are several; returns src.distributed in that case."""
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if int(world) <= 1:
+        return None
+    if cfg.stage not in SHARED_STAGES:
+        raise ValueError(
+            f"{cfg.stage}.py runs in one process, but WORLD_SIZE is {world}; "
+            "start it without torchrun"
+        )
+    if os.environ.get("RANK", "0") != "0":
+        # tqdm reads it when it is imported, which torch does.
+        os.environ["TQDM_DISABLE"] = "1"
+    from src import distributed
+
+    cfg.device = distributed.start(cfg.device)
+    return distributed
+
+
+def _ended_first() -> bool:
+    """distributed.first_to_end(), without an import of torch."""
+    distributed = sys.modules.get("src.distributed")
+    return distributed is None or distributed.first_to_end()
+
+
+def _report(cfg: Namespace, error: Exception, advice: str) -> None:
+    """Print an error as one line, with --debug after its traceback."""
+    key = getattr(cfg, "api_key", None)
+    if cfg.debug:
+        print(printable(redacted(traceback.format_exc(), key)), file=sys.stderr)
+    text = f"{error}{advice}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    message = redacted(" ".join(lines) or type(error).__name__, key)
+    if _ended_first():
+        print(f"{cfg.stage}.py: error: {printable(message)}", file=sys.stderr, flush=True)
