@@ -4,5 +4,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 select="not gpu and not interop"
 if [ "${1:-}" = fast ]; then select="not gpu and not interop and not slow"; shift; fi
-ruff check src tests benchmarks examples ./*.py
+ruff check .
+ruff format --check .
 python -m pytest -q -m "$select" tests "$@"
