@@ -259,12 +259,8 @@ def _derive_recipe(
     these names and shapes, beginning with those that the file's name suggests. Raises ValueError
     if no model fits.
     """
-    prefix = "sae." if any(key.startswith("sae.") for key in weights) else ""
-    encoders = [
-        value
-        for key, value in weights.items()
-        if key.startswith(f"{prefix}encoder.") and key.endswith("weight")
-    ]
+    pattern = re.compile(r"(sae\.)?encoder\..*weight")
+    encoders = [value for key, value in weights.items() if pattern.fullmatch(key)]
     if not encoders:
         keys = ", ".join(list(weights)[:6])
         raise ValueError(f"{path} holds no encoder (keys: {keys}); no model here has such weights")
@@ -280,20 +276,17 @@ def _derive_recipe(
     for name in dict.fromkeys(map(zoo.canonical, names)):
         candidate = model.build(name, hidden_size, n_layers, options)
         if _shapes(candidate.state_dict()) == _shapes(weights):
-            _report_derived(path, name, candidate)
             sizes = {"hidden_size": hidden_size, "n_layers": n_layers}
-            return {"model": name, "config": dict(candidate.config) | sizes, "options": {}}
+            _report_derived(path, name, candidate.config)
+            return {"model": name, "config": candidate.config | sizes, "options": {}}
     shapes = ", ".join(f"{key} {shape}" for key, shape in list(_shapes(weights).items())[:8])
     raise ValueError(f"{path} fits no model known here: {shapes}")
 
 
-def _report_derived(path: Path, name: str, sae: SAE) -> None:
-    values = ", ".join(
-        f"{key} {value}"
-        for key, value in sae.config.items()
-        if key not in ("hidden_size", "latent_size")
-    )
-    print(f"{path.name}: no recipe beside it; taken for {name} with {values}")
+def _report_derived(path: Path, name: str, values: Mapping[str, Any]) -> None:
+    # The sizes cannot be wrong: they come from the shapes.
+    assumed = [f"{key} {value}" for key, value in values.items() if not key.endswith("_size")]
+    print(f"{path.name}: no recipe beside it; taken for {name} with {', '.join(assumed)}")
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

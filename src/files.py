@@ -159,23 +159,13 @@ def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Pat
     return write_atomic(path, lambda file: file.write(content))
 
 
-DAMAGED_JSON = (
-    json.JSONDecodeError,
-    UnicodeDecodeError,
-    gzip.BadGzipFile,
-    EOFError,
-    RecursionError,
-    zlib.error,
-)
-
-
 def load_json(path: str | os.PathLike) -> Any:
     """Read a JSON file, also a compressed one (`.gz`). Raises Unusable for a damaged file."""
     open_file = gzip.open if str(path).endswith(".gz") else open
     try:
         with open_file(path, "rt", encoding="utf-8") as file:
             return json.load(file)
-    except DAMAGED_JSON as error:
+    except (ValueError, EOFError, RecursionError, gzip.BadGzipFile, zlib.error) as error:
         raise Unusable(f"{path} is not readable JSON ({error})") from error
 
 

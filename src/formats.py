@@ -35,7 +35,7 @@ DEMO_LM_NAME = str(files.DEMO_LM.relative_to(files.ROOT))
 CARD_METRICS = ("NormMSE", "FVU", "L0", "Dead", "KLDiv", "DeltaCE")
 CARD_METRICS += ("Recovered_zero", "Recovered_mean")
 
-Contents = dict[str, Callable[[], bytes]]  # file name -> what makes its content
+Writers = dict[str, Callable[[Any], Any]]  # {file name: function that writes to an open file}
 
 
 # ------------------------------------------------------------------------------- an SAE of one site
@@ -230,14 +230,10 @@ def export(
         raise ValueError(f"{folder} exists already; --overwrite replaces it")
     evaluation = _read_evaluation(Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json", recipe)
     shown = public_recipe(recipe)
-    contents, how_to_load = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, shown)
-    contents["README.md"] = card(sae, shown, evaluation, how_to_load).encode
-    writers = {name: _writer(make) for name, make in contents.items()}
+    writers, how_to_load = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, shown)
+    text = card(sae, shown, evaluation, how_to_load)
+    writers["README.md"] = lambda file: file.write(text.encode())
     return files.write_folder(folder, writers, manifest=False)
-
-
-def _writer(make: Callable[[], bytes]) -> Callable[[Any], Any]:
-    return lambda file: file.write(make())
 
 
 def _read_evaluation(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,21 +269,21 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _safetensors(module: nn.Module) -> Callable[[], bytes]:
+def _safetensors(module: nn.Module) -> Callable[[Any], Any]:
+    """Writes the state dict in float32; the copy is made only then."""
     from safetensors.torch import save
 
-    def make() -> bytes:
-        tensors = {
-            name: value.cpu().float().contiguous().clone()
-            for name, value in module.state_dict().items()
-        }
-        return save(tensors, {"format": "pt"})
+    def write(file: Any) -> None:
+        weights = module.state_dict().items()
+        tensors = {name: value.cpu().float().contiguous().clone() for name, value in weights}
+        file.write(save(tensors, {"format": "pt"}))
 
-    return make
+    return write
 
 
-def _json(data: Any) -> Callable[[], bytes]:
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False).encode
+def _json(data: Any) -> Callable[[Any], Any]:
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    return lambda file: file.write(text.encode())
 
 
 LENS_LOADING = """\
@@ -306,7 +302,7 @@ LENS_ROUNDED = (
 )
 
 
-def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Contents, list[str]]:
+def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Writers, list[str]]:
     """(files of a folder for SAELens, lines of the card on how to load it)."""
     norm = {"none": "none", "token": "layer_norm"}[sae.input_norm]
     if norm == "layer_norm" and sae.norm_eps != LENS_EPS:
@@ -314,19 +310,19 @@ def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Contents, list[str]]:
             f"it standardises with norm_eps {sae.norm_eps:g}, SAELens with {LENS_EPS:g}, and the "
             f"codes differ; --norm_eps {LENS_EPS:g} exports it as if trained so"
         )
-    contents: Contents = {}
+    writers: Writers = {}
     by_site = site_saes(sae)
     for site_sae in by_site.values():
         folder = site_sae.cfg.hook_name
         config = _lens_config(site_sae, norm, recipe, sae.name)
-        contents[f"{folder}/{LENS_CONFIG}"] = _json(config)
-        contents[f"{folder}/{LENS_WEIGHTS}"] = _safetensors(site_sae)
+        writers[f"{folder}/{LENS_CONFIG}"] = _json(config)
+        writers[f"{folder}/{LENS_WEIGHTS}"] = _safetensors(site_sae)
     first = next(iter(by_site.values()))
     lines = LENS_LOADING.format(hook=first.cfg.hook_name).split("\n")
     lines += [LENS_ROUNDED if norm == "layer_norm" else LENS_EXACT]
     if first.caveat:
         lines += ["", first.caveat]
-    return contents, lines
+    return writers, lines
 
 
 def _lens_config(
@@ -383,10 +379,10 @@ python evaluate.py --SAE_path user/repository --metric NormMSE KLDiv
 HUB_LOADING += "data fingerprint, versions."
 
 
-def _hub_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Contents, list[str]]:
+def _hub_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Writers, list[str]]:
     """(files of a Hugging Face repository, lines of the card on how to load it)."""
-    contents = {HUB_CONFIG: _json(recipe), HUB_WEIGHTS: _safetensors(sae)}
-    return contents, HUB_LOADING.split("\n")
+    writers = {HUB_CONFIG: _json(recipe), HUB_WEIGHTS: _safetensors(sae)}
+    return writers, HUB_LOADING.split("\n")
 
 
 def card(
@@ -531,7 +527,6 @@ def _read_lens(
     name = _model_of(architecture)
     input_norm = _lens_input_norm(config)
     site = site_of(about.get("hook_name") or about.get("hook_point") or "")
-    _check_lens_tensors(tensors)
     weights = _state_dict(_folded(tensors, config, architecture))
     latent_size, hidden_size = weights["encoder.weight"].shape
     values = {
@@ -587,13 +582,6 @@ def _lens_input_norm(config: Mapping[str, Any]) -> str:
     return "none" if norm == "none" else "token"
 
 
-def _check_lens_tensors(tensors: Mapping[str, Tensor]) -> None:
-    missing = {"W_enc", "W_dec", "b_dec"} - set(tensors)
-    unknown = set(tensors) - set(STANDARD_NAMES)
-    if missing or unknown:
-        raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
-
-
 def _folded(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], architecture: str
 ) -> dict[str, Tensor]:
@@ -601,7 +589,10 @@ def _folded(
 
     Two are folded into the encoder, which leaves the code the same up to rounding: a decoder bias
     that is not subtracted from the input, and the norms of decoder rows that TopK ranks by.
+    Raises ValueError for other tensors than those of a standard form.
     """
+    if not {"W_enc", "W_dec", "b_dec"} <= tensors.keys() <= STANDARD_NAMES.keys():
+        raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
     folded = {name: value.float() for name, value in tensors.items()}
     if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
         norms = folded["W_dec"].norm(dim=-1)

@@ -1,4 +1,4 @@
-"""What the hub refuses is told apart in one line each; a fake hub refuses in each way, no network."""
+"""Each refusal of the hub has its own one-line message. A fake hub refuses; no network is used."""
 
 import subprocess
 import sys
@@ -16,14 +16,12 @@ NAME = "meta-llama/Llama-3.2-1B-Instruct"
 
 
 def http(kind, status):
-    return kind(
-        "the hub's own many lines",
-        response=SimpleNamespace(headers={}, request=None, status_code=status),
-    )
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind("the hub's own many lines", response=response)
 
 
 def wrapped(error):
-    """As transformers raises it: an OSError of its own, whose cause is the hub's."""
+    """The error as transformers raises it: as the cause of an OSError of its own."""
     try:
         try:
             raise error
@@ -33,6 +31,7 @@ def wrapped(error):
         return outer
 
 
+# case: (error, token in use, expected message)
 CASES = {
     "gated, no token": (
         http(errors.GatedRepoError, 401),
@@ -62,37 +61,35 @@ CASES = {
         "the hub cannot be reached: is there a network",
     ),
     "no network": (ConnectionError("refused"), None, "the hub cannot be reached"),
-    "the hub is ill": (http(errors.HfHubHTTPError, 503), None, "answered 503"),
+    "the hub has a fault": (http(errors.HfHubHTTPError, 503), None, "answered 503"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_refusal_has_its_own_line(monkeypatch, tmp_path, case):
-    error, token, said = CASES[case]
+    error, token, message = CASES[case]
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
 
-    def refuse(*_args, **_named):
+    def refuse(*_args, **_options):
         raise error
 
+    def refuse_as_transformers(*_args, **_options):
+        raise wrapped(error)
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match=said) as told:
+    with pytest.raises(ValueError, match=message) as caught:
         hub.download(NAME, tmp_path)
-    assert "\n" not in str(told.value)
-    monkeypatch.setattr(
-        transformers.AutoTokenizer,
-        "from_pretrained",
-        lambda *a, **k: (_ for _ in ()).throw(wrapped(error)),
-    )
-    with pytest.raises(ValueError, match=said) as told:
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse_as_transformers)
+    with pytest.raises(ValueError, match=message) as caught:
         lm.get_language_model(NAME, "cpu")
-    assert str(told.value).startswith(f"cannot load language model '{NAME}'") and "\n" not in str(
-        told.value
-    )
+    assert str(caught.value).startswith(f"cannot load language model '{NAME}'")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_error_that_is_not_the_hubs_keeps_its_own_words(monkeypatch, tmp_path):
-    def full(*_args, **_named):
+    def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
@@ -102,16 +99,9 @@ def test_an_error_that_is_not_the_hubs_keeps_its_own_words(monkeypatch, tmp_path
 
 def test_the_script_ends_with_code_2_and_one_line(tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-m", "src.hub", NAME, str(tmp_path / "model")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("download_model: error: ")
-        and "HF_HUB_OFFLINE" in done.stderr
-    )
-    assert done.stderr.count("\n") == 1
+    command = [sys.executable, "-m", "src.hub", NAME, str(tmp_path / "model")]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith("download_model: error: ")
+    assert "HF_HUB_OFFLINE" in process.stderr
+    assert process.stderr.count("\n") == 1
