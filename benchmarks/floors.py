@@ -1,8 +1,11 @@
-"""Floors: the least time a token can take, counted from shapes: FLOPs over the rate of matrix products plus bytes over the memory bandwidth.
+"""Floors: the least time that a token can take, counted from shapes.
 
-What is counted is what no implementation can leave out: the products a model is made of, elementwise work fused into one pass, codes written and
-read once, the rows of k active latents, one pass of the optimiser over the weights. Caches, launches and imperfect products are what an
-implementation pays above its floor. D hidden, F latents, L routed sites, k active latents; all counts are per token unless said otherwise.
+A floor is FLOPs over the rate of matrix products, plus bytes over the memory bandwidth. It counts
+what no implementation can leave out: the products of a model, elementwise work fused into one
+pass, codes written and read once, the rows of the k active latents, and one pass of the optimiser
+over the weights. An implementation pays for caches, kernel launches and imperfect products on top.
+
+All counts are per token, if nothing else is stated.
 """
 
 from __future__ import annotations
@@ -56,9 +59,8 @@ DATASHEET = {
     "H100": Machine("H100 SXM, datasheet", 989e12, 494e12, 67e12, 3.35e12),
     "H200": Machine("H200 SXM, datasheet", 989e12, 494e12, 67e12, 4.8e12),
 }
-H200_REACHED = Machine(
-    "H200, highest rates measured on one", 790e12, 395e12, 52e12, 4.3e12
-)  # fp32 without TF32 is assumed
+# The rate of fp32 without TF32 is assumed, not measured.
+H200_REACHED = Machine("H200, highest rates measured on one", 790e12, 395e12, 52e12, 4.3e12)
 LLAMA_1B = Shape(2048, 16, 32, 8, 64, 8192, 128256, 512, 64 * 512)
 STAGES = ("data", "LM", "gather", "encode", "top-k", "decode", "backward", "optimiser")
 
@@ -66,25 +68,30 @@ STAGES = ("data", "LM", "gather", "encode", "top-k", "decode", "backward", "opti
 def shape_of(config, length: int, step: int) -> Shape:
     """The Shape of a transformers configuration."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads, config.num_key_value_heads, head
     return Shape(
-        config.hidden_size,
-        config.num_hidden_layers,
-        *heads,
-        config.intermediate_size,
-        config.vocab_size,
-        length,
-        step,
+        hidden=config.hidden_size,
+        blocks=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head=head,
+        ffn=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        length=length,
+        step=step,
     )
 
 
 def blocks(shape: Shape, count: int, width: int = 2) -> Work:
-    """`count` decoder blocks: their products, causal attention over half the row on average, elementwise work fused; width: bytes of a number."""
-    s, queries, keys = shape, shape.heads * shape.head, shape.kv_heads * shape.head
-    weights = s.hidden * (2 * queries + 2 * keys) + 3 * s.hidden * s.ffn
-    attention = 2 * s.length * queries  # two products, half the positions
-    # gate and up read, their product written; two norms read and written; two sums into the residual; q and k rotated
-    numbers = 3 * s.ffn + 4 * s.hidden + 6 * s.hidden + 2 * (queries + keys)
+    """`count` decoder blocks, their elementwise work fused. width: bytes of a number."""
+    queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
+    weights = shape.hidden * (2 * queries + 2 * keys) + 3 * shape.hidden * shape.ffn
+    # Two products; causal attention covers half the row on average.
+    attention = 2 * shape.length * queries
+    gate = 3 * shape.ffn  # gate and up are read, their product is written
+    norms = 4 * shape.hidden  # two, each read and written
+    residual = 6 * shape.hidden  # two sums
+    rotation = 2 * (queries + keys)
+    numbers = gate + norms + residual + rotation
     return Work(2 * weights + attention, width * numbers) * count
 
 
@@ -106,43 +113,60 @@ def sae(
     adam: bool = True,
     frozen_decoder: bool = False,
 ) -> dict[str, Work]:
-    """{stage: work} of one training step over `step` tokens, per token.
+    """{stage: work per token} of one training step over `step` tokens.
 
-    sparse: decode and differentiate by the k rows, else by dense products (models without a fixed k always). frozen_decoder: Gated's auxiliary
-    loss. A step never needs the gradient of the input: that of pre_bias sums over tokens first, that of a router takes O(k).
+    sparse: decode and differentiate by the rows of the k active latents instead of dense products;
+    ignored for models without a fixed k. width: bytes of a number. frozen_decoder: the auxiliary
+    loss of Gated is trained too.
+
+    The gradient of the input is never needed: that of pre_bias sums over tokens first, and that of
+    a router takes O(k).
     """
-    product, row = Work(2 * hidden * latents), Work(0, width * latents)
-    many, joint = (
-        (sites, 1) if model == "MLSAE" else (1, sites) if model == "Crosscoder" else (1, 1)
-    )  # codes a token; dictionaries a code
-    k_sparse = model in ("TopK", "RandomK", "BatchTopK", "RouteSAE", "MLSAE")
-    rows_of_k = Work(0, k * hidden * width)
-    by_rows = sparse and k_sparse
-    weights = 2 * hidden * latents * joint
-    routed = model in ("RouteSAE", "MLSAE", "Crosscoder")
-    standardised = sites if routed and model != "RouteSAE" else 1
+    codes = sites if model == "MLSAE" else 1  # codes of one token
+    dictionaries = sites if model == "Crosscoder" else 1  # dictionaries that share one code
+    has_k = model in ("TopK", "RandomK", "BatchTopK", "RouteSAE", "MLSAE")
+    sites_read = sites if model in ("RouteSAE", "MLSAE", "Crosscoder") else 1
+    sites_standardised = 1 if model == "RouteSAE" else sites_read
+    product = Work(2 * hidden * latents)
+    code = Work(0, width * latents)  # one dense code, read or written once
+    if sparse and has_k:
+        decode = Work(0, k * hidden * width)
+        backward = decode * 3
+    else:
+        decode = product * dictionaries + code * 2
+        backward = product * 3 * dictionaries + code * 4
+    select = Work(0, 2 * width * latents + k * (width + 4)) if has_k else Work()
     stages = {
-        "gather": Work(0, width * hidden * ((sites if routed else 1) + standardised)),
-        "encode": product * joint * many,
-        "top-k": Work(0, 2 * width * latents + k * (width + 4)) * many if k_sparse else Work(),
-        "decode": rows_of_k * many if by_rows else (product * joint + row * 2) * many,
-        "backward": rows_of_k * 3 * many if by_rows else (product * 3 * joint + row * 4) * many,
-        # moments, weight and gradient read, moments and weight written, a copy in half precision; sign steps with an average: two sets of weights
-        "optimiser": Work(0, weights * (30 if adam else 22) / step)
-        + (Work(0, 12 * hidden * latents / step) if joint == 1 else Work()),
+        "gather": Work(0, width * hidden * (sites_read + sites_standardised)),
+        "encode": product * dictionaries * codes,
+        "top-k": select * codes,
+        "decode": decode * codes,
+        "backward": backward * codes,
+        "optimiser": optimiser_work(hidden * latents, dictionaries, step, adam),
     }
     if model == "Crosscoder":
-        stages["decode"] += Work(
-            0, 3 * width * hidden * sites
-        )  # every site's reconstruction written, read with its target
+        # every site's reconstruction is written, and read together with its target
+        stages["decode"] += Work(0, 3 * width * hidden * sites)
     if frozen_decoder:
-        stages["decode"] += product + row
-        stages["backward"] += product + row * 2
+        stages["decode"] += product + code
+        stages["backward"] += product + code * 2
     return stages
 
 
+def optimiser_work(weights: int, dictionaries: int, step: int, adam: bool) -> Work:
+    """Share of one token in an update of encoders and decoders, `weights` numbers each.
+
+    Adam reads moments, weight and gradient; it writes moments, weight and a copy in half precision.
+    Sign steps with an average keep two sets of weights.
+    """
+    bytes_per_weight = 30 if adam else 22
+    update = Work(0, 2 * dictionaries * weights * bytes_per_weight / step)
+    unit_norm = Work(0, 12 * weights / step)  # decoder columns kept at norm 1
+    return update + unit_norm if dictionaries == 1 else update
+
+
 def seconds(work: Work, machine: Machine, number: str) -> float:
-    """Time of some work with products in a number format (bf16, tf32, fp32)."""
+    """Time of the work, with products in a number format (bf16, tf32, fp32)."""
     return work.flops / getattr(machine, number) + work.bytes / machine.bandwidth
 
 
@@ -153,33 +177,39 @@ def step_floor(
     lm_number: str = "bf16",
     sae_number: str = "bf16",
 ) -> dict[str, float]:
-    """{stage: seconds a token} of SAEs trained from one pass of the language model, "total" among them."""
-    found = {
-        "data": 12 / machine.bandwidth,
+    """{stage or "total": seconds a token} of SAEs trained from one pass of the language model."""
+    token_bytes = 12  # a token id is read as 4 bytes and written as 8
+    floor = {
+        "data": token_bytes / machine.bandwidth,
         "LM": seconds(language_model, machine, lm_number),
-    }  # a token id of 4 bytes, read and written as 8
+    }
     for stage in STAGES[2:]:
-        found[stage] = sum(seconds(one[stage], machine, sae_number) for one in saes)
-    return found | {"total": sum(found.values())}
+        floor[stage] = sum(seconds(work[stage], machine, sae_number) for work in saes)
+    return floor | {"total": sum(floor.values())}
 
 
 def measured(device: str = "cpu", repeats: int = 5, side: int | None = None) -> Machine:
-    """The rates of this machine: the best of some square products (2,048; 8,192 on CUDA) and of copies of 16 times their size."""
+    """The best rates of this machine over some repeats.
+
+    Products are square, of a side of 2,048 (8,192 on CUDA). Copies have 16 times as many numbers.
+    """
     cuda = device.startswith("cuda")
     side = side or (8192 if cuda else 2048)
     numbers = 16 * side**2
 
+    def synchronise():
+        if cuda:
+            torch.cuda.synchronize()
+
     def best(work):
-        took = []
+        times = []
         for _ in range(repeats + 1):
-            if cuda:
-                torch.cuda.synchronize()
+            synchronise()
             started = time.perf_counter()
             work()
-            if cuda:
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - started)
-        return min(took[1:])
+            synchronise()
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
 
     def rate(dtype, precision="highest"):
         before = torch.get_float32_matmul_precision()
@@ -193,9 +223,7 @@ def measured(device: str = "cpu", repeats: int = 5, side: int | None = None) -> 
     bandwidth = 8 * numbers / best(lambda: target.copy_(source))
     fp32 = rate(torch.float32)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    bf16 = (
-        rate(torch.bfloat16) if cuda or fast_bfloat16() else fp32
-    )  # emulated ones take minutes, and nothing here uses them
-    return Machine(
-        f"{name}, measured", bf16, rate(torch.float32, "high") if cuda else fp32, fp32, bandwidth
-    )
+    # Emulated bfloat16 products take minutes, and no benchmark uses them.
+    bf16 = rate(torch.bfloat16) if cuda or fast_bfloat16() else fp32
+    tf32 = rate(torch.float32, "high") if cuda else fp32
+    return Machine(f"{name}, measured", bf16, tf32, fp32, bandwidth)

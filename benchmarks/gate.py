@@ -1,7 +1,10 @@
-"""Turns: a contender trains in its own process until a number of tokens, then waits while the others have theirs.
+"""Turns: a contender trains in its own process up to a number of tokens, then waits for the others.
 
-Standard library and torch alone, since peers import it from their own environments. One JSON message a line: the runner writes `go TOKENS`,
-`profile TOKENS`, `measure PATH` or `end`; the contender answers with an event. What libraries print goes to stderr.
+The runner writes one command a line: `go TOKENS`, `profile TOKENS`, `measure PATH` or `end`. The
+contender answers with one JSON event a line. What libraries print goes to stderr.
+
+This file imports the standard library and torch alone, because peers import it from their own
+environments.
 """
 
 import json
@@ -13,40 +16,45 @@ import torch
 
 
 class Enough(Exception):
-    """Ends a contender in the middle of its work, at the runner's wish."""
+    """Ends a contender in the middle of its work when the runner wants no more."""
 
 
 class Gate:
-    def __init__(self, out=None, wanted=None):
-        """Talks over the files given, else over the process's own, whose stdout then is stderr."""
-        self.out, self.wanted = out or os.fdopen(os.dup(1), "w"), wanted or os.fdopen(os.dup(0))
-        if out is None:
+    """The contender's side of the conversation.
+
+    The contender sets `measure` (path of held-out states -> quality) and `breakdown`
+    (profiler, seconds, tokens -> seconds by stage) if it can answer these commands.
+    """
+
+    def __init__(self, answers=None, commands=None):
+        """Talks over two files, else over stdin and stdout; later prints to stdout go to stderr."""
+        self.answers = answers or os.fdopen(os.dup(1), "w")
+        self.commands = commands or os.fdopen(os.dup(0))
+        if answers is None:
             os.dup2(2, 1)
         self.cuda = torch.cuda.is_available()
-        self.until, self.started, self.before, self.tokens, self.last, self.took = (
-            None,
-            0.0,
-            0,
-            0,
-            0.0,
-            [],
-        )
-        self.profiler, self.measure, self.breakdown = None, None, None
+        self.until = None  # tokens at which the turn ends; None before the first turn
+        self.tokens = self.tokens_before = 0  # now, and when the turn began
+        self.turn_started = 0.0
+        self.steps = 0  # of this turn
+        self.profiler = self.measure = self.breakdown = None
 
     def step(self, tokens):
-        """Called where a step begins; `tokens`: useful ones done before it. Raises Enough once no more is wanted."""
-        now, self.tokens = time.perf_counter(), tokens
+        """Called where a step begins. tokens: useful tokens before this step.
+
+        Raises Enough when the runner wants no more.
+        """
+        self.tokens = tokens
         if self.until is None:
             self._wait({"event": "ready"})
-        else:
-            self.took.append(now - self.last)
-            if tokens >= self.until:
-                self._wait(self._turn())
-        self.last = time.perf_counter()
+            return
+        self.steps += 1
+        if tokens >= self.until:
+            self._wait(self._turn())
 
     def finished(self, tokens):
         """Called where the work has ended by itself."""
-        self.took.append(time.perf_counter() - self.last)
+        self.steps += 1
         self.tokens = tokens
         try:
             self._wait(self._turn() | {"final": True})
@@ -57,57 +65,62 @@ class Gate:
     def _turn(self):
         if self.cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.started
-        found = {
+        seconds = time.perf_counter() - self.turn_started
+        tokens = self.tokens - self.tokens_before
+        turn = {
             "event": "turn",
             "seconds": seconds,
-            "tokens": self.tokens - self.before,
-            "steps": len(self.took),
+            "tokens": tokens,
+            "steps": self.steps,
             "done": self.tokens,
         }
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
-            found["stages"], self.profiler = (
-                self.breakdown(self.profiler, seconds, found["tokens"]),
-                None,
-            )
-        return found | {"peak": self.peak()}
+            turn["stages"] = self.breakdown(self.profiler, seconds, tokens)
+            self.profiler = None
+        return turn | {"peak": self.peak()}
 
     def peak(self):
-        """Bytes: of this process, or of its CUDA device where there is one."""
+        """Peak memory in bytes: of the CUDA device if there is one, else of this process."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
-        with (
-            open("/proc/self/status") as file
-        ):  # getrusage would give what the runner had when it started this process, if that was more
+        # getrusage would report the memory of the runner at the fork if that was larger
+        with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
     def _wait(self, message):
-        while True:
-            print(json.dumps(message), file=self.out, flush=True)
-            command, _, value = self.wanted.readline().strip().partition(" ")
-            if command == "measure":
-                message = {"event": "quality"} | self.measure(value)
-                continue
-            if command not in ("go", "profile"):  # also where the runner is gone
-                raise Enough
-            break
-        self.until, self.before, self.took = float(value), self.tokens, []
+        """Send a message, and answer commands until a turn begins."""
+        command, value = self._ask(message)
+        while command == "measure":
+            command, value = self._ask({"event": "quality"} | self.measure(value))
+        if command not in ("go", "profile"):  # `end`, or nothing if the runner has died
+            raise Enough
+        self.until = float(value)
+        self.tokens_before = self.tokens
+        self.steps = 0
         if command == "profile":
-            kinds = [torch.profiler.ProfilerActivity.CPU] + [
-                torch.profiler.ProfilerActivity.CUDA
-            ] * self.cuda
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            if self.cuda:
+                kinds.append(torch.profiler.ProfilerActivity.CUDA)
             self.profiler = torch.profiler.profile(activities=kinds).__enter__()
         if self.cuda:
             torch.cuda.synchronize()
-        self.started = time.perf_counter()
+        self.turn_started = time.perf_counter()
+
+    def _ask(self, message):
+        print(json.dumps(message), file=self.answers, flush=True)
+        command, _, value = self.commands.readline().strip().partition(" ")
+        return command, value
 
 
-def score(states, reconstruct, piece=4096):
-    """NormMSE of standardised states and shares of latents, over held-out raw states [N,D]: reconstruct(h) -> (raw h_hat, fired [F])."""
+def score(states, reconstruct, chunk_tokens=4096):
+    """Quality on held-out raw states [N,D]: NormMSE of standardised states, dead share, L0.
+
+    reconstruct(h) -> (raw reconstruction of h, number of tokens at which each latent fired [F])
+    """
     errors, fired = [], 0
     with torch.no_grad():
-        for h in states.split(piece):
+        for h in states.split(chunk_tokens):
             h_hat, active = reconstruct(h)
             mean = h.mean(-1, keepdim=True)
             errors.append((h - h_hat.float()).square().sum(-1) / (h - mean).square().sum(-1))
@@ -120,5 +133,5 @@ def score(states, reconstruct, piece=4096):
 
 
 def job():
-    """What the runner asks for."""
+    """The job that the runner passes as an argument."""
     return json.loads(sys.argv[1])

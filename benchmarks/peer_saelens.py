@@ -1,8 +1,9 @@
-"""SAELens as a contender, from its own environment: its training runner with its defaults, TopK, on tokens cut before.
+"""SAELens as a contender, run from its own environment.
 
-The language model comes through its AutoModelForCausalLM class, as stored or as the job's dtype says, and ends after the hooked block. Of the
-flags that its configuration names for speed, autocast is tried; torch.compile takes minutes on a CPU, and sparse activations fail there
-(aten::view).
+Its training runner trains a TopK with its defaults on rows that were tokenised before. The language
+model is loaded through its AutoModelForCausalLM class, in the job's dtype or as stored, and ends
+after the hooked block. Of the options that its configuration names for speed, autocast is tried.
+On a CPU torch.compile takes minutes, and sparse activations fail (aten::view).
 """
 
 import torch
@@ -19,7 +20,8 @@ from benchmarks import gate
 
 
 def main():
-    job, turns, done, coder = gate.job(), gate.Gate(), 0, None
+    job, turns = gate.job(), gate.Gate()
+    done, coder = 0, None
     rows = torch.load(job["rows"])
     step_tokens = job["batch"] * job["length"]
     cfg = LanguageModelSAERunnerConfig(
@@ -42,16 +44,16 @@ def main():
         output_path=None,
         model_from_pretrained_kwargs={"dtype": job["dtype"]} if "dtype" in job else {},
     )
-    inner = SAETrainer.step
+    trainer_step = SAETrainer.step
 
-    def step(self, batch):
+    def counted_step(self, batch):
         nonlocal done, coder
         coder = self.sae
         turns.step(done)
         done += len(batch)
-        return inner(self, batch)
+        return trainer_step(self, batch)
 
-    SAETrainer.step = step
+    SAETrainer.step = counted_step
 
     def measure(path):
         def reconstruct(h):
@@ -61,10 +63,9 @@ def main():
         return gate.score(torch.load(path)[job["site"]], reconstruct)
 
     turns.measure = measure
+    dataset = Dataset.from_dict({"input_ids": rows.tolist()})
     try:
-        LanguageModelSAETrainingRunner(
-            cfg, override_dataset=Dataset.from_dict({"input_ids": rows.tolist()})
-        ).run()
+        LanguageModelSAETrainingRunner(cfg, override_dataset=dataset).run()
         turns.finished(done)
     except gate.Enough:
         pass

@@ -1,4 +1,8 @@
-"""eai-sparsify as a contender, from its own environment: its Trainer as its README shows it, signum (its default), the language model as stored."""
+"""eai-sparsify as a contender, run from its own environment.
+
+Its Trainer is used as its README shows, with its default optimiser (signum). The language model is
+loaded as stored, or in the job's dtype.
+"""
 
 from pathlib import Path
 
@@ -12,7 +16,8 @@ from benchmarks import gate
 
 
 def main():
-    job, turns, done = gate.job(), gate.Gate(), 0
+    job, turns = gate.job(), gate.Gate()
+    done = 0
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     binary = folder / f"rows-{job.get('dtype', 'auto')}.bin"
@@ -33,29 +38,28 @@ def main():
     )
     trainer = Trainer(cfg, MemmapDataset(str(binary), job["length"], dtype=np.uint32), model)
 
-    def step(_module, args):
+    def count_tokens(_module, args):
         nonlocal done
         turns.step(done)
         done += int(torch.isin(args[0], trainer.exclude_tokens, invert=True).sum())
 
-    model.register_forward_pre_hook(step)
+    model.register_forward_pre_hook(count_tokens)
     (coder,) = trainer.saes.values()
 
     def measure(path):
-        averaged = [one for one in trainer.optimizers if hasattr(one, "eval")]
-        for one in averaged:
-            one.eval()
+        averaged = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "eval")]
+        for optimizer in averaged:
+            optimizer.eval()
 
         def reconstruct(h):
             acts, indices, _ = coder.encode(h)
-            return coder.decode(acts, indices), torch.bincount(
-                indices[acts != 0], minlength=coder.num_latents
-            )
+            fired = torch.bincount(indices[acts != 0], minlength=coder.num_latents)
+            return coder.decode(acts, indices), fired
 
-        found = gate.score(torch.load(path)[job["site"]], reconstruct)
-        for one in averaged:
-            one.train()
-        return found
+        quality = gate.score(torch.load(path)[job["site"]], reconstruct)
+        for optimizer in averaged:
+            optimizer.train()
+        return quality
 
     turns.measure = measure
     try:

@@ -1,10 +1,10 @@
-"""Tables and pictures from what benchmarks.run found."""
+"""Tables and pictures from the results of benchmarks.run."""
 
 from pathlib import Path
 
 
 def table(head, rows):
-    """A markdown table, an empty line before it."""
+    """Lines of a Markdown table, after an empty line."""
     return [
         "",
         "| " + " | ".join(head) + " |",
@@ -13,121 +13,142 @@ def table(head, rows):
     ]
 
 
-def number(found, unit):
-    """(value, spread) as shown."""
-    if found is None:
+def number(measured, unit):
+    """(value, spread) of {"median", "low", "high", "turns"} as cells of a table."""
+    if measured is None:
         return "not measured", ""
-    turns = f"{found['turns']} turn{'s' * (found['turns'] > 1)}"
-    return f"{found['median']:.2f} {unit}", f"{found['low']:.2f} to {found['high']:.2f}, {turns}"
+    turns = f"{measured['turns']} turn{'s' * (measured['turns'] > 1)}"
+    spread = f"{measured['low']:.2f} to {measured['high']:.2f}, {turns}"
+    return f"{measured['median']:.2f} {unit}", spread
 
 
-def floor_of(found, one):
-    """The floor of the contender that trains one model with everything at its default, else None."""
-    return next(
-        (floor for model, floor in found["floors"].items() if one["name"] == f"ours {model}"), None
-    )
+def floor_of(found, contender):
+    """The floor of a contender that trains with all options at their defaults, else None."""
+    by_name = {f"ours {models}": floor for models, floor in found["floors"].items()}
+    return by_name.get(contender["name"])
 
 
-def contender(found, one):
-    floor = floor_of(found, one)
-    share = f"{floor['total'] * one['tokens_per_s']:.0%}" if floor else ""
-    quality = [f"{one[key]:.4f}" if one[key] is not None else "" for key in ("NormMSE", "dead")]
+CONTENDER_COLUMNS = [
+    "useful tokens/s",
+    "spread",
+    "of the floor",
+    "NormMSE",
+    "dead",
+    "peak memory",
+    "to the first step",
+]
+
+
+def contender_row(found, contender):
+    """A row of the table of contenders."""
+    rate, (low, high) = contender["tokens_per_s"], contender["spread"]
+    floor = floor_of(found, contender)
+    share = f"{floor['total'] * rate:.0%}" if floor else ""
+    qualities = [contender[key] for key in ("NormMSE", "dead")]
     return [
-        one["name"],
-        f"{one['tokens_per_s']:,.0f}",
-        f"{one['spread'][0]:,.0f} to {one['spread'][1]:,.0f}",
+        contender["name"],
+        f"{rate:,.0f}",
+        f"{low:,.0f} to {high:,.0f}",
         share,
-        *quality,
-        f"{one['peak_bytes'] / 1e9:.2f} GB",
-        f"{one['first_step_s']:.1f} s",
+        *("" if quality is None else f"{quality:.4f}" for quality in qualities),
+        f"{contender['peak_bytes'] / 1e9:.2f} GB",
+        f"{contender['first_step_s']:.1f} s",
     ]
+
+
+def header(found):
+    """Two lines about the machine and the shapes."""
+    bf16, fp32, bandwidth = (found["machine"][key] / 1e9 for key in ("bf16", "fp32", "bandwidth"))
+    commit = (found["commit"]["git_commit"] or "?")[:9]
+    return [
+        f"{found['device']}: {bf16:,.0f} GFLOP/s in bfloat16, {fp32:,.0f} in float32, "
+        f"{bandwidth:.1f} GB/s; load {found['load_before']} before and "
+        f"{found['load_after']} after.",
+        f"{found['shape']} shapes, {found['latents']:,} latents, k {found['k']}, "
+        f"{found['rows_a_step']} x {found['tokens_a_row']} tokens a step, "
+        f"{found['tokens']:,} training tokens; commit {commit}, {found['seconds']:.0f} s in all.",
+    ]
+
+
+def targets_table(targets):
+    """The table of targets; the column `moonshot` only if a target has one."""
+    limits = ["must", "goal"]
+    if any(row["moonshot"] for row in targets):
+        limits.append("moonshot")
+    rows = []
+    for row in targets:
+        cells = [f"{row[key]:g} {row['unit']}" if row[key] else "" for key in limits]
+        measured = number(row["measured"], row["unit"])
+        rows.append([row["target"], *cells, *measured, row.get("met", "")])
+    return table(["target", *limits, "measured", "spread", "met"], rows)
+
+
+def stages_table(contender, floor):
+    """Time of each stage beside its floor."""
+    spent = {**contender["stages"], "all": sum(contender["stages"].values())}
+    least = {**floor, "all": floor["total"]}
+    measured = [f"{1e6 * seconds:.2f}" for seconds in spent.values()]
+    counted = [f"{1e6 * least[stage]:.2f}" if stage in least else "" for stage in spent]
+    head = [f"{contender['name']}, microseconds a token", *spent]
+    return table(head, [["measured", *measured], ["floor", *counted]])
 
 
 def markdown(found):
-    """The table of targets, then contenders, stages beside their floors, and what was left out."""
-    machine, scale = found["machine"], 1e9
-    lines = [
-        f"{found['device']}: {machine['bf16'] / scale:,.0f} GFLOP/s in bfloat16, {machine['fp32'] / scale:,.0f} in float32, "
-        f"{machine['bandwidth'] / scale:.1f} GB/s; load {found['load_before']} before and {found['load_after']} after.",
-        f"{found['shape']} shapes, {found['latents']:,} latents, k {found['k']}, {found['rows_a_step']} x {found['tokens_a_row']} tokens a step, "
-        f"{found['tokens']:,} training tokens; commit {(found['commit']['git_commit'] or '?')[:9]}, {found['seconds']:.0f} s in all.",
-    ]
-    targets, beyond = [], any(row["moonshot"] for row in found["targets"])
-    for row in found["targets"]:
-        limits = [
-            f"{row[key]:g} {row['unit']}" if row[key] else ""
-            for key in ("must", "goal", "moonshot")[: 2 + beyond]
-        ]
-        targets.append(
-            [row["target"], *limits, *number(row["measured"], row["unit"]), row.get("met", "")]
-        )
-    lines += table(
-        ["target", "must", "goal", *["moonshot"] * beyond, "measured", "spread", "met"], targets
-    )
+    """benchmark.md: targets, contenders, stages beside their floors, and what was left out."""
+    lines = [*header(found), *targets_table(found["targets"])]
     for name, results in found["groups"].items():
-        if isinstance(results, dict):
+        if isinstance(results, dict):  # of apply, which has no contenders
             continue
-        head = [
-            name,
-            "useful tokens/s",
-            "spread",
-            "of the floor",
-            "NormMSE",
-            "dead",
-            "peak memory",
-            "to the first step",
-        ]
-        lines += table(head, [contender(found, one) for one in results])
-        for one in results:
-            floor = floor_of(found, one)
-            if one["stages"] and floor:
-                spent = {**one["stages"], "all": sum(one["stages"].values())}
-                least = {**floor, "all": floor["total"]}
-                measured = ["measured", *(f"{1e6 * took:.2f}" for took in spent.values())]
-                counted = [
-                    "floor",
-                    *(f"{1e6 * least[stage]:.2f}" if stage in least else "" for stage in spent),
-                ]
-                lines += table(
-                    [f"{one['name']}, microseconds a token", *spent], [measured, counted]
-                )
+        rows = [contender_row(found, contender) for contender in results]
+        lines += table([name, *CONTENDER_COLUMNS], rows)
+        for contender in results:
+            floor = floor_of(found, contender)
+            if contender["stages"] and floor:
+                lines += stages_table(contender, floor)
     lines += ["", *(f"left out: {line}" for line in found["left_out"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def pictures(found, folder):
-    """Rates of all training contenders with their spread, and NormMSE over seconds of training."""
+    """benchmark.png: rates of the training contenders, and NormMSE over seconds of training."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = found["groups"].get("training")
-    if not results:
+    contenders = found["groups"].get("training")
+    if not contenders:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    shown = results[::-1]
-    off = [
-        [abs(one["tokens_per_s"] - one["spread"][side]) / 1e3 for one in shown] for side in (0, 1)
-    ]
-    colours = ["tab:blue" if one["name"].startswith("ours") else "tab:gray" for one in shown]
-    left.barh(
-        [one["name"] for one in shown],
-        [one["tokens_per_s"] / 1e3 for one in shown],
-        xerr=off,
-        color=colours,
-        capsize=3,
-    )
-    left.set_xlabel("useful tokens/s, thousands")
-    for one in results:
-        line = {"marker": "o"} if len(one["curve"]) > 1 else {"marker": "x", "linestyle": ""}
-        right.plot(
-            [point["seconds"] for point in one["curve"]],
-            [point["NormMSE"] for point in one["curve"]],
-            label=one["name"],
-            **line,
-        )
-    right.set(xlabel="seconds of training", ylabel="NormMSE, held out", yscale="log")
-    right.legend(fontsize=7)
+    draw_rates(left, contenders[::-1])
+    draw_curves(right, contenders)
     figure.savefig(Path(folder) / "benchmark.png", dpi=110)
     plt.close(figure)
+
+
+def draw_rates(axis, contenders):
+    """A bar each, with its spread."""
+    names = [contender["name"] for contender in contenders]
+    rates = [contender["tokens_per_s"] / 1e3 for contender in contenders]
+    spreads = [
+        [
+            abs(contender["tokens_per_s"] - contender["spread"][side]) / 1e3
+            for contender in contenders
+        ]
+        for side in (0, 1)
+    ]
+    colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
+    axis.barh(names, rates, xerr=spreads, color=colours, capsize=3)
+    axis.set_xlabel("useful tokens/s, thousands")
+
+
+def draw_curves(axis, contenders):
+    """A line each; a cross where quality was measured only once."""
+    for contender in contenders:
+        curve = contender["curve"]
+        line = {"marker": "o"} if len(curve) > 1 else {"marker": "x", "linestyle": ""}
+        seconds = [point["seconds"] for point in curve]
+        errors = [point["NormMSE"] for point in curve]
+        axis.plot(seconds, errors, label=contender["name"], **line)
+    axis.set(xlabel="seconds of training", ylabel="NormMSE, held out", yscale="log")
+    axis.legend(fontsize=7)

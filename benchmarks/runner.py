@@ -1,4 +1,7 @@
-"""Contenders started, given turns, timed: one process each, one of them working at a time, the order changing from round to round."""
+"""Starts contenders, gives them turns and times them.
+
+Each contender is a process. One works at a time, and their order changes from round to round.
+"""
 
 import json
 import os
@@ -12,16 +15,20 @@ from src.files import ROOT
 
 
 class Failed(RuntimeError):
-    """A contender (who) ended or said something else than expected."""
+    """A contender has ended or has sent an unexpected answer."""
 
-    def __init__(self, said, who=None):
-        super().__init__(said)
-        self.who = who
+    def __init__(self, message, contender=None):
+        super().__init__(message)
+        self.contender = contender  # its name
 
 
 class Contender:
+    """A contender in its own process; see gate.py for the conversation."""
+
     def __init__(self, name, job, folder, python=sys.executable, module="contenders"):
-        self.name, self.job, self.turns, self.qualities, self.stages = name, job, [], [], None
+        self.name, self.job = name, job
+        self.turns, self.qualities = [], []  # answers to `go` and `profile`, to `measure`
+        self.stages = None  # {stage: seconds a token} of the profiled turn
         self.log = Path(folder) / f"{name.replace(' ', '_').replace('/', '_')}.log"
         command = [python, "-m", f"benchmarks.{module}", json.dumps(job)]
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -47,20 +54,16 @@ class Contender:
 
     def _answer(self, event):
         line = self.process.stdout.readline()
-        while line and not line.startswith(
-            '{"event"'
-        ):  # printed by a library before the gate was there
+        # Libraries may print before the contender opens its gate.
+        while line and not line.startswith('{"event"'):
             line = self.process.stdout.readline()
         if not line:
-            tail = self.log.read_text(errors="replace").strip().splitlines()[-12:]
-            raise Failed(
-                f"{self.name} ended with code {self.process.wait()}; {self.log} ends:\n"
-                + "\n".join(tail),
-                self.name,
-            )
+            tail = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-12:])
+            code = self.process.wait()
+            raise Failed(f"{self.name} ended with code {code}; {self.log} ends:\n{tail}", self.name)
         message = json.loads(line)
         if message["event"] != event:
-            raise Failed(f"{self.name}: {event} expected, {message['event']} found", self.name)
+            raise Failed(f"{self.name}: expected {event}, got {message['event']}", self.name)
         return message
 
     def ask(self, command, event="turn"):
@@ -69,23 +72,26 @@ class Contender:
         return self._answer(event)
 
     def go(self, tokens, counted=True):
-        """Trains until `tokens` are done. Returns the turn."""
+        """Let the contender train until it has done `tokens`. Returns the turn.
+
+        counted: whether the turn counts for the rate; the turn that ends the work never does.
+        """
         turn = self.ask(f"go {tokens}")
         turn["counted"] = counted and not turn.get("final")
         self.turns.append(turn)
         return turn
 
     def profile(self, tokens):
+        """A turn under the profiler, which does not count for the rate."""
         turn = self.ask(f"profile {tokens}")
         self.turns.append(turn | {"counted": False})
         self.stages = turn["stages"]
 
     def measure(self, path):
-        """Held-out quality, beside the tokens and seconds of training so far."""
-        done, seconds = self.turns[-1]["done"], sum(turn["seconds"] for turn in self.turns)
-        self.qualities.append(
-            self.ask(f"measure {path}", "quality") | {"tokens": done, "seconds": seconds}
-        )
+        """Record the quality on held-out states, with the tokens and seconds of training so far."""
+        seconds = sum(turn["seconds"] for turn in self.turns)
+        spent = {"tokens": self.turns[-1]["done"], "seconds": seconds}
+        self.qualities.append(self.ask(f"measure {path}", "quality") | spent)
 
     def end(self):
         try:
@@ -105,6 +111,7 @@ class Contender:
         return [turn["seconds"] / turn["tokens"] for turn in self.turns if turn["counted"]]
 
     def result(self):
+        """Everything measured of this contender, as benchmark.json has it."""
         rates = [1 / cost for cost in self.costs()]
         last = self.qualities[-1] if self.qualities else {}
         return {
@@ -124,32 +131,44 @@ class Contender:
 
 
 def play(contenders, tokens, rounds, held_out=None, curves=(), profiled=0):
-    """Rounds of turns of equal tokens; the first round is warm-up, the last ends the training. Quality then, or after every round for `curves`."""
+    """Give all contenders rounds of turns of equal tokens. Returns their results.
+
+    The first round warms up and is not counted; the last round ends the training. Quality on
+    `held_out` is measured then, and after every round for the names in `curves`. `profiled` tokens
+    are trained under the profiler before the second round.
+    """
     for contender in contenders:
         contender.go(1, counted=False)
-    for number in range(1, rounds + 1):
-        shift = number % len(contenders)
+    for round_number in range(1, rounds + 1):
+        shift = round_number % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
-            until = tokens * number / rounds
-            if number == 2 and profiled and contender.job.get("stages"):
+            if round_number == 2 and profiled and contender.job.get("stages"):
                 contender.profile(contender.turns[-1]["done"] + profiled)
-            if contender.turns[-1]["done"] < until and not contender.turns[-1].get("final"):
-                contender.go(until, counted=number > 1)
-            if held_out and (contender.name in curves or number == rounds):
+            until = tokens * round_number / rounds
+            last = contender.turns[-1]
+            if last["done"] < until and not last.get("final"):
+                contender.go(until, counted=round_number > 1)
+            if held_out and (contender.name in curves or round_number == rounds):
                 contender.measure(held_out)
     return [contender.result() for contender in contenders]
 
 
 def ratios(slow, fast):
-    """{"median", "low", "high"}: how many times as many tokens a second, turn by turn of the same round. Lists of seconds a token."""
-    found = [a / b for a, b in zip(slow, fast, strict=False)]
-    return (
-        {
-            "median": statistics.median(found),
-            "low": min(found),
-            "high": max(found),
-            "turns": len(found),
-        }
-        if found
-        else None
-    )
+    """How many times as many tokens a second `fast` does: {"median", "low", "high", "turns"}.
+
+    slow, fast: seconds a token of every turn. Turns of the same round are compared. None if there
+    are no turns.
+    """
+    return spread_of([a / b for a, b in zip(slow, fast, strict=False)])
+
+
+def spread_of(values):
+    """{"median", "low", "high", "turns"} of one value per turn; None without values."""
+    if not values:
+        return None
+    return {
+        "median": statistics.median(values),
+        "low": min(values),
+        "high": max(values),
+        "turns": len(values),
+    }

@@ -1,6 +1,8 @@
-"""A TopK step (code, loss, gradients) in each form of SparseCode: `python -m benchmarks.sparse_code`.
+"""Times a TopK step (code, loss, gradients) in each form of SparseCode.
 
-Minima within one run, one line a setting; the crossings set SPARSE_FROM and ROWS_FROM in src/ops.py. On CUDA: --hidden_size 2048 --tokens 32768.
+`python -m benchmarks.sparse_code` prints one line a setting, with the minimum over repeats. The
+ratios at which one form becomes faster than another set SPARSE_FROM and ROWS_FROM in src/ops.py.
+On CUDA use --hidden_size 2048 --tokens 32768.
 """
 
 import argparse
@@ -31,7 +33,7 @@ SETTINGS = (
 
 
 def step(sae: TopK, x: torch.Tensor, form: str) -> float:
-    """Seconds."""
+    """Seconds of one step."""
     started = time.perf_counter()
     SparseCode.form = lambda ratio, x: form
     with ops.bf16_matmuls():
@@ -51,20 +53,17 @@ def main() -> None:
     cfg = parser.parse_args()
     device = torch.device(pick_device(cfg.device))
     print(
-        f"{device}, {torch.get_num_threads()} threads, hidden {cfg.hidden_size}, {cfg.tokens} tokens, torch {torch.__version__}; milliseconds"
+        f"{device}, {torch.get_num_threads()} threads, hidden {cfg.hidden_size}, "
+        f"{cfg.tokens} tokens, torch {torch.__version__}; milliseconds"
     )
     print(f"{'latents':>8} {'k':>4} {'ratio':>6} " + " ".join(f"{form:>9}" for form in FORMS))
     for latents, k in SETTINGS:
-        sae, x = (
-            TopK(cfg.hidden_size, latents, k, auxk_coeff=0.0).to(device),
-            torch.randn(cfg.tokens, cfg.hidden_size, device=device),
-        )
-        times = [[step(sae, x, form) for form in FORMS] for _ in range(cfg.repeats)]
-        print(
-            f"{latents:>8} {k:>4} {latents // k:>6} "
-            + " ".join(f"{min(column) * 1e3:>9.1f}" for column in zip(*times, strict=True)),
-            flush=True,
-        )
+        sae = TopK(cfg.hidden_size, latents, k, auxk_coeff=0.0).to(device)
+        x = torch.randn(cfg.tokens, cfg.hidden_size, device=device)
+        repeats = [[step(sae, x, form) for form in FORMS] for _ in range(cfg.repeats)]
+        best = [min(seconds) for seconds in zip(*repeats, strict=True)]
+        columns = " ".join(f"{seconds * 1e3:>9.1f}" for seconds in best)
+        print(f"{latents:>8} {k:>4} {latents // k:>6} {columns}", flush=True)
 
 
 if __name__ == "__main__":

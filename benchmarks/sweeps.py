@@ -1,6 +1,7 @@
-"""Rates over latent width, k, tokens a step and SAEs a forward pass, as curves: `python -m benchmarks.sweeps [--peers DIR]`.
+"""Training rates over latents, k, rows a step and SAEs a pass: `python -m benchmarks.sweeps`.
 
-Contenders take turns at every point as in benchmarks.run; sweeps.json and sweeps.png go to --output_dir. The widest dictionaries are for a GPU.
+Contenders take turns at every point as in benchmarks.run, peers if --peers DIR is given. Results:
+sweeps.json and sweeps.png in --output_dir. The widest dictionaries are for a GPU.
 """
 
 import argparse
@@ -14,26 +15,31 @@ import matplotlib.pyplot as plt
 from benchmarks import run
 from src.files import save_json
 
-SWEEPS = {  # attribute of the benchmark: (label, values on a CPU, values on CUDA)
-    "latents": (
-        "latents",
-        (2048, 4096, 8192, 16384, 32768),
-        (4096, 8192, 16384, 32768, 65536, 131072),
-    ),
-    "k": ("active latents a token", (16, 32, 64, 128, 256, 512), (16, 32, 64, 128, 256, 512)),
-    "batch": ("rows a step", (2, 4, 8, 16, 32), (4, 16, 64, 128)),
-    "saes": ("SAEs from one forward pass", (1, 2, 4, 8), (1, 2, 4, 8, 16)),
+SWEEPS = {  # attribute of the benchmark: label
+    "latents": "latents",
+    "k": "active latents a token",
+    "batch": "rows a step",
+    "saes": "SAEs from one forward pass",
+}
+CPU_VALUES = {
+    "latents": (2048, 4096, 8192, 16384, 32768),
+    "k": (16, 32, 64, 128, 256, 512),
+    "batch": (2, 4, 8, 16, 32),
+    "saes": (1, 2, 4, 8),
+}
+CUDA_VALUES = {
+    "latents": (4096, 8192, 16384, 32768, 65536, 131072),
+    "k": (16, 32, 64, 128, 256, 512),
+    "batch": (4, 16, 64, 128),
+    "saes": (1, 2, 4, 8, 16),
 }
 
 
 def contenders(bench, name, value):
-    """What is compared at one point of a sweep, by name."""
+    """{name: function that starts a contender} at one point of a sweep."""
     if name == "saes":
-        return {
-            "ours TopK": lambda: bench.ours(
-                "ours TopK", "TopK", k=[bench.k + i for i in range(value)]
-            )
-        }
+        ks = [bench.k + i for i in range(value)]
+        return {"ours TopK": lambda: bench.ours("ours TopK", "TopK", k=ks)}
     return {
         "ours TopK": lambda: bench.ours("ours TopK", "TopK"),
         "ours RouteSAE": lambda: bench.ours("ours RouteSAE", "RouteSAE", **run.AS_PUBLISHED),
@@ -44,71 +50,66 @@ def contenders(bench, name, value):
 
 
 def sweep(bench, name, values, steps, rounds):
-    """{contender: {value: result}}; a contender that fails at a value (memory) lacks it, and the reason is printed."""
-    found, before = {}, getattr(bench, name, None)
+    """{contender: {value: result}}. A contender that fails (out of memory) has no result."""
+    results, default = {}, getattr(bench, name, None)
     for value in values:
         if name != "saes":
             setattr(bench, name, value)
-        able = contenders(bench, name, value)
-        while able:
-            try:
-                bench.group(
-                    f"{name} {value}",
-                    able.values(),
-                    steps * rounds * bench.batch * bench.length,
-                    rounds,
-                )
-            except run.Failed as error:
-                print(f"{name} {value}: {error}\nagain without it ...", flush=True)
-                del able[error.who]
-                continue
-            for one in bench.found["groups"][f"{name} {value}"]:
-                found.setdefault(one["name"], {})[value] = one
-            break
-    if name != "saes":
-        setattr(bench, name, before)
-    return found
-
-
-def picture(found, path):
-    """One panel a sweep: useful tokens a second (times the SAEs, where their number varies), spread as bars."""
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(4.2 * len(found), 3.8), layout="constrained", squeeze=False
-    )
-    for axis, (name, curves) in zip(axes[0], found.items(), strict=True):
-        for contender, points in curves.items():
-            times = [value if name == "saes" else 1 for value in points]
-            middle = [
-                one["tokens_per_s"] * n / 1e3 for one, n in zip(points.values(), times, strict=True)
-            ]
-            ends = [
-                [
-                    one["spread"][side] * n / 1e3
-                    for one, n in zip(points.values(), times, strict=True)
-                ]
-                for side in (0, 1)
-            ]
-            off = [
-                [abs(end - rate) for end, rate in zip(side, middle, strict=True)] for side in ends
-            ]
-            axis.errorbar(list(points), middle, yerr=off, marker="o", capsize=3, label=contender)
-        axis.set(
-            xlabel=SWEEPS[name][0],
-            ylabel=f"thousand {'SAE ' * (name == 'saes')}tokens/s",
-            yscale="log",
-        )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({value for points in curves.values() for value in points}))
-        axis.tick_params(labelsize=7)
-        for formatter in (
-            axis.xaxis.set_major_formatter,
-            axis.yaxis.set_major_formatter,
-            axis.yaxis.set_minor_formatter,
+        point = f"{name} {value}"
+        tokens = steps * rounds * bench.batch * bench.length
+        for result in play_without_failures(
+            bench, point, contenders(bench, name, value), tokens, rounds
         ):
-            formatter("{x:g}")
-        axis.legend(fontsize=7)
+            results.setdefault(result["name"], {})[value] = result
+    if name != "saes":
+        setattr(bench, name, default)
+    return results
+
+
+def play_without_failures(bench, point, starts, tokens, rounds):
+    """Results of the contenders that do not fail; the reasons of the others are printed."""
+    while starts:
+        try:
+            bench.group(point, starts.values(), tokens, rounds)
+            return bench.found["groups"][point]
+        except run.Failed as error:
+            print(f"{point}: {error}\nagain without it ...", flush=True)
+            del starts[error.contender]
+    return []
+
+
+def picture(results, path):
+    """One panel a sweep: useful tokens a second, with their spread as bars."""
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4.2 * len(results), 3.8), layout="constrained", squeeze=False
+    )
+    for axis, (name, curves) in zip(axes[0], results.items(), strict=True):
+        panel(axis, name, curves)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def panel(axis, name, curves):
+    """One sweep; where the number of SAEs varies, rates are multiplied by it."""
+    for contender, points in curves.items():
+        rates, below, above = [], [], []
+        for value, result in points.items():
+            scale = (value if name == "saes" else 1) / 1e3
+            low, high = result["spread"]
+            rates.append(result["tokens_per_s"] * scale)
+            below.append(abs(result["tokens_per_s"] - low) * scale)
+            above.append(abs(high - result["tokens_per_s"]) * scale)
+        spread = [below, above]
+        axis.errorbar(list(points), rates, yerr=spread, marker="o", capsize=3, label=contender)
+    unit = "SAE tokens/s" if name == "saes" else "tokens/s"
+    axis.set(xlabel=SWEEPS[name], ylabel=f"thousand {unit}", yscale="log")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted({value for points in curves.values() for value in points}))
+    axis.tick_params(labelsize=7)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.legend(fontsize=7)
 
 
 def main(argv=None):
@@ -122,16 +123,12 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     cfg = parser.parse_args(argv)
     bench = run.Bench(cfg)
-    found = {
-        name: sweep(bench, name, SWEEPS[name][1 + (cfg.device == "cuda")], cfg.steps, cfg.rounds)
-        for name in cfg.sweep
-    }
-    header = {
-        key: bench.found[key]
-        for key in ("device", "shape", "commit", "load_before", "machine", "left_out")
-    }
-    save_json(header | {"sweeps": found}, Path(cfg.output_dir) / "sweeps.json")
-    picture(found, Path(cfg.output_dir) / "sweeps.png")
+    values = CUDA_VALUES if cfg.device == "cuda" else CPU_VALUES
+    results = {name: sweep(bench, name, values[name], cfg.steps, cfg.rounds) for name in cfg.sweep}
+    keys = ("device", "shape", "commit", "load_before", "machine", "left_out")
+    header = {key: bench.found[key] for key in keys}
+    save_json(header | {"sweeps": results}, Path(cfg.output_dir) / "sweeps.json")
+    picture(results, Path(cfg.output_dir) / "sweeps.png")
 
 
 if __name__ == "__main__":

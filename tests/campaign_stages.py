@@ -29,8 +29,9 @@ from transformers import AutoTokenizer
 
 from src import checkpoint, data, files
 from src.config import run_stage
-from src.data import DataError, Report, Rows, documents
+from src.data import Rows
 from src.interpreter import Interpreter
+from src.sources import DataError, Documents, Report
 from tests.campaign import fork, is_damaged, kill_after, wait
 
 FEATURES = 40  # in the contexts file that is interpreted
@@ -273,7 +274,7 @@ class Stages:
             return n
 
         def kept():
-            return len(list(documents(str(path), "all", Report("text", 0.02))))
+            return len(list(Documents(str(path), "all", Report("text", 0.02))))
 
         plain = call_in_child(load_dataset_rows)
         return {"kept": call_in_child(kept), "expected": expected, "plain": plain}
@@ -303,7 +304,7 @@ class Stages:
             return False
 
         def kept():
-            return sum(1 for _ in documents(str(path), "all", Report("text", 1.0)))
+            return sum(1 for _ in Documents(str(path), "all", Report("text", 1.0)))
 
         kept_rows = call_in_child(kept)
         return {"kept": kept_rows, "expected": expected, "refused": call_in_child(refused)}

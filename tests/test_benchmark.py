@@ -1,4 +1,4 @@
-"""The benchmark at tiny shapes: contenders in turns, their counts, quality, stages, the table."""
+"""The benchmark at tiny shapes: turns of contenders, their counts, quality, stages and table."""
 
 import io
 import json
@@ -23,73 +23,78 @@ from src.ops import fast_bfloat16
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.jsonl"
-    lines = [
-        {"text": f"Return the {i}th value of the array, or raise ValueError if it is {i}. " * 4}
-        for i in range(60)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
+    sentence = "Return the {}th value of the array, or raise ValueError if it is {}. "
+    lines = [json.dumps({"text": sentence.format(i, i) * 4}) for i in range(60)]
+    path.write_text("\n".join(lines))
     return path
 
 
-def played(kind, job, commands):
-    """Messages of a contender that is told `commands`."""
+@pytest.fixture
+def put_back(monkeypatch):
+    """Contenders replace functions of src in their own process; here they are put back."""
+    monkeypatch.setattr(Rows, "batch", Rows.batch)
+    monkeypatch.setattr(estimate, "step_cost", estimate.step_cost)
+    monkeypatch.setattr(Applier, "_write", Applier._write)
+
+
+def answers(contender, job, commands):
+    """The messages of a contender that reads these commands."""
     out = io.StringIO()
-    kind(job, Gate(out, io.StringIO("\n".join(commands) + "\n")))
+    contender(job, Gate(out, io.StringIO("\n".join(commands) + "\n")))
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, monkeypatch):
-    options = {
-        "model_path": DEMO_LM,
-        "data_path": text,
-        "device": "cpu",
-        "max_tokens": 600,
-        "batch_size": 4,
-        "max_length": 32,
-        "latent_size": 64,
-        "k": 4,
-        "output_dir": tmp_path / "out",
-    }
-    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    torch.save({12: torch.randn(50, 128)}, tmp_path / "held_out.pt")
-    commands = [
-        "go 1",
-        f"measure {tmp_path / 'held_out.pt'}",
-        "go 400",
-        "go 600",
-        f"measure {tmp_path / 'held_out.pt'}",
-        "end",
-    ]
-    with monkeypatch.context() as put_back:
-        put_back.setattr(Rows, "batch", Rows.batch)
-        put_back.setattr(estimate, "step_cost", estimate.step_cost)
-        ready, first, early, second, last, late = played(
-            contenders.ours, {"argv": argv, "kind": "ours"}, commands
-        )
-    assert ready["event"] == "ready" and first["steps"] == 1 and 100 < first["tokens"] <= 124
-    assert (
-        second["steps"] == 3
-        and second["done"] >= 400
-        and last["final"]
-        and sum(m["tokens"] for m in (first, second, last)) == last["done"]
-    )
-    assert late["NormMSE"] != early["NormMSE"] and late["L0"] == 4 and second["peak"] > 1e7
+def flags(**options):
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
-    read = {
-        "SAE_path": tmp_path / "out/SAE_models/TopK_text.pt",
-        "output_dir": tmp_path,
-        "act_threshold": 0,
-        "lines": 1,
-        "device": "cpu",
-    }
-    argv = [part for name, value in read.items() for part in (f"--{name}", str(value))]
-    with monkeypatch.context() as put_back:
-        put_back.setattr(Rows, "batch", Rows.batch)
-        put_back.setattr(Applier, "_write", Applier._write)
-        *_, last = played(contenders.apply, {"argv": argv}, ["go 1", "go 100000", "end"])
+
+def train_topk(text, tmp_path):
+    """The answers of a contender that trains 600 tokens in two turns."""
+    argv = flags(
+        model_path=DEMO_LM,
+        data_path=text,
+        device="cpu",
+        max_tokens=600,
+        batch_size=4,
+        max_length=32,
+        latent_size=64,
+        k=4,
+        output_dir=tmp_path / "out",
+    )
+    torch.save({12: torch.randn(50, 128)}, tmp_path / "held_out.pt")
+    measure = f"measure {tmp_path / 'held_out.pt'}"
+    commands = ["go 1", measure, "go 400", "go 600", measure, "end"]
+    return answers(contenders.ours, {"argv": argv, "kind": "ours"}, commands)
+
+
+def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, put_back):
+    ready, first, early, second, last, late = train_topk(text, tmp_path)
+    assert ready["event"] == "ready"
+    assert first["steps"] == 1 and 100 < first["tokens"] <= 124
+    assert second["steps"] == 3 and second["done"] >= 400 and second["peak"] > 1e7
+    assert last["final"]
+    assert first["tokens"] + second["tokens"] + last["tokens"] == last["done"]
+    assert late["NormMSE"] != early["NormMSE"] and late["L0"] == 4
+
+
+def test_apply_as_a_contender_counts_every_token_once(text, tmp_path, put_back, monkeypatch):
+    with monkeypatch.context() as of_training:
+        of_training.setattr(Rows, "batch", Rows.batch)
+        train_topk(text, tmp_path)
+    argv = flags(
+        SAE_path=tmp_path / "out/SAE_models/TopK_text.pt",
+        output_dir=tmp_path,
+        act_threshold=0,
+        lines=1,
+        device="cpu",
+    )
+    *_, last = answers(contenders.apply, {"argv": argv}, ["go 1", "go 100000", "end"])
     contexts = json.loads((tmp_path / "contexts" / "TopK_text_contexts.json").read_text())
     assert last["done"] == contexts["tokens"] and contexts["latent_context_map"]
 
+
+def test_the_published_loop_is_a_contender(text, tmp_path):
+    torch.save({12: torch.randn(50, 128)}, tmp_path / "held_out.pt")
     job = {
         "model_path": str(DEMO_LM),
         "data_path": str(text),
@@ -99,31 +104,27 @@ def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, monkeypat
         "split": "train",
         "tokens": 300,
         "rows": 40,
+        "model": "TopK",
+        "argv": flags(model="TopK", recipe="published", latent_size=64, k=4),
     }
-    recipe = ["--model", "TopK", "--recipe", "published", "--latent_size", "64", "--k", "4"]
-    *_, last, found = played(
-        contenders.published,
-        {**job, "argv": recipe, "model": "TopK"},
-        ["go 1", "go 300", commands[1], "end"],
-    )
-    assert last["done"] >= 300 and 0 < found["NormMSE"] < 1.5 and found["L0"] == 4
+    commands = ["go 1", "go 300", f"measure {tmp_path / 'held_out.pt'}", "end"]
+    *_, last, quality = answers(contenders.published, job, commands)
+    assert last["done"] >= 300
+    assert 0 < quality["NormMSE"] < 1.5 and quality["L0"] == 4
 
 
-def test_quality_is_of_the_standardised_state():
+def test_quality_is_that_of_standardised_states():
     h = torch.randn(100, 8) * 5 + 3
     x = (h - h.mean(-1, keepdim=True)) / h.std(-1, keepdim=True)
-    found = score(
-        h,
-        lambda h: (
-            h.mean(-1, keepdim=True) + 0.5 * (h - h.mean(-1, keepdim=True)),
-            torch.tensor([0, 50, 100]),
-        ),
-        piece=100,
-    )
-    assert found["NormMSE"] == pytest.approx(
-        float(((x - 0.5 * x).square().sum(-1) / x.square().sum(-1)).mean()), rel=1e-5
-    )
-    assert found["dead"] == pytest.approx(1 / 3) and found["L0"] == pytest.approx(1.5)
+
+    def halve(h):
+        mean = h.mean(-1, keepdim=True)
+        return mean + 0.5 * (h - mean), torch.tensor([0, 50, 100])
+
+    quality = score(h, halve, chunk_tokens=100)
+    errors = (x - 0.5 * x).square().sum(-1) / x.square().sum(-1)
+    assert quality["NormMSE"] == pytest.approx(float(errors.mean()), rel=1e-5)
+    assert quality["dead"] == pytest.approx(1 / 3) and quality["L0"] == pytest.approx(1.5)
 
 
 def test_operations_are_sorted_into_stages():
@@ -134,67 +135,59 @@ def test_operations_are_sorted_into_stages():
         with record_function("bench:code"):  # routing around a code
             x.softmax(-1)
             with record_function("bench:code"):
-                values, at = torch.nn.functional.linear(x, w).topk(8)
-                torch.nn.functional.embedding_bag(at, w, per_sample_weights=values, mode="sum")
-    found = stages.breakdown(profiler, 10.0, 2000)
-    assert (
-        all(found[stage] > 0 for stage in ("LM", "gather", "encode", "top-k", "decode"))
-        and found["backward"] == found["data"] == 0
-    )
-    assert sum(found.values()) == pytest.approx(10.0 / 2000)
+                values, index = torch.nn.functional.linear(x, w).topk(8)
+                torch.nn.functional.embedding_bag(index, w, per_sample_weights=values, mode="sum")
+    spent = stages.breakdown(profiler, 10.0, 2000)
+    for stage in ("LM", "gather", "encode", "top-k", "decode"):
+        assert spent[stage] > 0, stage
+    assert spent["backward"] == spent["data"] == 0
+    assert sum(spent.values()) == pytest.approx(10.0 / 2000)
 
 
-def test_ratios_pair_the_turns_of_a_round_and_targets_are_judged():
-    assert ratios([4.0, 6.0, 9.0], [1.0, 2.0, 3.0, 5.0]) == {
-        "median": 3.0,
-        "low": 3.0,
-        "high": 4.0,
-        "turns": 3,
-    }
+def test_ratios_pair_the_turns_of_a_round():
+    measured = ratios([4.0, 6.0, 9.0], [1.0, 2.0, 3.0, 5.0])
+    assert measured == {"median": 3.0, "low": 3.0, "high": 4.0, "turns": 3}
+
+
+@pytest.mark.parametrize(
+    "median, must, goal, more_is_better, met",
+    [
+        (3.4, 3, 5, True, "must"),
+        (5.0, 3, 5, True, "goal"),
+        (1.0, 3, 5, True, "no"),
+        (0.7, 1, 0.5, False, "must"),
+    ],
+)
+def test_a_target_is_met_by_its_median(median, must, goal, more_is_better, met):
     from benchmarks.run import Bench
 
     bench = SimpleNamespace(found={"targets": []})
-    for median, more in ((3.4, True), (5.0, True), (1.0, True), (0.7, False)):
-        Bench.target(
-            bench,
-            "x",
-            *((3, 5) if more else (1, 0.5)),
-            {"median": median, "low": 1.0, "high": 9.0, "turns": 2},
-            more_is_better=more,
-        )
-    assert [row["met"] for row in bench.found["targets"]] == ["must", "goal", "no", "must"]
+    measured = {"median": median, "low": 1.0, "high": 9.0, "turns": 2}
+    Bench.target(bench, "x", must, goal, measured, more_is_better=more_is_better)
+    assert [row["met"] for row in bench.found["targets"]] == [met]
+
+
+def test_a_target_without_a_measurement_is_reported_as_not_measured():
     assert report.number(None, "x")[0] == "not measured"
 
 
 def test_sweeps_are_drawn_with_gaps_where_a_contender_failed(tmp_path):
-    one = {"tokens_per_s": 100.0, "spread": [90.0, 120.0]}
-    sweeps.picture(
-        {"k": {"ours": {16: one, 32: one}, "peer": {16: one}}, "saes": {"ours": {1: one, 4: one}}},
-        tmp_path / "sweeps.png",
-    )
+    result = {"tokens_per_s": 100.0, "spread": [90.0, 120.0]}
+    of_k = {"ours": {16: result, 32: result}, "peer": {16: result}}
+    of_saes = {"ours": {1: result, 4: result}}
+    sweeps.picture({"k": of_k, "saes": of_saes}, tmp_path / "sweeps.png")
     assert (tmp_path / "sweeps.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_the_whole_benchmark_runs_and_writes_its_table(text, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.run",
-        "--quick",
-        "--data_path",
-        str(text),
-        "--output_dir",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [*command, "--only", "training", "apply"], cwd=ROOT, capture_output=True, text=True
-    )
+    options = flags(data_path=text, output_dir=tmp_path) + ["--only", "training", "apply"]
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "benchmark.json").read_text())
-    assert len(found["groups"]["training"]) == (7 if fast_bfloat16() else 5)
-    assert found["left_out"] and "| train RouteSAE" in (tmp_path / "benchmark.md").read_text()
-    assert (
-        set(found["floors"]["TopK"]) >= {"LM", "encode", "total"}
-        and (tmp_path / "benchmark.png").stat().st_size > 10_000
-    )
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert len(results["groups"]["training"]) == (7 if fast_bfloat16() else 5)
+    assert results["left_out"]
+    assert set(results["floors"]["TopK"]) >= {"LM", "encode", "total"}
+    assert "| train RouteSAE" in (tmp_path / "benchmark.md").read_text()
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
