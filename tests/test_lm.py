@@ -1,4 +1,4 @@
-"""The language model read and resumed at numbered sites, on the built-in demo LM."""
+"""The language model is read and resumed at numbered sites; tested on the built-in demo LM."""
 
 import importlib.util
 
@@ -33,20 +33,21 @@ def ids():
 
 def test_sites_equal_hidden_states_below_the_top_and_not_at_the_top(demo, ids):
     _, lm = demo
-    states = lm(ids, output_hidden_states=True).hidden_states
-    read = read_sites(lm, ids, [1, 12, 16])
-    assert torch.equal(read[1], states[1]) and torch.equal(read[12], states[12])
-    assert not torch.allclose(read[16], states[16])
-    assert torch.allclose(lm.model.norm(read[16]), states[16])
+    expected = lm(ids, output_hidden_states=True).hidden_states
+    states = read_sites(lm, ids, [1, 12, 16])
+    assert torch.equal(states[1], expected[1])
+    assert torch.equal(states[12], expected[12])
+    assert not torch.allclose(states[16], expected[16])
+    assert torch.allclose(lm.model.norm(states[16]), expected[16])
 
 
 def test_no_block_after_the_last_site_runs(demo, ids):
     _, lm = demo
-    ran = []
-    handle = blocks(lm)[12].register_forward_hook(lambda *_: ran.append(1))
+    calls = []
+    handle = blocks(lm)[12].register_forward_hook(lambda *_: calls.append(1))
     read_sites(lm, ids, [4, 12])
     handle.remove()
-    assert not ran
+    assert not calls
 
 
 def test_a_resumed_run_equals_the_full_one(demo, ids):
@@ -79,11 +80,10 @@ def test_sites_outside_the_model_are_refused(demo):
 
 def test_the_tokenizer_takes_special_tokens_in_text_for_text(demo):
     tokenizer, _ = demo
-    ids = tokenizer("a <|end_of_text|> b", add_special_tokens=False, split_special_tokens=True)[
-        "input_ids"
-    ]
+    text = "a <|end_of_text|> b"
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.eos_token_id not in ids
-    assert tokenizer.decode(ids) == "a <|end_of_text|> b"
+    assert tokenizer.decode(ids) == text
 
 
 def test_a_missing_model_is_one_clear_line():
@@ -92,64 +92,62 @@ def test_a_missing_model_is_one_clear_line():
 
 
 SCALED = {"Cohere": {}, "Granite": {"logits_scaling": 8.0}}
+SIZES = {
+    "vocab_size": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 @pytest.mark.parametrize("family", SCALED)
-def test_models_that_scale_their_logits_are_read_resumed_and_given_their_own(family, ids):
+def test_models_that_scale_their_logits_are_read_and_resumed_exactly(family, ids):
     transformers = pytest.importorskip("transformers")
-    small = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-    }
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**small, **sizes, **SCALED[family])
+    config = getattr(transformers, f"{family}Config")(**SIZES, **SCALED[family])
     lm = transformers.AutoModelForCausalLM.from_config(config).eval()
     ids = ids % 96
     with torch.no_grad():
-        whole = lm(ids, output_hidden_states=True)
-    assert torch.allclose(
-        logits_of(lm, final_states(lm, ids).flatten(0, 1)), whole.logits.flatten(0, 1), atol=1e-5
-    )
-    read = read_sites(lm, ids, [2, 5])
-    assert torch.equal(read[5], whole.hidden_states[5])
+        expected = lm(ids, output_hidden_states=True)
     full = final_states(lm, ids)
-    with resumed_at(lm, 5, read[5]):
+    logits = logits_of(lm, full.flatten(0, 1))
+    assert torch.allclose(logits, expected.logits.flatten(0, 1), atol=1e-5)
+    states = read_sites(lm, ids, [2, 5])
+    assert torch.equal(states[5], expected.hidden_states[5])
+    with resumed_at(lm, 5, states[5]):
         assert torch.equal(final_states(lm, ids), full)
 
 
 def test_spreading_a_model_without_accelerate_is_one_clear_line(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *a: None if name == "accelerate" else find(name, *a),
-    )
-    with pytest.raises(
-        ValueError,
-        match="--device_map needs the package accelerate, which is not installed; pip install accelerate",
-    ):
+
+    def without_accelerate(name, *args):
+        return None if name == "accelerate" else find(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_accelerate)
+    message = "--device_map needs the package accelerate, .* pip install accelerate"
+    with pytest.raises(ValueError, match=message):
         get_language_model(str(DEMO_LM), "cpu", device_map="auto")
 
 
-def test_placement_is_a_word_or_json(capsys):
+def test_device_map_is_a_word_or_json(capsys):
     assert parse("train", ["--device_map", "auto"]).device_map == "auto"
-    assert parse("evaluate", ["--device_map", '{"": 0, "lm_head": "cpu"}']).device_map == {
-        "": 0,
-        "lm_head": "cpu",
-    }
+    placed = parse("evaluate", ["--device_map", '{"": 0, "lm_head": "cpu"}']).device_map
+    assert placed == {"": 0, "lm_head": "cpu"}
     with pytest.raises(SystemExit):
         parse("train", ["--device_map", "{0}"])
     assert "is not JSON" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("placed", ["auto", {"": "cpu"}])
-def test_a_spread_model_gives_the_same_states(demo, ids, placed):
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_a_spread_model_gives_the_same_states(demo, ids, device_map):
     pytest.importorskip("accelerate")
-    spread = get_language_model(str(DEMO_LM), "cpu", dtype="float32", device_map=placed)[1]
+    _, spread = get_language_model(str(DEMO_LM), "cpu", dtype="float32", device_map=device_map)
     assert torch.equal(final_states(spread, ids), final_states(demo[1], ids))
     assert torch.equal(read_sites(spread, ids, [5])[5], read_sites(demo[1], ids, [5])[5])
 
@@ -158,70 +156,71 @@ def test_a_quantised_model_is_not_moved(monkeypatch, demo):
     class Quantised(type(demo[1])):
         is_quantized = True
 
-        def to(self, *_args, **_named):
+        def to(self, *_args, **_kwargs):
             raise ValueError("`.to` is not supported for 8-bit models")
 
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained",
-        lambda *a, **k: Quantised(demo[1].config),
+        lambda *args, **kwargs: Quantised(demo[1].config),
     )
-    assert not any(p.requires_grad for p in get_language_model(str(DEMO_LM), "cpu")[1].parameters())
+    _, model = get_language_model(str(DEMO_LM), "cpu")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_compiled_blocks_serve_one_shape_and_leave_others_and_hooks_alone(monkeypatch):
     _, model = get_language_model(str(DEMO_LM), "cpu", "float32")
     ids = torch.randint(0, 4096, (2, 8))
-    before, other = read_sites(model, ids, [2, 5]), read_sites(model, ids[:1], [5])
+    before = read_sites(model, ids, [2, 5])
+    before_of_one = read_sites(model, ids[:1], [5])[5]
     calls = []
 
     def compiled(function, **_):
-        return lambda *args, **kwargs: (calls.append(args[0].shape[:2]), function(*args, **kwargs))[
-            1
-        ]
+        def counted(*args, **kwargs):
+            calls.append(args[0].shape[:2])
+            return function(*args, **kwargs)
+
+        return counted
 
     monkeypatch.setattr(torch, "compile", compiled)
     compile_blocks(model, 2, 8)
     after = read_sites(model, ids, [2, 5])
-    assert len(calls) == 5 and all(
-        torch.equal(before[site], after[site]) for site in (2, 5)
-    )  # early exit as before
-    assert torch.equal(read_sites(model, ids[:1], [5])[5], other[5]) and len(calls) == 5
+    assert len(calls) == 5  # the pass still ends after block 5
+    assert all(torch.equal(before[site], after[site]) for site in (2, 5))
+    assert torch.equal(read_sites(model, ids[:1], [5])[5], before_of_one)
+    assert len(calls) == 5
     with resumed_at(model, 3, after[5]):
-        assert torch.equal(read_sites(model, ids, [3])[3], after[5]) and len(calls) == 5
+        assert torch.equal(read_sites(model, ids, [3])[3], after[5])
+    assert len(calls) == 5
     read_sites(model, ids, [3])
-    assert len(calls) == 8  # resuming has put the compiled ones back
-    compile_blocks(model, 2, 8)  # again: nothing is wrapped twice
+    assert len(calls) == 8  # after resuming, the blocks are the compiled ones again
+    compile_blocks(model, 2, 8)  # compiling again wraps nothing twice
     read_sites(model, ids, [3])
     assert len(calls) == 11
     compile_blocks(model, 1, 8)
     read_sites(model, ids, [3])
-    assert (
-        len(calls) == 11
-        and torch.equal(read_sites(model, ids[:1], [5])[5], other[5])
-        and len(calls) == 16
-    )
+    assert len(calls) == 11
+    assert torch.equal(read_sites(model, ids[:1], [5])[5], before_of_one)
+    assert len(calls) == 16
 
 
 def test_rows_longer_than_learned_positions_are_refused_and_others_warned_of(capsys):
     from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
     learned = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=16, vocab_size=32))
-    rotary = LlamaModel(
-        LlamaConfig(
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            max_position_embeddings=16,
-            vocab_size=32,
-        )
+    config = LlamaConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=16,
+        vocab_size=32,
     )
+    rotary = LlamaModel(config)
     for model in (learned, rotary):
         check_length(model, 16)
     assert not capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match="17 tokens in a row, and the language model has 16 positions"
-    ):
+    message = "a row has 17 tokens, and the language model has 16 positions"
+    with pytest.raises(ValueError, match=message):
         check_length(learned, 17)
     check_length(rotary, 17)
-    assert "was made for 16" in capsys.readouterr().out
+    assert "was trained for 16" in capsys.readouterr().out
