@@ -30,7 +30,7 @@ ELSEWHERE = {  # run as a whole by another test, by a script of its own or by ha
     "scripts/slurm_train.sh",
     "tests/interop/run.sh",
 }
-MODULES_ELSEWHERE = ("examples.", "benchmarks.", "experiments.", "tests.", "src.demo", "src.data")
+MODULES_ELSEWHERE = ("examples.", "benchmarks.", "experiments.", "tests.")
 ROWS = ["--max_length", "32", "--batch_size", "8"]
 SMALL = {
     "train": [*ROWS, "--max_tokens", "2000", "--latent_size", "64"],

@@ -1,7 +1,11 @@
-"""Language models of many families, made here with random weights: each is trained on, measured, read and steered from --model_path alone."""
+"""Every stage works with language models of many families, from --model_path alone.
+
+The models are small and have random weights.
+"""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,10 +45,9 @@ VISION = {
 }
 
 
-def text_only(config, **more):
-    return transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, f"{config}Config")(**(SIZES | more))
-    )
+def text_only(family, **options):
+    config = getattr(transformers, f"{family}Config")(**(SIZES | options))
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def gemma3_with_pictures():
@@ -59,13 +62,12 @@ def gemma3_with_pictures():
 
 
 def llava():
-    parts = {
-        "text_config": transformers.LlamaConfig(**SIZES).to_dict(),
-        "vision_config": transformers.CLIPVisionConfig(**VISION).to_dict(),
-    }
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(**parts, image_token_index=VOCABULARY - 1)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SIZES).to_dict(),
+        vision_config=transformers.CLIPVisionConfig(**VISION).to_dict(),
+        image_token_index=VOCABULARY - 1,
     )
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 FAMILIES = {
@@ -100,202 +102,162 @@ SAES = ["RouteSAE", "TopK", "Crosscoder"]
 
 
 def tokenizer(bos):
-    """Bytes, joined where the text joins them often; specials first, as many families have them."""
+    """A byte-level BPE of the words, with special tokens first, as in many families."""
     special = ["<pad>", "<s>", "</s>"]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        [" ".join(WORDS)],
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet
-        ),
-    )
-    names = {"pad_token": "<pad>", "eos_token": "</s>"} | ({"bos_token": "<s>"} if bos else {})
+    bpe.train_from_iterator([" ".join(WORDS)], trainer)
+    names = {"pad_token": "<pad>", "eos_token": "</s>"}
     if bos:
+        names["bos_token"] = "<s>"
         bpe.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    """(name, folder with model, tokenizer and text)"""
+def folder(request, tmp_path_factory):
+    """A folder with a model of the family, its tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("family")
     torch.manual_seed(0)
     FAMILIES[request.param]().save_pretrained(folder / "model")
     tokenizer(bos=request.param not in ("GPT-2", "Pythia")).save_pretrained(folder / "model")
-    draw = torch.Generator().manual_seed(0)
-    lines = [
-        {"text": " ".join(WORDS[int(i)] for i in torch.randint(90, (60,), generator=draw))}
-        for _ in range(40)
-    ]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return request.param, folder
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for _ in range(40):
+        numbers = torch.randint(90, (60,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(WORDS[i] for i in numbers)}))
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def opened(family):
-    return lm.get_language_model(str(family[1] / "model"), "cpu", dtype="float32")
+def opened(folder):
+    """(tokenizer, model)"""
+    return lm.get_language_model(str(folder / "model"), "cpu", dtype="float32")
 
 
-def some_rows(opened, folder):
+@pytest.fixture(scope="module")
+def batch(folder, opened):
     return Rows(folder / "text.jsonl", opened[0], 32, "all", max_samples=4).batch([0, 1, 2])
 
 
-def test_every_stage_works_from_the_path_alone(family, opened, monkeypatch):
-    _, folder = family
-    monkeypatch.setattr(
-        lm, "get_language_model", lambda *a, **k: opened
-    )  # loaded once; opened from its folder as any other
-    out = ["--output_dir", str(folder / "out"), "--dtype", "float32"]
-    sizes = ["--max_length", "32", "--batch_size", "4"]
-    Trainer(
-        parse(
-            "train",
-            [
-                *out,
-                *sizes,
-                "--model",
-                *SAES,
-                "--model_path",
-                str(folder / "model"),
-                "--data_path",
-                str(folder / "text.jsonl"),
-                "--latent_size",
-                "48",
-                "--k",
-                "4",
-                "--max_samples",
-                "20",
-            ],
-        )
-    ).run()
-    paths = [str(folder / "out" / "SAE_models" / f"{sae}_text.pt") for sae in SAES]
-    recipe = checkpoint.read_recipe(paths[0])
-    assert (
-        recipe["config"]["hidden_size"] == WIDTH
-        and recipe["config"]["n_layers"] == DEPTH
-        and recipe["sites"] == [1, 2, 3]
+def options(**values):
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def train(folder, output):
+    argv = options(
+        model_path=folder / "model",
+        data_path=folder / "text.jsonl",
+        latent_size=48,
+        k=4,
+        max_samples=20,
+        max_length=32,
+        batch_size=4,
     )
+    Trainer(parse("train", [*output, "--model", *SAES, *argv])).run()
+    return [str(folder / "out" / "SAE_models" / f"{sae}_text.pt") for sae in SAES]
+
+
+def check_evaluation(paths, output):
+    argv = ["--SAE_path", *paths, "--metric", "NormMSE", "KLDiv", "--max_samples", "4"]
+    for result in Evaluator(parse("evaluate", [*output, *argv])).run().values():
+        assert 0 < result["KLDiv"] < math.inf
+        assert 0 < result["NormMSE"] < 2
+
+
+def check_contexts_and_steering(path, output):
+    argv = options(SAE_path=path, max_samples=8, act_threshold=0, lines=1, context_length=4)
+    total, contexts = Applier(parse("apply", [*output, *argv])).run()
+    latents = json.loads(Path(contexts).read_text())["latent_context_map"]
+    assert total == len(latents) > 0
+    latent, entry = next(iter(latents.items()))
+    assert not {"<pad>", "<s>", "</s>"} & set(entry["tokens"][0])
+    edit = f"{latent}={10 * entry['max_activation']}"
+    argv = options(SAE_path=path, set=edit, prompt="w1 w2 w3", max_new_tokens=3)
+    steered = Steerer(parse("steer", [*output, *argv])).run()
+    assert steered["outputs"]["0"][0]["KL"] > 0
+
+
+def test_every_stage_works_from_the_path_alone(folder, opened, monkeypatch):
+    monkeypatch.setattr(lm, "get_language_model", lambda *args, **kwargs: opened)  # loaded once
+    output = options(output_dir=folder / "out", dtype="float32")
+    paths = train(folder, output)
+    recipe = checkpoint.read_recipe(paths[0])
+    assert recipe["config"]["hidden_size"] == WIDTH
+    assert recipe["config"]["n_layers"] == DEPTH
+    assert recipe["sites"] == [1, 2, 3]
     assert checkpoint.read_recipe(paths[1])["sites"] == [3]
-    results = Evaluator(
-        parse(
-            "evaluate",
-            [*out, "--SAE_path", *paths, "--metric", "NormMSE", "KLDiv", "--max_samples", "4"],
-        )
-    ).run()
-    for result in results.values():
-        assert math.isfinite(result["KLDiv"]) and result["KLDiv"] > 0 and 0 < result["NormMSE"] < 2
+    check_evaluation(paths, output)
     for path in paths:
-        cfg = parse(
-            "apply",
-            [
-                *out,
-                "--SAE_path",
-                path,
-                "--max_samples",
-                "8",
-                "--act_threshold",
-                "0",
-                "--lines",
-                "1",
-                "--context_length",
-                "4",
-            ],
-        )
-        total, contexts = Applier(cfg).run()
-        found = json.loads(open(contexts).read())["latent_context_map"]
-        assert total == len(found) > 0
-        latent, entry = next(iter(found.items()))
-        assert not {"<pad>", "<s>", "</s>"} & set(entry["tokens"][0])
-        steered = Steerer(
-            parse(
-                "steer",
-                [
-                    *out,
-                    "--SAE_path",
-                    path,
-                    "--set",
-                    f"{latent}={10 * entry['max_activation']}",
-                    "--prompt",
-                    "w1 w2 w3",
-                    "--max_new_tokens",
-                    "3",
-                ],
-            )
-        ).run()
-        assert steered["outputs"]["0"][0]["KL"] > 0
+        check_contexts_and_steering(path, output)
 
 
-def test_the_blocks_the_norm_and_the_head_are_the_models_own(family, opened):
-    _, folder = family
-    model, batch = opened[1], some_rows(opened, folder)
-    assert len(lm.blocks(model)) == DEPTH and lm.text_config(model).hidden_size == WIDTH
+def test_the_blocks_the_norm_and_the_head_are_the_models_own(opened, batch):
+    tokenizer, model = opened
+    assert len(lm.blocks(model)) == DEPTH
+    assert lm.text_config(model).hidden_size == WIDTH
     with torch.no_grad():
-        whole = model(input_ids=batch.input_ids, output_hidden_states=True)
+        expected = model(input_ids=batch.input_ids, output_hidden_states=True)
+    # Families differ in scaled embeddings, soft caps and projections.
     logits = lm.logits_of(model, lm.final_states(model, batch.input_ids).flatten(0, 1))
-    assert torch.allclose(
-        logits, whole.logits.flatten(0, 1).float(), atol=1e-5
-    )  # scaled embeddings, soft caps, projections
-    read = lm.read_sites(model, batch.input_ids, list(range(1, DEPTH + 1)))
+    assert torch.allclose(logits, expected.logits.flatten(0, 1).float(), atol=1e-5)
+    states = lm.read_sites(model, batch.input_ids, list(range(1, DEPTH + 1)))
     for site in range(1, DEPTH):
-        assert torch.equal(read[site], whole.hidden_states[site])
-    assert not batch.mask[
-        torch.isin(batch.input_ids, torch.tensor(opened[0].all_special_ids))
-    ].any()
-    assert not batch.mask[:, 0].any() and batch.mask.any()
+        assert torch.equal(states[site], expected.hidden_states[site])
+    special = torch.isin(batch.input_ids, torch.tensor(tokenizer.all_special_ids))
+    assert not batch.mask[special].any()
+    assert not batch.mask[:, 0].any()
+    assert batch.mask.any()
 
 
-def test_an_identity_graft_changes_no_bit_and_a_perfect_reconstruction_nothing_that_counts(
-    family, opened
+def rebuild(hidden):
+    """Standardises the states and undoes it, as a perfect SAE would."""
+    mean, std = hidden.mean(-1, keepdim=True), hidden.std(-1, keepdim=True)
+    return (hidden - mean) / std * std + mean
+
+
+def test_an_identity_patch_changes_no_bit_and_a_perfect_reconstruction_nothing_that_counts(
+    opened, batch
 ):
-    _, folder = family
-    model, batch = opened[1], some_rows(opened, folder)
+    _, model = opened
     clean = lm.logits_of(model, lm.final_states(model, batch.input_ids)[batch.mask])
-    full = lm.read_sites(model, batch.input_ids, list(range(1, DEPTH + 1)))
+    states = lm.read_sites(model, batch.input_ids, list(range(1, DEPTH + 1)))
 
-    def perfect(h):
-        return (h - h.mean(-1, keepdim=True)) / h.std(-1, keepdim=True) * h.std(
-            -1, keepdim=True
-        ) + h.mean(-1, keepdim=True)
+    def patched_logits(site, function, known):
+        final = hooks.patched_states(model, batch, {site: function}, known)
+        return lm.logits_of(model, final[batch.mask])
 
     for site in range(1, DEPTH + 1):
-        for known in (None, full):
-            same = hooks.patched_states(model, batch, {site: lambda h: h}, known)
-            assert torch.equal(lm.logits_of(model, same[batch.mask]), clean)
-        near = lm.logits_of(
-            model, hooks.patched_states(model, batch, {site: perfect}, full)[batch.mask]
-        )
+        for known in (None, states):
+            assert torch.equal(patched_logits(site, lambda h: h, known), clean)
+        near = patched_logits(site, rebuild, states)
         assert float(metrics.KLDiv(clean, near)) < 1e-6
-        far = lm.logits_of(
-            model, hooks.patched_states(model, batch, {site: lambda h: -h}, full)[batch.mask]
-        )
+        far = patched_logits(site, lambda h: -h, states)
         assert float(metrics.KLDiv(clean, far)) > 1e-6
 
 
-def test_an_edit_shows_at_its_site_and_after_it_at_its_token_and_after_it(family, opened):
-    _, folder = family
-    model, batch = opened[1], some_rows(opened, folder)
+def test_an_edit_shows_at_its_site_and_after_it_at_its_token_and_after_it(opened, batch):
+    _, model = opened
     mask = batch.mask.clone()
     mask[:, :10] = False
     sites = list(range(1, DEPTH + 1))
-    clean, states = (
-        lm.read_sites(model, batch.input_ids, sites),
-        lm.final_states(model, batch.input_ids),
-    )
+    states = lm.read_sites(model, batch.input_ids, sites)
+    final = lm.final_states(model, batch.input_ids)
     with lm.hooked(model, hooks.patch_hooks({2: lambda h: h + 1}, mask)):
-        changed = lm.read_sites(model, batch.input_ids, sites)
-        after = lm.final_states(model, batch.input_ids)
-    assert torch.equal(changed[1], clean[1])
-    assert torch.allclose(changed[2][mask], clean[2][mask] + 1) and torch.equal(
-        changed[2][~mask], clean[2][~mask]
-    )
+        edited = lm.read_sites(model, batch.input_ids, sites)
+        edited_final = lm.final_states(model, batch.input_ids)
+    assert torch.equal(edited[1], states[1])
+    assert torch.allclose(edited[2][mask], states[2][mask] + 1)
+    assert torch.equal(edited[2][~mask], states[2][~mask])
     first = int(mask.any(0).nonzero()[0])
-    assert torch.allclose(
-        after[:, :first], states[:, :first], atol=1e-5
-    )  # experts take tokens together, which moves the last bits
-    moved = (after != states).any(-1)
+    # Not bit for bit: experts take tokens together, which moves the last bits.
+    assert torch.allclose(edited_final[:, :first], final[:, :first], atol=1e-5)
+    moved = (edited_final != final).any(-1)
     assert moved[:, first:][mask[:, first:]].all()

@@ -1,0 +1,79 @@
+"""The demo text is made from documentation, and make.py trains a language model on it."""
+
+import importlib.util
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+
+from src import demo
+from src.files import DEMO_LM
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """The folder of a demo text made from 60 small files, of which half repeat the others."""
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    files = []
+    for i in range(60):
+        path = tmp_path / f"module_{i}.py"
+        text = " ".join(f"Returns value {i % 30} of array {n}." for n in range(60))
+        path.write_text(f'"""{text}"""\n')
+        files.append(("package", path))
+    (tmp_path / "broken.py").write_text("def (")
+    files.append(("package", tmp_path / "broken.py"))
+    monkeypatch.setattr(demo, "source_files", lambda: files)
+    return demo.build_corpus()
+
+
+@pytest.fixture(scope="module")
+def make():
+    spec = importlib.util.spec_from_file_location("make", DEMO_LM / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_repeated_paragraphs_are_dropped_and_each_document_is_in_one_split(corpus):
+    about = json.loads((corpus / "about.json").read_text())
+    assert sum(about["documents"].values()) == 30
+    texts = set()
+    for name, count in about["documents"].items():
+        lines = (corpus / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == count > 0
+        texts |= {json.loads(line)["text"] for line in lines}
+    assert len(texts) == 30
+
+
+def test_demo_defaults_fill_only_what_is_missing(corpus, capsys):
+    cfg = Namespace(model_path="", data_path=None)
+    demo.use_demo_defaults(cfg)
+    assert (cfg.model_path, cfg.data_path) == (str(DEMO_LM), str(corpus))
+    assert "built-in demo LM" in capsys.readouterr().out
+    cfg = Namespace(model_path="model", data_path="text")
+    demo.use_demo_defaults(cfg)
+    assert (cfg.model_path, cfg.data_path) == ("model", "text")
+    assert not capsys.readouterr().out
+
+
+def test_the_demo_lm_is_the_model_that_its_program_makes(make):
+    from transformers import AutoConfig, AutoTokenizer
+
+    model = make.new_model(AutoTokenizer.from_pretrained(DEMO_LM))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_674_240
+    committed = AutoConfig.from_pretrained(DEMO_LM)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
+        assert getattr(model.config, name) == getattr(committed, name)
+
+
+def test_a_finished_training_of_the_demo_lm_is_not_repeated(make, corpus, tmp_path, capsys):
+    for out in ("first", "second"):
+        make.train_lm(1, tmp_path / out)
+    assert "continuing at step 1 of 1" in capsys.readouterr().out
+    first, second = (tmp_path / out / "model.safetensors" for out in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    score = json.loads((tmp_path / "second" / "score.json").read_text())
+    assert score["trained_tokens"] == 16 * 256
+    assert score["perplexity"] > 1
+    assert torch.load(tmp_path / "data" / "demo_lm" / "training.pt")["step"] == 1
