@@ -5,7 +5,6 @@ usage: python -m src.hub NAME FOLDER
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -96,9 +95,9 @@ def download(name: str, folder: str | os.PathLike) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m src.hub", description="Fetch a language model from the hub."
-    )
+    from src.config import small_parser
+
+    parser = small_parser("src.hub", "Fetch a language model from the hub.")
     parser.add_argument("name", help="owner/name")
     parser.add_argument("folder", help="folder to write it to")
     args = parser.parse_args()

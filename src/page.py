@@ -6,16 +6,17 @@ reach it as JSON data and are shown by textContent only, so that hostile text st
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from string import Template
 from types import NoneType
 from typing import Any
 
+from src.config import small_parser
 from src.files import ROOT, is_stale_result, load_json, newest, save_text
 
 ASSETS = ROOT / "assets" / "page"  # page.html is the frame of page.css, page.js and the data
@@ -298,8 +299,8 @@ def _fill_in(data: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------- the command line
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _arguments() -> Namespace:
+    parser = small_parser("src.page", __doc__.splitlines()[0])
     add = parser.add_argument
     add("contexts", type=Path, help="contexts file of apply.py")
     add("report", type=Path, help="HTML file to write")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from src.config import small_parser
 from src.files import load_json, save_text
 
 Result = dict[str, Any]  # the JSON of one evaluation
@@ -310,7 +310,7 @@ def _draw_site_shares(axis: Any, title: str, course: Course) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m src.plots", description=__doc__)
+    parser = small_parser("src.plots", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="folder of evaluation results, or a run's metrics.jsonl")
     add("picture", type=Path, help="PNG to write")

@@ -6,7 +6,6 @@ splits.
 
 from __future__ import annotations
 
-import argparse
 import glob as globbing
 import gzip
 import hashlib
@@ -498,9 +497,9 @@ def write_splits(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m src.sources", description="Write a source of text as three disjoint splits."
-    )
+    from src.config import small_parser
+
+    parser = small_parser("src.sources", "Write a source of text as three disjoint splits.")
     parser.add_argument("source", help="file, folder, glob, or hub name owner/name[:config]")
     parser.add_argument("folder", help="where train.jsonl, eval.jsonl and apply.jsonl go")
     parser.add_argument(
