@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import operator
 from pathlib import Path
 
 import pytest
@@ -71,100 +72,119 @@ SIGNATURES = {
         "Interpreter.calculate_cost": "self",
     },
 }
-FLAGS = """model model_path hidden_size latent_size k layer n_layers l1_coeff threshold bandwidth aggre routing data_path batch_size max_length lr
-betas num_epochs steps max_samples use_wandb wandb_project SAE_path metric infer_k theta api_base api_version api_key engine output_dir device seed
-recipe max_tokens chunking text_key max_bad_frac split dtype norm_eps auxk_coeff dead_tokens target_l0 sparsity_warmup topk_relu b_pre_init grad_clip
-optimizer include_special start_layer end_layer router_objective router_balance router_balance_coef route_scale save_every resume deterministic tag
-overwrite trust_remote_code max_memory_hint route_patch site act_threshold threshold_rel quantile context_length max_per_token lines top_n effect gzip
-sample_latents api_type api_key_file concurrency requests_per_minute budget_usd budget_tokens dry_run score set add multiply zero prompt prompts
-max_new_tokens mode format debug compile_lm""".split()
-FILES = """src/__init__.py src/model.py src/data.py src/utils.py src/applier.py src/trainer.py src/evaluator.py src/interpreter.py
-scripts/env_setup.sh scripts/download_data.sh scripts/download_model.sh scripts/evaluate_compare.sh scripts/apply.sh scripts/interpret.sh
-scripts/steer.sh scripts/quickstart.sh scripts/test.sh scripts/common.sh
-train.py evaluate.py apply.py interpret.py steer.py export.py requirements.txt constraints.txt
-docs/evaluation_results.md docs/LOG.md LICENSE CONTRIBUTING.md README.md""".split()
+# Documented names whose arguments are not checked.
+NAMES = {
+    "src.model": "MLSAE RandomK Jump_func Step_func",
+    "src.steerer": "Steerer",
+    "src.metrics": "KLDiv",
+}
+FLAGS = """
+model model_path hidden_size latent_size k layer n_layers l1_coeff threshold bandwidth aggre
+routing data_path batch_size max_length lr betas num_epochs steps max_samples use_wandb
+wandb_project SAE_path metric infer_k theta api_base api_version api_key engine output_dir
+device seed recipe max_tokens chunking text_key max_bad_frac split dtype norm_eps auxk_coeff
+dead_tokens target_l0 sparsity_warmup topk_relu b_pre_init grad_clip optimizer include_special
+start_layer end_layer router_objective router_balance router_balance_coef route_scale save_every
+resume deterministic tag overwrite trust_remote_code max_memory_hint route_patch site
+act_threshold threshold_rel quantile context_length max_per_token lines top_n effect gzip
+sample_latents api_type api_key_file concurrency requests_per_minute budget_usd budget_tokens
+dry_run score set add multiply zero prompt prompts max_new_tokens mode format debug compile_lm
+""".split()
+FILES = """
+src/__init__.py src/model.py src/data.py src/utils.py src/applier.py src/trainer.py
+src/evaluator.py src/interpreter.py scripts/env_setup.sh scripts/download_data.sh
+scripts/download_model.sh scripts/evaluate_compare.sh scripts/apply.sh scripts/interpret.sh
+scripts/steer.sh scripts/quickstart.sh scripts/test.sh scripts/common.sh train.py evaluate.py
+apply.py interpret.py steer.py export.py requirements.txt constraints.txt
+docs/evaluation_results.md docs/LOG.md LICENSE CONTRIBUTING.md README.md
+""".split()
 
 
 @pytest.mark.parametrize(
     "module, name", [(module, name) for module, names in SIGNATURES.items() for name in names]
 )
 def test_documented_names_take_the_documented_arguments_in_their_order(module, name):
-    found = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    wanted = SIGNATURES[module][name].split()
-    assert [p for p in inspect.signature(found).parameters][: len(wanted)] == wanted
+    function = operator.attrgetter(name)(importlib.import_module(module))
+    expected = SIGNATURES[module][name].split()
+    assert list(inspect.signature(function).parameters)[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_other_documented_names_exist(module):
+    for name in NAMES[module].split():
+        assert callable(getattr(importlib.import_module(module), name)), name
 
 
 def test_every_documented_flag_is_accepted_by_a_stage():
-    known = {
-        flag
-        for stage in config.STAGES
-        for action in config.parser(stage)._actions
-        for flag in action.option_strings
-    }
-    assert not [flag for flag in FLAGS if f"--{flag}" not in known]
+    known = set()
+    for stage in config.STAGES:
+        for action in config.parser(stage)._actions:
+            known.update(action.option_strings)
+    assert {f"--{flag}" for flag in FLAGS} <= known
 
 
-def test_every_documented_file_is_there_and_scripts_pass_their_arguments_on():
+def test_every_documented_file_exists():
     assert not [name for name in FILES if not (ROOT / name).exists()]
-    for name in [
-        *(f"train_{name.lower()}" for name in ZOO),
-        "evaluate_compare",
-        "apply",
-        "interpret",
-        "steer",
-        "download_data",
-    ]:
+
+
+def test_scripts_pass_their_arguments_on():
+    names = [f"train_{name.lower()}" for name in ZOO]
+    names += ["evaluate_compare", "apply", "interpret", "steer", "download_data"]
+    for name in names:
         assert '"$@"' in (ROOT / "scripts" / f"{name}.sh").read_text(), name
 
 
-def test_documented_models_parameters_and_tuples():
-    biases = {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"}
-    gated = {"pre_bias", "gate_bias", "mag_bias", "r_mag", "encoder.weight", "decoder.weight"}
-    crosscoder = {
-        "latent_bias",
-        *(f"{part}.{i}.weight" for part in ("encoder", "decoder") for i in range(9)),
-    }
-    for name, sae, wanted in (
-        ("TopK", model.TopK(8, 32, 4), biases),
-        ("Vanilla", model.Vanilla(8, 32), biases),
-        ("Gated", model.Gated(8, 32), gated | {"latent_bias"}),
-        ("JumpReLU", model.JumpReLU(8, 32), biases | {"threshold"}),
-        ("Crosscoder", model.Crosscoder(8, 16, 32), crosscoder),
-        (
-            "RouteSAE",
-            model.RouteSAE(8, 16, 32, 4),
-            {"router.weight", *(f"sae.{key}" for key in biases)},
-        ),
-    ):
-        assert set(sae.state_dict()) <= wanted and wanted - set(sae.state_dict()) <= {
-            "latent_bias"
-        }, name
-    x = torch.randn(2, 3, 8)
-    for sae in (
-        model.TopK(8, 32, 4),
-        model.Vanilla(8, 32),
-        model.Gated(8, 32),
-        model.JumpReLU(8, 32),
-    ):
-        latents, x_hat = sae(x)
-        assert latents.shape == (2, 3, 32) and x_hat.shape == x.shape
-    route = model.RouteSAE(8, 16, 32, 4)
-    assert (route.start_layer, route.end_layer, route.n_routed_layers) == (4, 13, 9)
-    assert [tuple(part.shape) for part in route(torch.randn(2, 3, 9, 8))] == [
-        (2, 3, 9),
-        (2, 3, 8),
-        (2, 3, 32),
-        (2, 3, 8),
-        (2, 3, 9),
-    ]
-    latents, x_hat = model.Crosscoder(8, 16, 32)(torch.randn(2, 3, 9, 8))
-    assert latents.shape == (2, 3, 32) and x_hat.shape == (2, 3, 9, 8)
+BIASES = {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"}
+GATED = {"latent_bias", "pre_bias", "gate_bias", "mag_bias", "r_mag"}
+GATED |= {"encoder.weight", "decoder.weight"}
+CROSSCODER = {"latent_bias"}
+CROSSCODER |= {f"{part}.{i}.weight" for part in ("encoder", "decoder") for i in range(9)}
+ROUTED = {"router.weight", *(f"sae.{key}" for key in BIASES)}
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "sae, documented",
+    [
+        (model.TopK(8, 32, 4), BIASES),
+        (model.Vanilla(8, 32), BIASES),
+        (model.Gated(8, 32), GATED),
+        (model.JumpReLU(8, 32), BIASES | {"threshold"}),
+        (model.Crosscoder(8, 16, 32), CROSSCODER),
+        (model.RouteSAE(8, 16, 32, 4), ROUTED),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_parameters_have_the_documented_names(sae, documented):
+    names = set(sae.state_dict())
+    # A model may lack the latent bias; it may have nothing beyond the documented parameters.
+    assert documented - {"latent_bias"} <= names <= documented
+
+
+@pytest.mark.parametrize(
+    "sae", [model.TopK(8, 32, 4), model.Vanilla(8, 32), model.Gated(8, 32), model.JumpReLU(8, 32)]
+)
+def test_models_of_one_site_return_latents_and_reconstruction(sae):
+    x = torch.randn(2, 3, 8)
+    latents, x_hat = sae(x)
+    assert latents.shape == (2, 3, 32)
+    assert x_hat.shape == x.shape
+
+
+def test_models_of_several_sites_return_the_documented_tuples():
+    x = torch.randn(2, 3, 9, 8)
+    route = model.RouteSAE(8, 16, 32, 4)
+    assert (route.start_layer, route.end_layer, route.n_routed_layers) == (4, 13, 9)
+    layer_weights, routed_x, latents, x_hat, router_weights = route(x)
+    assert layer_weights.shape == router_weights.shape == (2, 3, 9)
+    assert routed_x.shape == x_hat.shape == (2, 3, 8)
+    assert latents.shape == (2, 3, 32)
+    latents, x_hat = model.Crosscoder(8, 16, 32)(x)
+    assert latents.shape == (2, 3, 32)
+    assert x_hat.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "call",
     [
         lambda: model.TopK(0, 32, 4),
         lambda: model.TopK(8, 0, 4),
@@ -180,6 +200,6 @@ def test_documented_models_parameters_and_tuples():
         lambda: model.RouteSAE(8, 16, 32, 4)(torch.randn(2, 9, 8), routing="no"),
     ],
 )
-def test_documented_value_errors(bad):
+def test_documented_value_errors(call):
     with pytest.raises(ValueError):
-        bad()
+        call()
