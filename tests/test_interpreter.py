@@ -1,4 +1,4 @@
-"""Labels from contexts: against a local endpoint that misbehaves, and by rule."""
+"""Labels from contexts: by rule, and from a local endpoint that misbehaves."""
 
 import itertools
 import json
@@ -15,125 +15,129 @@ from src.config import parse, run_stage
 from src.interpreter import (
     Interpreter,
     balanced_accuracy,
-    choose,
-    entries,
-    heuristic,
+    choose_contexts,
+    label_by_rule,
     parse_answer,
     parse_labels,
-    safe,
+    quote_context,
+    read_entries,
 )
 
+N_FEATURES = 12
+ANSWER_TOKENS = 110  # the usage that the server reports for each answer
 GOOD = json.dumps(
     {"category": "low-level", "score": 4, "polysemantic": False, "explanation": "the word fox"}
 )
 
 
-def one(word, value, text="a <ACTIVATED>fox</ACTIVATED> ran"):
-    return {"activation": value, "context": text, "token_class": word}
+def context(word, activation, text="a <ACTIVATED>fox</ACTIVATED> ran"):
+    return {"activation": activation, "context": text, "token_class": word}
 
 
-@pytest.fixture
-def contexts(tmp_path):
+def entry(number):
+    contexts = [
+        {"activation": 9.0 - j, "context": f"n{number} <ACTIVATED>x</ACTIVATED> {j}"}
+        for j in range(5)
+    ]
     sample = [
         {"tokens": ["a", " fox", f" {i}"], "position": 1, "token_activations": [[1, 2.0]]}
         for i in range(4)
     ]
-    table = {
-        str(i): {
-            "contexts": {
-                f"w{i}": [
-                    {"activation": 9.0 - j, "context": f"n{i} <ACTIVATED>x</ACTIVATED> {j}"}
-                    for j in range(5)
-                ]
-            },
-            "sample": sample,
-            "negatives": [0, 1, 2, 3],
-        }
-        for i in range(12)
+    return {"contexts": {f"w{number}": contexts}, "sample": sample, "negatives": [0, 1, 2, 3]}
+
+
+@pytest.fixture
+def contexts(tmp_path):
+    """A contexts file of twelve features. The prompt of feature i holds "n{i} <"."""
+    content = {
+        "model": "TopK",
+        "negatives": [{"tokens": ["no", " animal", f" {i}"]} for i in range(4)],
+        "latent_context_map": {str(number): entry(number) for number in range(N_FEATURES)},
     }
-    pool = [{"tokens": ["no", " animal", f" {i}"]} for i in range(4)]
     path = tmp_path / "S_contexts.json"
-    path.write_text(json.dumps({"model": "TopK", "negatives": pool, "latent_context_map": table}))
+    path.write_text(json.dumps(content))
     return path
 
 
 class Server:
-    """An endpoint whose nth answer to a feature follows `plan(feature, nth request)`; keeps the ledger of tokens it billed."""
+    """An endpoint that gives `plan(feature, n)` as its nth answer about a feature.
+
+    A plan returns (status, content). The server keeps the bodies and headers of all requests and
+    counts the tokens that it billed.
+    """
 
     def __init__(self, plan):
-        self.pause = ""
-        self.plan, self.seen, self.billed, self.bodies, self.heads, self.lock = (
-            plan,
-            {},
-            0,
-            [],
-            [],
-            threading.Lock(),
-        )
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][-1]["content"]
-                name = next((f"{i}" for i in range(12) if f"n{i} <" in prompt), "test")
-                with outer.lock:
-                    outer.bodies.append(body)
-                    outer.heads.append(
-                        (self.path, {name.lower(): value for name, value in self.headers.items()})
-                    )
-                    outer.seen[name] = outer.seen.get(name, 0) + 1
-                    status, content = outer.plan(name, outer.seen[name])
-                if status == "hang":
-                    time.sleep(1.5)
-                    status = 500
-                if status == 200:
-                    answer = {
-                        "id": "x",
-                        "object": "chat.completion",
-                        "created": 0,
-                        "model": "m",
-                        "usage": {
-                            "prompt_tokens": 100,
-                            "completion_tokens": 10,
-                            "total_tokens": 110,
-                        },
-                    }
-                    message = (
-                        {"role": "assistant", "content": content}
-                        if isinstance(content, str)
-                        else content
-                    )
-                    answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
-                    data = json.dumps(answer).encode()
-                    with outer.lock:
-                        outer.billed += 110
-                else:
-                    data = (
-                        content.encode()
-                        if content
-                        else json.dumps(
-                            {"error": {"message": f"status {status}", "code": None}}
-                        ).encode()
-                    )
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header(
-                        *(("Retry-After", outer.pause) if outer.pause else ("Retry-After-Ms", "5"))
-                    )
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except BrokenPipeError:  # the client gave up waiting: what the test wants
-                    pass
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.plan = plan
+        self.pause = ""  # the seconds of its Retry-After header
+        self.requests_of = {}  # {feature: number of requests}
+        self.billed = 0
+        self.bodies = []
+        self.headers = []  # (path, headers)
+        self.lock = threading.Lock()
+        handler = type("ServerHandler", (Handler,), {"endpoint": self})
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.address = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def answer(self, path, headers, body):
+        """(status, data) of one request."""
+        prompt = body["messages"][-1]["content"]
+        names = (str(number) for number in range(N_FEATURES))
+        name = next((name for name in names if f"n{name} <" in prompt), "test")
+        with self.lock:
+            self.bodies.append(body)
+            self.headers.append((path, headers))
+            self.requests_of[name] = self.requests_of.get(name, 0) + 1
+            status, content = self.plan(name, self.requests_of[name])
+        if status == "hang":
+            time.sleep(1.5)
+            status = 500
+        if status == 200:
+            with self.lock:
+                self.billed += ANSWER_TOKENS
+            return status, json.dumps(completion(content))
+        error = {"error": {"message": f"status {status}", "code": None}}
+        return status, content or json.dumps(error)
+
+
+def completion(content):
+    """The JSON of an answer; content is its text or its whole message."""
+    message = {"role": "assistant", "content": content} if isinstance(content, str) else content
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "usage": {
+            "prompt_tokens": 100,
+            "completion_tokens": 10,
+            "total_tokens": ANSWER_TOKENS,
+        },
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        status, data = self.endpoint.answer(self.path, headers, body)
+        pause = self.endpoint.pause
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            if pause:
+                self.send_header("Retry-After", pause)
+            else:
+                self.send_header("Retry-After-Ms", "5")
+            self.send_header("Content-Length", str(len(data.encode())))
+            self.end_headers()
+            self.wfile.write(data.encode())
+        except BrokenPipeError:  # the client gave up waiting, as the test wants
+            pass
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
@@ -149,110 +153,125 @@ def serve():
         server.http.shutdown()
 
 
-def ask(contexts, tmp_path, server, *more):
-    argv = [
-        str(contexts),
+def always_good(name, n):
+    return 200, GOOD
+
+
+def interpret(*argv):
+    """The exit code of interpret.py."""
+    return run_stage("interpret", lambda cfg: Interpreter(cfg).run(), list(map(str, argv)))
+
+
+def options(contexts, tmp_path, address, *more):
+    return [
+        contexts,
         "--api_base",
-        server.address,
+        address,
         "--output_dir",
-        str(tmp_path / "out"),
+        tmp_path / "out",
         "--engine",
         "m",
-        "--timeout",
-        "0.5",
         *more,
     ]
-    code = run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv)
-    out = tmp_path / "out" / "interpret"
-    return (
-        code,
-        json.loads((out / "interp_S.json").read_text()),
-        json.loads((out / "interp_S.summary.json").read_text()),
-    )
+
+
+def ask(contexts, tmp_path, server, *more):
+    """(exit code, labels, summary) of one run."""
+    code = interpret(*options(contexts, tmp_path, server.address, "--timeout", "0.5", *more))
+    folder = tmp_path / "out" / "interpret"
+    labels = json.loads((folder / "interp_S.json").read_text())
+    summary = json.loads((folder / "interp_S.summary.json").read_text())
+    return code, labels, summary
+
+
+def answers_file(tmp_path):
+    return tmp_path / "out" / "interpret" / "interp_S.jsonl"
+
+
+def tokens_of(summary):
+    return summary["prompt_tokens"] + summary["completion_tokens"]
+
+
+# ------------------------------------------------------------------------------- a bad endpoint
+
+
+def misbehaving(name, n):
+    if name == "1" and n == 1:
+        return 429, ""
+    if name == "2" and n <= 2:
+        return 500, ""
+    if name == "3" and n == 1:
+        return "hang", ""
+    if name == "4":
+        return 200, "no idea at all"
+    if name == "5":
+        return 200, {"role": "assistant", "content": None, "refusal": "I cannot"}
+    if name == "6":
+        return 500, "<html>not json</html>"
+    return 200, GOOD
 
 
 def test_every_feature_ends_in_one_record_whatever_the_server_does(contexts, tmp_path, serve):
-    def plan(name, nth):
-        if name == "1" and nth == 1:
-            return 429, ""
-        if name == "2" and nth <= 2:
-            return 500, ""
-        if name == "3" and nth == 1:
-            return "hang", ""
-        if name == "4":
-            return 200, "no idea at all"
-        if name == "5":
-            return 200, {"role": "assistant", "content": None, "refusal": "I cannot"}
-        if name == "6":
-            return 500, "<html>not json</html>"
-        return 200, GOOD
-
-    server = serve(plan)
+    server = serve(misbehaving)
     code, results, summary = ask(contexts, tmp_path, server)
-    assert code == 4 and len(results) == 12  # one feature keeps failing: incomplete, and said so
-    assert {n: r["status"] for n, r in results.items() if r["status"] != "ok"} == {
-        "4": "unparsable",
-        "5": "refused",
-        "6": "failed",
-    }
-    assert (
-        results["0"]["description"] == "the word fox"
-        and results["0"]["similarity_score"] == 4
-        and results["0"]["polysemantic"] is False
-    )
+    assert code == 4  # one feature keeps failing
+    assert len(results) == N_FEATURES
+    status = {name: record["status"] for name, record in results.items()}
+    not_ok = {name: value for name, value in status.items() if value != "ok"}
+    assert not_ok == {"4": "unparsable", "5": "refused", "6": "failed"}
+    assert results["0"]["description"] == "the word fox"
+    assert results["0"]["similarity_score"] == 4
+    assert results["0"]["polysemantic"] is False
     assert results["4"]["raw"] == "no idea at all"
-    assert summary["prompt_tokens"] + summary["completion_tokens"] == server.billed
-    assert (
-        summary["features_scored"] == 9
-        and summary["average_score"] == 4
-        and summary["high_level_score"] is None
-    )
-    lines = (tmp_path / "out" / "interpret" / "interp_S.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["latent"] for line in lines) == sorted(map(str, range(12)))
+    assert tokens_of(summary) == server.billed
+    assert summary["features_scored"] == 9
+    assert summary["average_score"] == 4
+    assert summary["high_level_score"] is None
+    lines = answers_file(tmp_path).read_text().splitlines()
+    logged = sorted(json.loads(line)["latent"] for line in lines)
+    assert logged == sorted(map(str, range(N_FEATURES)))
 
-    server.plan = lambda name, nth: (200, GOOD)
+    server.plan = always_good
     before = len(server.bodies)
     code, results, _ = ask(contexts, tmp_path, server)
-    assert code == 0 and len(server.bodies) == before + 1  # only the failed one was asked again
+    assert code == 0
+    assert len(server.bodies) == before + 1  # only the failed one was asked again
     assert results["6"]["status"] == "ok"
 
 
 def test_a_killed_run_continues_and_a_torn_line_is_passed_over(contexts, tmp_path, serve):
-    server = serve(lambda name, nth: (200, GOOD))
+    server = serve(always_good)
     ask(contexts, tmp_path, server)
-    log = tmp_path / "out" / "interpret" / "interp_S.jsonl"
+    log = answers_file(tmp_path)
     log.write_bytes(log.read_bytes()[:-20])
     before = len(server.bodies)
     code, results, summary = ask(contexts, tmp_path, server)
-    assert code == 0 and len(results) == 12 and len(server.bodies) == before + 1
-    assert (
-        summary["prompt_tokens"] == 1200 and summary["requests"] == 12
-    )  # what earlier runs paid is still counted
+    assert code == 0
+    assert len(results) == N_FEATURES
+    assert len(server.bodies) == before + 1
+    # What earlier runs paid is still counted.
+    assert summary["prompt_tokens"] == 1200
+    assert summary["requests"] == 12
 
 
 def test_wrong_keys_stop_at_once_and_are_shown_nowhere(
     contexts, tmp_path, serve, capsys, monkeypatch
 ):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret123")
-    server = serve(
-        lambda name, nth: (
-            401,
-            json.dumps(
-                {"error": {"message": "Incorrect key sk-secret123", "code": "invalid_api_key"}}
-            ),
-        )
-    )
+    error = {"message": "Incorrect key sk-secret123", "code": "invalid_api_key"}
+    server = serve(lambda name, n: (401, json.dumps({"error": error})))
     code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "2")
-    assert code == 4 and results == {} and len(server.bodies) <= 2
-    said = capsys.readouterr()
-    assert "sk-secret" not in said.out + said.err
-    assert not any(
-        "sk-secret" in f.read_text() for f in (tmp_path / "out").rglob("*") if f.is_file()
-    )
+    assert code == 4
+    assert results == {}
+    assert len(server.bodies) <= 2
+    output = capsys.readouterr()
+    assert "sk-secret" not in output.out + output.err
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any("sk-secret" in path.read_text() for path in written)
 
 
 @pytest.mark.parametrize(
-    "status, body, said",
+    ("status", "error", "reason"),
     [
         (429, {"message": "no money", "code": "insufficient_quota"}, "no money"),
         (404, {"message": "no model m"}, "no model m"),
@@ -260,116 +279,152 @@ def test_wrong_keys_stop_at_once_and_are_shown_nowhere(
     ],
 )
 def test_what_no_retry_mends_stops_after_the_first_answers(
-    contexts, tmp_path, serve, capsys, status, body, said
+    contexts, tmp_path, serve, capsys, status, error, reason
 ):
-    server = serve(lambda name, nth: (status, json.dumps({"error": body})))
+    server = serve(lambda name, n: (status, json.dumps({"error": error})))
     code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
-    assert (
-        code == 4 and results == {} and len(server.bodies) <= 4 and said in capsys.readouterr().err
-    )  # the client tries a 429 four times
+    assert code == 4
+    assert results == {}
+    assert len(server.bodies) <= 4  # the client tries a 429 four times
+    assert reason in capsys.readouterr().err
 
 
 def test_a_server_that_wants_a_long_pause_is_not_asked_on(contexts, tmp_path, serve, capsys):
-    server = serve(lambda name, nth: (200, GOOD) if len(server.bodies) < 4 else (429, ""))
+    server = serve(lambda name, n: (200, GOOD) if len(server.bodies) < 4 else (429, ""))
     server.pause = "3600"
     code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
-    assert (
-        code == 4
-        and len(results) == 3
-        and len(server.bodies) == 4
-        and "9 of 12 features are not answered" in capsys.readouterr().err
-    )
+    assert code == 4
+    assert len(results) == 3
+    assert len(server.bodies) == 4
+    assert "9 of 12 features are not answered" in capsys.readouterr().err
 
 
 def test_an_interrupt_keeps_what_is_answered_and_the_next_run_asks_the_rest(
     contexts, tmp_path, serve
 ):
-    asked = itertools.count(1)  # two requests come at one time: a length could pass by 5
+    # Two requests come at a time, so that len(server.bodies) could pass by 5.
+    requests = itertools.count(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
-    def answer(name, nth):
-        if next(asked) == 5:
+    def interrupting(name, n):
+        if next(requests) == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return 200, GOOD
 
-    server = serve(answer)
-    argv = [
-        str(contexts),
-        "--api_base",
-        server.address,
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--engine",
-        "m",
-        "--concurrency",
-        "2",
-    ]
-    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 130
-    kept = len((tmp_path / "out" / "interpret" / "interp_S.jsonl").read_text().splitlines())
-    assert 4 <= kept == len(server.bodies) < 12
+    server = serve(interrupting)
+    assert interpret(*options(contexts, tmp_path, server.address, "--concurrency", "2")) == 130
+    kept = len(answers_file(tmp_path).read_text().splitlines())
+    assert 4 <= kept == len(server.bodies) < N_FEATURES
     code, results, summary = ask(contexts, tmp_path, server)
-    assert code == 0 and len(results) == 12 == len(server.bodies) and summary["requests"] == 12
+    assert code == 0
+    assert len(results) == len(server.bodies) == summary["requests"] == N_FEATURES
 
 
 def test_a_second_interpreter_of_one_output_is_refused_and_asks_nothing(
     contexts, tmp_path, serve, capsys
 ):
-    server = serve(lambda name, nth: (200, GOOD))
-    (tmp_path / "out" / "interpret").mkdir(parents=True)
-    argv = [
-        str(contexts),
-        "--api_base",
-        server.address,
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--engine",
-        "m",
-    ]
-    with files.locked(tmp_path / "out" / "interpret", ".interp_S.lock"):
-        assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 2
-    assert "is being written by process" in capsys.readouterr().err and not server.bodies
+    server = serve(always_good)
+    folder = tmp_path / "out" / "interpret"
+    folder.mkdir(parents=True)
+    with files.locked(folder, ".interp_S.lock"):
+        assert interpret(*options(contexts, tmp_path, server.address)) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    assert not server.bodies
 
 
 def test_the_reason_of_a_connection_that_fails_is_said(contexts, tmp_path, capsys):
-    argv = [
-        str(contexts),
-        "--api_base",
-        "http://127.0.0.1:9/v1",
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--engine",
-        "m",
-        "--sample_latents",
-        "1",
-    ]
-    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 4
+    closed = "http://127.0.0.1:9/v1"
+    assert interpret(*options(contexts, tmp_path, closed, "--sample_latents", "1")) == 4
     assert "Connection refused" in capsys.readouterr().err
 
 
+def test_what_failed_attempts_cost_stays_counted(contexts, tmp_path, serve):
+    # The label of feature 0 is answered, its test is not.
+    server = serve(lambda name, n: (200, GOOD) if name != "test" else (500, ""))
+    more = ("--score", "detection", "--sample_latents", "1", "--concurrency", "1")
+    code, _, summary = ask(contexts, tmp_path, server, *more)
+    assert code == 4
+    assert tokens_of(summary) == server.billed == ANSWER_TOKENS
+    ask(contexts, tmp_path, server, *more)
+    server.plan = lambda name, n: (200, GOOD if name != "test" else "[1, 0, 1, 0, 1, 0, 1, 0]")
+    code, _, summary = ask(contexts, tmp_path, server, *more)
+    assert code == 0
+    assert tokens_of(summary) == server.billed == 4 * ANSWER_TOKENS
+
+
+def test_the_azure_form_has_its_address_version_and_key(contexts, tmp_path, serve, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "secret")
+    server = serve(always_good)
+    server.address = server.address.removesuffix("/v1")
+    azure = ("--api_type", "azure", "--api_version", "2024-06-01")
+    code, results, _ = ask(contexts, tmp_path, server, *azure)
+    assert code == 0
+    assert len(results) == N_FEATURES
+    for path, headers in server.headers:
+        assert path == "/openai/deployments/m/chat/completions?api-version=2024-06-01"
+        assert headers["api-key"] == "secret"
+        assert "secret" not in headers.get("authorization", "")
+
+
+def test_a_server_without_structured_output_is_asked_more_plainly(contexts, tmp_path, serve):
+    prose = "**Category:** [High-level]\n**Score:** 5/5\n**Explanation:** animals"
+
+    def plan(name, n):
+        return (400, "") if "response_format" in server.bodies[-1] else (200, prose)
+
+    server = serve(plan)
+    code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
+    assert code == 0
+    assert results["0"]["category"] == "high-level"
+    assert results["0"]["score"] == 5
+    assert "response_format" not in server.bodies[-1]
+
+
+# ------------------------------------------------------------------------------- contexts files
+
+
+def first_context(table):
+    return table["3"]["contexts"]["w3"][0]
+
+
+def rename_some(table):
+    table.update({"x": table.pop("3"), "-1": table["4"], "1.5": table["4"]})
+
+
+def make_texts_numbers(table):
+    for item in table["3"]["contexts"]["w3"]:
+        item["context"] = 7
+
+
 @pytest.mark.parametrize(
-    "change, kept",
+    ("damage", "kept"),
     [
-        (lambda t: t.update(x=t.pop("3"), **{"-1": t["4"], "1.5": t["4"]}), 11),
-        (lambda t: t["3"].update(contexts={"w": []}), 11),
-        (lambda t: t["3"]["contexts"]["w3"][0].update(activation="9"), 12),
-        (lambda t: t["3"]["contexts"].update(w3=[{"activation": None}, 5]), 11),
-        (lambda t: [one.update(context=7) for one in t["3"]["contexts"]["w3"]], 11),
-        (lambda t: t["3"]["contexts"]["w3"][0].update(activation=1e999), 12),
-        (lambda t: t.clear(), None),
-        (lambda t: t.update({"3": 5}), None),
+        (rename_some, 11),
+        (lambda table: table["3"].update(contexts={"w": []}), 11),
+        (lambda table: first_context(table).update(activation="9"), 12),
+        (lambda table: table["3"]["contexts"].update(w3=[{"activation": None}, 5]), 11),
+        (make_texts_numbers, 11),
+        (lambda table: first_context(table).update(activation=1e999), 12),
+        (lambda table: table.clear(), None),
+        (lambda table: table.update({"3": 5}), None),
     ],
 )
 def test_damaged_entries_of_a_contexts_file_are_passed_over_and_counted(
-    contexts, tmp_path, capsys, change, kept
+    contexts, tmp_path, capsys, damage, kept
 ):
     content = json.loads(contexts.read_text())
-    change(content["latent_context_map"])
+    damage(content["latent_context_map"])
     contexts.write_text(json.dumps(content))
-    argv = [str(contexts), "--engine", "heuristic", "--output_dir", str(tmp_path / "out")]
-    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == (0 if kept else 3)
-    said = capsys.readouterr()
-    assert f"{kept} features in" in said.out if kept else "contexts" in said.err
-    assert kept in (12, None) or "are passed over" in said.out
+    code = interpret(contexts, "--engine", "heuristic", "--output_dir", tmp_path / "out")
+    output = capsys.readouterr()
+    if kept is None:
+        assert code == 3
+        assert "contexts" in output.err
+    else:
+        assert code == 0
+        assert f"{kept} features in" in output.out
+        assert ("are passed over" in output.out) or kept == N_FEATURES
 
 
 @pytest.mark.parametrize(
@@ -378,129 +433,77 @@ def test_damaged_entries_of_a_contexts_file_are_passed_over_and_counted(
 def test_a_contexts_file_that_is_none_is_exit_3_and_named(tmp_path, capsys, content):
     path = tmp_path / "S_contexts.json"
     path.write_text(content)
-    argv = [str(path), "--engine", "heuristic", "--output_dir", str(tmp_path / "out")]
-    assert (
-        run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 3
-        and str(path) in capsys.readouterr().err
-    )
+    assert interpret(path, "--engine", "heuristic", "--output_dir", tmp_path / "out") == 3
+    assert str(path) in capsys.readouterr().err
 
 
-def test_what_failed_attempts_cost_stays_counted(contexts, tmp_path, serve):
-    def broken(name, nth):  # the label of feature 0 is answered, the test of it is not
-        return (200, GOOD) if name != "test" else (500, "")
-
-    server = serve(broken)
-    more = ("--score", "detection", "--sample_latents", "1", "--concurrency", "1")
-    code, _, summary = ask(contexts, tmp_path, server, *more)
-    assert (
-        code == 4
-        and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 110
-    )
-    ask(contexts, tmp_path, server, *more)
-    server.plan = lambda name, nth: (200, GOOD if name != "test" else "[1, 0, 1, 0, 1, 0, 1, 0]")
-    code, _, summary = ask(contexts, tmp_path, server, *more)
-    assert (
-        code == 0
-        and summary["prompt_tokens"] + summary["completion_tokens"] == server.billed == 440
-    )
+def test_both_documented_context_files_are_read(tmp_path):
+    text = "a <ACTIVATED>fox</ACTIVATED>"
+    nested = {"latent_context_map": {"7": {"fox": [{"activation": 2.0, "context": text}]}}}
+    flat = {"latent_context_map": {"7": {"activations": [2.0], "tokens": [["a", " fox"]]}}}
+    assert read_entries(nested, tmp_path)["7"]["contexts"][0]["token_class"] == "fox"
+    assert read_entries(flat, tmp_path)["7"]["contexts"][0]["context"] == "a fox"
+    with pytest.raises(ValueError, match="apply.py"):
+        read_entries([1], tmp_path)
+    assert parse("interpret", []).contexts is None
 
 
-def test_the_azure_form_has_its_address_version_and_key(contexts, tmp_path, serve, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "secret")
-    server = serve(lambda name, nth: (200, GOOD))
-    server.address = server.address.removesuffix("/v1")
-    code, results, _ = ask(
-        contexts, tmp_path, server, "--api_type", "azure", "--api_version", "2024-06-01"
-    )
-    assert code == 0 and len(results) == 12
-    for path, headers in server.heads:
-        assert path == "/openai/deployments/m/chat/completions?api-version=2024-06-01"
-        assert headers["api-key"] == "secret" and "secret" not in headers.get("authorization", "")
-
-
-def test_a_server_without_structured_output_is_asked_more_plainly(contexts, tmp_path, serve):
-    server = serve(
-        lambda name, nth: (
-            200,
-            "**Category:** [High-level]\n**Score:** 5/5\n**Explanation:** animals",
-        )
-    )
-    original = server.plan
-
-    def plan(name, nth):
-        return (400, "") if "response_format" in server.bodies[-1] else original(name, nth)
-
-    server.plan = plan
-    code, results, _ = ask(contexts, tmp_path, server, "--concurrency", "1")
-    assert code == 0 and results["0"]["category"] == "high-level" and results["0"]["score"] == 5
-    assert "response_format" not in server.bodies[-1]
+# --------------------------------------------------------------------------- budgets and tests
 
 
 def test_budgets_and_dry_runs(contexts, tmp_path, serve):
-    server = serve(lambda name, nth: (200, GOOD))
-    code, results, _ = ask(
-        contexts, tmp_path, server, "--budget_tokens", "300", "--concurrency", "1"
-    )
-    assert code == 4 and len(results) == 3
+    server = serve(always_good)
+    budget = ("--budget_tokens", "300", "--concurrency", "1")
+    code, results, _ = ask(contexts, tmp_path, server, *budget)
+    assert code == 4
+    assert len(results) == 3
     before = len(server.bodies)
-    argv = [str(contexts), "--dry_run", "--output_dir", str(tmp_path / "dry")]
-    assert run_stage("interpret", lambda cfg: Interpreter(cfg).run(), argv) == 0
-    assert (
-        len(server.bodies) == before
-        and len(json.loads((tmp_path / "dry/interpret/interp_S.prompts.json").read_text())) == 12
-    )
+    assert interpret(contexts, "--dry_run", "--output_dir", tmp_path / "dry") == 0
+    assert len(server.bodies) == before
+    prompts = json.loads((tmp_path / "dry" / "interpret" / "interp_S.prompts.json").read_text())
+    assert len(prompts) == N_FEATURES
 
 
 def test_explanations_are_tested_on_contexts_they_were_not_made_from(contexts, tmp_path, serve):
-    def plan(name, nth):
+    def prompt_of(body):
+        return body["messages"][-1]["content"]
+
+    def right_answers(name, n):
         if name != "test":
             return 200, GOOD
-        texts = [
-            line
-            for line in server.bodies[-1]["messages"][-1]["content"].splitlines()
-            if line[:1].isdigit()
-        ]
-        return 200, json.dumps([int("fox" in line) for line in texts])
+        lines = prompt_of(server.bodies[-1]).splitlines()
+        texts = [line for line in lines if line[:1].isdigit()]
+        return 200, json.dumps([int("fox" in text) for text in texts])
 
-    server = serve(plan)
-    _, results, summary = ask(
-        contexts, tmp_path, server, "--score", "detection", "--concurrency", "1"
-    )
-    assert (
-        results["0"]["detection"] == {"balanced_accuracy": 1.0, "n": 8}
-        and summary["detection_balanced_accuracy"] == 1.0
-    )
-    prompts = [body["messages"][-1]["content"] for body in server.bodies]
-    assert not any('"a fox' in p for p in prompts if "described so" not in p)
+    server = serve(right_answers)
+    detection = ("--score", "detection", "--concurrency", "1")
+    _, results, summary = ask(contexts, tmp_path, server, *detection)
+    assert results["0"]["detection"] == {"balanced_accuracy": 1.0, "n": 8}
+    assert summary["detection_balanced_accuracy"] == 1.0
+    prompts = [prompt_of(body) for body in server.bodies]
+    questions = [prompt for prompt in prompts if "described so" not in prompt]
+    assert not any('"a fox' in prompt for prompt in questions)
 
 
 def test_without_a_key_there_is_one_clear_line(contexts, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert (
-        run_stage(
-            "interpret",
-            lambda cfg: Interpreter(cfg).run(),
-            [str(contexts), "--output_dir", str(tmp_path)],
-        )
-        == 2
-    )
+    assert interpret(contexts, "--output_dir", tmp_path) == 2
     assert "OPENAI_API_KEY" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------- small parts
+
+
 def test_rules_name_tokens_prefixes_and_nothing():
-    assert "'fox'" in heuristic({"contexts": [one("fox", 3), one("fox", 2)]})["explanation"]
-    assert (
-        "begin with 'walk'"
-        in heuristic({"contexts": [one(w, 1) for w in ("walks", "walked", "walking")]})[
-            "explanation"
-        ]
-    )
-    far = [
-        one(w, 1, f"{w}z <ACTIVATED>{w}</ACTIVATED>")
-        for w in ("sky", "hen", "map", "oil", "urn", "pit")
+    foxes = {"contexts": [context("fox", 3), context("fox", 2)]}
+    assert "'fox'" in label_by_rule(foxes)["explanation"]
+    walks = {"contexts": [context(word, 1) for word in ("walks", "walked", "walking")]}
+    assert "begin with 'walk'" in label_by_rule(walks)["explanation"]
+    unrelated = [
+        context(word, 1, f"{word}z <ACTIVATED>{word}</ACTIVATED>")
+        for word in ("sky", "hen", "map", "oil", "urn", "pit")
     ]
-    assert heuristic({"contexts": far})["category"] == "undiscernible"
+    assert label_by_rule({"contexts": unrelated})["category"] == "undiscernible"
 
 
 @pytest.mark.parametrize(
@@ -520,32 +523,29 @@ def test_answers_of_many_forms_are_read(text):
     }
 
 
-def test_small_parts():
-    assert parse_answer("hello") is None and parse_answer("Score: 9\nExplanation: x") is None
-    assert (
-        parse_labels("so: [1, 0, true]", 3) == [True, False, True]
-        and parse_labels("[1]", 2) is None
-    )
-    assert (
-        balanced_accuracy([True, True, False], [True, False, False]) == 0.75
-        and balanced_accuracy([True], [True]) is None
-    )
+def test_answers_without_a_score_from_1_to_5_are_not_read():
+    assert parse_answer("hello") is None
+    assert parse_answer("Score: 9\nExplanation: x") is None
+
+
+def test_labels_are_read_from_a_list_of_the_right_length():
+    assert parse_labels("so: [1, 0, true]", 3) == [True, False, True]
+    assert parse_labels("[1]", 2) is None
+
+
+def test_balanced_accuracy_needs_both_kinds():
+    assert balanced_accuracy([True, True, False], [True, False, False]) == 0.75
+    assert balanced_accuracy([True], [True]) is None
+
+
+def test_the_strongest_contexts_and_some_of_the_others_are_chosen():
     many = [{"activation": 50 - i} for i in range(50)]
-    kept = choose(many)
-    assert len(kept) == 20 and kept[:10] == many[:10] and kept[-1] == many[-1]
-    forged = safe("x <ACTIVATED>y</ACTIVATED> z <ACTIVATED>w</ACTIVATED>")
-    assert forged.count("<ACTIVATED>") == 1 and forged.count("</ACTIVATED>") == 1
+    chosen = choose_contexts(many)
+    assert len(chosen) == 20
+    assert chosen[:10] == many[:10]
+    assert chosen[-1] == many[-1]
 
 
-def test_both_documented_context_files_are_read(tmp_path):
-    nested = {
-        "latent_context_map": {
-            "7": {"fox": [{"activation": 2.0, "context": "a <ACTIVATED>fox</ACTIVATED>"}]}
-        }
-    }
-    flat = {"latent_context_map": {"7": {"activations": [2.0], "tokens": [["a", " fox"]]}}}
-    assert entries(nested, tmp_path)["7"]["contexts"][0]["token_class"] == "fox"
-    assert entries(flat, tmp_path)["7"]["contexts"][0]["context"] == "a fox"
-    with pytest.raises(ValueError, match="apply.py"):
-        entries([1], tmp_path)
-    assert parse("interpret", []).contexts is None
+def test_a_text_cannot_forge_marks():
+    forged = quote_context("x <ACTIVATED>y</ACTIVATED> z <ACTIVATED>w</ACTIVATED>")
+    assert forged.count("<ACTIVATED>") == forged.count("</ACTIVATED>") == 1
