@@ -1,7 +1,8 @@
-"""Faults and bad inputs, one after another: nothing is lost, and the program says so in one line, with the right exit code.
+"""Faults and bad inputs: nothing is lost, and one line says so, with the right exit code.
 
-Kills and damaged states of a training: test_resume.py; bad text: test_data.py too; endpoints: test_interpreter.py; hostile input: test_security.py.
-What each fault is answered with, and where it is tested: docs/faults.md.
+Related: kills and damaged states of a training in test_resume.py, bad text in test_data.py,
+endpoints in test_interpreter.py, hostile input in test_security.py. docs/faults.md lists the faults
+with their tests.
 """
 
 import errno
@@ -18,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -104,7 +106,7 @@ def sae(home):
     return home / "out" / "SAE_models" / "TopK_text.pt"
 
 
-# -------------------------------------------------------------------------------------------- what a training writes
+# ------------------------------------------------------------------------ what a training writes
 
 
 class Killed(BaseException):
@@ -351,97 +353,103 @@ def test_results_go_to_bare_odd_and_existing_names_and_impossible_ones_are_error
             files.save_json([1], name)
 
 
-# ------------------------------------------------------------------------------------------------------------- text
+# ----------------------------------------------------------------------------------------- text
 
 
-def count(path, tokenizer, **more):
-    """(documents, tokens of the whole stream)"""
-    rows = Rows(path, tokenizer, 32, "all", **more)
-    return len(rows.documents), [int(t) for t in rows.tokens]
+def count(path, tokenizer, **options):
+    """(number of documents, tokens of the whole stream)"""
+    rows = Rows(path, tokenizer, 32, "all", **options)
+    return len(rows.documents), rows.tokens.tolist()
 
 
-def good(n):
+def numbered_texts(n):
     return [f"Document {i}: the value of {i * i} is \u6a21 \U0001f98a." for i in range(n)]
 
 
+def write(path, texts):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def broken_line(line, draw):
+    cut = draw.randrange(1, len(line) - 1)
+    return draw.choice(
+        [
+            line[:cut],
+            line[:cut] + b"\xff" + line[cut:],
+            b"[" + line + b"]",
+            b"17",
+            b'{"text": 5}',
+            b'{"title": "x"}',
+            b"junk",
+        ]
+    )
+
+
 def test_one_line_in_a_hundred_damaged_loses_exactly_those_lines(tmp_path, tokenizer):
-    draw, texts, kept = random.Random(0), good(5000), []
+    draw = random.Random(0)
+    texts = numbered_texts(5000)
     bad = set(draw.sample(range(5000), 50))
-    with (tmp_path / "a.jsonl").open("wb") as file:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
         for i, text in enumerate(texts):
             line = json.dumps({"text": text}).encode()
-            if i in bad:
-                cut = draw.randrange(1, len(line) - 1)
-                broken = [
-                    line[:cut],
-                    line[:cut] + b"\xff" + line[cut:],
-                    b"[" + line + b"]",
-                    b"17",
-                    b'{"text": 5}',
-                    b'{"title": "x"}',
-                    b"junk",
-                ]
-                line = draw.choice(broken)
-            else:
-                kept.append(text)
-            file.write(line + b"\n")
+            file.write((broken_line(line, draw) if i in bad else line) + b"\n")
     with pytest.raises(DataError, match=r"50 of 5000 lines are damaged .*first at .*a\.jsonl:\d+"):
-        Rows(tmp_path / "a.jsonl", tokenizer, 32, "all", max_bad_frac=0.009)
-    seen = list(Documents(str(tmp_path / "a.jsonl"), "all", Report("text", 0.01)))
-    assert seen == kept and count(tmp_path / "a.jsonl", tokenizer)[0] == 4950
+        Rows(path, tokenizer, 32, "all", max_bad_frac=0.009)
+    documents = list(Documents(str(path), "all", Report("text", 0.01)))
+    assert documents == [text for i, text in enumerate(texts) if i not in bad]
+    assert count(path, tokenizer)[0] == 4950
 
 
 def test_byte_order_marks_line_ends_nul_and_separators_inside_a_text_are_read(tmp_path, tokenizer):
-    odd = ["nul \0 here", "line\u2028separator \u0085 next", "lone \ud800 half", "  spaces  "]
-    lines = [json.dumps({"text": text}).encode() for text in [*good(3), *odd]]
+    plain = numbered_texts(3)
+    special = ["nul \0 inside", "line\u2028separator \u0085 next", "  spaces  ", "half \ud800"]
+    lines = [json.dumps({"text": text}).encode() for text in [*plain, *special]]
     lines.append('{"text": "raw\u2028separator"}'.encode())
-    (tmp_path / "a.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + b"\r\n".join([lines[0], b"", b"   ", *lines[1:]])
-    )  # and no line end at the end
-    seen = list(Documents(str(tmp_path / "a.jsonl"), "all", Report("text", 0.0)))
-    assert seen == [*good(3), *odd[:2], "lone ? half", odd[3], "raw\u2028separator"]
-    assert count(tmp_path / "a.jsonl", tokenizer)[0] == 8
+    content = b"\r\n".join([lines[0], b"", b"   ", *lines[1:]])  # and no line end at the end
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    documents = list(Documents(str(path), "all", Report("text", 0.0)))
+    assert documents == [*plain, *special[:3], "half ?", "raw\u2028separator"]
+    assert count(path, tokenizer)[0] == 8
 
 
 @pytest.mark.parametrize("chunking", ["pack", "words"])
 def test_one_endless_line_is_tokenised_in_pieces_without_loss(
     tmp_path, tokenizer, monkeypatch, chunking
 ):
-    text = " ".join(good(60))
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(json.dumps({"text": t}) for t in ("first", text, "last"))
-    )
+    text = " ".join(numbered_texts(60))
+    path = write(tmp_path / "a.jsonl", ["first", text, "last"])
     monkeypatch.setattr(data, "PIECE_CHARS", 100)
-    sizes, encode = [], type(tokenizer).__call__
-    monkeypatch.setattr(
-        type(tokenizer),
-        "__call__",
-        lambda self, pieces, **more: (
-            sizes.append(sum(map(len, pieces))) or encode(self, pieces, **more)
-        ),
-    )
-    n, tokens = count(tmp_path / "a.jsonl", tokenizer, chunking=chunking)
-    assert n == 3 and max(sizes) < 2000 < len(text) and len(sizes) > 3
-    assert (
-        tokenizer.decode([t for t in tokens if t != tokenizer.eos_token_id])
-        == "first" + text + "last"
-    )
+    encode = type(tokenizer).__call__
+    sizes = []
+
+    def counted(self, pieces, **options):
+        sizes.append(sum(map(len, pieces)))
+        return encode(self, pieces, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    n, tokens = count(path, tokenizer, chunking=chunking)
+    assert n == 3
+    assert len(sizes) > 3
+    assert max(sizes) < 2000 < len(text)
+    ids = [token for token in tokens if token != tokenizer.eos_token_id]
+    assert tokenizer.decode(ids) == "first" + text + "last"
 
 
-def make_nothing(kind, folder):
+def make_unusable(kind, folder):
     folder.mkdir()
     if kind == "empty file":
         (folder / "a.jsonl").write_text("")
     elif kind == "hidden only":
-        (folder / ".a.jsonl").write_text(json.dumps({"text": "x"}))
+        write(folder / ".a.jsonl", ["x"])
     elif kind == "no text":
         (folder / "a.csv").write_text("x")
     elif kind == "blank":
-        (folder / "a.jsonl").write_text(json.dumps({"text": "  \n"}))
+        write(folder / "a.jsonl", ["  \n"])
     elif kind == "nulls":
-        (folder / "a.jsonl").write_text(
-            "\n".join(json.dumps({"text": value}) for value in (None, 3, {"x": "y"}, ["z"]))
-        )
+        write(folder / "a.jsonl", [None, 3, {"x": "y"}, ["z"]])
     elif kind == "dangling":
         (folder / "a.jsonl").symlink_to(folder / "nowhere")
     elif kind.startswith("parquet"):
@@ -463,44 +471,39 @@ def make_nothing(kind, folder):
     ],
 )
 def test_a_source_without_usable_text_is_exit_3_and_named(home, tmp_path, capsys, kind):
-    make_nothing(kind, tmp_path / "src")
+    make_unusable(kind, tmp_path / "src")
     assert run(home, "train", "--data_path", tmp_path / "src", out=tmp_path / "out") == 3
-    assert str(tmp_path / "src") in the_error(capsys) and not list((tmp_path / "out").rglob("*.pt"))
+    assert str(tmp_path / "src") in the_error(capsys)
+    assert not list((tmp_path / "out").rglob("*.pt"))
 
 
 def test_a_damaged_file_among_others_is_refused_unless_it_is_accepted(tmp_path, tokenizer):
     for i in range(3):
-        (tmp_path / f"{i}.jsonl").write_text(
-            "\n".join(json.dumps({"text": text}) for text in good(200))
-        )
+        write(tmp_path / f"{i}.jsonl", numbered_texts(200))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(
-        DataError, match=r"1 of 4 files cannot be read to their end, first .*bad\.parquet"
-    ):
+    message = r"1 of 4 files cannot be read to their end, first .*bad\.parquet"
+    with pytest.raises(DataError, match=message):
         Rows(tmp_path, tokenizer, 32, "all")
     assert count(tmp_path, tokenizer, max_bad_frac=0.25)[0] == 600
-    with pytest.raises(
-        DataError, match=r"1 of 4 files"
-    ):  # also where the tokens are there, made when it was accepted
+    # The tokens are cached now, but they were made when the damage was accepted.
+    with pytest.raises(DataError, match=r"1 of 4 files"):
         Rows(tmp_path, tokenizer, 32, "all")
 
 
 def test_links_in_a_circle_and_files_that_vanish_are_named(home, tmp_path, capsys):
-    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    assert run(
-        home, "train", "--data_path", tmp_path / "loop.jsonl", "--tag", "x"
-    ) == 2 and "loop.jsonl" in the_error(capsys)
-    (tmp_path / "loop.jsonl").unlink()
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    assert run(home, "train", "--data_path", loop, "--tag", "x") == 2
+    assert "loop.jsonl" in the_error(capsys)
+    loop.unlink()
     (tmp_path / "again").symlink_to(tmp_path)  # a folder in a circle is read once
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text(
-            "\n".join(json.dumps({"text": text}) for text in good(2))
-        )
-    reading = iter(Documents(str(tmp_path), "all", Report("text", 0.0)))
-    assert [next(reading) for _ in range(2)] == good(2)
+        write(tmp_path / f"{name}.jsonl", numbered_texts(2))
+    documents = iter(Documents(str(tmp_path), "all", Report("text", 0.0)))
+    assert [next(documents) for _ in range(2)] == numbered_texts(2)
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.jsonl"):
-        list(reading)
+        list(documents)
 
 
 def test_a_file_that_may_not_be_read_is_named(home, tmp_path, monkeypatch, capsys):
@@ -508,94 +511,95 @@ def test_a_file_that_may_not_be_read_is_named(home, tmp_path, monkeypatch, capsy
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(sources, "_lines", refused)  # root may read everything
-    assert (
-        run(home, "train", "--tag", "x") == 2
-        and "Permission denied" in (said := the_error(capsys))
-        and "text.jsonl" in said
-    )
+    assert run(home, "train", "--tag", "x") == 2
+    message = the_error(capsys)
+    assert "Permission denied" in message
+    assert "text.jsonl" in message
 
 
 def test_the_order_files_were_made_in_changes_nothing(tmp_path, tokenizer):
     for folder, names in (("one", "abc"), ("two", "cba")):
         (tmp_path / folder).mkdir()
         for name in names:
-            (tmp_path / folder / f"{name}.jsonl").write_text(
-                json.dumps({"text": f"text {name} of them"})
-            )
+            write(tmp_path / folder / f"{name}.jsonl", [f"text {name} of them"])
     assert count(tmp_path / "one", tokenizer) == count(tmp_path / "two", tokenizer)
 
 
+UNREACHABLE = ConnectionError("Couldn't reach 'owner/name' on the Hub")
+SCRIPT = RuntimeError("Dataset scripts are no longer supported, but found name.py")
+
+
 @pytest.mark.parametrize(
-    "error, why",
+    "error, reason",
     [
-        (ConnectionError("Couldn't reach 'owner/name' on the Hub"), "the hub cannot be reached"),
-        (
-            RuntimeError("Dataset scripts are no longer supported, but found name.py"),
-            "scripts are no longer supported, but found name.py",
-        ),
+        (UNREACHABLE, "the hub cannot be reached"),
+        (SCRIPT, "scripts are no longer supported, but found name.py"),
     ],
 )
-def test_a_data_set_the_hub_does_not_give_is_one_line(home, monkeypatch, capsys, error, why):
+def test_a_data_set_the_hub_does_not_give_is_one_line(home, monkeypatch, capsys, error, reason):
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr("datasets.load_dataset", fails)
     assert run(home, "train", "--data_path", "owner/name", "--tag", "x") == 3
-    said = the_error(capsys)
-    assert why in said and ("JSONL" in said) == ("scripts" in said)
+    message = the_error(capsys)
+    assert reason in message
+    assert ("JSONL" in message) == (error is SCRIPT)
 
 
 def test_a_tokenizer_without_special_tokens_works(tmp_path):
     bare = AutoTokenizer.from_pretrained(
         files.DEMO_LM, bos_token=None, eos_token=None, pad_token=None
     )
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in good(9)))
-    rows = Rows(tmp_path / "a.jsonl", bare, 16, "all")
-    assert (
-        bare.decode(rows.tokens.tolist()) == "".join(good(9))
-        and not next(rows.batches(4)).mask[:, 0].any()
-    )
+    rows = Rows(write(tmp_path / "a.jsonl", numbered_texts(9)), bare, 16, "all")
+    assert bare.decode(rows.tokens.tolist()) == "".join(numbered_texts(9))
+    mask = next(rows.batches(4)).mask
+    assert mask[:, 1:].all()
+    assert not mask[:, 0].any()
 
 
 def test_cached_tokens_of_other_text_tokenizers_or_lengths_are_not_taken(tmp_path, tokenizer):
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in good(9)))
-    first = Rows(path, tokenizer, 16, "all", chunking="words").fingerprint
+    path = write(tmp_path / "a.jsonl", numbered_texts(9))
+    text = "".join(numbered_texts(9))
+
+    def decoded(tokenizer, length):
+        rows = Rows(path, tokenizer, length, "all", chunking="words")
+        assert np.diff(rows.cuts).max() < length
+        return rows.fingerprint, tokenizer.decode(rows.tokens.tolist())
+
     other = AutoTokenizer.from_pretrained(files.DEMO_LM)
     other.add_tokens(["value"])
-    path_two = path.with_name("b.jsonl")
-    path_two.write_text(path.read_text().replace("value", "sum"))
-    found = [
-        Rows(path, other, 16, "all", chunking="words"),
-        Rows(path, tokenizer, 8, "all", chunking="words"),
-        Rows(path, tokenizer, 16, "all"),
-        Rows(path_two, tokenizer, 16, "all", chunking="words"),
-    ]
-    assert len({first, *(rows.fingerprint for rows in found)}) == 5
+    results = [decoded(tokenizer, 16), decoded(other, 16), decoded(tokenizer, 8)]
+    assert [result for _, result in results] == [text] * 3
+    # The same number of bytes, so that only the time of the change differs.
+    write(path, [text.replace("value", "words") for text in numbered_texts(9)])
+    results.append(decoded(tokenizer, 16))
+    assert results[3][1] == text.replace("value", "words")
+    assert len({fingerprint for fingerprint, _ in results}) == 4
+    assert decoded(tokenizer, 16) == results[3]
 
 
 def test_a_damaged_token_cache_is_noticed_and_made_again_and_a_killed_one_is_not_there(
     tmp_path, tokenizer, monkeypatch, capsys
 ):
-    path, cache = tmp_path / "a.jsonl", data.data_dir() / "cache"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in good(99)))
+    cache = data.data_dir() / "cache"
+    path = write(tmp_path / "a.jsonl", numbered_texts(99))
     with monkeypatch.context() as patch:
         patch.setattr(data, "save_json", kill)
         with pytest.raises(Killed):
             count(path, tokenizer)
-    assert not [path for path in cache.iterdir() if not path.name.startswith(".")]
-    (cache / ".building-old").mkdir()
-    os.utime(cache / ".building-old", (1e9, 1e9))  # left by a process that was killed
-    whole = count(path, tokenizer)
+    assert all(path.name.startswith(".") for path in cache.iterdir())
+    abandoned = cache / ".building-old"
+    abandoned.mkdir()
+    os.utime(abandoned, (1e9, 1e9))  # left by a process that was killed long ago
+    expected = count(path, tokenizer)
     (folder,) = cache.iterdir()
     for name in ("tokens.bin", "documents.npy", "chunks.npy", "report.json", "manifest.json"):
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
-        assert (
-            count(path, tokenizer) == whole
-            and "the token cache is damaged" in capsys.readouterr().out
-        ), name
+        assert count(path, tokenizer) == expected, name
+        assert "the token cache is damaged" in capsys.readouterr().out, name
 
 
 def test_a_cache_that_does_not_fit_or_cannot_be_written_says_what_to_set(home, monkeypatch, capsys):
@@ -604,18 +608,16 @@ def test_a_cache_that_does_not_fit_or_cannot_be_written_says_what_to_set(home, m
 
     with monkeypatch.context() as patch:
         patch.setattr(data.np, "save", full)
-        assert run(home, "train", "--tag", "x") == 2 and "make room or set DATA_DIR" in the_error(
-            capsys
-        )
-    assert not [
-        path for path in (data.data_dir() / "cache").iterdir() if not path.name.startswith(".")
-    ]
+        assert run(home, "train", "--tag", "x") == 2
+    assert "make room or set DATA_DIR" in the_error(capsys)
+    assert all(path.name.startswith(".") for path in (data.data_dir() / "cache").iterdir())
     (home / "file").write_text("")
     monkeypatch.setenv("DATA_DIR", str(home / "file"))
-    assert run(home, "train", "--tag", "x") == 2 and "set DATA_DIR" in the_error(capsys)
+    assert run(home, "train", "--tag", "x") == 2
+    assert "set DATA_DIR" in the_error(capsys)
 
 
-# --------------------------------------------------------------------------------------------- language models, SAEs
+# ----------------------------------------------------------------------- language models, SAEs
 
 
 def cut(path, keep):
@@ -623,7 +625,7 @@ def cut(path, keep):
 
 
 @pytest.mark.parametrize(
-    "name, damage, said",
+    "name, damage, reason",
     [
         ("model.safetensors", Path.unlink, "no file named model.safetensors"),
         ("model.safetensors", lambda p: cut(p, 0), "header"),
@@ -633,26 +635,30 @@ def cut(path, keep):
         ("tokenizer.json", lambda p: cut(p, 1), "not a complete model"),
     ],
 )
-def test_a_damaged_language_model_is_one_line(home, tmp_path, capsys, name, damage, said):
+def test_a_damaged_language_model_is_one_line(home, tmp_path, capsys, name, damage, reason):
     shutil.copytree(home / "lm", tmp_path / "lm")
     damage(tmp_path / "lm" / name)
     assert run(home, "train", "--model_path", tmp_path / "lm", "--tag", "x") == 2
-    line = the_error(capsys)
-    assert "cannot load language model" in line and said in line
+    message = the_error(capsys)
+    assert "cannot load language model" in message
+    assert reason in message
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that answers everything with `answer` (status, headers, text); what it was sent is in `seen`."""
+    """A hub that answers every request with `answer`: (status, headers, text).
+
+    `received` lists the authorisation that each request sent.
+    """
     import huggingface_hub.constants as constants
 
-    state = types.SimpleNamespace(answer=(404, {}, ""), seen=[])
+    state = types.SimpleNamespace(answer=(404, {}, ""), received=[])
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             status, headers, text = state.answer
             sent = str(self.headers.get("Authorization"))
-            state.seen.append(sent)
+            state.received.append(sent)
             body = text.replace("ECHO", sent).encode()
             self.send_response(status)
             for key, value in headers.items():
@@ -670,19 +676,16 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield state
     server.shutdown()
 
 
 @pytest.mark.parametrize(
-    "status, code, said",
+    "status, code, reason",
     [
         (401, "GatedRepo", "gated"),
         (403, "GatedRepo", "gated"),
@@ -690,21 +693,18 @@ def hub(monkeypatch):
     ],
 )
 def test_gated_private_and_mistyped_models_are_told_apart_and_no_token_is_shown(
-    home, hub, monkeypatch, capsys, status, code, said
+    home, hub, monkeypatch, capsys, status, code, reason
 ):
-    monkeypatch.setenv("HF_TOKEN", "hf_canary0123456789")
-    hub.answer = (
-        status,
-        {"X-Error-Code": code, "X-Error-Message": "you sent ECHO"},
-        "you sent ECHO",
-    )
+    token = "hf_canary0123456789"
+    monkeypatch.setenv("HF_TOKEN", token)
+    headers = {"X-Error-Code": code, "X-Error-Message": "you sent ECHO"}
+    hub.answer = (status, headers, "you sent ECHO")
     assert run(home, "train", "--model_path", "owner/name", "--tag", "x", "--debug") == 2
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if line.startswith("train.py: error: ")]
-    assert said in line and "hf_canary" not in printed.out + printed.err
-    assert any(
-        "hf_canary0123456789" in sent for sent in hub.seen
-    )  # it was sent, so that there was something to show
+    assert reason in line
+    assert "hf_canary" not in printed.out + printed.err
+    assert any(token in sent for sent in hub.received)  # else there was nothing to hide
 
 
 def test_a_language_model_whose_states_overflow_is_noticed_before_a_weight_changes(
@@ -716,9 +716,8 @@ def test_a_language_model_whose_states_overflow_is_noticed_before_a_weight_chang
     shutil.copytree(home / "lm", tmp_path / "lm")
     model.save_pretrained(tmp_path / "lm")
     assert run(home, "train", "--model_path", tmp_path / "lm", "--tag", "x", out=tmp_path) == 2
-    assert "not finite at step 0" in the_error(capsys) and not list(
-        (tmp_path / "SAE_models").glob("*.pt")
-    )
+    assert "not finite at step 0" in the_error(capsys)
+    assert not list((tmp_path / "SAE_models").glob("*.pt"))
 
 
 def test_an_sae_of_another_language_model_is_refused(home, tmp_path, capsys):
@@ -793,7 +792,7 @@ def test_weights_of_other_shapes_are_named_with_both(home, tmp_path, capsys):
     assert "(32, 32)" in said and "(64, 32)" in said
 
 
-# ------------------------------------------------------------------------------------------- terminals, names, scripts
+# --------------------------------------------------------------------- terminals, names, scripts
 
 
 def test_a_terminal_that_lacks_letters_ends_no_run(monkeypatch):
