@@ -44,7 +44,7 @@ from src.sources import (
 )
 
 PIECE_CHARS = 2**20  # characters tokenised in one call: each takes about 150 bytes of memory
-PIECES = 256  # pieces tokenised in one call at most
+MAX_PIECES = 256  # pieces tokenised in one call at most
 HUB_TOKENS = 100_000_000  # default limit for data sets of the hub: some of them do not end
 ABANDONED_SECONDS = 30 * 86_400  # unfinished caches without a change for so long are removed
 
@@ -165,7 +165,7 @@ def _piece_batches(texts: Iterator[str], words: int | None) -> Iterator[list[Pie
         for piece in _cut_document(text, words):
             batch.append(piece)
             size += len(piece.text)
-            if len(batch) == PIECES or size >= PIECE_CHARS:
+            if len(batch) == MAX_PIECES or size >= PIECE_CHARS:
                 yield batch
                 batch, size = [], 0
     if batch:
@@ -226,9 +226,9 @@ class StreamOptions(NamedTuple):
 class StreamBuilder:
     """A token stream while it is written: tokens.bin (uint32), documents.npy and chunks.npy.
 
-    The two arrays hold the indices in the stream at which documents and chunks start. From time to
-    time all of it is saved with the position of the source, so that the next process continues a
-    killed one.
+    The two arrays hold the indices in the stream at which documents and chunks start. Everything is
+    saved from time to time, with the position of the source. A later process continues from there
+    if this one is killed.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -81,10 +81,10 @@ def _starts_with_word(file: Path, words: str) -> bool:
 
 
 def split_files(files: list[Path], split: str) -> tuple[list[Path], str]:
-    """(files to read, split by which their documents are still to be filtered).
+    """(files to read, split that their documents must belong to).
 
-    If there are files named train*, eval* and apply*, they are the splits. Otherwise each document
-    belongs to a split by its hash.
+    If there are files named train*, eval* and apply*, they are the splits, and no document is left
+    out. Otherwise the hash of each document gives its split.
     """
     named = {name: [f for f in files if _starts_with_word(f, name)] for name in SPLIT_NAMES}
     if all(named.values()) and split != "all":
@@ -93,7 +93,7 @@ def split_files(files: list[Path], split: str) -> tuple[list[Path], str]:
 
 
 def in_split(text: str, split: str) -> bool:
-    """Whether the hash of a text falls into the range of the split."""
+    """Whether a text belongs to a split, which is a range of hashes."""
     low, high = SPLITS[split]
     if (low, high) == (0.0, 1.0):
         return True
@@ -178,9 +178,10 @@ class Report:
                 f"{self.first_damaged}; fetch them again or raise --max_bad_frac "
                 f"(now {self.max_bad_frac})"
             )
-        damaged = sum(self.bad.values()) - self.bad["empty"]
+        # Before the end, fewer than 10,000 lines are too small a sample to judge by.
         if self.lines < (1 if final else 10_000):
             return
+        damaged = sum(self.bad.values()) - self.bad["empty"]
         if damaged > self.max_bad_frac * self.lines:
             raise DataError(
                 f"{damaged} of {self.lines} lines are damaged ({self.reasons()}), first at "
@@ -203,7 +204,7 @@ def _text_key(record: dict, text_key: str, can_render: bool) -> str | None:
 def _text_of(
     record: Any, place: str, report: Report, render: Callable[[list], str] | None
 ) -> str | None:
-    """The text of a record, conversations through `render`. None if it is skipped, and counted."""
+    """The text of a record; `render` makes it from a conversation. None if the record is skipped."""
     if not isinstance(record, dict):
         return report.skip("not an object", place)
     key = _text_key(record, report.text_key, render is not None)
