@@ -204,7 +204,7 @@ def _text_key(record: dict, text_key: str, can_render: bool) -> str | None:
 def _text_of(
     record: Any, place: str, report: Report, render: Callable[[list], str] | None
 ) -> str | None:
-    """The text of a record; `render` makes it from a conversation. None if the record is skipped."""
+    """The text of a record, through `render` if it is a conversation. None if it is skipped."""
     if not isinstance(record, dict):
         return report.skip("not an object", place)
     key = _text_key(record, report.text_key, render is not None)
