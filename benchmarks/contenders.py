@@ -1,6 +1,10 @@
-"""This project's contenders, each in a process of its own: `python -m benchmarks.contenders JOB` under benchmarks.run.
+"""This project's contenders; benchmarks.run starts each as `python -m benchmarks.contenders JOB`.
 
-ours, evaluate, apply: the stages themselves. published: the plain loop of tests/plain.py; evaluate_published: one metric of a RouteSAE.
+| kind of job | work |
+|---|---|
+| ours, evaluate, apply | the stage itself |
+| published | the plain training loop of tests/plain.py |
+| evaluate_published | one metric of a RouteSAE, as published |
 """
 
 import copy
@@ -16,46 +20,46 @@ from benchmarks import gate, stages
 
 
 def count(turns, second=lambda: None):
-    """Every batch that src reads passes the gate; its counted tokens are the useful ones. Returns a function: how many so far.
+    """Let every batch that src reads pass the gate. Returns a function: useful tokens so far.
 
-    second() is called with the second batch: by then a training has its models.
+    Useful tokens are those that the mask counts. second() is called before the second batch, when a
+    training has its models.
     """
     from src.data import Rows
 
-    made, done, calls = Rows.batch, 0, 0
+    read_batch = Rows.batch
+    tokens = batches = 0
 
-    def batch(self, rows):
-        nonlocal done, calls
-        calls += 1
-        if calls == 2:
+    def counted_batch(self, rows):
+        nonlocal tokens, batches
+        batches += 1
+        if batches == 2:
             second()
-        turns.step(done)
-        found = made(self, rows)
-        done += int(found.mask.sum())
-        return found
+        turns.step(tokens)
+        batch = read_batch(self, rows)
+        tokens += int(batch.mask.sum())
+        return batch
 
-    Rows.batch = batch
-    return lambda: done
+    Rows.batch = counted_batch
+    return lambda: tokens
 
 
 def score(sae, states):
-    """Quality on held-out states {site: [N,D]}, of an SAE of src."""
+    """Quality of an SAE of src on held-out states {site: [N,D]}."""
     from src.ops import active, squared_errors, unit_norm_decoder
 
     sae = copy.deepcopy(sae).eval()
     unit_norm_decoder(sae)
-    n, errors, fired = len(next(iter(states.values()))), [], torch.zeros(sae.latent_size)
     device = next(sae.parameters()).device
+    n_tokens = len(next(iter(states.values())))
+    errors, fired = [], torch.zeros(sae.latent_size)
     with torch.no_grad():
-        for at in torch.arange(n).split(4096):
-            p = sae.autoencode(
-                sae.gather({site: states[site][at].to(device) for site in sae.sites()}),
-                token=at.to(device),
-            )
-            errors.append(squared_errors(p.target, p.x_hat).flatten().cpu())
-            fired += torch.bincount(
-                active(p.latents.flatten(0, -2))[1], minlength=sae.latent_size
-            ).cpu()
+        for token in torch.arange(n_tokens).split(4096):
+            hidden = {site: states[site][token].to(device) for site in sae.sites()}
+            out = sae.autoencode(sae.gather(hidden), token=token.to(device))
+            errors.append(squared_errors(out.target, out.x_hat).flatten().cpu())
+            _, latent, _ = active(out.latents.flatten(0, -2))
+            fired += torch.bincount(latent, minlength=sae.latent_size).cpu()
     samples = sum(map(len, errors))
     return {
         "NormMSE": float(torch.cat(errors).mean()),
@@ -65,23 +69,23 @@ def score(sae, states):
 
 
 def training_objects():
-    """The SAEs and schedule-free optimisers that are alive; found by type, so that the trainer may change as it likes."""
+    """(SAEs, schedule-free optimisers) that are alive.
+
+    They are found by type among all objects, so that this file need not know the trainer.
+    """
     from src.sae import SAE
     from src.sae_training import Signum
 
-    alive = gc.get_objects()
-    saes = [
-        one
-        for one in alive
-        if issubclass(type(one), SAE) and next(one.parameters()).device.type != "meta"
-    ]
+    objects = gc.get_objects()
+    saes = [thing for thing in objects if issubclass(type(thing), SAE)]
+    saes = [sae for sae in saes if next(sae.parameters()).device.type != "meta"]
     inner = {id(part) for sae in saes for part in sae.children()}
-    return [sae for sae in saes if id(sae) not in inner], [
-        one for one in alive if type(one) is Signum
-    ]
+    optimizers = [thing for thing in objects if type(thing) is Signum]
+    return [sae for sae in saes if id(sae) not in inner], optimizers
 
 
 def ours(job, turns):
+    """A training, as train.py does it."""
     from src import estimate
     from src.config import parse
     from src.data import Rows
@@ -90,63 +94,55 @@ def ours(job, turns):
     if job.get("stages"):
         stages.mark()
     turns.breakdown = stages.breakdown
-    kept = []
-    uncounted, trial = Rows.batch, estimate.step_cost
-    done = count(turns, lambda: kept.extend(training_objects()))
-    counted = Rows.batch
+    training = []
+    uncounted_batch, step_cost = Rows.batch, estimate.step_cost
+    tokens = count(turns, lambda: training.extend(training_objects()))
+    counted_batch = Rows.batch
 
-    def step_cost(
-        *arguments,
-    ):  # the trial before a training, which its time is estimated from, is none of its steps
-        Rows.batch = uncounted
+    def uncounted_step_cost(*args):
+        """The trial step from which the duration is estimated is no step of the training."""
+        Rows.batch = uncounted_batch
         try:
-            return trial(*arguments)
+            return step_cost(*args)
         finally:
-            Rows.batch = counted
+            Rows.batch = counted_batch
 
-    estimate.step_cost = step_cost
+    estimate.step_cost = uncounted_step_cost
 
     def measure(path):
-        saes, optimizers = kept
-        averaged = [one for one in optimizers if one.at_y]
-        for one in averaged:
-            one.eval()
-        found = score(saes[0], torch.load(path))
-        for one in averaged:
-            one.train()
-        return found
+        saes, optimizers = training
+        averaged = [optimizer for optimizer in optimizers if optimizer.at_y]
+        for optimizer in averaged:
+            optimizer.eval()
+        quality = score(saes[0], torch.load(path))
+        for optimizer in averaged:
+            optimizer.train()
+        return quality
 
     turns.measure = measure
     Trainer(parse("train", job["argv"])).run()
-    turns.finished(done())
+    turns.finished(tokens())
 
 
 def model_and_rows(job):
-    """(language model in float32 with its head, rows cut as published: word pieces, padded), on the job's device."""
+    """(language model in float32 with its head, rows).
+
+    Rows are cut as published, into pieces of words with padding, unless the job wants packed rows.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from src.data import Rows
 
     tokenizer = AutoTokenizer.from_pretrained(job["model_path"])
-    language_model = (
-        AutoModelForCausalLM.from_pretrained(job["model_path"], dtype=torch.float32)
-        .eval()
-        .to(job["device"])
-    )
-    chunking = {} if job.get("packed") else {"chunking": "words"}
-    rows = Rows(
-        job["data_path"],
-        tokenizer,
-        job["length"],
-        job["split"],
-        max_samples=job["rows"],
-        **chunking,
-    )
-    return language_model.requires_grad_(False), rows
+    language_model = AutoModelForCausalLM.from_pretrained(job["model_path"], dtype=torch.float32)
+    language_model = language_model.eval().to(job["device"]).requires_grad_(False)
+    options = {"max_samples": job["rows"], "chunking": "pack" if job.get("packed") else "words"}
+    rows = Rows(job["data_path"], tokenizer, job["length"], job["split"], **options)
+    return language_model, rows
 
 
 def published_batches(rows, size, device):
-    """(input_ids, attention_mask) in order, repeated for as long as it takes."""
+    """(input_ids, attention_mask) in order, from the start again without end."""
     while True:
         for start in range(0, len(rows), size):
             items = [rows[i] for i in range(start, min(start + size, len(rows)))]
@@ -154,6 +150,7 @@ def published_batches(rows, size, device):
 
 
 def published(job, turns):
+    """A training with the plain loop."""
     from src import model
     from src.config import model_options, parse
     from tests import plain
@@ -163,32 +160,23 @@ def published(job, turns):
     options = model_options(cfg, job["model"]) | {"k": cfg.k[0]}
     config = language_model.config
     torch.manual_seed(42)
-    sae = model.build(job["model"], config.hidden_size, config.num_hidden_layers, options).to(
-        job["device"]
-    )
-    done = 0
+    sae = model.build(job["model"], config.hidden_size, config.num_hidden_layers, options)
+    sae = sae.to(job["device"])
+    tokens = 0
 
-    def passed(batches):
-        nonlocal done
-        while done < job["tokens"]:
-            turns.step(done)
+    def counted(batches):
+        nonlocal tokens
+        while tokens < job["tokens"]:
+            turns.step(tokens)
             input_ids, attention_mask = next(batches)
-            done += int(attention_mask.sum())
+            tokens += int(attention_mask.sum())
             yield input_ids, attention_mask
 
-    per_batch = (
-        sum(int(mask.sum()) for _, mask in [next(published_batches(rows, 64, "cpu"))])
-        / 64
-        * job["batch"]
-    )
-    steps = plain.published(
-        language_model,
-        passed(published_batches(rows, job["batch"], job["device"])),
-        sae,
-        sae.sites(),
-        options,
-        round(job["tokens"] / per_batch),
-    )
+    _, mask = next(published_batches(rows, 64, "cpu"))
+    tokens_of_batch = int(mask.sum()) / 64 * job["batch"]
+    n_steps = round(job["tokens"] / tokens_of_batch)
+    batches = counted(published_batches(rows, job["batch"], job["device"]))
+    steps = plain.published(language_model, batches, sae, sae.sites(), options, n_steps)
 
     def measure(path):
         with torch.no_grad():
@@ -199,113 +187,130 @@ def published(job, turns):
     turns.measure = measure
     for model_of_step, _loss in steps:
         twin = model_of_step
-    turns.finished(done)
+    turns.finished(tokens)
 
 
 def evaluate(job, turns):
-    """All metrics from one pass, as evaluate.py does it."""
+    """The metrics of one pass, as evaluate.py does it."""
     from src.config import parse
     from src.evaluator import Evaluator
 
-    done = count(turns)
+    tokens = count(turns)
     Evaluator(parse("evaluate", job["argv"])).run()
-    turns.finished(done())
+    turns.finished(tokens())
 
 
 def apply(job, turns):
-    """Contexts found, as apply.py does it, decoding included."""
+    """Contexts of all latents, as apply.py does it, decoding of tokens included."""
     from src.applier import Applier
     from src.config import parse
     from src.data import Rows
 
-    uncounted, write = Rows.batch, Applier._write
-    done = count(turns)
+    uncounted_batch, write = Rows.batch, Applier._write
+    tokens = count(turns)
 
-    def after_the_pass(
-        self, *arguments
-    ):  # rows that are read once more, for their text, are not counted once more
-        Rows.batch = uncounted
-        return write(self, *arguments)
+    def uncounted_write(self, *args):
+        """Writing reads some rows once more, for their text; they are not counted twice."""
+        Rows.batch = uncounted_batch
+        return write(self, *args)
 
-    Applier._write = after_the_pass
+    Applier._write = uncounted_write
     Applier(parse("apply", job["argv"])).run()
-    turns.finished(done())
+    turns.finished(tokens())
 
 
-@torch.no_grad()
-def evaluate_published(job, turns):
-    """One metric of a RouteSAE as published: every pass complete, every site coded for every token, logits of whole batches."""
-    from src import checkpoint
-    from tests import plain
+class PublishedEvaluation:
+    """One metric of a RouteSAE as published.
 
-    language_model, rows = model_and_rows(job)
-    sae, recipe = checkpoint.load(job["SAE_path"], job["device"])
-    w, k, sites, done = dict(sae.named_parameters()), sae.k, sae.sites(), 0
-    inner = {name.removeprefix("sae."): value for name, value in w.items()}
-    totals = []
+    Every pass of the language model is complete, every site is coded for every token, and logits
+    are those of whole batches. N tokens as [rows, positions], L sites, D hidden.
+    """
 
-    def logits(ids, mask):
-        return language_model(
+    def __init__(self, language_model, sae, metric):
+        self.language_model, self.sae, self.metric = language_model, sae, metric
+        self.sites = sae.sites()
+        self.weights = dict(sae.named_parameters())
+        self.inner = {name.removeprefix("sae."): value for name, value in self.weights.items()}
+
+    def batch(self, ids, mask):
+        """The metric, averaged over one batch."""
+        from tests import plain
+
+        out = self.run(ids, mask)
+        states = torch.stack([out.hidden_states[site] for site in self.sites], dim=2)
+        x = plain.standardise(states)  # [rows, positions, L, D]
+        p = (x.sum(-2) @ self.weights["router.weight"].T).softmax(-1)
+        site_index = p.argmax(-1)
+        if self.metric == "NormMSE":
+            index = site_index[..., None, None].expand(*x.shape[:2], 1, x.shape[-1])
+            routed = p.max(-1).values[..., None] * x.gather(2, index)[:, :, 0]
+            return plain.error(routed, self.reconstruct(routed)).mean()
+        patched = self.patched_logits(ids, mask, site_index)
+        if self.metric == "KLDiv":
+            clean, patched = out.logits.log_softmax(-1), patched.log_softmax(-1)
+            kl_div = torch.nn.functional.kl_div
+            return kl_div(patched, clean, log_target=True, reduction="batchmean")
+        return cross_entropy(patched, ids) - cross_entropy(out.logits, ids)
+
+    def run(self, ids, mask):
+        return self.language_model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
         )
 
-    def patched(ids, mask, site_of):
-        """The logits with each site replaced, where a token is routed there, by what the SAE makes of it."""
+    def reconstruct(self, x):
+        from tests import plain
 
-        def hook(index):
+        code = plain.largest(plain.encode(self.inner, x), self.sae.k)
+        return plain.decode(self.inner, code)
+
+    def patched_logits(self, ids, mask, site_index):
+        """Logits with each token's state at its site replaced by the SAE's reconstruction."""
+        from tests import plain
+
+        def hook_of(index):
             def replace(_module, _args, output):
                 h = output if isinstance(output, torch.Tensor) else output[0]
                 mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
-                x_hat = plain.decode(
-                    inner, plain.largest(plain.encode(inner, plain.standardise(h)), k)
-                )
-                h = torch.where((site_of == index)[..., None], x_hat * (std + 1e-5) + mean, h)
+                h_hat = self.reconstruct(plain.standardise(h)) * (std + 1e-5) + mean
+                h = torch.where((site_index == index)[..., None], h_hat, h)
                 return h if isinstance(output, torch.Tensor) else (h, *output[1:])
 
             return replace
 
+        blocks = self.language_model.model.layers
         handles = [
-            language_model.model.layers[site - 1].register_forward_hook(hook(i))
-            for i, site in enumerate(sites)
+            blocks[site - 1].register_forward_hook(hook_of(index))
+            for index, site in enumerate(self.sites)
         ]
         try:
-            return logits(ids, mask).logits
+            return self.run(ids, mask).logits
         finally:
             for handle in handles:
                 handle.remove()
 
+
+def cross_entropy(logits, ids):
+    """Mean over all predictions, padding included."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate_published(job, turns):
+    """One metric of a RouteSAE as published."""
+    from src import checkpoint
+
+    language_model, rows = model_and_rows(job)
+    sae, _ = checkpoint.load(job["SAE_path"], job["device"])
+    evaluation = PublishedEvaluation(language_model, sae, job["metric"])
+    tokens, means = 0, []
     for ids, mask in published_batches(rows, job["batch"], job["device"]):
-        if done >= job["tokens"]:
+        if tokens >= job["tokens"]:
             break
-        turns.step(done)
-        done += int(mask.sum())
-        out = logits(ids, mask)
-        x = plain.standardise(torch.stack([out.hidden_states[site] for site in sites], dim=2))
-        p = (x.sum(-2) @ w["router.weight"].T).softmax(-1)
-        if job["metric"] == "NormMSE":
-            routed = (
-                p.max(-1).values[..., None]
-                * x.gather(2, p.argmax(-1)[..., None, None].expand(*x.shape[:2], 1, x.shape[-1]))[
-                    :, :, 0
-                ]
-            )
-            x_hat = plain.decode(inner, plain.largest(plain.encode(inner, routed), k))
-            totals.append(plain.error(routed, x_hat).mean())
-            continue
-        changed = patched(ids, mask, p.argmax(-1))
-        if job["metric"] == "KLDiv":
-            clean, other = out.logits.log_softmax(-1), changed.log_softmax(-1)
-            totals.append(
-                torch.nn.functional.kl_div(other, clean, log_target=True, reduction="batchmean")
-            )
-        else:
-            ce = [
-                torch.nn.functional.cross_entropy(one[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-                for one in (out.logits, changed)
-            ]
-            totals.append(ce[1] - ce[0])
-    turns.finished(done)
-    print(f"{job['metric']}: {float(torch.stack(totals).mean()):.4f}")
+        turns.step(tokens)
+        tokens += int(mask.sum())
+        means.append(evaluation.batch(ids, mask))
+    turns.finished(tokens)
+    print(f"{job['metric']}: {float(torch.stack(means).mean()):.4f}")
 
 
 KINDS = {

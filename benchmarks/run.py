@@ -1,96 +1,112 @@
-"""The benchmark: `python -m benchmarks.run`. Rates beside quality, floors and targets, of this project, its plain path and its peers.
+"""The benchmark: `python -m benchmarks.run`.
 
-On a CPU the built-in language model; where there is a CUDA device Llama-3.2-1B's shapes with random weights (--shape says otherwise). Peers run from
-environments made by benchmarks/requirements-*.txt and found at --peers DIR (DIR/saelens, DIR/sparsify); absent ones are left out.
-Results: benchmark.json, benchmark.md and pictures in --output_dir.
+Measures this project, the methods as published and other libraries: rates beside quality, floors
+and targets. On a CPU the built-in language model is used; on CUDA a language model with the shapes
+of Llama-3.2-1B and random weights (--shape overrides this).
+
+Other libraries run from environments made by benchmarks/requirements-*.txt and found at --peers DIR
+(DIR/saelens, DIR/sparsify); absent ones are left out. Results: benchmark.json, benchmark.md and
+pictures in --output_dir.
 """
 
 import argparse
 import json
 import math
-import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import floors, report
-from benchmarks.runner import Contender, Failed, play, ratios
+from benchmarks.runner import Contender, Failed, play, ratios, spread_of
 from src import checkpoint, demo, lm
 from src.data import Rows
 from src.files import DEMO_LM, save_json, save_text
 from src.sae import routed_sites
 
-SHAPES = {  # language model (None: the demo's), latents, k, rows a step, tokens a row
-    "demo": (None, 2048, 16, 16, 256),
-    "llama": (
-        {
-            "hidden_size": 2048,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "intermediate_size": 8192,
-            "vocab_size": 128256,
-        },
-        16384,
-        64,
-        64,
-        512,
-    ),
-    "tiny": (
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "intermediate_size": 64,
-            "vocab_size": 4096,
-        },
-        64,
-        4,
-        4,
-        32,
-    ),
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
 }
-AS_PUBLISHED = {
-    "router_objective": "published",
-    "router_balance": "none",
-}  # the router that the method as published trains
-EIGHT = ("TopK", "RandomK", "Vanilla", "Gated", "JumpReLU", "RouteSAE", "Crosscoder", "MLSAE")
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "vocab_size": 4096,
+}
 
-SETS = {  # models whose rate is held together: minutes for 100M tokens that are must, goal, moonshot
-    "RouteSAE": (["RouteSAE"], 8.3, 6.5, 5.0),
-    "Crosscoder": (["Crosscoder"], 21, 16, 13),
-    "MLSAE": (["MLSAE"], 18, 13.7, 11),
-    "zoo": (list(EIGHT), 45, 31, 25),
+
+class Sizes(NamedTuple):
+    """Sizes of one benchmark."""
+
+    language_model: dict[str, int] | None  # configuration; None: the built-in language model
+    latents: int
+    k: int
+    batch: int  # rows a step
+    length: int  # tokens a row
+
+
+SHAPES = {
+    "demo": Sizes(None, 2048, 16, 16, 256),
+    "llama": Sizes(LLAMA_1B, 16384, 64, 64, 512),
+    "tiny": Sizes(TINY, 64, 4, 4, 32),
+}
+# The router as the published method trains it.
+AS_PUBLISHED = {"router_objective": "published", "router_balance": "none"}
+EIGHT = ("TopK", "RandomK", "Vanilla", "Gated", "JumpReLU", "RouteSAE", "Crosscoder", "MLSAE")
+METRICS = ("NormMSE", "KLDiv", "DeltaCE")
+
+
+class HeldSet(NamedTuple):
+    """Models trained together, and the limits of their minutes for 100M tokens."""
+
+    models: tuple[str, ...]
+    must: float
+    goal: float
+    moonshot: float
+
+
+SETS = {
+    "RouteSAE": HeldSet(("RouteSAE",), 8.3, 6.5, 5.0),
+    "Crosscoder": HeldSet(("Crosscoder",), 21, 16, 13),
+    "MLSAE": HeldSet(("MLSAE",), 18, 13.7, 11),
+    "zoo": HeldSet(EIGHT, 45, 31, 25),
 }
 
 
 class Bench:
-    """One benchmark: its shapes, text, held-out states, and what was found."""
+    """One benchmark: its shapes, text, held-out states and results."""
 
     def __init__(self, cfg):
-        self.cfg, self.folder = cfg, Path(cfg.output_dir).resolve()
+        self.cfg = cfg
+        self.folder = Path(cfg.output_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         config, self.latents, self.k, self.batch, self.length = SHAPES[cfg.shape]
         self.device = cfg.device
-        self.bf16 = (
-            self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16
-        )  # what our language model runs in
+        # whether this project's contenders run the language model in bfloat16
+        self.bf16 = self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16
         self.model_path = str(DEMO_LM if config is None else self._random_model(config))
         self.data_path = str(cfg.data_path or demo.build_corpus())
-        self.tokenizer, self.config = (
-            AutoTokenizer.from_pretrained(self.model_path),
-            AutoConfig.from_pretrained(self.model_path),
-        )
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+        self.config = AutoConfig.from_pretrained(self.model_path)
         self.depth = self.config.num_hidden_layers
-        self.site, self.sites = 3 * self.depth // 4, routed_sites(self.depth)
-        self.rows_file, self.held_out = self.folder / "rows.pt", self.folder / "held_out.pt"
-        self._prepare()
-        self.found = {
+        self.site = 3 * self.depth // 4
+        self.sites = routed_sites(self.depth)
+        self.rows_file = self.folder / "rows.pt"
+        self.held_out = self.folder / "held_out.pt"
+        self._prepare_rows()
+        self._prepare_held_out()
+        self.results = {
             "shape": cfg.shape,
             "device": self._device_name(),
             "commit": checkpoint.environment(),
@@ -100,70 +116,77 @@ class Bench:
             "k": self.k,
             "rows_a_step": self.batch,
             "tokens_a_row": self.length,
-            "load_before": _load(),
+            "load_before": system_load(),
             "groups": {},
             "targets": [],
             "left_out": [],
         }
-        self.machine = measured = floors.measured(self.device)
-        if (
-            self.device == "cuda"
-        ):  # counted floors are of the chip, not of what this program reaches on it
-            chip = torch.cuda.get_device_name()
-            self.machine = (
-                floors.H200_REACHED
-                if "H200" in chip
-                else floors.DATASHEET["H100"]
-                if "H100" in chip
-                else measured
-            )
-        self.found |= {"machine": self.machine._asdict(), "measured": measured._asdict()}
+        measured = floors.measured(self.device)
+        self.machine = self._machine(measured)
+        self.results["machine"] = self.machine._asdict()
+        self.results["measured"] = measured._asdict()
 
     def _device_name(self):
         if self.device == "cuda":
             return torch.cuda.get_device_name()
+        name = "CPU"
         with open("/proc/cpuinfo") as file:
-            name = next(
-                (line.split(":")[1].strip() for line in file if line.startswith("model name")),
-                "CPU",
-            )
+            for line in file:
+                if line.startswith("model name"):
+                    name = line.split(":")[1].strip()
+                    break
         return f"{torch.get_num_threads()} threads of {name}"
 
+    def _machine(self, measured):
+        """The rates that floors are counted with.
+
+        Those of a known chip, because a floor must not depend on what PyTorch reaches on it.
+        """
+        chip = torch.cuda.get_device_name() if self.device == "cuda" else ""
+        if "H200" in chip:
+            return floors.H200_REACHED
+        if "H100" in chip:
+            return floors.DATASHEET["H100"]
+        return measured
+
     def _random_model(self, config):
-        """A Llama of random weights with the demo's tokenizer, saved once."""
+        """A Llama of random weights with the tokenizer of the built-in model, saved once."""
         path = self.folder / f"random_{self.cfg.shape}"
         if not (path / "config.json").exists():
             torch.manual_seed(0)
+            llama = LlamaConfig(**config, max_position_embeddings=512, tie_word_embeddings=True)
             with torch.device(self.device):
-                model = LlamaForCausalLM(
-                    LlamaConfig(**config, max_position_embeddings=512, tie_word_embeddings=True)
-                ).to(torch.bfloat16)
+                model = LlamaForCausalLM(llama).to(torch.bfloat16)
             AutoTokenizer.from_pretrained(DEMO_LM).save_pretrained(path)
             model.save_pretrained(path)
         return path
 
-    @torch.no_grad()
-    def _prepare(self):
-        """Training rows in the order that train.py takes them, and held-out raw states, for contenders that are not ours."""
-        rows = Rows(
-            self.data_path, self.tokenizer, self.length, "train", max_tokens=self.cfg.tokens
-        )
+    def _rows(self, split, tokens):
+        return Rows(self.data_path, self.tokenizer, self.length, split, max_tokens=tokens)
+
+    def _prepare_rows(self):
+        """Save training rows for other libraries, in the order in which train.py takes them."""
+        rows = self._rows("train", self.cfg.tokens)
         torch.save(rows.batch(rows.order(42, 0)).input_ids.int(), self.rows_file)
-        if self.cfg.shape == "llama":  # random weights: quality says nothing
+
+    @torch.no_grad()
+    def _prepare_held_out(self):
+        """Save raw states of held-out text, on which every contender's quality is measured."""
+        if self.cfg.shape == "llama":  # quality on random weights means nothing
             self.held_out = None
             return
         _, model = lm.get_language_model(self.model_path, "cpu", "float32")
-        found = {site: [] for site in self.sites}
-        for batch in Rows(
-            self.data_path, self.tokenizer, self.length, "eval", max_tokens=self.cfg.held_out
-        ).batches(self.batch):
+        chunks = {site: [] for site in self.sites}
+        for batch in self._rows("eval", self.cfg.held_out).batches(self.batch):
             for site, state in lm.read_sites(model, batch.input_ids, self.sites).items():
-                found[site].append(state[batch.mask].float())
-        torch.save({site: torch.cat(states) for site, states in found.items()}, self.held_out)
+                chunks[site].append(state[batch.mask].float())
+        torch.save({site: torch.cat(states) for site, states in chunks.items()}, self.held_out)
 
-    def argv(self, *models, k=None, **more):
+    # ---------------------------------------------------------------------------------- contenders
+
+    def argv(self, *models, k=None, **options):
         """Options of train.py."""
-        chosen = {
+        defaults = {
             "model_path": self.model_path,
             "data_path": self.data_path,
             "latent_size": self.latents,
@@ -174,17 +197,16 @@ class Bench:
             "save_every": 0,
             "overwrite": 1,
             "resume": "never",
-            **more,
         }
-        return ["--model", *models, "--k", *map(str, k or [self.k]), *flags(chosen)]
+        return ["--model", *models, "--k", *map(str, k or [self.k]), *flags(defaults | options)]
 
-    def ours(self, name, *models, **more):
-        argv = self.argv(*models, **more)
-        return Contender(
-            name, {"kind": "ours", "argv": argv, "stages": len(models) == 1}, self.folder
-        )
+    def ours(self, name, *models, **options):
+        """A contender that trains models with this project."""
+        job = {"kind": "ours", "argv": self.argv(*models, **options), "stages": len(models) == 1}
+        return Contender(name, job, self.folder)
 
-    def published(self, name, model, **more):
+    def published(self, name, model, **changes):
+        """A contender that trains a model with the loop as published."""
         job = self.published_job() | {
             "kind": "published",
             "model": model,
@@ -192,9 +214,8 @@ class Bench:
             "split": "train",
             "tokens": self.cfg.tokens,
             "rows": math.ceil(2 * self.cfg.tokens / self.length) + 64,
-            **more,
         }
-        return Contender(name, job, self.folder)
+        return Contender(name, job | changes, self.folder)
 
     def published_job(self):
         return {
@@ -207,14 +228,13 @@ class Bench:
         }
 
     def peer(self, folder, name, **options):
-        """A contender from a peer's environment, or None where that is not there."""
+        """A contender of another library, or None if its environment does not exist."""
         python = Path(self.cfg.peers or "/nonexistent") / folder / "bin" / "python"
         if not python.exists():
-            self.found["left_out"].append(
-                f"{name}: no environment at {python.parent.parent}"
-                if self.cfg.peers
-                else f"{name}: no --peers DIR given"
-            )
+            why = "no --peers DIR given"
+            if self.cfg.peers:
+                why = f"no environment at {python.parent.parent}"
+            self.results["left_out"].append(f"{name}: {why}")
             return None
         job = {
             "model_path": self.model_path,
@@ -235,273 +255,243 @@ class Bench:
             job["dtype"] = "float32"
         return Contender(name, job, self.folder, str(python), f"peer_{folder}")
 
-    def target(self, what, must, goal, found, unit="x", more_is_better=True, moonshot=None):
-        """A row of the table; found: {"median", "low", "high"} or None where nothing was measured."""
+    # ------------------------------------------------------------------------------------- results
+
+    def target(self, name, must, goal, measured, unit="x", more_is_better=True, moonshot=None):
+        """Add a row of the table of targets. measured: see runner.spread_of; None: not measured."""
         limits = {"must": must, "goal": goal, "moonshot": moonshot}
-        row = {"target": what, **limits, "unit": unit, "measured": found}
-        if found is not None and any(limits.values()):
+        row = {"target": name, **limits, "unit": unit, "measured": measured}
+        if measured is not None and any(limits.values()):
             sign = 1 if more_is_better else -1
-            row["met"] = next(
-                (
-                    word
-                    for word in list(limits)[::-1]
-                    if limits[word] and sign * found["median"] >= sign * limits[word]
-                ),
-                "no",
-            )
-        self.found["targets"].append(row)
+            row["met"] = "no"
+            for word, limit in limits.items():  # the last one that is met counts
+                if limit and sign * measured["median"] >= sign * limit:
+                    row["met"] = word
+        self.results["targets"].append(row)
 
     def save(self):
-        """What is measured stays, should a later part fail."""
-        save_json(self.found, self.folder / "benchmark.json")
+        """Save what has been measured so far, in case a later part fails."""
+        save_json(self.results, self.folder / "benchmark.json")
 
-    def group(self, name, start, tokens, rounds, **more):
-        """Starts the contenders that `start` lists, gives them their turns, ends them. Returns {name: result}."""
+    def group(self, name, starts, tokens, rounds, **options):
+        """Start contenders, give them their turns, end them. Returns {name: contender}.
+
+        starts: functions that return a contender or None. options: see runner.play.
+        """
         print(f"{name} ...", flush=True)
         contenders = []
         try:
-            for make in start:
-                contender = make()
+            for start in starts:
+                contender = start()
                 if contender is not None:
                     contenders.append(contender)
                     print(f"  {contender.name}: loaded in {contender.loading:.1f} s", flush=True)
-            results = play(contenders, tokens, rounds, **more)
+            results = play(contenders, tokens, rounds, **options)
         finally:
             for contender in contenders:
                 contender.end()
-        self.found["groups"][name] = results
-        for one in results:
-            quality = (
-                f"  NormMSE {one['NormMSE']:.4f}  dead {one['dead']:.3f}"
-                if one["NormMSE"] is not None
-                else ""
-            )
-            print(
-                f"  {one['name']}: {one['tokens_per_s']:,.0f} tokens/s ({one['spread'][0]:,.0f} to {one['spread'][1]:,.0f}){quality}",
-                flush=True,
-            )
+        self.results["groups"][name] = results
+        for result in results:
+            print(f"  {describe(result)}", flush=True)
         return {contender.name: contender for contender in contenders}
 
     def floor(self, *models):
         """{stage: seconds a token} of one training step of these models together."""
-        bf16, step = self.bf16, self.batch * self.length
-        number = "bf16" if bf16 else "fp32"
-        shape, several = (
-            floors.shape_of(self.config, self.length, step),
-            ("RouteSAE", "MLSAE", "Crosscoder"),
-        )
-        blocks, saes = floors.blocks(shape, self.site, 2 if bf16 else 4), []
-        for name in models:
-            sizes = (
-                self.config.hidden_size,
-                self.latents,
-                self.k,
-                len(self.sites) if name in several else 1,
-                step,
-            )
-            ways = [floors.sae(name, *sizes, sparse=sparse, adam=False) for sparse in (True, False)]
-            saes.append(
-                min(
-                    ways,
-                    key=lambda way: sum(
-                        floors.seconds(work, self.machine, number) for work in way.values()
-                    ),
-                )
-            )
+        step = self.batch * self.length
+        number, width = ("bf16", 2) if self.bf16 else ("fp32", 4)
+        shape = floors.shape_of(self.config, self.length, step)
+        blocks = floors.blocks(shape, self.site, width)
+
+        def fastest(model):
+            sites = len(self.sites) if model in ("RouteSAE", "MLSAE", "Crosscoder") else 1
+            sizes = (self.config.hidden_size, self.latents, self.k, sites, step)
+            ways = [floors.sae(model, *sizes, sparse=way, adam=False) for way in (True, False)]
+            return min(ways, key=total_seconds)
+
+        def total_seconds(stages):
+            return sum(floors.seconds(work, self.machine, number) for work in stages.values())
+
+        saes = [fastest(model) for model in models]
         return floors.step_floor(saes, blocks, self.machine, number, number)
+
+
+def describe(result):
+    """One line about a contender's result."""
+    low, high = result["spread"]
+    line = f"{result['name']}: {result['tokens_per_s']:,.0f} tokens/s ({low:,.0f} to {high:,.0f})"
+    if result["NormMSE"] is not None:
+        line += f"  NormMSE {result['NormMSE']:.4f}  dead {result['dead']:.3f}"
+    return line
 
 
 def flags(options):
     """Options as one would type them; None leaves one out."""
-    return [
-        part
-        for name, value in options.items()
-        if value is not None
-        for part in (f"--{name}", str(value))
-    ]
+    given = {name: value for name, value in options.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def trained(bench, model="RouteSAE"):
-    """The checkpoint that the training left."""
-    found = list((bench.folder / model / "SAE_models").glob(f"{model}_*.pt"))
-    if not found:
-        raise Failed(f"no trained {model} in {bench.folder / model}; let --only include training")
-    return found[0]
+    """The checkpoint of a model that an earlier part has trained. Raises Failed without one."""
+    folder = bench.folder / model
+    paths = list((folder / "SAE_models").glob(f"{model}_*.pt"))
+    if not paths:
+        raise Failed(f"no trained {model} in {folder}; let --only include training")
+    return paths[0]
 
 
-def _load():
+def system_load():
     with open("/proc/loadavg") as file:
         return file.read().split()[0]
 
 
+# ---------------------------------------------------------------------------------------- on a CPU
+
+
 def training(bench):
-    """Train against the method as published and against the peers; time to quality."""
-    tokens, rounds = bench.cfg.tokens, bench.cfg.rounds
-    start = [
+    """Training rates against the methods as published and other libraries; tokens to quality."""
+    done = bench.group(
+        "training",
+        training_contenders(bench),
+        bench.cfg.tokens,
+        bench.cfg.rounds,
+        held_out=bench.held_out,
+        curves=("ours TopK", "sparsify"),
+        profiled=3 * bench.batch * bench.length,
+    )
+
+    def against(slow, fast):
+        if slow in done and fast in done:
+            return ratios(done[slow].costs(), done[fast].costs())
+        return None
+
+    for model in ("RouteSAE", "TopK"):
+        name = f"train {model}, useful tokens/s against the method as published"
+        bench.target(name, 3, 5, against(f"published {model}", f"ours {model}"))
+        fp32 = f"ours {model}, float32 LM" if bench.bf16 else f"ours {model}"
+        name = f"the same with a float32 LM, {model}"
+        bench.target(name, 2.2, 2.6, against(f"published {model}", fp32))
+    for peer in ("sae-lens", "sparsify"):
+        names = [name for name in done if name.startswith(peer)]
+        rate_of = {name: done[name].result()["tokens_per_s"] for name in names}
+        fastest = max(names, key=rate_of.get, default=peer)
+        name = f"train TopK against {peer} ({fastest})"
+        bench.target(name, 2, 3, against(fastest, "ours TopK"))
+    name = "tokens to the NormMSE that sparsify's default ends with"
+    bench.target(name, 1, 0.5, to_quality(done, "tokens"), "of its tokens", False)
+    in_seconds = to_quality(done, "seconds")
+    bench.target("seconds to the same", None, None, in_seconds, "of its seconds", False)
+
+
+def training_contenders(bench):
+    """Functions that start them."""
+    in_folder = AS_PUBLISHED | {"output_dir": bench.folder / "RouteSAE"}
+    in_float32 = AS_PUBLISHED | {"dtype": "float32"}
+    starts = [
         lambda: bench.ours("ours TopK", "TopK", output_dir=bench.folder / "TopK"),
-        lambda: bench.ours(
-            "ours RouteSAE", "RouteSAE", **AS_PUBLISHED, output_dir=bench.folder / "RouteSAE"
-        ),
+        lambda: bench.ours("ours RouteSAE", "RouteSAE", **in_folder),
         lambda: bench.ours("ours RouteSAE, standard router", "RouteSAE"),
         lambda: bench.published("published TopK", "TopK"),
         lambda: bench.published("published RouteSAE", "RouteSAE"),
         lambda: bench.peer("sparsify", "sparsify"),
         lambda: bench.peer("saelens", "sae-lens"),
     ]
-    if bench.bf16:  # elsewhere float32 is what all of them run in
-        start += [
+    if bench.bf16:  # otherwise all of the above run in float32 already
+        starts += [
             lambda: bench.ours("ours TopK, float32 LM", "TopK", dtype="float32"),
-            lambda: bench.ours(
-                "ours RouteSAE, float32 LM", "RouteSAE", **AS_PUBLISHED, dtype="float32"
-            ),
+            lambda: bench.ours("ours RouteSAE, float32 LM", "RouteSAE", **in_float32),
             lambda: bench.peer("sparsify", "sparsify, float32 LM", dtype="float32"),
             lambda: bench.peer("saelens", "sae-lens, autocast", autocast=True),
         ]
-    curves = ("ours TopK", "sparsify")
-    done = bench.group(
-        "training",
-        start,
-        tokens,
-        rounds,
-        held_out=bench.held_out,
-        curves=curves,
-        profiled=3 * bench.batch * bench.length,
-    )
-
-    def against(slow, fast):
-        return (
-            ratios(done[slow].costs(), done[fast].costs())
-            if slow in done and fast in done
-            else None
-        )
-
-    for model in ("RouteSAE", "TopK"):
-        bench.target(
-            f"train {model}, useful tokens/s against the method as published",
-            3,
-            5,
-            against(f"published {model}", f"ours {model}"),
-        )
-        fp32 = against(
-            f"published {model}", f"ours {model}, float32 LM" if bench.bf16 else f"ours {model}"
-        )
-        bench.target(f"the same with a float32 LM, {model}", 2.2, 2.6, fp32)
-    for peer in ("sae-lens", "sparsify"):
-        names = [name for name in done if name.startswith(peer)]
-        quickest = (
-            max(names, key=lambda name: done[name].result()["tokens_per_s"]) if names else peer
-        )
-        bench.target(
-            f"train TopK against {peer} ({quickest})", 2, 3, against(quickest, "ours TopK")
-        )
-    bench.target(
-        "tokens to the NormMSE that sparsify's default ends with",
-        1,
-        0.5,
-        to_quality(done, "tokens"),
-        "of its tokens",
-        False,
-    )
-    bench.target(
-        "seconds to the same", None, None, to_quality(done, "seconds"), "of its seconds", False
-    )
+    return starts
 
 
 def to_quality(done, unit):
-    """Share of sparsify's tokens (or seconds) after which ours reaches the NormMSE that sparsify reached; at each of the later rounds."""
+    """Share of sparsify's tokens (or seconds) after which ours reaches sparsify's NormMSE.
+
+    Interpolated between rounds; one value for every round of sparsify after the first, of which the
+    last is reported as the median.
+    """
     if not {"ours TopK", "sparsify"} <= set(done) or not done["sparsify"].qualities:
         return None
-    mine, found = done["ours TopK"].qualities, []
+    curve = done["ours TopK"].qualities
+    shares = []
     for point in done["sparsify"].qualities[1:]:
-        for before, after in zip(mine, mine[1:], strict=False):
-            if after["NormMSE"] <= point["NormMSE"]:
-                part = min(
-                    1.0,
-                    max(
-                        0.0,
-                        (before["NormMSE"] - point["NormMSE"])
-                        / (before["NormMSE"] - after["NormMSE"]),
-                    ),
-                )
-                found.append((before[unit] + part * (after[unit] - before[unit])) / point[unit])
-                break
-    return (
-        {"median": found[-1], "low": min(found), "high": max(found), "turns": len(found)}
-        if found
-        else None
-    )
+        reached = amount_to_reach(curve, point["NormMSE"], unit)
+        if reached is not None:
+            shares.append(reached / point[unit])
+    if not shares:
+        return None
+    return spread_of(shares) | {"median": shares[-1]}
+
+
+def amount_to_reach(curve, error, unit):
+    """Tokens (or seconds) at which a curve reaches an error; None if it does not."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if after["NormMSE"] <= error:
+            part = (before["NormMSE"] - error) / (before["NormMSE"] - after["NormMSE"])
+            part = min(1.0, max(0.0, part))
+            return before[unit] + part * (after[unit] - before[unit])
+    return None
 
 
 def six(bench):
     """Six SAEs from one forward pass against six runs."""
-    combinations = [
-        (model, k) for model in ("TopK", "RouteSAE") for k in (bench.k // 2, bench.k, 2 * bench.k)
-    ]
-    start = [
-        lambda: bench.ours(
-            "six from one forward",
-            "TopK",
-            "RouteSAE",
-            k=sorted({k for _, k in combinations}),
-            **AS_PUBLISHED,
-        )
-    ]
-    start += [
-        lambda model=model, k=k: bench.ours(f"{model} k {k}", model, k=[k], **AS_PUBLISHED)
-        for model, k in combinations
-    ]
+    models, ks = ("TopK", "RouteSAE"), [bench.k // 2, bench.k, 2 * bench.k]
+    name = "six from one forward"
+    starts = [lambda: bench.ours(name, *models, k=sorted(set(ks)), **AS_PUBLISHED)]
+    for model in models:
+        for k in ks:
+            starts.append(
+                lambda model=model, k=k: bench.ours(f"{model} k {k}", model, k=[k], **AS_PUBLISHED)
+            )
     rounds = min(bench.cfg.rounds, 6)
-    done = bench.group("six SAEs", start, bench.batch * bench.length * 4 * rounds, rounds)
-    together = done.pop("six from one forward").costs()
-    apart = [sum(costs) for costs in zip(*(one.costs() for one in done.values()), strict=False)]
-    bench.target(
-        "six SAEs (2 models x 3 k) from one forward against six runs",
-        2.5,
-        3.3,
-        ratios(apart, together),
-    )
+    done = bench.group("six SAEs", starts, bench.batch * bench.length * 4 * rounds, rounds)
+    together = done.pop(name).costs()
+    target = "six SAEs (2 models x 3 k) from one forward against six runs"
+    bench.target(target, 2.5, 3.3, ratios(summed_costs(done), together))
+
+
+def summed_costs(contenders):
+    """Seconds a token of all contenders one after the other, turn by turn."""
+    costs = [contender.costs() for contender in contenders.values()]
+    return [sum(of_turn) for of_turn in zip(*costs, strict=False)]
 
 
 def evaluating(bench):
-    """NormMSE, KL and CE of the trained RouteSAE from one process against one process per metric with complete runs."""
+    """All metrics of the trained RouteSAE from one process, against one process per metric."""
     tokens = bench.cfg.evaluate
     rows = math.ceil(tokens / (bench.length - 1))
+    path = trained(bench)
     options = {
-        "SAE_path": trained(bench),
+        "SAE_path": path,
         "max_samples": rows,
         "batch_size": bench.batch,
         "output_dir": bench.folder / "RouteSAE",
         "model_path": bench.model_path,
         "device": bench.device,
     }
-    argv = [*flags(options), "--metric", "NormMSE", "KLDiv", "DeltaCE"]
-    start = [
-        lambda: Contender("ours, all metrics", {"kind": "evaluate", "argv": argv}, bench.folder)
-    ]
-    for metric in ("NormMSE", "KLDiv", "DeltaCE"):
-        job = bench.published_job() | {
+    job = {"kind": "evaluate", "argv": [*flags(options), "--metric", *METRICS]}
+    starts = [lambda: Contender("ours, all metrics", job, bench.folder)]
+    for metric in METRICS:
+        published = bench.published_job() | {
             "kind": "evaluate_published",
             "metric": metric,
-            "SAE_path": str(trained(bench)),
+            "SAE_path": str(path),
             "split": "eval",
+            "tokens": tokens,
+            "rows": 2 * rows,
         }
-        job |= {"tokens": tokens, "rows": 2 * rows}
-        start.append(
-            lambda job=job, metric=metric: Contender(f"published, {metric}", job, bench.folder)
+        starts.append(
+            lambda job=published: Contender(f"published, {job['metric']}", job, bench.folder)
         )
-    done = bench.group("evaluation", start, tokens, bench.cfg.rounds)
-    mine = done.pop("ours, all metrics").costs()
-    apart = [sum(costs) for costs in zip(*(one.costs() for one in done.values()), strict=False)]
-    bench.target(
-        "evaluate NormMSE + KL + CE of RouteSAE against one process per metric",
-        3.5,
-        6,
-        ratios(apart, mine),
-    )
+    done = bench.group("evaluation", starts, tokens, bench.cfg.rounds)
+    ours = done.pop("ours, all metrics").costs()
+    target = "evaluate NormMSE + KL + CE of RouteSAE against one process per metric"
+    bench.target(target, 3.5, 6, ratios(summed_costs(done), ours))
 
 
 def applying(bench):
-    """Extraction of contexts after encoding against a per-activation loop (benchmarks/apply_extraction.py)."""
+    """Extraction of contexts against a loop over activations (benchmarks/apply_extraction.py)."""
     from benchmarks import apply_extraction
 
     print("apply ...", flush=True)
@@ -511,25 +501,27 @@ def applying(bench):
         "output_dir": bench.folder / "TopK",
         "device": bench.device,
     }
-    spent, times = apply_extraction.compare(flags(options))
-    bench.found["groups"]["apply"] = {"seconds": spent, "times": times}
-    once = {
-        "median": times["published loop"],
-        "low": times["published loop"],
-        "high": times["published loop"],
-        "turns": 1,
-    }
-    bench.target("apply: extraction after encoding against a per-activation loop", 30, 100, once)
+    seconds, times = apply_extraction.compare(flags(options))
+    bench.results["groups"]["apply"] = {"seconds": seconds, "times": times}
+    target = "apply: extraction after encoding against a per-activation loop"
+    bench.target(target, 30, 100, spread_of([times["published loop"]]))
 
 
-def held(bench, name, make, warm=8):
-    """A contender's rate held for cfg.held seconds in ten turns, alone on the device."""
-    contender = make()
+# ---------------------------------------------------------------------------------------- on a GPU
+
+
+def held(bench, start, warm=8):
+    """Let a contender hold its rate for cfg.held seconds in ten turns, alone on the device.
+
+    warm: steps before that, which are not counted. Returns the contender.
+    """
+    contender = start()
     try:
         contender.go(1, counted=False)
         step = contender.turns[-1]["tokens"]
         turn = contender.go((warm + 1) * step, counted=False)
-        share = max(step, bench.cfg.held / 10 * turn["tokens"] / turn["seconds"])
+        tokens_per_s = turn["tokens"] / turn["seconds"]
+        share = max(step, bench.cfg.held / 10 * tokens_per_s)
         for _ in range(10):
             turn = contender.go(turn["done"] + share)
         if contender.job.get("stages"):
@@ -537,133 +529,100 @@ def held(bench, name, make, warm=8):
     finally:
         contender.end()
     result = contender.result()
-    bench.found["groups"].setdefault("held", []).append(result)
+    bench.results["groups"].setdefault("held", []).append(result)
     bench.save()
-    print(
-        f"  {name}: {result['tokens_per_s']:,.0f} tokens/s ({result['spread'][0]:,.0f} to {result['spread'][1]:,.0f})",
-        flush=True,
-    )
+    print(f"  {describe(result)}", flush=True)
     return contender
 
 
 def minutes(costs, tokens):
-    """Minutes that a number of tokens takes at these seconds a token: extrapolated."""
-    found = sorted(cost * tokens / 60 for cost in costs)
-    return {
-        "median": statistics.median(found),
-        "low": found[0],
-        "high": found[-1],
-        "turns": len(found),
-    }
+    """Minutes for a number of tokens, extrapolated from seconds a token."""
+    return spread_of([cost * tokens / 60 for cost in costs])
 
 
 def rates(bench):
-    """Rates held for a minute, and what they come to for the tokens of a real run: the table of one large GPU."""
-    endless = {"max_tokens": None, "num_epochs": 100_000}
+    """Rates held for a minute, and the minutes that 100M tokens would take at these rates."""
     print("held rates ...", flush=True)
     for name in bench.cfg.rate_of:
         models, must, goal, moonshot = SETS[name]
         options = {
-            **endless,
-            **(AS_PUBLISHED if "RouteSAE" in models else {}),
+            "max_tokens": None,
+            "num_epochs": 100_000,  # more than the time allows
             "output_dir": bench.folder / f"held_{name}",
         }
-        done = held(
-            bench,
-            f"ours {name}",
-            lambda name=name, models=models, options=options: bench.ours(
-                f"ours {name}", *models, **options
-            ),
-        )
-        bench.target(
-            f"{name}, 100M tokens at the rate held",
-            must,
-            goal,
-            minutes(done.costs(), 1e8),
-            "min",
-            False,
-            moonshot,
-        )
+        if "RouteSAE" in models:
+            options |= AS_PUBLISHED
+
+        def start(name=name, models=models, options=options):
+            return bench.ours(f"ours {name}", *models, **options)
+
+        done = held(bench, start)
+        measured = minutes(done.costs(), 1e8)
+        target = f"{name}, 100M tokens at the rate held"
+        bench.target(target, must, goal, measured, "min", False, moonshot)
         if name == "RouteSAE":
-            peak = done.result()["peak_bytes"] / 1e9
-            bench.target(
-                "peak memory, RouteSAE",
-                40,
-                20,
-                {"median": peak, "low": peak, "high": peak, "turns": 1},
-                "GB",
-                False,
-                16,
-            )
+            peak = spread_of([done.result()["peak_bytes"] / 1e9])
+            bench.target("peak memory, RouteSAE", 40, 20, peak, "GB", False, 16)
 
 
 def reading(bench):
-    """How long evaluation and contexts take for the tokens of a real run, of a RouteSAE that has had twenty steps."""
+    """Minutes to evaluate and to apply 10M tokens with a RouteSAE that was trained for 20 steps."""
     print("reading ...", flush=True)
-    options = {
-        **AS_PUBLISHED,
-        "output_dir": bench.folder / "RouteSAE",
-        "max_tokens": 20 * bench.batch * bench.length,
-    }
-    short = bench.ours("RouteSAE to read", "RouteSAE", **options)
+    output_dir = bench.folder / "RouteSAE"
+    steps = {"output_dir": output_dir, "max_tokens": 20 * bench.batch * bench.length}
+    short = bench.ours("RouteSAE to read", "RouteSAE", **AS_PUBLISHED, **steps)
     short.go(math.inf)
     short.end()
-    common = {
+    options = {
         "SAE_path": trained(bench),
-        "output_dir": bench.folder / "RouteSAE",
+        "output_dir": output_dir,
         "model_path": bench.model_path,
         "device": bench.device,
-    }
-    options = {
-        **common,
         "batch_size": bench.batch,
-        "max_tokens": None,
         "split": "all",
-        "compile_lm": "yes",
-    }  # as 10M tokens have it by default
+        "compile_lm": "yes",  # the default for 10M tokens
+    }
     metrics = ["--metric", "NormMSE", "KLDiv"]
-    evaluation = Contender(
-        "evaluate", {"kind": "evaluate", "argv": flags(options) + metrics}, bench.folder
-    )
-    contexts = Contender("apply", {"kind": "apply", "argv": flags(options)}, bench.folder)
-    for name, contender, limits in (
-        ("evaluate 10M tokens, RouteSAE KL", evaluation, (3, 1.75, 1.33)),
-        ("apply 10M tokens", contexts, (5, 1.67, 1)),
-    ):
-        try:
-            contender.go(1, counted=False)
-            contender.go(math.inf)  # all there is, to its end
-        finally:
-            contender.end()
-        last = contender.turns[-1]
-        must, goal, moonshot = limits
-        bench.target(
-            f"{name} (from {last['tokens']:,})",
-            must,
-            goal,
-            minutes([last["seconds"] / last["tokens"]], 1e7),
-            "min",
-            False,
-            moonshot,
-        )
-        bench.save()
-        print(f"  {name}: {last['tokens']:,} in {last['seconds']:.1f} s", flush=True)
+    evaluation = {"kind": "evaluate", "argv": flags(options) + metrics}
+    contexts = {"kind": "apply", "argv": flags(options)}
+    evaluator = Contender("evaluate", evaluation, bench.folder)
+    applier = Contender("apply", contexts, bench.folder)
+    read_all(bench, evaluator, "evaluate 10M tokens, RouteSAE KL", 3, 1.75, 1.33)
+    read_all(bench, applier, "apply 10M tokens", 5, 1.67, 1)
+
+
+def read_all(bench, contender, name, must, goal, moonshot):
+    """Let a contender read the whole text; a target of its minutes for 10M tokens."""
+    try:
+        contender.go(1, counted=False)
+        contender.go(math.inf)
+    finally:
+        contender.end()
+    turn = contender.turns[-1]
+    tokens, seconds = turn["tokens"], turn["seconds"]
+    target = f"{name} (from {tokens:,})"
+    bench.target(target, must, goal, minutes([seconds / tokens], 1e7), "min", False, moonshot)
+    bench.save()
+    print(f"  {name}: {tokens:,} in {seconds:.1f} s", flush=True)
 
 
 def against_published(bench):
     """The held rate of RouteSAE against that of the method as published."""
-    published = held(
-        bench,
-        "published RouteSAE",
-        lambda: bench.published("published RouteSAE", "RouteSAE", tokens=10**12),
-        warm=2,
-    )
-    ours = next(
-        (one for one in bench.found["groups"]["held"] if one["name"] == "ours RouteSAE"), None
-    )
-    found = ours and ratios(published.costs(), [1 / rate for rate in ours["rates"]])
-    bench.target("train RouteSAE, useful tokens/s against the method as published", 10, 19, found)
 
+    def start():
+        return bench.published("published RouteSAE", "RouteSAE", tokens=10**12)
+
+    published = held(bench, start, warm=2)
+    measured = None
+    for result in bench.results["groups"]["held"]:
+        if result["name"] == "ours RouteSAE":
+            measured = ratios(published.costs(), [1 / rate for rate in result["rates"]])
+            break
+    target = "train RouteSAE, useful tokens/s against the method as published"
+    bench.target(target, 10, 19, measured)
+
+
+# ------------------------------------------------------------------------------------ command line
 
 PARTS = {
     "training": training,
@@ -674,83 +633,72 @@ PARTS = {
     "reading": reading,
     "published": against_published,
 }
-ON = {"cuda": ("rates", "reading", "published"), "cpu": ("training", "six", "evaluate", "apply")}
+DEFAULT_PARTS = {
+    "cuda": ("rates", "reading", "published"),
+    "cpu": ("training", "six", "evaluate", "apply"),
+}
+QUICK = {
+    "shape": "tiny",
+    "tokens": 3000,
+    "rounds": 3,
+    "held_out": 500,
+    "evaluate": 1000,
+    "apply": 500,
+}
 
 
-def common(parser, rounds):
-    """Options of every benchmark here."""
+def add_common_options(parser, rounds):
+    """Options of this benchmark and of benchmarks.sweeps."""
     cuda = torch.cuda.is_available()
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="llama" if cuda else "demo",
-        help="which language model and SAE sizes",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--peers", help="folder of the peers' environments")
-    parser.add_argument(
-        "--tokens", type=int, default=300_000, help="training tokens of each contender"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=rounds, help="turns of each contender, the first not counted"
-    )
-    parser.add_argument(
-        "--held_out", type=int, default=16_000, help="tokens quality is measured on"
-    )
-    parser.add_argument("--data_path", help="text (default: the demo's)")
-    parser.add_argument("--output_dir", default="outputs/benchmark")
+    add = parser.add_argument
+    shape = "llama" if cuda else "demo"
+    add("--shape", choices=SHAPES, default=shape, help="which language model and SAE sizes")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    add("--peers", help="folder of the peers' environments")
+    add("--tokens", type=int, default=300_000, help="training tokens of each contender")
+    rounds_help = "turns of each contender, the first not counted"
+    add("--rounds", type=int, default=rounds, help=rounds_help)
+    add("--held_out", type=int, default=16_000, help="tokens quality is measured on")
+    add("--data_path", help="text (default: the demo's)")
+    add("--output_dir", default="outputs/benchmark")
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__.splitlines()[0]
     )
-    common(parser, 8)
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke test: tiny shapes, few tokens"
-    )
-    parser.add_argument(
-        "--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders"
-    )
-    parser.add_argument(
-        "--apply", type=int, default=60_000, help="tokens contexts are extracted from"
-    )
-    parser.add_argument(
-        "--held", type=float, default=65, help="seconds a rate is held where rates are measured"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=PARTS,
-        help=f"parts (default on CUDA: {' '.join(ON['cuda'])}; else {' '.join(ON['cpu'])})",
-    )
-    parser.add_argument(
-        "--rate_of", nargs="+", choices=SETS, default=list(SETS), help="whose rates are held"
-    )
+    add_common_options(parser, 8)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a smoke test: tiny shapes, few tokens")
+    add("--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders")
+    add("--apply", type=int, default=60_000, help="tokens contexts are extracted from")
+    add("--held", type=float, default=65, help="seconds for which a rate is held")
+    on_cuda, on_cpu = (" ".join(DEFAULT_PARTS[device]) for device in ("cuda", "cpu"))
+    parts_help = f"parts (default on CUDA: {on_cuda}; else {on_cpu})"
+    add("--only", nargs="+", choices=PARTS, help=parts_help)
+    add("--rate_of", nargs="+", choices=SETS, default=list(SETS), help="whose rates are held")
     cfg = parser.parse_args(argv)
     if cfg.quick:
-        cfg.shape, cfg.tokens, cfg.rounds, cfg.held_out, cfg.evaluate, cfg.apply = (
-            "tiny",
-            3000,
-            3,
-            500,
-            1000,
-            500,
-        )
+        vars(cfg).update(QUICK)
+    return cfg
+
+
+def main(argv=None):
+    cfg = parse_args(argv)
     started = time.perf_counter()
     bench = Bench(cfg)
-    for name in cfg.only or ON["cuda" if "cuda" in cfg.device else "cpu"]:
+    for name in cfg.only or DEFAULT_PARTS[cfg.device]:
         PARTS[name](bench)
-    bench.found["seconds"], bench.found["load_after"] = time.perf_counter() - started, _load()
-    bench.found["floors"] = {model: bench.floor(model) for model in EIGHT} | {
-        "zoo": bench.floor(*EIGHT)
-    }
+    bench.results["seconds"] = time.perf_counter() - started
+    bench.results["load_after"] = system_load()
+    bench.results["floors"] = {model: bench.floor(model) for model in EIGHT}
+    bench.results["floors"]["zoo"] = bench.floor(*EIGHT)
     bench.save()
-    text = report.markdown(bench.found)
+    text = report.markdown(bench.results)
     save_text(text, bench.folder / "benchmark.md")
     print(text)
-    report.pictures(json.loads(json.dumps(bench.found)), bench.folder)
-    return bench.found
+    report.pictures(json.loads(json.dumps(bench.results)), bench.folder)
+    return bench.results
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def play_without_failures(bench, point, starts, tokens, rounds):
     while starts:
         try:
             bench.group(point, starts.values(), tokens, rounds)
-            return bench.found["groups"][point]
+            return bench.results["groups"][point]
         except run.Failed as error:
             print(f"{point}: {error}\nagain without it ...", flush=True)
             del starts[error.contender]
@@ -116,7 +116,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sweeps", description=__doc__.splitlines()[0]
     )
-    run.common(parser, 4)
+    run.add_common_options(parser, 4)
     parser.add_argument(
         "--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which sweeps"
     )
@@ -126,7 +126,7 @@ def main(argv=None):
     values = CUDA_VALUES if cfg.device == "cuda" else CPU_VALUES
     results = {name: sweep(bench, name, values[name], cfg.steps, cfg.rounds) for name in cfg.sweep}
     keys = ("device", "shape", "commit", "load_before", "machine", "left_out")
-    header = {key: bench.found[key] for key in keys}
+    header = {key: bench.results[key] for key in keys}
     save_json(header | {"sweeps": results}, Path(cfg.output_dir) / "sweeps.json")
     picture(results, Path(cfg.output_dir) / "sweeps.png")
 

@@ -161,10 +161,10 @@ def test_ratios_pair_the_turns_of_a_round():
 def test_a_target_is_met_by_its_median(median, must, goal, more_is_better, met):
     from benchmarks.run import Bench
 
-    bench = SimpleNamespace(found={"targets": []})
+    bench = SimpleNamespace(results={"targets": []})
     measured = {"median": median, "low": 1.0, "high": 9.0, "turns": 2}
     Bench.target(bench, "x", must, goal, measured, more_is_better=more_is_better)
-    assert [row["met"] for row in bench.found["targets"]] == [met]
+    assert [row["met"] for row in bench.results["targets"]] == [met]
 
 
 def test_a_target_without_a_measurement_is_reported_as_not_measured():
