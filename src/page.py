@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 from string import Template
-from types import NoneType
 from typing import Any
 
 from src.config import small_parser
@@ -26,49 +26,55 @@ MAX_CLASSES = 8  # token classes of a feature that the search finds
 # No text in a <script> element may end it; U+2028 and U+2029 are line ends to old browsers.
 SCRIPT_ESCAPES = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 
-Types = dict[str, type | tuple[type, ...]]
-NUMBER = (int, float)
-HEADER_TYPES: Types = {
+# What the data has to be, as types: {key: type} is an object, [type] a list of any length and
+# [type, type] a pair.
+NUMBER = int | float
+CONTEXT = {
+    "activation": NUMBER,
+    "tokens": [str],
+    "position": int,
+    "token_activations": [[int, NUMBER]],
+    "layer": int | None,
+    "router_weight": NUMBER,
+    "document": int,
+}
+ENTRY = {
+    "activations": [NUMBER],
+    "token_class": [str],
+    "max_activation": NUMBER,
+    "density": NUMBER,
+    "sample": list,
+    "sample_activations": [NUMBER],
+    "effect_KL": NUMBER | None,
+}
+HEADER = {
     "title": str,
     "model": str,
     "source_model": str,
-    "sites": list,
+    "sites": [int],
     "latent_size": int,
     "total_latents": int,
     "tokens": int,
     "threshold": NUMBER,
     "latent_context_map": dict,
-    "routing": (dict, NoneType),
 }
-ENTRY_TYPES: Types = {
-    "activations": list,
-    "token_class": list,
-    "max_activation": NUMBER,
-    "density": NUMBER,
-    "sample": list,
-    "sample_activations": list,
-    "site_counts": (list, NoneType),
-    "decoder_norms": (list, NoneType),
-    "effect_KL": (*NUMBER, NoneType),
+ROUTING = {"share": [NUMBER], "sample": {"tokens": [str], "weights": [[NUMBER]]}}
+LABEL = {
+    "description": str | None,
+    "category": str | None,
+    "score": NUMBER | None,
+    "detection": dict | None,
+    "fuzzing": dict | None,
 }
-LABEL_TYPES: Types = {
-    "description": (str, NoneType),
-    "category": (str, NoneType),
-    "score": (*NUMBER, NoneType),
-    "detection": (dict, NoneType),
-    "fuzzing": (dict, NoneType),
+EVALUATION = {
+    "title": str | None,
+    "L0": NUMBER | None,
+    "NormMSE": NUMBER | None,
+    "FVU": NUMBER | None,
+    "KLDiv": NUMBER | None,
+    "Recovered_mean": NUMBER | None,
+    "Dead": NUMBER | None,
 }
-CONTEXT_TYPES: Types = {
-    "tokens": list,
-    "position": int,
-    "token_activations": list,
-    "layer": (int, NoneType),
-    "router_weight": NUMBER,
-    "document": int,
-}
-MEASURES = ("L0", "NormMSE", "FVU", "KLDiv", "Recovered_mean", "Dead")
-EVALUATION_TYPES: Types = {"title": (str, NoneType)}
-EVALUATION_TYPES |= dict.fromkeys(MEASURES, (*NUMBER, NoneType))
 
 
 # ------------------------------------------------------------------------------- checks of the data
@@ -80,46 +86,34 @@ def _require(condition: bool, problem: str) -> None:
         raise ValueError(f"damaged contexts, labels or evaluation: {problem}; {again}")
 
 
-def _check_types(record: Any, types: Types, name: str) -> None:
-    _require(isinstance(record, dict), f"{name} is no JSON object")
-    for key, kind in types.items():
-        _require(
-            isinstance(record.get(key), kind), f"{key} of {name} is missing or of a wrong type"
-        )
+def _check(value: Any, expected: Any, name: str) -> None:
+    """Raise ValueError if a value is not of the expected type. A missing key counts as None."""
+    if isinstance(expected, dict):
+        _require(isinstance(value, dict), f"{name} is no JSON object")
+        for key, part in expected.items():
+            _check(value.get(key), part, f"{key} of {name}")
+    elif isinstance(expected, list):
+        _require(isinstance(value, list), f"{name} is no list")
+        if len(expected) > 1:
+            _require(len(value) == len(expected), f"{name} has {len(value)} values")
+        # One expected type is for every item.
+        for item, part in zip(value, itertools.cycle(expected), strict=False):
+            _check(item, part, name)
+    else:
+        _require(isinstance(value, expected), f"{name} is missing or of a wrong type")
 
 
-def _check_texts(texts: list[Any], name: str) -> None:
-    _require(all(isinstance(text, str) for text in texts), f"{name} are not all texts")
-
-
-def _check_numbers(numbers: list[Any], count: int | None, name: str) -> None:
-    _require(all(isinstance(number, NUMBER) for number in numbers), f"{name} are not all numbers")
-    _require(count in (None, len(numbers)), f"{name}: {len(numbers)} values for {count}")
-
-
-def _check_pairs(pairs: Any, first: type, name: str) -> None:
-    fit = isinstance(pairs, list) and all(
-        isinstance(pair, list)
-        and len(pair) == 2
-        and isinstance(pair[0], first)
-        and isinstance(pair[1], NUMBER)
-        for pair in pairs
-    )
-    _require(fit, f"{name} are no pairs of {first.__name__} and number")
+def _check_length(values: Any, length: int, name: str) -> None:
+    _require(len(values) == length, f"{name} has {len(values)} values, not {length}")
 
 
 def _check_routing(routing: dict[str, Any], n_sites: int) -> None:
-    _check_types(routing, {"share": list, "sample": dict}, "the routing")
-    _check_numbers(routing["share"], n_sites, "shares of the sites")
+    _check(routing, ROUTING, "the routing")
+    _check_length(routing["share"], n_sites, "the share of the sites")
     sample = routing["sample"]
-    _check_types(sample, {"tokens": list, "weights": list}, "the routing's sample")
-    tokens, weights = sample["tokens"], sample["weights"]
-    _check_texts(tokens, "tokens of the routing's sample")
-    counts = f"{len(tokens)} tokens but {len(weights)} rows of weights"
-    _require(len(tokens) == len(weights), f"the routing's sample has {counts}")
-    for row in weights:
-        _require(isinstance(row, list), "a row of router weights is no list")
-        _check_numbers(row, n_sites, "router weights of a token")
+    _check_length(sample["weights"], len(sample["tokens"]), "the sample of router weights")
+    for row in sample["weights"]:
+        _check_length(row, n_sites, "a row of router weights")
 
 
 # --------------------------------------------------------------------------- what the script reads
@@ -141,13 +135,12 @@ class FeatureWriter:
     def feature(self, latent: str, entry: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
         """What the page shows of one latent, from its contexts and its label."""
         name = f"latent {latent}"
-        _check_types(entry, ENTRY_TYPES, name)
-        _check_types(label, LABEL_TYPES, f"the label of {name}")
-        _check_numbers(entry["sample_activations"], None, f"sampled activations of {name}")
-        _check_texts(entry["token_class"], f"token classes of {name}")
+        _check(entry, ENTRY, name)
+        _check(label, LABEL, f"the label of {name}")
         by_site = entry.get("site_counts") or entry.get("decoder_norms")
         if by_site:
-            _check_numbers(by_site, len(self.sites), f"{name} by site")
+            _check(by_site, [NUMBER], f"{name} by site")
+            _check_length(by_site, len(self.sites), f"{name} by site")
         result = {
             "id": latent,
             "label": label.get("description"),
@@ -168,16 +161,15 @@ class FeatureWriter:
         }
         for key in ("promoted", "suppressed", "effect_promoted", "effect_suppressed"):
             pairs = entry.get(key, [])
-            _check_pairs(pairs, str, f"{key} tokens of {name}")
+            _check(pairs, [[str, NUMBER]], f"{key} of {name}")
             result[key] = [[token, float(f"{value:.3g}")] for token, value in pairs]
         return result
 
     def _strongest(self, entry: dict[str, Any], name: str) -> list[list[Any]]:
-        columns = {"activation": entry["activations"]}
-        columns |= {key: entry.get(key) for key in CONTEXT_TYPES}
+        columns = {key: entry.get(key) for key in CONTEXT} | {"activation": entry["activations"]}
         for key, column in columns.items():
-            same = isinstance(column, list) and len(column) == len(entry["activations"])
-            _require(same, f"{key} of {name} has not one value for each activation")
+            _check(column, list, f"{key} of {name}")
+            _check_length(column, len(entry["activations"]), f"{key} of {name}")
         rows = list(zip(*columns.values(), strict=True))[: self.shown]
         return [self._context(dict(zip(columns, row, strict=True)), name) for row in rows]
 
@@ -185,12 +177,10 @@ class FeatureWriter:
         """[words, index of the active one, strength, [[index, strength], ...], site, router weight,
         document, quarter of the sample or 0]"""
         name = f"a context of {name}"
-        _check_types(context, CONTEXT_TYPES | {"activation": NUMBER}, name)
+        _check(context, CONTEXT, name)
         tokens = context["tokens"]
         position = context["position"]
-        _check_texts(tokens, f"tokens of {name}")
         _require(0 <= position < len(tokens), f"position {position} of {name} is outside of it")
-        _check_pairs(context["token_activations"], int, f"token activations of {name}")
         first = max(0, position - self.reach)
         last = position + self.reach + 1
         strengths = [
@@ -249,17 +239,17 @@ def page(
     limit: features at most, the strongest first. reach: tokens on each side of the active one.
     shown: strongest contexts of each feature. Raises ValueError if the contexts are damaged.
     """
-    _check_types(contexts, HEADER_TYPES, "the file")
+    _check(contexts, HEADER, "the contexts file")
     sites = contexts["sites"]
     _require(bool(sites), "there are no sites")
     if contexts.get("routing"):
         _check_routing(contexts["routing"], len(sites))
     for result in evaluation:
-        _check_types(result, EVALUATION_TYPES, "an evaluation")
-    _require(isinstance(labels, dict), "the labels are no JSON object")
+        _check(result, EVALUATION, "an evaluation")
+    _check(labels, {}, "the labels file")
     table = contexts["latent_context_map"]
     for latent, entry in table.items():
-        _check_types(entry, {"max_activation": NUMBER}, f"latent {latent}")
+        _check(entry, {"max_activation": NUMBER}, f"latent {latent}")
     chosen = sorted(table, key=lambda latent: -table[latent]["max_activation"])[:limit]
     writer = FeatureWriter(sites, reach, shown)
     about = {
@@ -327,7 +317,7 @@ def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[
                 "run evaluate.py again"
             )
         else:
-            rows.append({key: result.get(key) for key in EVALUATION_TYPES})
+            rows.append({key: result.get(key) for key in EVALUATION})
     return rows
 
 

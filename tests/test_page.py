@@ -113,18 +113,18 @@ def change_context(contexts, **values):
 @pytest.mark.parametrize(
     ("change", "values", "message"),
     [
-        (change_routing, {"weights": [[0.9, 0.1]] * 5}, "10 tokens but 5 rows of weights"),
-        (change_routing, {"weights": [[0.9]] * len(ATTACKS)}, "router weights of a token: 1"),
-        (change_routing, {"tokens": [1] * len(ATTACKS)}, "tokens of the routing's sample are not"),
+        (change_routing, {"weights": [[0.9, 0.1]] * 5}, "router weights has 5 values, not 10"),
+        (change_routing, {"weights": [[0.9]] * len(ATTACKS)}, "a row of router weights has 1"),
+        (change_routing, {"tokens": [1] * len(ATTACKS)}, "tokens of sample of the routing is"),
         (dict.update, {"sites": []}, "there are no sites"),
-        (dict.update, {"tokens": "many"}, "tokens of the file is missing or of a wrong type"),
+        (dict.update, {"tokens": "many"}, "tokens of the contexts file is missing or of a wrong"),
         (dict.update, {"latent_context_map": {"7": 5}}, "latent 7 is no JSON object"),
-        (change_entry, {"site_counts": [1, 2, 3]}, "latent 7 by site: 3 values for 2"),
-        (change_entry, {"position": []}, "position of latent 7 has not one value"),
-        (change_entry, {"promoted": [["word"]]}, "promoted tokens of latent 7 are no pairs"),
+        (change_entry, {"site_counts": [1, 2, 3]}, "latent 7 by site has 3 values, not 2"),
+        (change_entry, {"position": []}, "position of latent 7 has 0 values, not 1"),
+        (change_entry, {"promoted": [["word"]]}, "promoted of latent 7 has 1 values"),
         (change_context, {"position": 10}, "position 10 of a context of latent 7"),
-        (change_context, {"tokens": "word"}, "tokens of a context of latent 7"),
-        (change_context, {"token_activations": [1, 2]}, "token activations of a context"),
+        (change_context, {"tokens": "word"}, "tokens of a context of latent 7 is no list"),
+        (change_context, {"token_activations": [1, 2]}, "token_activations of a context"),
     ],
 )
 def test_damaged_contexts_are_refused_with_the_reason(change, values, message):
