@@ -1,7 +1,8 @@
-"""What a GPU's defaults were chosen by: `python -m benchmarks.choices`. Forms of one part beside each other, at Llama-3.2-1B's shapes.
+"""Measurements from which the defaults on a GPU were chosen: `python -m benchmarks.choices`.
 
-Milliseconds, medians of runs timed by events, random weights; before that how far bfloat16 factors are from float64. The kernels' exactness is
-tests/test_kernels.py's (`pytest -m gpu`).
+Alternative forms of one part are timed with random weights at the shapes of Llama-3.2-1B. Times are
+medians in milliseconds, by CUDA events. The first part compares products in bfloat16 with float64.
+Whether the kernels are exact is tested in tests/test_kernels.py (`pytest -m gpu`).
 """
 
 import argparse
@@ -14,211 +15,208 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.run import SHAPES
+from benchmarks.run import AS_PUBLISHED, SHAPES
 from src import checkpoint, config, lm, model, ops
 from src.device import pick_device
 from src.files import save_json
 from src.sae_training import SAETraining
 
+FORMS = ("products", "rows", "sums")  # of SparseCode
 
-def timed(work, repeats=7, warm=2):
-    """Median milliseconds."""
-    took = []
-    for i in range(warm + repeats):
+
+def median_ms(work, repeats=7, warm=2):
+    """Median milliseconds of work()."""
+    times = []
+    for _ in range(warm + repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
         end.record()
         torch.cuda.synchronize()
-        if i >= warm:
-            took.append(start.elapsed_time(end))
-    return statistics.median(took)
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[warm:])
 
 
-def rounding(found):
-    sae, x = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda(), torch.randn(2048, 512, device="cuda")
+def relative_error(value, exact):
+    return float((value - exact).norm() / exact.norm())
+
+
+def rounding(results, cfg):
+    """Errors of a TopK's output and gradients in each form of SparseCode, relative to float64."""
+    sae = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda()
+    x = torch.randn(2048, 512, device="cuda")
     exact = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda().double()
     exact.load_state_dict(sae.state_dict())
     form = ops.SparseCode.form
-    for name in ("products", "rows", "sums"):
+    for name in FORMS:
         ops.SparseCode.form = lambda ratio, x, name=name: name
         with ops.bf16_matmuls():
-            a, b = (one.autoencode(x.to(one.pre_bias.dtype)) for one in (sae, exact))
-        others = (a.latents.ne(0) != b.latents.ne(0)).float().sum() / 2 / 2048 / 32
-        off = {
-            "x_hat": float((a.x_hat - b.x_hat).detach().norm() / b.x_hat.detach().norm()),
-            "other latents": float(others),
+            out, exact_out = sae.autoencode(x), exact.autoencode(x.double())
+        n_others = (out.latents.ne(0) != exact_out.latents.ne(0)).float().sum() / 2
+        errors = {
+            "x_hat": relative_error(out.x_hat.detach(), exact_out.x_hat.detach()),
+            "other latents": float(n_others / 2048 / 32),
         }
-        for one, p in ((sae, a), (exact, b)):
-            one.zero_grad()
-            with ops.bf16_matmuls():
-                sum(one.loss(p).values()).backward()
-        off |= {
-            n: float((p.grad - q.grad).norm() / q.grad.norm())
-            for (n, p), q in zip(sae.named_parameters(), exact.parameters(), strict=True)
-        }
-        found[f"relative errors against float64, {name}"] = off
+        sae.zero_grad()
+        exact.zero_grad()
+        with ops.bf16_matmuls():
+            sum(sae.loss(out).values()).backward()
+            sum(exact.loss(exact_out).values()).backward()
+        for (parameter_name, p), q in zip(sae.named_parameters(), exact.parameters(), strict=True):
+            errors[parameter_name] = relative_error(p.grad, q.grad)
+        results[f"relative errors against float64, {name}"] = errors
     ops.SparseCode.form = form
 
 
-def topk(found, n=32768, f=16384, k=64):
+def topk(results, cfg, n=32768, f=16384, k=64):
+    """Selection of the k largest of F for N tokens."""
     from src import kernels
 
     values = torch.randn(n, f, device="cuda")
-    few = values - 3  # of which few are positive, as in a trained SAE
-    found["top-k"] = {
-        "torch": timed(lambda: values.topk(k, sorted=False), 3),
-        "torch, sorted": timed(lambda: values.topk(k), 3),
-        "kernel": timed(lambda: kernels.topk_indices(values, k)),
-        "kernel, few positive": timed(lambda: kernels.topk_indices(few, k)),
-        "zero in place": timed(values.zero_),
+    few_positive = values - 3  # as in a trained SAE
+    results["top-k"] = {
+        "torch": median_ms(lambda: values.topk(k, sorted=False), 3),
+        "torch, sorted": median_ms(lambda: values.topk(k), 3),
+        "kernel": median_ms(lambda: kernels.topk_indices(values, k)),
+        "kernel, few positive": median_ms(lambda: kernels.topk_indices(few_positive, k)),
+        "zero in place": median_ms(values.zero_),
     }
 
 
-def rows_of_active(found, n=32704, f=16384, k=64, d=2048):
-    """A code decoded, and its gradient taken, by rows of a table in bfloat16 and by dense products; the dense code made for these or not."""
-    table, dense = (
-        torch.randn(f, d, device="cuda").bfloat16(),
-        torch.zeros(n, f, device="cuda", dtype=torch.bfloat16),
-    )
-    latent, values, grad = (
-        torch.randint(f, (n * k,), device="cuda"),
-        torch.randn(n * k, device="cuda"),
-        torch.randn(n, d, device="cuda"),
-    )
-    bounds, at = (
-        torch.arange(0, n * k + 1, k, device="cuda"),
-        torch.arange(n, device="cuda").repeat_interleave(k) * f + latent,
-    )
-    narrowed = grad.bfloat16()
+def rows_of_active(results, cfg, n=32704, f=16384, k=64, d=2048):
+    """Decoding and its gradient: by rows of the active latents, and by dense bfloat16 products.
 
-    def filled():
-        dense.zero_().view(-1)[at] = values.bfloat16()
+    "dense code" is the time to write the dense code that dense products need.
+    """
+    table = torch.randn(f, d, device="cuda").bfloat16()
+    dense = torch.zeros(n, f, device="cuda", dtype=torch.bfloat16)
+    latent = torch.randint(f, (n * k,), device="cuda")
+    values = torch.randn(n * k, device="cuda")
+    grad = torch.randn(n, d, device="cuda")
+    grad_bf16 = grad.bfloat16()
+    bounds = torch.arange(0, n * k + 1, k, device="cuda")
+    flat_index = torch.arange(n, device="cuda").repeat_interleave(k) * f + latent
 
-    found["rows"] = {
-        "sums": timed(lambda: ops.weighted_embedding_bag(values, latent, bounds, table)),
-        "dots": timed(lambda: ops.bag_dots(grad, latent, bounds, table)),
-        "dense product": timed(lambda: ops.product(dense, table)),
-        "dense gradient": timed(lambda: (narrowed @ table.T).view(-1)[at]),
-        "dense code": timed(filled),
+    def fill():
+        dense.zero_().view(-1)[flat_index] = values.bfloat16()
+
+    results["rows"] = {
+        "sums": median_ms(lambda: ops.weighted_embedding_bag(values, latent, bounds, table)),
+        "dots": median_ms(lambda: ops.bag_dots(grad, latent, bounds, table)),
+        "dense product": median_ms(lambda: ops.product(dense, table)),
+        "dense gradient": median_ms(lambda: (grad_bf16 @ table.T).view(-1)[flat_index]),
+        "dense code": median_ms(fill),
     }
 
 
-def language_model(shape):
-    fields, *_ = SHAPES[shape]
+def forward(results, cfg):
+    """The language model up to three quarters of its depth, eager and compiled."""
+    sizes = SHAPES[cfg.shape]
+    llama = LlamaConfig(**sizes.language_model, max_position_embeddings=512)
     with torch.device("cuda"):
-        made = LlamaForCausalLM(LlamaConfig(**fields, max_position_embeddings=512)).to(
-            torch.bfloat16
-        )
-    return made.requires_grad_(False).eval()
-
-
-def forward(found, shape):
-    made, (_, _, _, rows, length) = language_model(shape), SHAPES[shape]
-    ids = torch.randint(0, 4096, (rows, length), device="cuda")
-    depth = 3 * len(lm.blocks(made)) // 4
+        language_model = LlamaForCausalLM(llama).to(torch.bfloat16)
+    language_model.requires_grad_(False).eval()
+    ids = torch.randint(0, 4096, (sizes.batch, sizes.length), device="cuda")
+    depth = 3 * len(lm.blocks(language_model)) // 4
     sites = list(range(depth // 3, depth + 1))
-    found["LM"] = {"eager": timed(lambda: lm.read_sites(made, ids, sites), 5)}
-    before = lm.read_sites(made, ids, sites)
+
+    def read():
+        return lm.read_sites(language_model, ids, sites)
+
+    timed = {"eager": median_ms(read, 5)}
+    eager = read()
     started = time.perf_counter()
-    lm.compile_blocks(made, rows, length)
-    after = lm.read_sites(made, ids, sites)
+    lm.compile_blocks(language_model, sizes.batch, sizes.length)
+    compiled = read()
     torch.cuda.synchronize()
-    off = max(
-        float((after[s].float() - before[s].float()).norm() / before[s].float().norm())
-        for s in sites
-    )
-    found["LM"] |= {
-        "compiling, s": time.perf_counter() - started,
-        "compiled": timed(lambda: lm.read_sites(made, ids, sites), 7),
-        "difference": off,
-    }
-    found["LM"]["graphs"] = torch._dynamo.utils.counters["stats"].get("unique_graphs")
+    timed["compiling, s"] = time.perf_counter() - started
+    timed["compiled"] = median_ms(read, 7)
+    differences = [relative_error(compiled[site].float(), eager[site].float()) for site in sites]
+    timed["difference"] = max(differences)
+    timed["graphs"] = torch._dynamo.utils.counters["stats"].get("unique_graphs")
+    results["LM"] = timed
 
 
 def sae_with_states(name, shape, **options):
-    """(run, random states of its sites, token keys)"""
+    """(training of an SAE, random states of its sites, token keys)"""
     fields, latents, k, rows, length = SHAPES[shape]
-    cfg = config.parse(
-        "train", ["--model", name, "--device", "cuda", "--latent_size", str(latents), "--k", str(k)]
-    )
+    argv = ["--model", name, "--device", "cuda", "--latent_size", str(latents), "--k", str(k)]
+    cfg = config.parse("train", argv)
     config.complete(cfg)
-    values = (
-        config.model_options(cfg, name)
-        | {"k": k, "layer": 3 * fields["num_hidden_layers"] // 4}
-        | options
-    )
+    values = config.model_options(cfg, name)
+    values |= {"k": k, "layer": 3 * fields["num_hidden_layers"] // 4} | options
     values = {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
     sae = model.build(name, fields["hidden_size"], fields["num_hidden_layers"], values).cuda()
-    run, n = SAETraining(sae, name, values, cfg, 100), rows * length - rows
+    training = SAETraining(sae, name, values, cfg, 100)
+    n = rows * length - rows  # the first token of a row does not count
+    shape_of_states = (n, sae.hidden_size)
     hidden = {
-        site: torch.randn(n, sae.hidden_size, device="cuda", dtype=torch.bfloat16)
+        site: torch.randn(shape_of_states, device="cuda", dtype=torch.bfloat16)
         for site in sae.sites()
     }
-    run.warm_start(hidden)
-    return run, hidden, torch.arange(n, device="cuda")
+    training.warm_start(hidden)
+    return training, hidden, torch.arange(n, device="cuda")
 
 
-def steps(found, shape):
-    """One update of an SAE, its states given; peak memory with them."""
-    published = {"router_objective": "published", "router_balance": "none"}
-    forms = [(name, {}, how) for name in ("TopK", "MLSAE") for how in ("products", "rows", "sums")]
-    forms += [(name, {}, "tf32") for name in ("TopK", "Crosscoder")]
-    forms += [
-        (name, {}, "")
-        for name in ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")
-    ] + [("RouteSAE", published, "")]
-    uses_bf16_matmul, form, found["steps"] = ops.uses_bf16_matmul, ops.SparseCode.form, {}
-    for name, more, how in forms:
+def step_ms(name, shape, options):
+    """Median milliseconds of one update of an SAE on random states."""
+    training, hidden, token = sae_with_states(name, shape, **options)
+    number = itertools.count()
+    return median_ms(lambda: training.step(hidden, token, next(number), False), 5)
+
+
+def steps(results, cfg):
+    """One update of an SAE on random states, and the peak memory with these states."""
+    settings = [(name, {}, form) for name in ("TopK", "MLSAE") for form in FORMS]
+    settings += [(name, {}, "tf32") for name in ("TopK", "Crosscoder")]
+    others = ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")
+    settings += [(name, {}, "") for name in others]
+    settings.append(("RouteSAE", AS_PUBLISHED, ""))
+    uses_bf16_matmul, form_of = ops.uses_bf16_matmul, ops.SparseCode.form
+    results["steps"] = {}
+    for name, options, form in settings:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        ops.uses_bf16_matmul = (lambda x: False) if how == "tf32" else uses_bf16_matmul
-        ops.SparseCode.form = form if how in ("", "tf32") else lambda ratio, x, how=how: how
-        run, hidden, token = sae_with_states(name, shape, **more)
-        number = itertools.count()
-        took = timed(
-            lambda run=run, hidden=hidden, token=token, number=number: run.step(
-                hidden, token, next(number), False
-            ),
-            5,
-        )
-        label = f"{name}{' published' if more else ''} {how}"
-        found["steps"][label] = {"ms": took, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
-        print(label, found["steps"][label], flush=True)
-        run = hidden = None  # the next one needs the room
-    ops.uses_bf16_matmul, ops.SparseCode.form = uses_bf16_matmul, form
+        ops.uses_bf16_matmul = uses_bf16_matmul
+        ops.SparseCode.form = form_of
+        if form == "tf32":
+            ops.uses_bf16_matmul = lambda x: False
+        elif form:
+            ops.SparseCode.form = lambda ratio, x, form=form: form
+        milliseconds = step_ms(name, cfg.shape, options)
+        label = f"{name}{' published' if options else ''} {form}"
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        results["steps"][label] = {"ms": milliseconds, "peak GB": peak}
+        print(label, results["steps"][label], flush=True)
+    ops.uses_bf16_matmul, ops.SparseCode.form = uses_bf16_matmul, form_of
 
 
-def profile(found, shape, out):
+def profile(results, cfg):
+    """Tables of the operations of one update, as text files in the output folder."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("RouteSAE", "MLSAE", "JumpReLU", "Crosscoder"):
-        more = (
-            {"router_objective": "published", "router_balance": "none"}
-            if name == "RouteSAE"
-            else {}
-        )
-        run, hidden, token = sae_with_states(name, shape, **more)
-        run.step(hidden, token, 0, False)
-        with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
-            run.step(hidden, token, 1, False)
+        options = AS_PUBLISHED if name == "RouteSAE" else {}
+        training, hidden, token = sae_with_states(name, cfg.shape, **options)
+        training.step(hidden, token, 0, False)
+        with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            training.step(hidden, token, 1, False)
             torch.cuda.synchronize()
-        (out / f"profile_{name}.txt").write_text(
-            p.key_averages().table(
-                sort_by="self_device_time_total", row_limit=25, max_name_column_width=60
-            )
-        )
+        look = {"sort_by": "self_device_time_total", "row_limit": 25, "max_name_column_width": 60}
+        text = profiled.key_averages().table(**look)
+        (folder / f"profile_{name}.txt").write_text(text)
 
 
 PARTS = {
-    "rounding": lambda found, cfg: rounding(found),
-    "topk": lambda found, cfg: topk(found),
-    "rows": lambda found, cfg: rows_of_active(found),
-    "lm": lambda found, cfg: forward(found, cfg.shape),
-    "steps": lambda found, cfg: steps(found, cfg.shape),
-    "profile": lambda found, cfg: profile(found, cfg.shape, Path(cfg.output_dir)),
+    "rounding": rounding,
+    "topk": topk,
+    "rows": rows_of_active,
+    "lm": forward,
+    "steps": steps,
+    "profile": profile,
 }
 
 
@@ -231,14 +229,13 @@ def main():
     parser.add_argument("--output_dir", default="outputs/benchmark")
     cfg = parser.parse_args()
     pick_device("cuda")
-    found = {"device": torch.cuda.get_device_name(), "commit": checkpoint.environment()}
+    results = {"device": torch.cuda.get_device_name(), "commit": checkpoint.environment()}
     for name in cfg.only:
-        PARTS[name](found, cfg)
+        PARTS[name](results, cfg)
         torch.cuda.empty_cache()
-        save_json(
-            found, Path(cfg.output_dir) / "choices.json"
-        )  # what is measured stays, should a later part fail
-    print(json.dumps(found, indent=1))
+        # saved after each part, in case a later one fails
+        save_json(results, Path(cfg.output_dir) / "choices.json")
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
