@@ -1,10 +1,13 @@
-"""Extraction of contexts after encoding: the applier's tables against plain loops over activations that do the same job on the same batches.
+"""Extraction of contexts after encoding: the applier's tables against loops over activations.
 
-`python -m benchmarks.apply_extraction --SAE_path X.pt --max_tokens 100000`, an SAE of one site. Both loops count, find maxima, draw the same
-sample and keep the same best contexts with the strengths around them (asserted). The published form takes every number out by .item() and
-makes the context of every activation above the threshold before it looks at its heap; the lean one takes lists and makes only those that stay.
+`python -m benchmarks.apply_extraction --SAE_path X.pt --max_tokens 100000`, for an SAE of one site.
+All three count activations, find maxima, draw the same sample and keep the same best contexts with
+the activations around them, which is asserted. The published loop takes every number out by .item()
+and makes the context of every activation above the threshold before it looks at its heap. The lean
+loop takes lists, and makes only those contexts that it keeps.
 """
 
+import functools
 import heapq
 import time
 
@@ -19,21 +22,24 @@ from src.ops import active, dense, random_integers
 
 
 class Loop:
-    """One activation after the other; a heap per latent and token class, one per latent for the sample."""
+    """Visits one activation after the other.
+
+    Keeps the best contexts in a heap per latent and token class, and the sample in one per latent.
+    """
 
     def __init__(self, lean, n_latents, reach, seed, threshold, per_token):
-        self.lean, self.reach, self.seed, self.threshold, self.per_token = (
-            lean,
-            reach,
-            seed,
-            threshold,
-            per_token,
-        )
-        self.density, self.maximum = [0] * n_latents, [0.0] * n_latents
-        self.top, self.sample = [{} for _ in range(n_latents)], [[] for _ in range(n_latents)]
+        self.lean = lean
+        self.reach = reach  # tokens of a context on each side
+        self.seed = seed
+        self.threshold = threshold
+        self.per_token = per_token  # best contexts per latent and token class
+        self.density = [0] * n_latents
+        self.maximum = [0.0] * n_latents
+        self.top = [{} for _ in range(n_latents)]
+        self.sample = [[] for _ in range(n_latents)]
 
     def keep(self, heap, size, score, row, position, context):
-        """Pushes an event while it is among the best of its heap; earlier ones win ties."""
+        """Push an event if it is among the best of its heap. Of equal scores the first is kept."""
         entry = (score, -row, -position)
         if self.lean and len(heap) == size and entry < heap[0][:3]:
             return
@@ -42,136 +48,135 @@ class Loop:
             heapq.heappop(heap)
 
     def update(self, strength, batch, groups):
+        """Visit the activations of one batch. strength: dense codes [N,F]."""
         row, position = batch.mask.nonzero(as_tuple=True)
         token, latent, value = active(strength)
-        drawn = random_integers(
-            batch.token_keys()[token] * strength.shape[1] + latent, self.seed, 2**24
-        )
-        columns = (
-            token,
-            latent,
-            value,
-            drawn,
-            groups[batch.input_ids[batch.mask]][token],
-            batch.row[row][token],
-            position[token],
-        )
-        lists = [column.tolist() for column in columns] if self.lean else None
-        for i in range(len(token)):
-            t, which, v, draw, group, r, at = (
-                (part[i] for part in lists) if self.lean else (part[i].item() for part in columns)
-            )
-            self.density[which] += 1
-            self.maximum[which] = max(self.maximum[which], v)
+        keys = batch.token_keys()[token] * strength.shape[1] + latent
+        draw = random_integers(keys, self.seed, 2**24)
+        group = groups[batch.input_ids[batch.mask]][token]
+        columns = (token, latent, value, draw, group, batch.row[row][token], position[token])
+        if self.lean:
+            events = zip(*(column.tolist() for column in columns), strict=True)
+        else:
+            events = (tuple(column[i].item() for column in columns) for i in range(len(token)))
+        for event in events:
+            self.visit(strength, row, event)
 
-            def context(t=t, which=which, at=at):
-                first = max(0, t - min(self.reach, at))
-                near = slice(first, t + self.reach + 1)
-                return strength[near, which][row[near] == row[t]].tolist()
+    def visit(self, strength, row_of_token, event):
+        token, latent, value, draw, group, row, position = event
+        self.density[latent] += 1
+        self.maximum[latent] = max(self.maximum[latent], value)
 
-            if v > 0:
-                self.keep(self.sample[which], SAMPLE, draw, r, at, context)
-            if v > self.threshold:
-                self.keep(self.top[which].setdefault(group, []), self.per_token, v, r, at, context)
+        def context():
+            first = max(0, token - min(self.reach, position))
+            near = slice(first, token + self.reach + 1)
+            same_row = row_of_token[near] == row_of_token[token]
+            return strength[near, latent][same_row].tolist()
+
+        if value > 0:
+            self.keep(self.sample[latent], SAMPLE, draw, row, position, context)
+        if value > self.threshold:
+            heap = self.top[latent].setdefault(group, [])
+            self.keep(heap, self.per_token, value, row, position, context)
 
 
-def check(seen, loop, size):
-    """The same counts, maxima, samples and best contexts."""
-    assert seen.density.tolist() == loop.density and seen.maximum.tolist() == loop.maximum
-    top, sample = seen.top.kept, seen.sample.kept
+def check(collector, loop, size):
+    """Assert that counts, maxima, samples and best contexts are the same."""
+    assert collector.density.tolist() == loop.density
+    assert collector.maximum.tolist() == loop.maximum
     for latent in range(len(loop.density)):
-        heaps = sorted(
-            (event for heap in loop.top[latent].values() for event in heap), reverse=True
-        )[:size]
-        for kept, wanted in ((top, heaps), (sample, sorted(loop.sample[latent], reverse=True))):
-            mine = kept.take((kept.latent == latent).nonzero()[:, 0])
-            found = zip(mine.score.tolist(), mine.row.tolist(), mine.position.tolist(), strict=True)
-            assert sorted(found) == sorted((score, -row, -at) for score, row, at, _ in wanted), (
-                latent
-            )
-            events = {
-                (row, at): around
-                for row, at, around in zip(
-                    mine.row.tolist(), mine.position.tolist(), mine.around, strict=True
-                )
-            }
-            for _, row, at, context in wanted:
-                assert events[-row, -at].count_nonzero() <= len(context) and events[
-                    -row, -at
-                ].float().sum() - sum(context) < 1e-2 * len(context)
+        top = sorted((entry for heap in loop.top[latent].values() for entry in heap), reverse=True)
+        check_events(collector.top.kept, latent, top[:size])
+        check_events(collector.sample.kept, latent, sorted(loop.sample[latent], reverse=True))
+
+
+def check_events(kept, latent, entries):
+    """Assert that a table's events of a latent are the entries of a loop's heaps."""
+    events = kept.take((kept.latent == latent).nonzero()[:, 0])
+    scores, rows, positions = events.score.tolist(), events.row.tolist(), events.position.tolist()
+    expected = sorted((score, -row, -position) for score, row, position, _ in entries)
+    assert sorted(zip(scores, rows, positions, strict=True)) == expected, latent
+    around = dict(zip(zip(rows, positions, strict=True), events.around, strict=True))
+    for _, row, position, context in entries:
+        activations = around[-row, -position]
+        assert activations.count_nonzero() <= len(context)
+        # the table keeps them in float16
+        assert activations.float().sum() - sum(context) < 1e-2 * len(context)
+
+
+class Stopwatch:
+    """Sums of seconds by name."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    def time(self, name, work):
+        """What work() returns."""
+        started = time.perf_counter()
+        result = work()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        return result
 
 
 @torch.no_grad()
 def compare(argv=None):
-    """({what: seconds}, {loop: times as fast}) over options of apply.py; prints both."""
+    """({part: seconds}, {loop: times as fast}) for options of apply.py; prints both."""
+    watch = Stopwatch()
     started = time.perf_counter()
     applier = Applier(parse("apply", argv))
     cfg, sae = applier.cfg, applier.sae
     applier.tokenizer, applier.language_model = hooks.open_language_model(cfg, [sae])
     rows, applier.text = open_rows(cfg, applier.tokenizer), applier._token_text()
-    spent = {"loading": time.perf_counter() - started}
-
-    def timed(name, work):
-        started = time.perf_counter()
-        result = work()
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
-        return result
+    watch.seconds["loading"] = time.perf_counter() - started
 
     threshold = 0.22 * sae.hidden_size**0.5 if cfg.act_threshold is None else cfg.act_threshold
-    top, sample = (
-        Table(sae.latent_size, 3 * cfg.top_n, cfg.max_per_token),
-        Table(sae.latent_size, SAMPLE),
-    )
-    seen = ContextCollector(sae, rows, cfg.context_length, top, sample, cfg.seed)
-    loops = {
-        name: Loop(
-            lean, sae.latent_size, cfg.context_length, cfg.seed, threshold, cfg.max_per_token
-        )
-        for name, lean in (("lean loop", True), ("published loop", False))
-    }
+    top = Table(sae.latent_size, 3 * cfg.top_n, cfg.max_per_token)
+    sample = Table(sae.latent_size, SAMPLE)
+    collector = ContextCollector(sae, rows, cfg.context_length, top, sample, cfg.seed)
+    sizes = (sae.latent_size, cfg.context_length, cfg.seed, threshold, cfg.max_per_token)
+    loops = {"lean loop": Loop(True, *sizes), "published loop": Loop(False, *sizes)}
     groups = torch.tensor(applier.text.group)
+
+    def read(batch):
+        return lm.read_sites(applier.language_model, batch.input_ids, sae.sites())
+
+    def encode(batch, hidden):
+        return sae.autoencode(sae.gather(hidden), token=batch.token_keys())
+
+    def extract(batch, out, code):
+        collector.update(batch, out, code, groups, threshold)
+
     for batch in rows.batches(cfg.batch_size):
-        full = timed(
-            "language model",
-            lambda batch=batch: lm.read_sites(applier.language_model, batch.input_ids, sae.sites()),
-        )
-        for some, hidden in parts(batch, full, sae):
-            p = timed(
-                "encode",
-                lambda hidden=hidden, b=some: sae.autoencode(
-                    sae.gather(hidden), token=b.token_keys()
-                ),
-            )
-            code = sae.strength(p)
-            timed(
-                "tables",
-                lambda p=p, s=code, b=some: seen.update(b, p, s, groups, threshold),
-            )
+        states = watch.time("language model", functools.partial(read, batch))
+        for part, hidden in parts(batch, states, sae):
+            out = watch.time("encode", functools.partial(encode, part, hidden))
+            code = sae.strength(out)
+            watch.time("tables", functools.partial(extract, part, out, code))
             strength = dense(code)
             for name, loop in loops.items():
-                timed(
-                    name,
-                    lambda s=strength, b=some, loop=loop: loop.update(s, b, groups),
-                )
-    timed("tables", lambda: (seen.top.kept, seen.sample.kept))  # what waited is merged
+                watch.time(name, functools.partial(loop.update, strength, part, groups))
+    # reading them merges the events that wait
+    watch.time("tables", lambda: (collector.top.kept, collector.sample.kept))
     for loop in loops.values():
-        check(seen, loop, 3 * cfg.top_n)
-    timed(
-        "apply, whole",
-        lambda: applier.get_context(threshold, cfg.context_length, cfg.max_per_token, cfg.lines),
-    )
-    print(
-        f"{seen.tokens} tokens, {sum(loops['lean loop'].density)} activations, threshold {threshold:.3g}; all three keep the same"
-    )
-    for name, seconds in spent.items():
-        print(f"{name:>15}: {seconds:8.2f} s  {seen.tokens / seconds:>12,.0f} tokens/s")
-    times = {name: spent[name] / spent["tables"] for name in loops}
-    for name, found in times.items():
-        print(f"tables: {found:.1f} times as fast as the {name}")
-    print(
-        f"apply runs at {spent['language model'] / spent['apply, whole']:.0%} of the language model's rate"
-    )
-    return spent, times
+        check(collector, loop, 3 * cfg.top_n)
+    options = (threshold, cfg.context_length, cfg.max_per_token, cfg.lines)
+    watch.time("apply, whole", lambda: applier.get_context(*options))
+    n_activations = sum(loops["lean loop"].density)
+    print(f"{collector.tokens} tokens, {n_activations} activations, threshold {threshold:.3g}")
+    return report(watch.seconds, collector.tokens, loops)
+
+
+def report(seconds, tokens, loops):
+    """Print rates and speedups; returns (seconds, speedups)."""
+    print("the tables and both loops keep the same contexts")
+    for name, spent in seconds.items():
+        print(f"{name:>15}: {spent:8.2f} s  {tokens / spent:>12,.0f} tokens/s")
+    times = {name: seconds[name] / seconds["tables"] for name in loops}
+    for name, factor in times.items():
+        print(f"tables: {factor:.1f} times as fast as the {name}")
+    share = seconds["language model"] / seconds["apply, whole"]
+    print(f"apply runs at {share:.0%} of the language model's rate")
+    return seconds, times
 
 
 if __name__ == "__main__":
