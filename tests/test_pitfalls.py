@@ -1,4 +1,7 @@
-"""Mistakes of the published code that give wrong numbers, each with a test that fails on it. KNOWN names those tested elsewhere."""
+"""Mistakes of the published code that give wrong numbers, each with a test that fails on it.
+
+KNOWN names the tests of those that other files test.
+"""
 
 import importlib
 import json
@@ -27,7 +30,8 @@ KNOWN = {
     "E6": "test_lm.test_sites_outside_the_model_are_refused",
     "L5": "test_stages.test_blocks_that_return_tuples_are_patched_too",
     "L15": "test_model.test_routed_range_is_one_helper_for_any_depth",
-    "L7": "test_model.test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_training",
+    "L7": "test_model."
+    "test_hard_route_substitutes_each_token_at_its_own_site_consistently_with_training",
     "N5": "test_model.test_l1_is_a_norm_weighted_sum_that_rescaling_cannot_escape",
     "N10": "test_stages.test_every_model_trains_and_is_evaluated_with_every_metric",
     "N11": "test_model.test_gate_learns_only_with_its_auxiliary_loss",
@@ -35,7 +39,8 @@ KNOWN = {
     "N18": "test_model.test_infer_k_and_theta_mean_the_same_everywhere",
     "N25": "test_stages.test_the_schedule_warms_up_stays_and_falls_also_in_tiny_runs",
     "N31": "test_stages.test_evaluation_needs_no_flag_and_takes_everything_from_the_recipe",
-    "R1": "test_routing.test_the_published_objective_gives_no_gradient_at_initialisation_and_the_others_do",
+    "R1": "test_routing."
+    "test_the_published_objective_gives_no_gradient_at_initialisation_and_the_others_do",
     "R2": "test_routing.test_expected_error_follows_its_formula",
     "R4": "test_routing.test_a_patch_reproduces_what_was_coded",
     "R9": "test_model.test_route_accepts_all_layers_and_slices_the_routed_ones",
@@ -60,132 +65,106 @@ def test_the_pitfalls_tested_elsewhere_have_their_test():
         assert callable(getattr(importlib.import_module(module), name, None)), pitfall
 
 
-def tiny(n_layers=6, family=LlamaConfig, **more):
+def tiny_lm(n_layers=6):
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return (
-        AutoModelForCausalLM.from_config(family(vocab_size=4096, **(sizes | more)))
-        .eval()
-        .requires_grad_(False)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def saved_lm(n_layers, folder):
+    tiny_lm(n_layers).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_LM).save_pretrained(folder)
+    return folder
+
+
+def batch_of(ids):
+    """One document per row, every token counts."""
+    position = torch.arange(ids.shape[1]).expand_as(ids)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(ids, mask, torch.zeros_like(ids), position)
 
 
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text(
-        "\n".join(
-            json.dumps({"text": f"Value {i} of the array, or {i * i} where that is larger. " * 4})
-            for i in range(60)
-        )
-    )
+    sentence = "Value {} of the array, or {} where that is larger. "
+    lines = [json.dumps({"text": sentence.format(i, i * i) * 4}) for i in range(60)]
+    path.write_text("\n".join(lines))
     return path
 
 
-def run(text, model_path, *more, stage="train"):
-    common = [
-        "--model_path",
-        str(model_path),
-        "--data_path",
-        str(text),
-        "--output_dir",
-        str(text.parent / "out"),
-        "--dtype",
-        "float32",
-    ]
-    sizes = ["--latent_size", "48", "--k", "4"] if stage == "train" else []
-    cfg = config.parse(
-        stage,
-        [*common, *sizes, "--max_length", "32", "--batch_size", "4", "--max_samples", "24", *more],
-    )
+def run(text, model_path, *options, stage="train"):
+    argv = ["--model_path", str(model_path), "--data_path", str(text), "--dtype", "float32"]
+    argv += ["--output_dir", str(text.parent / "out")]
+    argv += ["--max_length", "32", "--batch_size", "4", "--max_samples", "24"]
+    if stage == "train":
+        argv += ["--latent_size", "48", "--k", "4"]
+    cfg = config.parse(stage, [*argv, *options])
     return {"train": Trainer, "evaluate": Evaluator}[stage](cfg).run()
 
 
-def save(model, folder):
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DEMO_LM).save_pretrained(folder)
-    return folder
-
-
 def test_d1_d2_padding_changes_neither_what_is_coded_nor_a_metric():
-    model, ids = tiny(), torch.randint(3, 4000, (2, 12))
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[:, 0] = False
-    padded = Batch(
-        F.pad(ids, (0, 5)),
-        F.pad(mask, (0, 5)),
-        torch.zeros(2, 17, dtype=torch.long),
-        torch.arange(17).expand(2, 17),
-    )
-    plain = Batch(ids, mask, torch.zeros(2, 12, dtype=torch.long), torch.arange(12).expand(2, 12))
-    a, b = hooks.read(model, padded, [4])[4], hooks.read(model, plain, [4])[4]
-    assert a.shape == b.shape == (22, 32) and torch.allclose(a, b, atol=1e-5)
-    patches = {4: torch.zeros_like}
-    kl = []
-    for batch in (padded, plain):
-        clean, patched = (
-            lm.logits_of(model, states[batch.mask])
-            for states in (
-                lm.final_states(model, batch.input_ids),
-                hooks.patched_states(model, batch, patches),
-            )
-        )
-        kl.append(float(metrics.KLDiv(clean, patched)))
-    assert kl[0] > 0 and kl[0] == pytest.approx(kl[1], rel=1e-4)
+    model, ids = tiny_lm(), torch.randint(3, 4000, (2, 12))
+    unpadded = batch_of(ids)
+    unpadded.mask[:, 0] = False
+    padded = batch_of(F.pad(ids, (0, 5)))
+    padded.mask[:] = F.pad(unpadded.mask, (0, 5))
+    a, b = (hooks.read(model, batch, [4])[4] for batch in (padded, unpadded))
+    assert a.shape == b.shape == (22, 32)
+    assert torch.allclose(a, b, atol=1e-5)
+
+    def kl_of_zero_ablation(batch):
+        clean = lm.final_states(model, batch.input_ids)
+        patched = hooks.patched_states(model, batch, {4: torch.zeros_like})
+        logits = (lm.logits_of(model, states[batch.mask]) for states in (clean, patched))
+        return float(metrics.KLDiv(*logits))
+
+    kl = kl_of_zero_ablation(unpadded)
+    assert kl > 0
+    assert kl_of_zero_ablation(padded) == pytest.approx(kl, rel=1e-4)
 
 
 def test_d3_padding_is_in_no_context(text):
     run(text, DEMO_LM, "--chunking", "words")
-    argv = [
-        "--output_dir",
-        str(text.parent / "out"),
-        "--chunking",
-        "words",
-        "--max_length",
-        "24",
-        "--max_samples",
-        "12",
-        "--split",
-        "train",
-    ]
-    total, path = Applier(
-        config.parse("apply", [*argv, "--act_threshold", "0", "--lines", "1"])
-    ).run()
-    found = json.loads(path.read_text())
-    pieces = {
-        piece
-        for entry in found["latent_context_map"].values()
-        for tokens in entry["tokens"]
-        for piece in tokens
-    }
+    argv = ["--output_dir", str(text.parent / "out"), "--chunking", "words", "--split", "train"]
+    argv += ["--max_length", "24", "--max_samples", "12", "--act_threshold", "0", "--lines", "1"]
+    total, path = Applier(config.parse("apply", argv)).run()
+    assert total
     tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
     rows = Rows(text, tokenizer, 24, "train", chunking="words", max_samples=12)
-    assert (
-        total
-        and any((batch.document < 0).any() for batch in rows.batches(4))
-        and not pieces & set(tokenizer.all_special_tokens)
-    )
-    assert found["tokens"] == sum(int(batch.mask.sum()) for batch in rows.batches(4))
+    assert any((batch.document < 0).any() for batch in rows.batches(4))
+    contexts = json.loads(path.read_text())
+    shown = set()
+    for entry in contexts["latent_context_map"].values():
+        for tokens in entry["tokens"]:
+            shown.update(tokens)
+    assert not shown & set(tokenizer.all_special_tokens)
+    assert contexts["tokens"] == sum(int(batch.mask.sum()) for batch in rows.batches(4))
 
 
 def test_g3_sourcing_the_environment_overwrites_nothing_and_leaves_no_option_on(tmp_path):
-    given = {
+    own = {
         "HF_TOKEN": "mine",
         "OPENAI_API_KEY": "mine",
         "OUTPUT_DIR": "mine",
         "CUDA_VISIBLE_DEVICES": "5",
         "HOME": str(tmp_path),
     }
-    script = f"source '{ROOT}/scripts/env_setup.sh'; false; for name in {' '.join(given)}; do echo ${{!name}}; done; echo $-"
-    for environment, wanted in (
-        (given, list(given.values())),
-        ({"HOME": str(tmp_path)}, ["", "", str(ROOT / "outputs"), "", str(tmp_path)]),
+    home_alone = {"HOME": str(tmp_path)}
+    # The variables after sourcing, one per line, and then the shell options that are on.
+    names = " ".join(own)
+    script = f"source '{ROOT}/scripts/env_setup.sh'; false; "
+    script += f"for name in {names}; do echo ${{!name}}; done; echo $-"
+    for environment, expected in (
+        (own, list(own.values())),
+        (home_alone, ["", "", str(ROOT / "outputs"), "", str(tmp_path)]),
     ):
         done = subprocess.run(
             ["bash", "-c", script],
@@ -194,18 +173,19 @@ def test_g3_sourcing_the_environment_overwrites_nothing_and_leaves_no_option_on(
             text=True,
             cwd=tmp_path,
         )
-        lines = done.stdout.splitlines()
-        assert lines[: len(wanted)] == wanted and not set("eu") & set(lines[-1]), done.stderr
+        *values, shell_options = done.stdout.splitlines()
+        assert values == expected, done.stderr
+        assert not set("eu") & set(shell_options)
 
 
 def test_d8_a_text_without_spaces_is_kept_whole(tmp_path):
-    tokenizer, words = AutoTokenizer.from_pretrained(DEMO_LM), "模型的每一层都有稀疏特征" * 60
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
+    words = "模型的每一层都有稀疏特征" * 60
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": words}))
     rows = Rows(tmp_path / "t.jsonl", tokenizer, 16, "all")
-    kept = torch.cat(
-        [batch.input_ids[batch.mask | (batch.document >= 0)] for batch in rows.batches(8)]
-    )
-    text = tokenizer.decode([int(i) for i in kept if int(i) not in tokenizer.all_special_ids])
+    kept = [batch.input_ids[batch.mask | (batch.document >= 0)] for batch in rows.batches(8)]
+    ids = torch.cat(kept).tolist()
+    text = tokenizer.decode([token for token in ids if token not in tokenizer.all_special_ids])
     assert text.startswith(words[:700])
 
 
@@ -234,24 +214,21 @@ def test_l14_sizes_that_contradict_the_language_model_are_refused(text):
 
 @pytest.mark.parametrize("name", ["TopK", "MLSAE", "RouteSAE", "Crosscoder"])
 def test_e4_l2_a_site_is_patched_where_it_was_read(name):
-    """The state a patch is given in the patched run is, at its first site, the one that was read there."""
-    model, ids = tiny(), torch.randint(3, 4000, (2, 12))
-    batch = Batch(
-        ids,
-        torch.ones_like(ids, dtype=torch.bool),
-        torch.zeros_like(ids),
-        torch.arange(12).expand(2, 12),
-    )
+    """A patch receives at its sites the states that were read there."""
+    model = tiny_lm()
+    batch = batch_of(torch.randint(3, 4000, (2, 12)))
     sae = build(name, 32, 6, {"latent_size": 48, "k": 4})
     hidden = hooks.read(model, batch, sae.sites())
     for patches in sae.patches(hidden):
-        seen = {}
-        watch = {
-            site: (lambda h, site=site, seen=seen: seen.setdefault(site, h)) for site in patches
-        }
-        hooks.patched_states(model, batch, watch)
+        received = {}
+
+        def keep(site, received=received):
+            # Returning the state unchanged: setdefault stores it and gives it back.
+            return lambda h: received.setdefault(site, h)
+
+        hooks.patched_states(model, batch, {site: keep(site) for site in patches})
         for site in patches:
-            assert torch.equal(seen[site], hidden[site])
+            assert torch.equal(received[site], hidden[site])
 
 
 def test_n7_a_crosscoders_norms_are_free_and_published_ones_are_not():
@@ -289,21 +266,17 @@ def test_n23_a_decoder_column_of_zeros_stays_finite():
 def test_n33_random_is_randomk_in_every_stage(text):
     run(text, DEMO_LM, "--model", "Random")
     assert run(text, DEMO_LM, "--metric", "NormMSE", stage="evaluate") > 0
-    assert (
-        checkpoint.read_recipe(text.parent / "out" / "SAE_models" / "RandomK_t.pt")["model"]
-        == "RandomK"
-    )
+    recipe = checkpoint.read_recipe(text.parent / "out" / "SAE_models" / "RandomK_t.pt")
+    assert recipe["model"] == "RandomK"
 
 
 def test_e1_kl_is_per_token_and_the_published_figure_its_sum_over_a_sequence():
     torch.manual_seed(0)
     a, b = torch.randn(2, 7, 50), torch.randn(2, 7, 50)
-    published = F.kl_div(
-        b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    assert float(metrics.KLDiv(a.flatten(0, 1), b.flatten(0, 1))) == pytest.approx(
-        float(published) / 7, rel=1e-5
-    )
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    published = float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
+    per_token = float(metrics.KLDiv(a.flatten(0, 1), b.flatten(0, 1)))
+    assert per_token == pytest.approx(published / 7, rel=1e-5)
 
 
 def test_e11_an_unknown_metric_ends_before_anything_is_loaded(capsys):
@@ -314,22 +287,20 @@ def test_e11_an_unknown_metric_ends_before_anything_is_loaded(capsys):
 
 @pytest.mark.parametrize("n_layers", [4, 5, 7, 11])
 def test_models_over_several_sites_work_at_any_depth(text, tmp_path, n_layers):
-    folder = save(tiny(n_layers), tmp_path / "lm")
+    folder = saved_lm(n_layers, tmp_path / "lm")
     names = ["RouteSAE", "MLSAE", "Crosscoder"]
     run(text, folder, "--model", *names, "--tag", "d")
     paths = [str(text.parent / "out" / "SAE_models" / f"{name}_t_d.pt") for name in names]
-    results = run(
-        text, folder, "--SAE_path", *paths, "--metric", "KLDiv", "Routing", stage="evaluate"
-    )
+    options = ["--SAE_path", *paths, "--metric", "KLDiv", "Routing"]
+    results = run(text, folder, *options, stage="evaluate")
     assert all(result["KLDiv"] > 0 for result in results.values())
-    assert len(results["RouteSAE_t_d"]["Routing"]["share"]) == 3 * n_layers // 4 + 1 - n_layers // 4
+    first, end = n_layers // 4, 3 * n_layers // 4 + 1
+    assert len(results["RouteSAE_t_d"]["Routing"]["share"]) == end - first
 
 
 def test_models_over_several_sites_refuse_a_shallow_language_model(text, tmp_path):
-    folder = save(tiny(3), tmp_path / "lm")
-    with pytest.raises(
-        ValueError,
-        match="3 blocks; a model over several sites needs a language model of at least 4",
-    ):
+    folder = saved_lm(3, tmp_path / "lm")
+    message = "3 blocks; a model over several sites needs a language model of at least 4"
+    with pytest.raises(ValueError, match=message):
         run(text, folder, "--model", "RouteSAE")
     assert run(text, folder, "--model", "TopK") > 0
