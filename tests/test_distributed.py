@@ -1,6 +1,8 @@
-"""Several processes as one (gloo, on the CPU): the same weights in each, the same numbers as one process, one writer, one end.
+"""Several processes that work as one, with gloo on the CPU.
 
-The processes are forked from a server that has torch and transformers imported, with the environment that torchrun would give them.
+All end with the same weights, the numbers are those of one process, one process writes, and all
+end together. The processes are forked from a server that has imported torch and transformers; they
+get the environment that torchrun would give them.
 """
 
 import hashlib
@@ -13,7 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -51,78 +55,50 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "lm")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "lm")
     tokenizer.save_pretrained(folder / "lm")
-    lines = [
-        {
-            "text": f"Return the {i}th of {i * i} values in {chr(97 + i % 26)}, or raise ValueError if none is left. "
-            * 3
-        }
-        for i in range(160)
-    ]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sentence = "Return the {}th of {} values in {}, or raise ValueError if none is left. "
+    texts = [sentence.format(i, i * i, chr(97 + i % 26)) * 3 for i in range(160)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return folder / "lm", folder / "text.jsonl"
 
 
-def arguments(tiny, out, *more):
-    base = [
-        "--model_path",
-        tiny[0],
-        "--data_path",
-        tiny[1],
-        "--output_dir",
-        out,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--latent_size",
-        64,
-    ]
-    return [
-        str(one)
-        for one in (
-            *base,
-            "--k",
-            4,
-            "--max_length",
-            16,
-            "--batch_size",
-            5,
-            "--max_samples",
-            121,
-            "--tag",
-            "t",
-            *more,
-        )
-    ]
+def arguments(tiny, out, *options):
+    model_path, data_path = tiny
+    argv = ["--model_path", model_path, "--data_path", data_path, "--output_dir", out]
+    argv += ["--dtype", "float32", "--device", "cpu", "--latent_size", 64, "--k", 4]
+    argv += ["--max_length", 16, "--batch_size", 5, "--max_samples", 121, "--tag", "t"]
+    return [str(word) for word in (*argv, *options)]
 
 
-def fingerprint_at_the_end(number, folder):
+# Functions that change a process before it starts: hook(number, folder).
+
+
+def weights_of(run):
+    return b"".join(t.detach().numpy().tobytes() for t in run._tensors().values())
+
+
+def save_fingerprint_at_the_end(number, folder):
     finish = Trainer._finish
 
-    def and_say(self, runs, *rest):
-        sums = {
-            run.title: hashlib.sha256(
-                b"".join(t.detach().numpy().tobytes() for t in run._tensors().values())
-            ).hexdigest()
-            for run in runs
-        }
+    def save_and_finish(self, runs, *rest):
+        sums = {run.title: hashlib.sha256(weights_of(run)).hexdigest() for run in runs}
         (folder / f"sums{number}.json").write_text(json.dumps(sums))
         return finish(self, runs, *rest)
 
-    Trainer._finish = and_say
+    Trainer._finish = save_and_finish
 
 
 def only_the_main_one_writes(number, folder):
-    fingerprint_at_the_end(number, folder)
+    save_fingerprint_at_the_end(number, folder)
     if number:
         for name in ("write_atomic", "write_folder", "probe", "save_json"):
             setattr(files, name, None)
@@ -185,128 +161,103 @@ def child(number, world, port, stage, argv, hook, folder):
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "DATA_DIR": str(folder),
     }
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "DATA_DIR": str(folder)}
-    for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(
-            os.open(folder / f"{stage}{number}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-            stream.fileno(),
-        )
+    for stream, suffix in ((sys.stdout, "out"), (sys.stderr, "err")):
+        path = folder / f"{stage}{number}.{suffix}"
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     torch.set_num_threads(1)
     if hook is not None:
         hook(number, folder)
-    sys.exit(
-        run_stage(
-            stage,
-            lambda cfg: {"train": Trainer, "evaluate": Evaluator, "apply": Applier}[stage](
-                cfg
-            ).run(),
-            argv,
-        )
-    )
+    stage_class = {"train": Trainer, "evaluate": Evaluator, "apply": Applier}[stage]
+    sys.exit(run_stage(stage, lambda cfg: stage_class(cfg).run(), argv))
 
 
 def together(server, world, stage, argv, folder, hook=None):
-    """Exit codes of `world` processes, and what they said on standard error, error lines alone."""
+    """(exit codes of `world` processes, the error lines that they printed)"""
     folder.mkdir(parents=True, exist_ok=True)
-    store = torch.distributed.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # as torchrun holds one for its processes
-    processes = [
-        server.Process(target=child, args=(n, world, store.port, stage, argv, hook, folder))
-        for n in range(world)
-    ]
+    # torchrun holds such a store for its processes.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for number in range(world):
+        args = (number, world, store.port, stage, argv, hook, folder)
+        processes.append(server.Process(target=child, args=args))
+        processes[-1].start()
+    deadline = time.monotonic() + 59
     for process in processes:
-        process.start()
-    until = time.monotonic() + 59
-    for process in processes:
-        process.join(max(0.1, until - time.monotonic()))
-    hang = [n for n, process in enumerate(processes) if process.is_alive()]
+        process.join(max(0.1, deadline - time.monotonic()))
+    hanging = [number for number, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
-    said = [
-        line
-        for n in range(world)
-        for line in (folder / f"{stage}{n}.err").read_text().splitlines()
-        if line.startswith(f"{stage}.py:")
-    ]
-    assert not hang, f"{hang} did not end: {said}"
-    return [process.exitcode for process in processes], said
+    lines = []
+    for number in range(world):
+        lines += (folder / f"{stage}{number}.err").read_text().splitlines()
+    errors = [line for line in lines if line.startswith(f"{stage}.py:")]
+    assert not hanging, f"{hanging} did not end: {errors}"
+    return [process.exitcode for process in processes], errors
 
 
-def trained(folder):
-    """(weights by title, metrics without what a clock says)"""
-    weights = {
-        path.stem: torch.load(path, weights_only=True)
-        for path in sorted((folder / "SAE_models").glob("*.pt"))
-    }
+def read_metrics(folder):
+    """Lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "runs" / "t" / "metrics.jsonl").open()]
-    return weights, [{k: v for k, v in line.items() if "tokens_per_s" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if "tokens_per_s" not in k} for line in lines]
 
 
-def furthest(one, two):
-    """(largest difference of losses, of other numbers in the lines)"""
-    assert [(a["sae"], a["step"], a["tokens"]) for a in one] == [
-        (b["sae"], b["step"], b["tokens"]) for b in two
-    ]
-    assert all(set(a) == set(b) for a, b in zip(one, two, strict=True))
-    return max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True))
+def largest_loss_gap(folder, other_folder):
+    lines, others = read_metrics(folder), read_metrics(other_folder)
+    gap = 0.0
+    for line, other in zip(lines, others, strict=True):
+        assert set(line) == set(other)
+        assert all(line[key] == other[key] for key in ("sae", "step", "tokens"))
+        gap = max(gap, abs(line["loss"] - other["loss"]))
+    return gap
 
 
-OPTIONS = [
-    "--model",
-    *MODELS,
-    "--dead_tokens",
-    "300",
-    "--target_l0",
-    "8",
-    "--router_objective",
-    "advantage",
-    "--router_balance",
-    "switch",
-]
+SCIENCE = ["--dead_tokens", "300", "--target_l0", "8"]
+SCIENCE += ["--router_objective", "advantage", "--router_balance", "switch"]
+OPTIONS = ["--model", *MODELS, *SCIENCE]
 
 
 @pytest.fixture(scope="module")
 def alone(server, tiny, tmp_path_factory):
-    """A training by one process: 25 steps of 5 rows, the last of 1."""
+    """Folder of a training by one process: 25 steps of 5 rows, the last of 1."""
     folder = tmp_path_factory.mktemp("alone")
-    codes, said = together(server, 1, "train", arguments(tiny, folder, *OPTIONS), folder)
-    assert codes == [0], said
+    codes, errors = together(server, 1, "train", arguments(tiny, folder, *OPTIONS), folder)
+    assert codes == [0], errors
     return folder
 
 
-def assert_one_in_all(folder, world, alone):
-    """The same bits in every process at the end, and at every step the losses of one process alone."""
+def assert_same_as_alone(folder, world, alone):
+    """All processes end with the same bits, and the losses are those of one process."""
     sums = [json.loads((folder / f"sums{n}.json").read_text()) for n in range(world)]
-    assert len(sums[0]) == len(MODELS) and all(one == sums[0] for one in sums)
-    gap = furthest(trained(alone)[1], trained(folder)[1])
+    assert len(sums[0]) == len(MODELS)
+    assert all(other == sums[0] for other in sums)
+    gap = largest_loss_gap(alone, folder)
     print(f"{world} processes and one: losses differ by up to {gap:.2g}")
     assert gap < 1e-5
 
 
 def test_two_processes_end_with_the_same_bits_and_the_losses_of_one(server, tiny, tmp_path, alone):
-    codes, said = together(
-        server, 2, "train", arguments(tiny, tmp_path, *OPTIONS), tmp_path, only_the_main_one_writes
-    )
-    assert codes == [0, 0], said
-    assert any("AuxK" in line for line in trained(alone)[1])
-    assert_one_in_all(tmp_path, 2, alone)
+    argv = arguments(tiny, tmp_path, *OPTIONS)
+    codes, errors = together(server, 2, "train", argv, tmp_path, only_the_main_one_writes)
+    assert codes == [0, 0], errors
+    assert any("AuxK" in line for line in read_metrics(alone))
+    assert_same_as_alone(tmp_path, 2, alone)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_another_number_of_them_continues(
     server, tiny, tmp_path, alone
 ):
     argv = arguments(tiny, tmp_path, *OPTIONS)
-    codes, said = together(server, 2, "train", argv, tmp_path, terminated)
-    assert codes == [143, 143] and len(said) == 1 and "step 6 of 25 is saved" in said[0], said
-    codes, said = together(server, 3, "train", argv, tmp_path, only_the_main_one_writes)
-    assert codes == [0, 0, 0], said
-    assert (
-        "continuing at step 6 of 25" in (tmp_path / "train0.out").read_text()
-        and not (tmp_path / "train1.out").read_text()
-    )
-    assert_one_in_all(tmp_path, 3, alone)
+    codes, errors = together(server, 2, "train", argv, tmp_path, terminated)
+    assert codes == [143, 143] and len(errors) == 1, errors
+    assert "step 6 of 25 is saved" in errors[0]
+    codes, errors = together(server, 3, "train", argv, tmp_path, only_the_main_one_writes)
+    assert codes == [0, 0, 0], errors
+    assert "continuing at step 6 of 25" in (tmp_path / "train0.out").read_text()
+    assert not (tmp_path / "train1.out").read_text()
+    assert_same_as_alone(tmp_path, 3, alone)
 
 
 def test_a_killed_process_ends_the_job_with_one_line_and_one_process_continues(
@@ -314,203 +265,176 @@ def test_a_killed_process_ends_the_job_with_one_line_and_one_process_continues(
 ):
     argv = arguments(tiny, tmp_path, *OPTIONS, "--save_every", "2")
     started = time.monotonic()
-    codes, said = together(server, 2, "train", argv, tmp_path, killed)
+    codes, errors = together(server, 2, "train", argv, tmp_path, killed)
     print(f"from the start to the end of all: {time.monotonic() - started:.1f} s")
-    assert codes == [4, -signal.SIGKILL] and len(said) == 1 and "lost another one" in said[0], (
-        codes,
-        said,
-    )
-    codes, said = together(server, 1, "train", argv, tmp_path)
-    assert codes == [0] and "continuing at step 4 of 25" in (tmp_path / "train0.out").read_text(), (
-        said
-    )
-    assert furthest(trained(alone)[1], trained(tmp_path)[1]) < 1e-5
+    assert codes == [4, -signal.SIGKILL] and len(errors) == 1, (codes, errors)
+    assert "lost another one" in errors[0]
+    codes, errors = together(server, 1, "train", argv, tmp_path)
+    assert codes == [0], errors
+    assert "continuing at step 4 of 25" in (tmp_path / "train0.out").read_text()
+    assert largest_loss_gap(alone, tmp_path) < 1e-5
 
 
 def test_a_value_in_one_process_that_is_not_finite_stops_the_run_in_all_and_its_whole_batch_is_kept(
     server, tiny, tmp_path
 ):
-    codes, said = together(server, 2, "train", arguments(tiny, tmp_path), tmp_path, poisoned)
-    assert (
-        codes == [2, 2]
-        and len(said) == 1
-        and "loss is not finite at step 5 (NormMSE nan" in said[0]
-    ), (codes, said)
+    codes, errors = together(server, 2, "train", arguments(tiny, tmp_path), tmp_path, poisoned)
+    assert codes == [2, 2] and len(errors) == 1, (codes, errors)
+    assert "loss is not finite at step 5 (NormMSE nan" in errors[0]
     dump = json.loads((tmp_path / "runs" / "t" / "nonfinite-TopK_text_t-step5.json").read_text())
     assert len(dump["input_ids"]) == 5
 
 
 def test_the_process_with_the_least_memory_decides_the_slices_of_all(server, tiny, tmp_path, alone):
-    some = [*OPTIONS[1 + len(MODELS) :], "--model", "Gated", "Crosscoder"]
-    codes, said = together(
-        server, 2, "train", arguments(tiny, tmp_path, *some), tmp_path, short_of_memory
-    )
-    assert codes == [0, 0], said
+    argv = arguments(tiny, tmp_path, *SCIENCE, "--model", "Gated", "Crosscoder")
+    codes, errors = together(server, 2, "train", argv, tmp_path, short_of_memory)
+    assert codes == [0, 0], errors
     assert [(tmp_path / f"parts{n}").read_text() for n in (0, 1)] == ["[4, 4]", "[4, 4]"]
-    losses = {(line["sae"], line["step"]): line["loss"] for line in trained(alone)[1]}
-    assert all(
-        abs(line["loss"] - losses[line["sae"], line["step"]]) < 1e-5
-        for line in trained(tmp_path)[1]
-    )
+    losses = {(line["sae"], line["step"]): line["loss"] for line in read_metrics(alone)}
+    for line in read_metrics(tmp_path):
+        assert abs(line["loss"] - losses[line["sae"], line["step"]]) < 1e-5
 
 
 def test_an_error_is_said_once_and_processes_that_come_late_are_waited_for(server, tiny, tmp_path):
-    codes, said = together(server, 2, "train", arguments(tiny, tmp_path, "--layer", "9"), tmp_path)
-    assert codes == [2, 2] and len(said) == 1 and "layer 9 of a 8-block model" in said[0], said
-    codes, said = together(
-        server, 2, "train", arguments(tiny, tmp_path, "--max_samples", "5"), tmp_path, late
-    )
-    assert codes == [0, 0], said
+    argv = arguments(tiny, tmp_path, "--layer", "9")
+    codes, errors = together(server, 2, "train", argv, tmp_path)
+    assert codes == [2, 2] and len(errors) == 1, errors
+    assert "layer 9 of a 8-block model" in errors[0]
+    argv = arguments(tiny, tmp_path, "--max_samples", "5")
+    codes, errors = together(server, 2, "train", argv, tmp_path, late)
+    assert codes == [0, 0], errors
 
 
 def test_evaluation_and_contexts_of_two_processes_are_those_of_one_to_the_last_digit(
     server, tiny, tmp_path, alone
 ):
-    saes = [
-        str(alone / "SAE_models" / f"{name}_text_t.pt")
-        for name in ("TopK", "RouteSAE", "BatchTopK", "MLSAE")
-    ]
-    text = [
-        "--data_path",
-        str(tiny[1]),
-        "--split",
-        "all",
-        "--batch_size",
-        "3",
-        "--max_samples",
-        "14",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
+    def saes(*names):
+        return ["--SAE_path", *(f"{alone}/SAE_models/{name}_text_t.pt" for name in names)]
+
+    text = ["--data_path", str(tiny[1]), "--split", "all", "--batch_size", "3"]
+    text += ["--max_samples", "14", "--device", "cpu", "--dtype", "float32"]
+    evaluation = [*saes("TopK", "RouteSAE", "BatchTopK", "MLSAE"), "--metric", "all"]
+    application = ["--lines", "1", "--act_threshold", "0", "--top_n", "3"]
     for world in (1, 2):
         out = tmp_path / str(world)
-        codes, said = together(
-            server,
-            world,
-            "evaluate",
-            ["--SAE_path", *saes, "--metric", "all", "--output_dir", str(out), *text],
-            out,
-        )
-        assert codes == [0] * world, said
-        for title in ("RouteSAE_text_t", "MLSAE_text_t"):
-            path = str(alone / "SAE_models" / f"{title}.pt")
-            argv = [
-                "--SAE_path",
-                path,
-                "--output_dir",
-                str(out),
-                "--lines",
-                "1",
-                "--act_threshold",
-                "0",
-                "--top_n",
-                "3",
-                *text,
-            ]
-            codes, said = together(
-                server, world, "apply", argv, out, only_the_main_one_writes if world > 1 else None
-            )
-            assert codes == [0] * world, said
-    found = [
-        sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").glob(f"{kind}/*.json"))
-        for kind in ("eval", "contexts")
-    ]
-    assert [len(paths) for paths in found] == [4, 2]
-    for path in sum(found, []):
-        assert (tmp_path / "1" / path).read_text() == (tmp_path / "2" / path).read_text(), path
+        argv = [*evaluation, "--output_dir", str(out), *text]
+        codes, errors = together(server, world, "evaluate", argv, out)
+        assert codes == [0] * world, errors
+        for name in ("RouteSAE", "MLSAE"):
+            argv = [*saes(name), "--output_dir", str(out), *application, *text]
+            hook = only_the_main_one_writes if world > 1 else None
+            codes, errors = together(server, world, "apply", argv, out, hook)
+            assert codes == [0] * world, errors
+    evaluations = sorted((tmp_path / "1").glob("eval/*.json"))
+    contexts = sorted((tmp_path / "1").glob("contexts/*.json"))
+    assert (len(evaluations), len(contexts)) == (4, 2)
+    for path in evaluations + contexts:
+        other = tmp_path / "2" / path.relative_to(tmp_path / "1")
+        assert path.read_text() == other.read_text(), path
 
 
-# ------------------------------------------------------------------------------------------------- the parts
+# ------------------------------------------------------------------------------------- the parts
 
 
 def test_what_was_on_the_cpu_arrives_there_and_the_rest_on_the_device_asked_for(monkeypatch):
-    for name, answer in (("world", 2), ("main", True)):
-        monkeypatch.setattr(distributed, name, lambda answer=answer: answer)
-    monkeypatch.setattr(
-        distributed.dist,
-        "gather_object",
-        lambda mine, found: found.__setitem__(slice(None), [mine, mine]),
-    )
-    sent = {
-        "window": torch.arange(3),
-        "sum": torch.zeros(2, device="meta"),
-    }  # as a GPU's, of which there is none here
-    (_, arrived), (_, on_cpu) = (
-        distributed.to_main(sent, "meta"),
-        distributed.to_main({"window": sent["window"]}, "cpu"),
-    )
-    assert (
-        arrived["window"].tolist() == on_cpu["window"].tolist() == [0, 1, 2]
-        and arrived["sum"].device.type == "meta"
-    )
+    def gather(content, gathered):
+        gathered[:] = [content, content]
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "main", lambda: True)
+    monkeypatch.setattr(distributed.dist, "gather_object", gather)
+    # The device "meta" stands for a GPU.
+    sent = {"window": torch.arange(3), "sum": torch.zeros(2, device="meta")}
+    _, arrived = distributed.to_main(sent, "meta")
+    assert arrived["window"].tolist() == [0, 1, 2]
+    assert arrived["sum"].device.type == "meta"
+    _, arrived = distributed.to_main({"window": sent["window"]}, "cpu")
+    assert arrived["window"].tolist() == [0, 1, 2]
 
 
 def test_the_kth_largest_is_found_among_ties_shares_and_too_few_values():
     torch.manual_seed(0)
-    values = torch.cat(
-        [
-            torch.randn(3000),
-            torch.full((50,), 1.5),
-            torch.rand(100) * 1e-30,
-            torch.tensor([float("nan"), float("-inf")]),
-        ]
-    )
+    special = torch.tensor([float("nan"), float("-inf")])
+    ties, tiny_values = torch.full((50,), 1.5), torch.rand(100) * 1e-30
+    values = torch.cat([torch.randn(3000), ties, tiny_values, special])
     positive = values[values > 0].sort(descending=True).values
     for k in (1, 7, 250, 300, 1000, len(positive)):
         assert kth_largest(values, k) == positive[k - 1], k
     assert kth_largest(values, len(positive) + 1) == 0
-    shares, totals = values.split(1000), []
-    for share in shares:  # what one process asks the others for, written down; then answered
-        kth_largest(share, 75, lambda x: (totals.append(x), x)[1])
-    assert kth_largest(torch.cat(shares), 75 * len(shares)) == positive[75 * len(shares) - 1]
+
+
+def test_processes_with_a_share_of_the_values_each_find_the_kth_largest_of_all():
+    torch.manual_seed(0)
+    values = torch.randn(3000)
+    shares = values.split(1000)
+    barrier = threading.Barrier(3)
+    addends = [None] * 3
+
+    def find(number):
+        def all_sum(x):
+            addends[number] = x
+            barrier.wait()
+            total = sum(addends)
+            # Nobody may write its next addend before all have read this one.
+            barrier.wait()
+            return total
+
+        return kth_largest(shares[number], 75, all_sum)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(find, range(3)))
+    expected = values.sort(descending=True).values[3 * 75 - 1]
+    assert all(result == expected for result in results)
 
 
 def test_sums_do_not_depend_on_their_order_or_on_who_adds():
     torch.manual_seed(0)
     batches = [(torch.randn(7, 5) * 10.0 ** (i % 9), torch.randn(7, 5)) for i in range(40)]
 
-    def measured(some):
-        found = Reconstruction()
-        for target, x_hat in some:
-            found.update(target, x_hat)
-        return found
+    def measured(batches):
+        metric = Reconstruction()
+        for target, x_hat in batches:
+            metric.update(target, x_hat)
+        return metric
 
-    whole, parts = measured(batches), [measured(batches[i::3]) for i in range(3)]
-    for other in parts[1:]:
-        parts[0].merge(other)
-    assert parts[0].compute() == whole.compute() == measured(batches[::-1]).compute()
+    expected = measured(batches).compute()
+    assert measured(batches[::-1]).compute() == expected
+    merged, *others = (measured(batches[i::3]) for i in range(3))
+    for other in others:
+        merged.merge(other)
+    assert merged.compute() == expected
+
+
+def random_events(row, n=40):
+    """Events of 6 latents in 3 groups; many have the same score."""
+    return Events(
+        torch.randint(6, (n,)),
+        torch.zeros(n),
+        torch.randint(3, (n,)),
+        torch.full((n,), row),
+        torch.arange(n) // 2,
+        torch.arange(n) % 2,
+        torch.ones(n),
+        torch.randint(5, (n,)).float(),
+        torch.zeros(n, 3).half(),
+    )
 
 
 def test_tables_over_parts_of_a_text_hold_what_one_table_over_all_of_it_would():
     torch.manual_seed(0)
 
-    def events(row):
-        n = 40
-        return Events(
-            torch.randint(6, (n,)),
-            torch.zeros(n),
-            torch.randint(3, (n,)),
-            torch.full((n,), row),
-            torch.arange(n) // 2,
-            torch.arange(n) % 2,
-            torch.ones(n),
-            torch.randint(5, (n,)).float(),
-            torch.zeros(n, 3).half(),  # many equal scores
-        )
+    def table_of(parts):
+        table = Table(6, 9, 2)
+        for events in parts:
+            chosen = table.candidates(events.latent, events.group, events.score)
+            table.add(events.take(chosen))
+        return table
 
-    def table(some):
-        made = Table(6, 9, 2)
-        for one in some:
-            chosen = made.candidates(one.latent, one.group, one.score)
-            made.add(one.take(chosen))
-        return made
-
-    rows = [events(row) for row in range(12)]
-    whole, parts = table(rows), [table(rows[i::3]) for i in range(3)]
-    parts[0].merge([part.kept for part in parts[1:]])
-    assert all(torch.equal(a, b) for a, b in zip(whole.kept, parts[0].kept, strict=True))
+    rows = [random_events(row) for row in range(12)]
+    whole = table_of(rows)
+    merged, *others = (table_of(rows[i::3]) for i in range(3))
+    merged.merge([other.kept for other in others])
+    assert all(torch.equal(a, b) for a, b in zip(whole.kept, merged.kept, strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
@@ -584,81 +508,84 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient():
         ), name
 
 
-# ------------------------------------------------------------------------------------------------- what starts it
+# --------------------------------------------------------------------------- what starts the job
+
+SRUN = """#!/bin/bash
+echo srun "$@" >> CALLS
+trap "exit 143" TERM
+for i in $(seq ${SECONDS_TO_RUN}0); do sleep .1; done
+exit $EXIT_CODE
+"""
+SCONTROL = """#!/bin/bash
+echo scontrol "$@" >> CALLS
+[ "$1" != show ] || printf "one\\ntwo\\n"
+"""
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts the batch script beside an srun that ends as told, or with 143 once it gets SIGTERM; (exit code, commands, output)."""
-    root, bin = tmp_path / "checkout", tmp_path / "bin"
+    """A function that runs the batch script; it returns (exit code, commands called, output).
+
+    Its srun ends after some seconds with the code asked for, or with 143 once it gets SIGTERM.
+    """
+    root, commands, calls = tmp_path / "checkout", tmp_path / "bin", tmp_path / "calls"
     shutil.copytree(files.ROOT / "scripts", root / "scripts")
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / ".venv" / "installed").touch()
-    bin.mkdir()
-    calls = tmp_path / "calls"
-    wait = "for i in $(seq ${SECONDS_TO_RUN}0); do sleep .1; done"
-    (bin / "srun").write_text(
-        f'#!/bin/bash\necho srun "$@" >> {calls}\ntrap "exit 143" TERM\n{wait}\nexit $ENDS\n'
-    )
-    (bin / "scontrol").write_text(
-        f'#!/bin/bash\necho scontrol "$@" >> {calls}\n[ "$1" != show ] || printf "one\\ntwo\\n"\n'
-    )
-    for command in bin.iterdir():
-        command.chmod(0o755)
+    commands.mkdir()
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(script.replace("CALLS", str(calls)))
+        (commands / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "4242",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_SUBMIT_DIR": str(root),
+    }
+    script = root / "scripts" / "slurm_train.sh"
 
-    def start(ends, seconds=0, number=None):
+    def start(exit_code, seconds=0, signal_number=None):
         calls.unlink(missing_ok=True)
-        job = {
-            "SLURM_JOB_ID": "4242",
-            "SLURM_JOB_NODELIST": "n[1-2]",
-            "SLURM_NNODES": "2",
-            "SLURM_GPUS_ON_NODE": "8",
-            "SLURM_SUBMIT_DIR": str(root),
-        }
-        environment = (
-            os.environ
-            | job
-            | {
-                "PATH": f"{bin}:{os.environ['PATH']}",
-                "ENDS": str(ends),
-                "SECONDS_TO_RUN": str(seconds),
-            }
-        )
-        command = ["bash", str(root / "scripts" / "slurm_train.sh"), "--k", "32 64"]
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+            ["bash", str(script), "--k", "32 64"],
+            env=environment | {"EXIT_CODE": str(exit_code), "SECONDS_TO_RUN": str(seconds)},
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
         )
-        if number is not None:
+        if signal_number is not None:
             while not calls.exists() or "srun" not in calls.read_text():
                 time.sleep(0.05)
-            time.sleep(0.3)  # for the trap to be set
-            process.send_signal(number)
-        said = process.communicate(timeout=50)[0]
-        return process.returncode, calls.read_text().splitlines(), said
+            # srun sets its trap right after it has noted the call.
+            time.sleep(0.3)
+            process.send_signal(signal_number)
+        output = process.communicate(timeout=50)[0]
+        return process.returncode, calls.read_text().splitlines(), output
 
     return start
 
 
 def test_the_batch_script_queues_itself_again_after_saving_and_only_then(slurm):
-    code, calls, said = slurm(0, 50, signal.SIGUSR1)
-    assert code == 0 and calls[-1] == "scontrol requeue 4242" and "queued again" in said
-    (started,) = (call for call in calls if call.startswith("srun"))
-    assert (
-        started.startswith("srun torchrun --nnodes 2 --nproc_per_node 8")
-        and "--rdzv_endpoint one:24242 train.py --k 32 64" in started
-    )
-    for ends, requeued in ((143, True), (0, False), (2, False)):
-        code, calls, _ = slurm(ends)
-        assert code == (0 if requeued else ends) and ("scontrol requeue 4242" in calls) == requeued
+    code, calls, output = slurm(0, 50, signal.SIGUSR1)
+    assert code == 0
+    assert calls[-1] == "scontrol requeue 4242" and "queued again" in output
+    (call,) = (call for call in calls if call.startswith("srun"))
+    assert call.startswith("srun torchrun --nnodes 2 --nproc_per_node 8")
+    assert "--rdzv_endpoint one:24242 train.py --k 32 64" in call
+    for exit_code, is_requeued in ((143, True), (0, False), (2, False)):
+        code, calls, _ = slurm(exit_code)
+        assert code == (0 if is_requeued else exit_code)
+        assert ("scontrol requeue 4242" in calls) == is_requeued
 
 
-def test_the_commands_of_the_page_are_commands(monkeypatch):
+def test_the_commands_of_the_page_are_commands():
     page = (files.ROOT / "docs" / "several_gpus.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
     assert len(blocks) >= 4
+    call = re.compile(r"(train|evaluate|apply)(?:\.py|\.sh)((?: +[^\n#&|]+)?)")
     for block in blocks:
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0, block
-        for stage, options in re.findall(
-            r"(train|evaluate|apply)(?:\.py|\.sh)((?: +[^\n#&|]+)?)", block.replace("\\\n", " ")
-        ):
+        for stage, options in call.findall(block.replace("\\\n", " ")):
             parse(stage, shlex.split(options))
