@@ -558,7 +558,7 @@ def slurm(tmp_path):
         if signal_number is not None:
             while not calls.exists() or "srun" not in calls.read_text():
                 time.sleep(0.05)
-            # srun sets its trap right after it has noted the call.
+            # The batch script sets its trap after it has started srun.
             time.sleep(0.3)
             process.send_signal(signal_number)
         output = process.communicate(timeout=50)[0]
