@@ -146,7 +146,7 @@ def test_values_are_read_off_a_frontier_at_the_common_l0():
         point("Vanilla", 1, kl, l0=l0, asked=l0) for l0, kl in ((8, 0.8), (32, 0.4))
     ]
     # L0 16 is half way in log L0.
-    assert claims.Found(data, ABOUT).at("Vanilla", "KLDiv") == pytest.approx(0.6)
+    assert claims.Measured(data, ABOUT).value("Vanilla", "KLDiv") == pytest.approx(0.6)
 
 
 def test_a_sequence_of_512_is_divided_into_tokens_and_captions_say_how_it_was_made():
