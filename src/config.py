@@ -68,13 +68,14 @@ class Option(NamedTuple):
 
     group: sections of the command line, see STAGES. low: smallest value. above: a value that it
     must exceed. many: takes one value or more, kept as a list. count: takes exactly so many.
+    choices: accepted values, separated by spaces.
     """
 
     group: str
     type: Callable[[str], Any]
     default: Any
     help: str
-    choices: Sequence[str] | None = None
+    choices: str = ""
     low: float | None = None
     above: float | None = None
     many: bool = False
@@ -82,19 +83,7 @@ class Option(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- the table
-METRICS = (
-    "NormMSE",
-    "KLDiv",
-    "FVU",
-    "L0",
-    "Dead",
-    "Density",
-    "DeltaCE",
-    "Recovered",
-    "Shrinkage",
-    "Routing",
-    "all",
-)
+METRICS = "NormMSE KLDiv FVU L0 Dead Density DeltaCE Recovered Shrinkage Routing all".split()
 OPTIONS: dict[str, Option] = {
     # language model, text and results
     "model_path": Option(
@@ -128,7 +117,7 @@ OPTIONS: dict[str, Option] = {
         str,
         "auto",
         "Number format of the language model. SAEs are always float32.",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices="auto float32 bfloat16 float16",
     ),
     "seed": Option(
         "common",
@@ -165,7 +154,7 @@ OPTIONS: dict[str, Option] = {
         None,
         "Split of the text to read. Default: train for train.py, eval for evaluate.py, "
         "apply for apply.py.",
-        choices=("train", "eval", "apply", "all"),
+        choices="train eval apply all",
     ),
     "text_key": Option("text", str, "text", "Key of the text in each record."),
     "chunking": Option(
@@ -174,7 +163,7 @@ OPTIONS: dict[str, Option] = {
         "pack",
         "How documents become rows. pack fills every row; words cuts pieces of max_length "
         "words, as the published code does.",
-        choices=("pack", "words"),
+        choices="pack words",
     ),
     "max_bad_frac": Option(
         "text", float, 0.01, "Accept at most this share of damaged lines.", low=0
@@ -280,7 +269,7 @@ OPTIONS: dict[str, Option] = {
         str,
         None,
         "How the router combines the states of the sites. Default: sum.",
-        choices=("sum", "mean"),
+        choices="sum mean",
     ),
     "routing": Option(
         "sae",
@@ -289,7 +278,7 @@ OPTIONS: dict[str, Option] = {
         "Site of a token: the router's choice (hard), a mixture of all (soft), a random "
         "one, the choice of another token (permuted), or the best one (oracle). Default: "
         "hard.",
-        choices=("hard", "soft", "random", "permuted", "oracle"),
+        choices="hard soft random permuted oracle",
     ),
     "route_shares": Option(
         "sae",
@@ -306,14 +295,14 @@ OPTIONS: dict[str, Option] = {
         None,
         "What gives the router its gradient (docs/routing.md). Default: expected; published "
         "with --recipe published.",
-        choices=("published", "expected", "advantage", "ste", "frozen"),
+        choices="published expected advantage ste frozen",
     ),
     "router_balance": Option(
         "sae",
         str,
         None,
         "What keeps the load of the sites even. Default: switch; none with --recipe published.",
-        choices=("none", "switch", "bias"),
+        choices="none switch bias",
     ),
     "router_balance_coef": Option(
         "sae",
@@ -328,7 +317,7 @@ OPTIONS: dict[str, Option] = {
         None,
         "Factor of the chosen state: the router's probability (p), one, or a "
         "straight-through one (ste). Default: p for the published objective, else one.",
-        choices=("p", "one", "ste"),
+        choices="p one ste",
     ),
     "auxk_coeff": Option(
         "sae",
@@ -358,7 +347,7 @@ OPTIONS: dict[str, Option] = {
         None,
         "Initial value of pre_bias, computed from the first batches. Default: geom_median; "
         "zero with --recipe published.",
-        choices=("geom_median", "mean", "zero"),
+        choices="geom_median mean zero",
     ),
     "norm_eps": Option(
         "sae export",
@@ -381,7 +370,7 @@ OPTIONS: dict[str, Option] = {
         "standard",
         "standard trains the recommended form of each model, published the form that the "
         "paper documents.",
-        choices=("standard", "published"),
+        choices="standard published",
     ),
     "optimizer": Option(
         "training",
@@ -389,7 +378,7 @@ OPTIONS: dict[str, Option] = {
         None,
         "signum is a schedule-free sign of the gradient. Default: signum; adam with "
         "--recipe published.",
-        choices=("signum", "adam"),
+        choices="signum adam",
     ),
     "lr": Option(
         "training",
@@ -431,7 +420,7 @@ OPTIONS: dict[str, Option] = {
         str,
         "auto",
         "auto continues an unfinished run; never starts again, together with --overwrite.",
-        choices=("auto", "never"),
+        choices="auto never",
     ),
     "deterministic": Option(
         "training",
@@ -444,7 +433,7 @@ OPTIONS: dict[str, Option] = {
         str,
         "auto",
         "Compile the blocks of the language model. auto does so on CUDA, except in short runs.",
-        choices=("auto", "yes", "no"),
+        choices="auto yes no",
     ),
     "max_memory_hint": Option(
         "training",
@@ -470,7 +459,7 @@ OPTIONS: dict[str, Option] = {
         str,
         "hf",
         "hf writes a Hugging Face folder with a model card; saelens one SAELens folder per site.",
-        choices=("hf", "saelens"),
+        choices="hf saelens",
     ),
     "infer_k": Option(
         "inference",
@@ -490,7 +479,7 @@ OPTIONS: dict[str, Option] = {
         str,
         ["NormMSE"],
         f"What to measure: {', '.join(METRICS)}.",
-        choices=METRICS,
+        choices=" ".join(METRICS),
         many=True,
     ),
     "route_patch": Option(
@@ -499,7 +488,7 @@ OPTIONS: dict[str, Option] = {
         None,
         "How a routed reconstruction is put back: scaled as in training, or unscaled as in "
         "the published code. Default: as the SAE was trained.",
-        choices=("scaled", "unscaled"),
+        choices="scaled unscaled",
     ),
     "act_threshold": Option(
         "application",
@@ -564,7 +553,7 @@ OPTIONS: dict[str, Option] = {
         str,
         "auto",
         "Protocol of the endpoint. auto decides by its address.",
-        choices=("auto", "openai", "azure"),
+        choices="auto openai azure",
     ),
     "api_version": Option(
         "interpretation", str, None, "API version of Azure. Default: 2024-02-15-preview."
@@ -608,7 +597,7 @@ OPTIONS: dict[str, Option] = {
         str,
         None,
         "Test each label on contexts that it was not made from. Default: no test.",
-        choices=("detection", "fuzzing"),
+        choices="detection fuzzing",
         many=True,
     ),
     # steering
@@ -643,7 +632,7 @@ OPTIONS: dict[str, Option] = {
         "delta",
         "delta adds the change of the code alone; replace puts the decoded code in place of "
         "the state.",
-        choices=("delta", "replace"),
+        choices="delta replace",
     ),
     "site": Option(
         "steering",
@@ -741,7 +730,7 @@ def _argument(option: Option) -> dict[str, Any]:
     if option.many or option.count:
         argument["nargs"] = option.count or "+"
     if option.choices:
-        argument["choices"] = option.choices
+        argument["choices"] = option.choices.split()
     elif option.type is assignment:
         argument["metavar"] = "LATENT=VALUE"
     else:

@@ -364,6 +364,13 @@ def sign_step(
 
 
 @triton.jit
+def _exponentials(highest, logits):
+    """(largest logit so far, factor of earlier sums, exponentials relative to the largest)"""
+    new = tl.maximum(highest, tl.max(logits))
+    return new, tl.exp(highest - new), tl.exp(logits - new)
+
+
+@triton.jit
 def _compare(logits, others, targets, divergence, loss, width, BLOCK: tl.constexpr):
     """One program per row. All sums are of exponentials relative to the largest logit so far."""
     row = tl.program_id(0).to(tl.int64)
@@ -379,15 +386,12 @@ def _compare(logits, others, targets, divergence, loss, width, BLOCK: tl.constex
         inside = index < width
         a = tl.load(logits + index, mask=inside, other=-float("inf")).to(tl.float32)
         b = tl.load(others + index, mask=inside, other=-float("inf")).to(tl.float32)
-        new = tl.maximum(highest, tl.max(a))
-        other_new = tl.maximum(other_highest, tl.max(b))
-        rescale, weight = tl.exp(highest - new), tl.exp(a - new)
+        highest, rescale, weight = _exponentials(highest, a)
+        other_highest, other_rescale, other_weight = _exponentials(other_highest, b)
         total = total * rescale + tl.sum(weight)
+        other_total = other_total * other_rescale + tl.sum(other_weight)
         diff = tl.where(inside, weight * (a - b), 0.0)
         weighted_diff = weighted_diff * rescale + tl.sum(diff)
-        other_rescale = tl.exp(other_highest - other_new)
-        other_total = other_total * other_rescale + tl.sum(tl.exp(b - other_new))
-        highest, other_highest = new, other_new
     log_ratio = tl.log(tl.div_rn(total, other_total))
     tl.store(divergence + row, weighted_diff / total - (highest - other_highest) - log_ratio)
     target_logit = tl.load(others + tl.load(targets + row)).to(tl.float32)
