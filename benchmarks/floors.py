@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from src.ops import fast_bfloat16
+from src.device import fast_bfloat16
 
 
 class Machine(NamedTuple):

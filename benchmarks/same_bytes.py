@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {
     "git_commit", "versions", "threads", "tokens_per_s", "step_tokens_per_s", "estimate", "output_dir", "data_path",
-    "SAE_path", "created", "date", "seconds",
+    "SAE_path", "sae_path", "data_fingerprint", "created", "date", "seconds",
 }  # fmt: skip
 WORDS = (
     "the value of a list returns an error when its index is larger than any array in memory and "

@@ -10,10 +10,10 @@ import time
 
 import torch
 
-from src import ops
+from src import device as device_module
+from src import sparse
 from src.device import pick_device
 from src.model import TopK
-from src.ops import SparseCode
 
 FORMS = "products", "rows", "sums"
 SETTINGS = (
@@ -35,8 +35,8 @@ SETTINGS = (
 def step(sae: TopK, x: torch.Tensor, form: str) -> float:
     """Seconds of one step."""
     started = time.perf_counter()
-    SparseCode.form = lambda ratio, x: form
-    with ops.bf16_matmuls():
+    sparse.decode_form = lambda ratio, x: form
+    with device_module.bf16_matmuls():
         p = sae.autoencode(x)
         sae.zero_grad()
         sum(sae.loss(p).values()).backward()

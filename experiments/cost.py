@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from src import config, lm, model
+from src.sae import BatchInfo
 from src.trainer import Trainer
 
 
@@ -47,7 +48,7 @@ def cost(name: str, options: dict[str, Any], shape: dict[str, int]) -> Cost:
     )
     p = small.autoencode(
         small.gather({site: torch.randn(2, shape["hidden_size"]) for site in sae.sites()}),
-        token=torch.arange(2),
+        BatchInfo(token_keys=torch.arange(2)),
     )
     numbers, codes = (
         sum(weight.numel() for weight in sae.parameters()),

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from experiments.routing_runs import LEARNED, ROUTERS, path_of, router_weights
 from src import checkpoint, files, hooks, lm, metrics, router
 from src.data import Batch, Rows
-from src.ops import active, squared_errors
-from src.sae import SAE, routed_sites
+from src.ops import squared_errors
+from src.sae import SAE, BatchInfo, routed_sites
+from src.sparse import active
 
 # of each run and document: counted tokens and their summed NormMSE; predictions made at them with summed KL and rise of cross-entropy; and on a part
 # of the rows the same KL beside that of putting each site's mean, and an error of equal size and random direction, at the same tokens and sites
@@ -69,9 +70,9 @@ def arms_of(
     asked = {name: sae for name, sae in arms.items() if name in ROUTERS or name.endswith("_fixed")}
     weights = router_weights(asked, language_model, rows, order, cfg.batch_size, cfg.device)
     for name in ROUTERS:
-        arms[f"{name}_shares"].shares = router.load(weights[name])
+        arms[f"{name}_shares"].router.shares = router.load(weights[name])
     for name in LEARNED:
-        arms[f"{name}_fixed"].load_bias += router.logit_shifts(
+        arms[f"{name}_fixed"].router.load_bias += router.logit_shifts(
             weights[f"{name}_fixed"].clamp_min(1e-30).log(), router.load(weights[name])
         )
     for name in ROUTERS:
@@ -96,9 +97,9 @@ def runs_of(
     arms: dict[str, SAE], hidden: dict[int, Tensor], keys: Tensor, routed: list[int]
 ) -> Iterator[PatchedRun]:
     for name, sae in arms.items():
-        p = sae.autoencode(sae.gather(hidden), token=keys)
+        p = sae.autoencode(sae.gather(hidden), BatchInfo(token_keys=keys))
         errors = squared_errors(p.target, p.x_hat)
-        for i, patches in enumerate(sae.patches(hidden, token=keys, clean=p)):
+        for i, patches in enumerate(sae.patches(hidden, BatchInfo(token_keys=keys), clean=p)):
             if p.weights is not None:
                 yield PatchedRun(
                     name,

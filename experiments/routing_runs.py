@@ -117,7 +117,7 @@ def router_weights(
             language_model, rows.batch(order[at : at + batch_size]).to(device), sites
         )
         for name, sae in saes.items():
-            found[name].append(sae.get_router_weights(sae.gather(hidden), sae.aggre))
+            found[name].append(sae.get_router_weights(sae.gather(hidden), sae.router.aggre))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

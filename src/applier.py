@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from tqdm import tqdm
 from src import checkpoint, config, demo, distributed, files, hooks, lm
 from src.contexts import TokenText, sentence
 from src.data import Batch, Rows, open_rows
+from src.draws import random_integers, random_subset
 from src.events import Events, Table
 from src.metrics import token_kl
-from src.ops import Sparse, active, random_integers, random_subset
 from src.sae import SAE, SAEOutput
+from src.sparse import active
 
 SAMPLE = 64  # activations of each latent drawn uniformly: its histogram, its quantiles
 QUARTERS, EACH = (
@@ -86,17 +87,6 @@ def parts(
                     for site, state in full.items()
                 },
             )
-
-
-def zero(latent: int) -> Callable[[Tensor], Tensor]:
-    """Edit of a code: this latent off."""
-
-    def edit(latents: Tensor) -> Tensor:
-        latents = latents.clone()
-        latents[..., latent] = 0
-        return latents
-
-    return edit
 
 
 def around_each(key: Tensor, value: Tensor, length: int, index: Tensor, reach: int) -> Tensor:
@@ -161,22 +151,19 @@ class ContextCollector:
     def update(
         self,
         batch: Batch,
-        p: SAEOutput,
-        strength: Tensor | Sparse,
+        sae: SAE,
+        out: SAEOutput,
         groups: Tensor,
         threshold: float,
     ) -> None:
-        """One batch. strength of shape [N,F] or [N,L,F]: of a code per token, or one per token and site."""
+        """Take in one batch and its output."""
+        strength = sae.strength(out)
+        weights = sae.site_weights(out)
+        site = sae.code_sites(out)
         n, n_sites, size = int(batch.mask.sum()), self.at_site.shape[1], strength.shape[-1]
         per_token = strength.shape[1] if len(strength.shape) == 3 else 1
         device = batch.mask.device
-        if per_token > 1:
-            site = torch.arange(per_token, device=device).repeat(n)
-        elif p.weights is not None:
-            site = p.weights.argmax(-1)
-        else:
-            site = torch.full((n,), 0 if n_sites == 1 else -1, device=device)
-        weight = p.weights.max(-1).values if p.weights is not None else torch.ones(n, device=device)
+        weight = torch.ones(n, device=device) if weights is None else weights.max(-1).values
         sample, latent, value = active(strength)
         token = sample // per_token
         self.tokens += n
@@ -187,10 +174,10 @@ class ContextCollector:
             latent * n_sites + site[sample].clamp_min(0), minlength=self.at_site.numel()
         ).view_as(self.at_site)
         self.tokens_at_site += torch.bincount(site.clamp_min(0), minlength=n_sites)
-        if p.weights is not None and self.routing is None:
+        if weights is not None and self.routing is None:
             first = int(batch.mask[0].sum())
             self.routing = (
-                p.weights[: min(first, 200)].cpu(),
+                weights[: min(first, 200)].cpu(),
                 Batch(*(part[:1].cpu() for part in batch)),
             )
         row, position = batch.mask.nonzero(as_tuple=True)
@@ -420,8 +407,8 @@ class Applier:
                 continue
             full = lm.read_sites(self.language_model, batch.input_ids, sae.sites())
             for some, hidden in parts(batch, full, sae):
-                p = sae.autoencode(sae.gather(hidden), cfg.infer_k, cfg.theta, some.token_keys())
-                seen.update(some, p, sae.strength(p), groups, threshold)
+                p = sae.autoencode(sae.gather(hidden), hooks.batch_info(cfg, some))
+                seen.update(some, sae, p, groups, threshold)
         return seen
 
     # ------------------------------------------------------------------------------------------- what was kept
@@ -441,9 +428,8 @@ class Applier:
         ]
         top, sample = (Events(*(part.cpu() for part in t)) for t in (top, sample))
         self.top = top
-        profile = (
-            self.sae.decoder_norms().T.tolist() if hasattr(self.sae, "decoder_norms") else None
-        )
+        profile = self.sae.site_profile()
+        profile = None if profile is None else profile.T.tolist()
         texts = [tuple(self.text.pieces(ids)) for ids, _ in seen.windows]
         found: dict[str, dict[str, Any]] = {}
         for latent in tqdm(range(self.sae.latent_size), "decoding", unit=" latents", mininterval=1):
@@ -602,10 +588,8 @@ class Applier:
             runs = list(
                 sae.patches(
                     hidden,
-                    infer_k=self.cfg.infer_k,
-                    theta=self.cfg.theta,
-                    edit=zero(latent),
-                    token=batch.token_keys(),
+                    hooks.batch_info(self.cfg, batch),
+                    edit=hooks.edit_latents([("set", latent, 0.0)]),
                 )
             )
             for patches in runs:

@@ -1,17 +1,29 @@
-"""The device a stage computes on and the settings of PyTorch and the C library that go with it."""
+"""The device a stage computes on: its choice and settings, fast kernels, precision of products.
+
+N tokens, D hidden, F latents.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # Parameters of glibc's mallopt(3) and the values set here.
 M_TRIM_THRESHOLD, NEVER_TRIM = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -3, 2**25  # bytes
+# Set by bf16_matmuls(). A plain global: on CUDA, gradients are computed in threads of their own.
+_bf16_allowed = False
+_BIAS_COLUMNS = 3  # a float32 bias is three bfloat16 parts
+_PADDED_COLUMNS = 16  # rows stay aligned
 
 
 def pick_device(device: str) -> str:
@@ -55,3 +67,98 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Return whether this CPU multiplies matrices in bfloat16 faster than in float32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def kernels(x: Tensor) -> Any:
+    """Return src.kernels for a tensor on CUDA, None where plain PyTorch must do the work.
+
+    That is on other devices, in float64, and where Triton cannot build the kernels.
+    """
+    return _working_kernels() if x.is_cuda and x.dtype is not torch.float64 else None
+
+
+@functools.cache
+def _working_kernels() -> Any:
+    try:
+        from src import kernels
+
+        kernels.topk_indices(torch.zeros(1, 1, device="cuda"), 1)
+    except Exception as error:  # no Triton, no C compiler, an unknown card: no common base class
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"Triton's kernels do not work here ({reason}); plain PyTorch takes their place",
+            stacklevel=3,
+        )
+        return None
+    return kernels
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # older cards emulate it
+
+
+@contextlib.contextmanager
+def bf16_matmuls() -> Iterator[None]:
+    """Allow products in bfloat16 inside this block where they are faster. SAEs train in it."""
+    global _bf16_allowed
+    before = _bf16_allowed
+    _bf16_allowed = True
+    try:
+        yield
+    finally:
+        _bf16_allowed = before
+
+
+def uses_bf16_matmul(x: Tensor) -> bool:
+    """Return whether a factor on CUDA is rounded to bfloat16 before a product.
+
+    It halves the time of TF32, and switching TF32 off switches it off too.
+    """
+    allowed = _bf16_allowed and torch.backends.cuda.matmul.allow_tf32
+    return allowed and x.is_cuda and x.dtype is torch.float32 and _has_bfloat16(x.device)
+
+
+def uses_bf16_on_cpu(x: Tensor) -> bool:
+    """Return whether a forward product on this CPU takes bfloat16 factors (gradients do not)."""
+    on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
+    return _bf16_allowed and on_cpu and fast_bfloat16()
+
+
+def to_matmul_dtype(x: Tensor) -> Tensor:
+    """Return a factor of a product, in bfloat16 where uses_bf16_matmul() says so."""
+    return x.bfloat16() if uses_bf16_matmul(x) else x
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b in float32, whether the factors are bfloat16 or not."""
+    if a.is_cuda and a.dtype is torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
+def affine_factors(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bfloat16 factors whose product is x weight^T + bias.
+
+    Adding the bias inside the product saves one pass over the result. The bias is split into
+    three bfloat16 columns, so that it is as exact as in float32.
+    [N,D], [F,D], [F] -> [N,D+16], [F,D+16]
+    """
+    width = x.shape[1]
+    columns = width + _PADDED_COLUMNS
+    a = torch.zeros(len(x), columns, dtype=torch.bfloat16, device=x.device)
+    b = torch.zeros(len(weight), columns, dtype=torch.bfloat16, device=weight.device)
+    a[:, :width] = x
+    b[:, :width] = weight
+    a[:, width : width + _BIAS_COLUMNS] = 1
+    for i in range(width, width + _BIAS_COLUMNS):
+        b[:, i] = bias
+        bias = bias - b[:, i]  # what the column could not hold
+    return a, b

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from src import distributed, hooks
 from src.data import Rows
-from src.ops import bf16_matmuls
-from src.sae import SAE
+from src.device import bf16_matmuls
+from src.sae import SAE, BatchInfo
 
 GIGA = 1e9
 TRIAL_TOKENS = (
@@ -58,11 +58,10 @@ def step_bytes(sae: SAE, device: str) -> float:
             return tensor
 
         x = torch.arange(n * sae.hidden_size, dtype=torch.float32, device=device).view(n, -1).sin()
+        info = BatchInfo(token_keys=torch.arange(n, device=device))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            p = sae.autoencode(
-                sae.gather({site: x for site in sae.sites()}), token=torch.arange(n, device=device)
-            )
-            _terms = sae.loss(p)
+            p = sae.autoencode(sae.gather({site: x for site in sae.sites()}), info)
+            _terms = sae.loss(p, info)
         more = 4 * p.code.shape.numel() / n * (5 if isinstance(p.code, Tensor) else 2)
         return sum(sizes.values())
 
@@ -87,13 +86,13 @@ def step_cost(
 
     def trial(n: int) -> float:
         batch = rows.batch(list(range(n)))
-        token = batch.token_keys().to(device)
+        info = BatchInfo(token_keys=batch.token_keys().to(device))
         if on_cuda:
             torch.cuda.synchronize(device)
         started = time.perf_counter()
         hidden = hooks.read(language_model, batch.to(device), sites)
         for sae in saes if batch.mask.any() else []:
-            loss = sum(sae.loss(sae.autoencode(sae.gather(hidden), token=token)).values())
+            loss = sum(sae.loss(sae.autoencode(sae.gather(hidden), info), info).values())
             torch.autograd.grad(
                 loss, [p for p in sae.parameters() if p.requires_grad], allow_unused=True
             )

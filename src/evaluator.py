@@ -258,20 +258,15 @@ class Evaluator:
     def _measure_code(
         self, subject: EvaluatedSAE, hidden: dict[int, Tensor], batch: Batch
     ) -> SAEOutput:
-        x, keys = subject.sae.gather(hidden), batch.token_keys()
-        p = subject.sae.autoencode(x, self.cfg.infer_k, self.cfg.theta, keys)
+        info = hooks.batch_info(self.cfg, batch)
+        p = subject.sae.autoencode(subject.sae.gather(hidden), info)
         subject.reconstruction.update(p.target, p.x_hat)
         subject.activity.update(p.code)
-        if p.weights is not None and "Routing" in self.cfg.metric:
-            errors = subject.sae.site_errors(
-                x, None, self.cfg.infer_k, self.cfg.theta
-            )  # codes the states of all sites
-            subject.routing.update(
-                p.weights,
-                errors,
-                metrics.squared_errors(p.target, p.x_hat),
-                batch.input_ids[batch.mask],
-            )
+        weights = subject.sae.site_weights(p)
+        if weights is not None and "Routing" in self.cfg.metric:
+            errors = subject.sae.routing_errors(p, info)  # codes the states of all sites
+            routed = metrics.squared_errors(p.target, p.x_hat)
+            subject.routing.update(weights, errors, routed, batch.input_ids[batch.mask])
         return p
 
     def _measure_patched(
@@ -287,11 +282,8 @@ class Evaluator:
         whole,
     ) -> None:
         """Adds to `whole` which ablations it needs of all tokens at one site: these are the same for every SAE there, and are run once."""
-        cfg = self.cfg
         for number, patches in enumerate(
-            subject.sae.patches(
-                hidden, infer_k=cfg.infer_k, theta=cfg.theta, token=batch.token_keys(), clean=p
-            )
+            subject.sae.patches(hidden, hooks.batch_info(self.cfg, batch), clean=p)
         ):
             runs = {f"run_{number}": patches}
             if len(patches) == 1:
@@ -351,8 +343,8 @@ class Evaluator:
                     found[f"KLDiv_{kind}_ablation"] = sum(
                         subject.kl[f"{run}/{kind}"].compute() for run in runs
                     ) / len(runs)
-        if hasattr(sae, "decoder_norms"):
-            norms = sae.decoder_norms()
+        norms = sae.site_profile()
+        if norms is not None:
             found["decoder_norms_per_site"] = norms.mean(1).tolist()
             found["decoder_norms_per_latent"] = [
                 [round(float(norm), 4) for norm in latent] for latent in norms.T.tolist()

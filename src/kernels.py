@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA. ops.kernels imports this module where it works.
+"""Triton kernels for CUDA. device.kernels imports this module where it works.
 
 Each kernel has a twin in plain PyTorch in ops.py or metrics.py that defines its result. With
 TRITON_INTERPRET=1 the kernels run on a CPU; the tests compare them with their twins that way.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import hub
-from src.ops import fast_bfloat16
+from src.device import fast_bfloat16
 
 # Passes that make up for compiling: on one H200 it took 6 s and saved 30 of 115 ms (docs/LOG.md).
 COMPILE_FROM = 200

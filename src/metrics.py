@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import ops, router
-from src.ops import Sparse, firings, squared_errors
+from src import device, router
+from src.ops import squared_errors
+from src.sparse import SparseCode, firings
 
 CHUNK_TOKENS = 4096  # tokens in float64 at one time
 UNITS = {
@@ -45,7 +46,7 @@ class Prediction:
     """What the language model predicts at some positions, for others to be compared with. Logits [N,V], targets int64 [N]."""
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        self.logits, self.targets, self.fast = logits.float(), targets, ops.kernels(logits)
+        self.logits, self.targets, self.fast = logits.float(), targets, device.kernels(logits)
         if self.fast:  # keeps nothing but the logits
             _, self.ce = self.fast.compare(self.logits, self.logits, targets)
         else:
@@ -160,7 +161,7 @@ class Activity(Measure):
     def __init__(self) -> None:
         self.fired, self.n = 0, 0
 
-    def update(self, code: Tensor | Sparse) -> None:
+    def update(self, code: Tensor | SparseCode) -> None:
         """[N,F] or [N,L,F]; every (token, site) is a sample."""
         self.fired = self.fired + firings(code)
         self.n += code.shape[:-1].numel()

@@ -1,12 +1,11 @@
-"""The sparse autoencoders of the zoo, each a class that answers the contract's questions (src/sae.py).
+"""The sparse autoencoders of the zoo. src/reference.py has the same models as their formulas read.
 
-N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are 1-based, indices into routed sites 0-based.
+N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are numbered from 1; a
+site index counts the routed sites from 0.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,199 +13,223 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import distributed, ops, router
+from src import router, sparse
+from src.draws import random_subset
 from src.ops import (
     Jump_func,
-    Sparse,
-    SparseCode,
     Step_func,
-    apply_inference_cut,
     kth_largest,
     linear,
-    random_subset,
     squared_errors,
     topk_flat_indices,
 )
-from src.sae import SAE, Dictionary, SAEOutput, routed_sites
-from src.zoo import canonical
+from src.router import Router
+from src.sae import (
+    SAE,
+    WHOLE_BATCH,
+    BatchInfo,
+    Dictionary,
+    SAEOutput,
+    edited_code,
+    routed_sites,
+)
+from src.sparse import DictionaryWeights, Selection
+from src.sparsity import SparsityController, default_l1_coefficient
+from src.zoo import ZOO, canonical
+
+MAX_AUXK = 512  # dead latents that AuxK revives at one time
+# A run of 1.5M tokens did best with latents called dead after 3 % of it; long runs use the
+# papers' 10M tokens (docs/LOG.md).
+DEAD_SHARE_OF_RUN, MAX_DEAD_TOKENS = 0.03, 1e7
+CUT_RATE = 20  # BatchTopK's threshold remembers 1/20 of a run
+MIN_THRESHOLD = 1e-4
+DEFAULT_L0_COEFFICIENT = 1e-3
+
+
+# --------------------------------------------------------------------- k active latents a token
 
 
 class TopK(Dictionary):
-    """Exactly the k largest pre-activations (Gao et al. 2024), dead latents revived by AuxK (same paper, appendix A.2).
+    """Exactly the k largest pre-activations (Gao et al. 2024).
 
-    Over several processes AuxK's variance and the tokens since a latent fired are those of the whole batch.
+    Dead latents are revived by AuxK (same paper, appendix A.2): they code the residual.
     """
 
     architecture = "topk"
-    apart = True  # what stays of a token's code does not depend on other tokens
+    per_token = True  # a token's choice is independent of other tokens
 
     def __init__(
         self,
-        hidden_size,
-        latent_size,
-        k,
+        hidden_size: int,
+        latent_size: int,
+        k: int,
         *,
-        auxk_coeff=1 / 32,
-        dead_tokens=None,
-        topk_relu=False,
-        **rest,
-    ):
-        super().__init__(hidden_size, latent_size, **rest)
+        auxk_coeff: float = 1 / 32,
+        dead_tokens: int | None = None,
+        topk_relu: bool = False,
+        **dictionary: Any,
+    ) -> None:
+        super().__init__(hidden_size, latent_size, **dictionary)
         if not 0 < k <= latent_size:
             raise ValueError(
                 f"k {k} with {latent_size} latents; it must lie between 1 and the latent size"
             )
-        self.k, self.auxk_coeff, self.dead_tokens, self.topk_relu = (
-            k,
-            auxk_coeff,
-            dead_tokens,
-            topk_relu,
-        )
+        self.k = k
+        self.auxk_coeff = auxk_coeff
+        self.dead_tokens = dead_tokens
+        self.topk_relu = topk_relu
         self.register_buffer("dead_threshold", torch.tensor(float("inf")), persistent=False)
 
-    def choose(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
-        """Which latents stay, token by token: positions in the flat [N,F]."""
+    def choose(self, pre_acts: Tensor, token_keys: Tensor, batch: BatchInfo) -> Tensor:
+        """Return which latents stay active, as flat indices in [N,F], token by token."""
         return topk_flat_indices(pre_acts, self.k)
 
-    def activate(self, pre_acts, token=None):
+    def activate(self, pre_acts, batch=WHOLE_BATCH):
+        rows = pre_acts.flatten(0, -2)
         flat = pre_acts.flatten()
-        at = self.choose(pre_acts.flatten(0, -2), token)
-        kept = F.relu(flat[at]) if self.topk_relu else flat[at]
-        return torch.zeros_like(flat).scatter(0, at, kept).view_as(pre_acts)
+        index = self.choose(rows, batch.keys_of(rows), batch)
+        kept = F.relu(flat[index]) if self.topk_relu else flat[index]
+        return torch.zeros_like(flat).scatter(0, index, kept).view_as(pre_acts)
 
-    def get_latents(self, pre_acts, infer_k=None, theta=None, token=None):
-        if infer_k is None and theta is None:
-            return self.activate(pre_acts, token)
-        return apply_inference_cut(
-            F.relu(pre_acts) if self.topk_relu else pre_acts, infer_k, theta
-        )  # both take the place of k
+    def cut_latents(self, pre_acts, batch=WHOLE_BATCH):
+        if not batch.has_cut:
+            return self.activate(pre_acts, batch)
+        return batch.cut(F.relu(pre_acts) if self.topk_relu else pre_acts)  # replaces k
 
-    def autoencode(self, x, infer_k=None, theta=None, token=None):
-        if infer_k is not None or theta is not None:
-            return super().autoencode(x, infer_k, theta, token)
-        flat = x.flatten(0, -2)
-        token = torch.arange(len(flat), device=x.device) if token is None else token.flatten()
-        how = (
-            (lambda acts, here: self.choose(acts, token[here])),
+    def autoencode(self, x, batch=WHOLE_BATCH):
+        if batch.has_cut:
+            return super().autoencode(x, batch)
+        keys = batch.keys_of(x.flatten(0, -2))
+        selection = Selection(
+            lambda pre_acts, tokens: self.choose(pre_acts, keys[tokens], batch),
             self.k,
             self.topk_relu,
-            self.apart,
+            self.per_token,
         )
-        x_hat, values, at = SparseCode.apply(
-            flat, self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight, *how
-        )
-        return SAEOutput(
-            x, Sparse(values, at, torch.Size([*x.shape[:-1], self.latent_size])), x_hat.view_as(x)
+        code, x_hat = sparse.sparse_autoencode(x, self._weights(), selection)
+        return SAEOutput(x, code, x_hat)
+
+    def _weights(self) -> DictionaryWeights:
+        return DictionaryWeights(
+            self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight
         )
 
-    def penalty(self, p):
-        dead = (
-            (self.tokens_since_fired > self.dead_threshold).nonzero()[:, 0]
-            if self.auxk_coeff
-            else self.tokens_since_fired[:0]
-        )
+    def penalty(self, out, batch=WHOLE_BATCH):
+        dead = self._dead_latents()
         if not len(dead):
             return {}
-        x, error = p.target.flatten(0, -2), (p.target - p.x_hat).detach().flatten(0, -2)
-        k = min(len(dead), self.hidden_size // 2, 512)
-        weights = self.encoder.weight[dead], self.latent_bias[dead], self.decoder.weight[:, dead]
-        x_hat, _, _ = SparseCode.apply(
-            x, self.pre_bias, *weights, lambda acts, _: topk_flat_indices(acts, k), k, True, True
-        )
-        missed = (error - (x_hat - self.pre_bias)).square().sum(-1).view(p.target.shape[:-1])
-        variance = self.average((error - self.average(error)).square().sum(-1)).clamp_min(1e-12)
-        return {"AuxK": self.auxk_coeff * self.mean(missed) / variance}
+        x = out.target.flatten(0, -2)
+        residual = (out.target - out.x_hat).detach().flatten(0, -2)
+        k = min(len(dead), self.hidden_size // 2, MAX_AUXK)
+        selection = Selection(lambda pre_acts, _: topk_flat_indices(pre_acts, k), k, True, True)
+        _, x_hat = sparse.sparse_autoencode(x, self._weights().subset(dead), selection)
+        error = (residual - (x_hat - self.pre_bias)).square().sum(-1).view(out.target.shape[:-1])
+        centred = residual - batch.average(residual)
+        variance = batch.average(centred.square().sum(-1)).clamp_min(1e-12)
+        return {"AuxK": self.auxk_coeff * batch.mean(error) / variance}
+
+    def _dead_latents(self) -> Tensor:
+        """Return the numbers of the dead latents; none if AuxK is off."""
+        if not self.auxk_coeff:
+            return self.tokens_since_fired[:0]
+        return (self.tokens_since_fired > self.dead_threshold).nonzero()[:, 0]
 
     @torch.no_grad()
-    def after_step(self, p, progress):
-        super().after_step(p, progress)
-        # a run of 1.5M tokens did best with dead latents called dead after 3 % of it; long runs use the papers' 10M tokens
-        auto = (0.03 * self.tokens_seen.double() / max(progress, 1e-9)).clamp_max(1e7)
-        self.dead_threshold.copy_(
-            auto if self.dead_tokens is None else torch.full_like(auto, self.dead_tokens)
-        )
+    def after_step(self, out, progress, batch=WHOLE_BATCH):
+        super().after_step(out, progress, batch)
+        run_tokens = self.tokens_seen.double() / max(progress, 1e-9)
+        threshold = (DEAD_SHARE_OF_RUN * run_tokens).clamp_max(MAX_DEAD_TOKENS)
+        if self.dead_tokens is not None:
+            threshold = torch.full_like(threshold, self.dead_tokens)
+        self.dead_threshold.copy_(threshold)
 
 
 class BatchTopK(TopK):
-    """The k N largest activations of a batch of N tokens; at inference those above the mean of the batches' smallest (Bussmann et al. 2024).
+    """The k N largest activations of a batch of N tokens (Bussmann et al. 2024).
 
-    Over several processes the batch is the whole one: its k N-th largest value is found by two summed histograms, the smallest by a minimum.
+    At inference a latent is active above a threshold: the mean of the batches' smallest values.
+    Over several processes the batch is the whole one: two summed histograms find its k N-th
+    largest value, a minimum the smallest.
     """
 
-    apart = False
+    per_token = False
 
-    def __init__(self, hidden_size, latent_size, k, **rest):
+    def __init__(self, hidden_size: int, latent_size: int, k: int, **rest: Any) -> None:
         super().__init__(hidden_size, latent_size, k, **(rest | {"topk_relu": True}))
         self.register_buffer("cut", torch.full((), float("nan")))
 
-    def choose(self, pre_acts, token=None):
+    def choose(self, pre_acts, token_keys, batch):
         if not self.training and not self.cut.isnan():
             return (pre_acts > self.cut).flatten().nonzero()[:, 0]
-        return (
-            (pre_acts.float() >= kth_largest(pre_acts, self.k * len(pre_acts), self.total))
-            .flatten()
-            .nonzero()[:, 0]
-        )
+        smallest = kth_largest(pre_acts, self.k * len(pre_acts), batch.all_sum)
+        return (pre_acts.float() >= smallest).flatten().nonzero()[:, 0]
 
     def to_standard_form(self):
         if self.cut.isnan():
             raise ValueError(
                 "this BatchTopK has no threshold for inference; it gets one in training"
             )
-        threshold = {
-            "threshold": self.cut.clamp_min(0).expand(self.latent_size)
-        }  # negative values are clipped either way
-        return {
-            site: form._replace(architecture="jumprelu", tensors=form.tensors | threshold, k=None)
-            for site, form in super().to_standard_form().items()
-        }
+        threshold = self.cut.clamp_min(0).expand(self.latent_size)  # negative values are clipped
+        forms = {}
+        for site, form in super().to_standard_form().items():
+            tensors = form.tensors | {"threshold": threshold}
+            forms[site] = form._replace(architecture="jumprelu", tensors=tensors, k=None)
+        return forms
 
     @torch.no_grad()
-    def after_step(self, p, progress):
-        super().after_step(p, progress)
-        _, _, values = ops.active(p.code)
-        smallest = -distributed.all_max(
-            -values.min() if len(values) else self.cut.new_tensor(-torch.inf)
-        )
+    def after_step(self, out, progress, batch=WHOLE_BATCH):
+        super().after_step(out, progress, batch)
+        _, _, values = sparse.active(out.code)
+        smallest = values.min() if len(values) else self.cut.new_tensor(torch.inf)
+        smallest = -batch.all_max(-smallest)
         smallest = torch.where(smallest.isinf(), self.cut, smallest)
-        share = (
-            self.total(self.tokens_seen.new_full((), p.code.shape[:-1].numel()))
-            / self.tokens_seen
-            * progress
-        )  # of the run in this step
-        self.cut.copy_(
-            smallest if self.cut.isnan() else self.cut.lerp(smallest, (20 * share).clamp(0.01, 1))
-        )  # memory: 5 % of a short run
+        codes = batch.all_sum(self.tokens_seen.new_full((), out.n_codes))
+        share_of_run = codes / self.tokens_seen * progress
+        weight = (CUT_RATE * share_of_run).clamp(0.01, 1)
+        self.cut.copy_(smallest if self.cut.isnan() else self.cut.lerp(smallest, weight))
 
 
 class RandomK(TopK):
-    """k latents drawn uniformly per token, values as they come: the control that must lose. A function of (seed, token key)."""
+    """k latents drawn uniformly per token, with their values: the control that must lose.
 
-    def __init__(self, hidden_size, latent_size, k, *, seed=42, **rest):
+    The draw is a function of (seed, token key).
+    """
+
+    def __init__(
+        self, hidden_size: int, latent_size: int, k: int, *, seed: int = 42, **rest: Any
+    ) -> None:
         super().__init__(hidden_size, latent_size, k, **(rest | {"auxk_coeff": 0.0}))
         self.seed = seed
 
-    def choose(self, pre_acts, token=None):
+    def choose(self, pre_acts, token_keys, batch):
+        drawn = random_subset(token_keys, self.seed, self.latent_size, self.k)
         rows = torch.arange(len(pre_acts), device=pre_acts.device)
-        chosen = random_subset(
-            rows if token is None else token.flatten(), self.seed, self.latent_size, self.k
-        )
-        return (chosen + rows[:, None] * self.latent_size).flatten()
+        return (drawn + rows[:, None] * self.latent_size).flatten()
 
-    get_latents = Dictionary.get_latents  # infer_k and theta cut among those drawn
+    cut_latents = Dictionary.cut_latents  # a cut at inference chooses among those drawn
 
     def to_standard_form(self):
-        raise ValueError(
-            "the latents of a RandomK are drawn, not computed from the state; no other library holds that"
-        )
+        reason = "the latents of a RandomK are drawn, not computed from the state"
+        raise ValueError(f"{reason}; no other library holds that")
 
 
 class MLSAE(TopK):
-    """One TopK for the states of all routed sites, each a sample of one batch (Lawson et al. 2024)."""
+    """One TopK for the states of all routed sites (Lawson et al. 2024).
+
+    Every (token, site) is a sample of the same batch.
+    """
 
     def __init__(
-        self, hidden_size, n_layers, latent_size, k, *, start_layer=None, end_layer=None, **rest
-    ):
+        self,
+        hidden_size: int,
+        n_layers: int,
+        latent_size: int,
+        k: int,
+        *,
+        start_layer: int | None = None,
+        end_layer: int | None = None,
+        **rest: Any,
+    ) -> None:
         super().__init__(hidden_size, latent_size, k, **rest)
         self.routed = routed_sites(n_layers, start_layer, end_layer)
 
@@ -215,129 +238,95 @@ class MLSAE(TopK):
 
     gather = SAE.gather
 
+    def edit_site(self, out, latents):
+        by_site = sparse.dense(self.strength(out))[..., latents].sum((0, 2))
+        return self.routed[int(by_site.argmax())]
 
-class _Sparsified:
-    """A sparsity coefficient that warms up from 0 and, with target_l0, steers itself: L0 falls to its target over the first quarter of the run."""
 
-    approach_share = 0.25  # share of the run; faster kills latents, slower leaves less time at the target (docs/LOG.md)
+# ----------------------------------------------------------------- a penalty makes them sparse
 
-    def _sparsity(self, l1_coeff, l1_mean, target_l0, sparsity_warmup):
-        self.l1_coeff, self.l1_mean, self.target_l0, self.sparsity_warmup = (
-            l1_coeff,
-            l1_mean,
-            target_l0,
-            sparsity_warmup,
-        )
-        self.register_buffer(
-            "warm", torch.tensor(0.0 if sparsity_warmup else 1.0), persistent=False
-        )
-        for name, start in (
-            ("i_gain", 1.0),
-            ("p_gain", 1.0),
-            ("progress", 0.0),
-            ("log_l0", float("nan")),
-            ("first_l0", float("nan")),
-        ):
-            self.register_buffer(name, torch.tensor(start), persistent=False)
 
-    def _coefficient(self) -> Tensor:
-        return self.l1_coeff * self.warm * self.i_gain * self.p_gain
+class _PenaltySAE(SAE):
+    """Base of the models whose sparsity comes from a penalty with a controlled coefficient."""
 
-    def _l1(self, latents: Tensor, norms: Tensor) -> dict[str, Tensor]:
-        per_token = latents.mean(-1) if self.l1_mean else latents @ norms
-        return {"L1": self._coefficient() * self.mean(per_token)}
+    sparsity: SparsityController
 
     @torch.no_grad()
-    def after_step(self, p, progress):
-        super().after_step(p, progress)
-        self.warm.fill_(min(1.0, progress / self.sparsity_warmup) if self.sparsity_warmup else 1.0)
-        if self.target_l0:
-            self._steer(
-                (self.average((p.latents != 0).sum(-1)) / self.target_l0).clamp_min(1e-3).log(),
-                progress,
-            )
-
-    def _steer(self, log_l0: Tensor, progress: float) -> None:
-        """Moves the coefficient by where log(L0 / target) will be a twentieth of the run ahead: at once (p_gain) and for good (i_gain).
-
-        Between the target and a bound that closes in on it nothing is done. All rates are per run, so that its length changes nothing.
-        """
-        share, before = progress - self.progress, self.log_l0.clone()
-        self.progress.fill_(progress)
-        if before.isnan():
-            self.log_l0.copy_(log_l0)
-            self.first_l0.copy_(log_l0.clamp_min(0))
-            return
-        self.log_l0.lerp_(log_l0, 0.1)
-        bound = (
-            self.first_l0 * max(0.0, 1 - progress / self.approach_share)
-            if self.approach_share
-            else 0.0
-        )
-        off = (
-            self.log_l0.clamp(max=0)
-            + (self.log_l0 - bound).clamp(min=0)
-            + 0.05 * (self.log_l0 - before) / share
-        )
-        self.i_gain *= torch.exp(8 * share * off.clamp(-1, 1))
-        self.p_gain.copy_(off.clamp(-1, 1).exp())
+    def after_step(self, out, progress, batch=WHOLE_BATCH):
+        super().after_step(out, progress, batch)
+        mean_l0 = None
+        if self.sparsity.target_l0:
+            mean_l0 = batch.average((out.latents != 0).sum(-1))
+        self.sparsity.update(mean_l0, progress)
 
 
-class Vanilla(_Sparsified, Dictionary):
+class _L1SAE(_PenaltySAE):
+    """Base of the models with an L1 penalty on their latents."""
+
+    def _set_l1(
+        self,
+        l1_coeff: float | None,
+        l1_mean: bool,
+        target_l0: float | None,
+        sparsity_warmup: float,
+    ) -> None:
+        if l1_coeff is None:
+            l1_coeff = default_l1_coefficient(self.hidden_size)
+        self.l1_mean = l1_mean
+        self.sparsity = SparsityController(l1_coeff, target_l0=target_l0, warmup=sparsity_warmup)
+
+    def _l1(self, latents: Tensor, norms: Tensor, batch: BatchInfo) -> Tensor:
+        """Return the penalty: latents [N,F] weighted by decoder norms [F], or their mean."""
+        per_token = latents.mean(-1) if self.l1_mean else latents @ norms
+        return self.sparsity.coefficient() * batch.mean(per_token)
+
+
+class Vanilla(_L1SAE, Dictionary):
     """ReLU, and L1 summed over latents, weighted by decoder norms (Conerly et al. 2024)."""
 
     architecture = "standard"
 
     def __init__(
         self,
-        hidden_size,
-        latent_size,
+        hidden_size: int,
+        latent_size: int,
         *,
-        l1_coeff=None,
-        l1_mean=False,
-        target_l0=None,
-        sparsity_warmup=0.05,
-        **rest,
-    ):
-        super().__init__(hidden_size, latent_size, **rest)
-        self._sparsity(
-            0.1 / hidden_size**0.5 if l1_coeff is None else l1_coeff,
-            l1_mean,
-            target_l0,
-            sparsity_warmup,
-        )
+        l1_coeff: float | None = None,
+        l1_mean: bool = False,
+        target_l0: float | None = None,
+        sparsity_warmup: float = 0.05,
+        **dictionary: Any,
+    ) -> None:
+        super().__init__(hidden_size, latent_size, **dictionary)
+        self._set_l1(l1_coeff, l1_mean, target_l0, sparsity_warmup)
 
-    def penalty(self, p):
-        return self._l1(p.latents, self.decoder.weight.norm(dim=0))
+    def penalty(self, out, batch=WHOLE_BATCH):
+        return {"L1": self._l1(out.latents, self.decoder.weight.norm(dim=0), batch)}
 
 
-class Gated(_Sparsified, Dictionary):
-    """Which latents are active is decided apart from how strongly (Rajamanoharan et al. 2024a).
+class Gated(_L1SAE, Dictionary):
+    """A gate decides which latents are active, a magnitude how strongly.
 
-    The gate is a step without gradient; it learns from L1 on ReLU(pi_gate) and from reconstructing through a frozen decoder.
+    Rajamanoharan et al. 2024a. The gate is a step without gradient; it learns from L1 on
+    ReLU(pi_gate) and from reconstructing through a frozen decoder.
     """
 
     architecture = "gated"
 
     def __init__(
         self,
-        hidden_size,
-        latent_size,
+        hidden_size: int,
+        latent_size: int,
         *,
-        l1_coeff=None,
-        l1_mean=False,
-        gated_aux=True,
-        target_l0=None,
-        sparsity_warmup=0.05,
-        **rest,
-    ):
-        super().__init__(hidden_size, latent_size, **rest)
-        self._sparsity(
-            0.1 / hidden_size**0.5 if l1_coeff is None else l1_coeff,
-            l1_mean,
-            target_l0,
-            sparsity_warmup,
-        )
+        l1_coeff: float | None = None,
+        l1_mean: bool = False,
+        gated_aux: bool = True,
+        target_l0: float | None = None,
+        sparsity_warmup: float = 0.05,
+        **dictionary: Any,
+    ) -> None:
+        super().__init__(hidden_size, latent_size, **dictionary)
+        self._set_l1(l1_coeff, l1_mean, target_l0, sparsity_warmup)
         self.gated_aux = gated_aux
         del self.latent_bias
         for name in ("gate_bias", "mag_bias", "r_mag"):
@@ -346,110 +335,117 @@ class Gated(_Sparsified, Dictionary):
     def pre_acts(self, x):
         return linear(x, self.encoder.weight, shift=self.pre_bias)
 
-    def activate(self, pre_acts, token=None):
-        return torch.where(
-            pre_acts > -self.gate_bias,
-            F.relu(torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts)),
-            0,
-        )
+    def activate(self, pre_acts, batch=WHOLE_BATCH):
+        magnitude = F.relu(torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts))
+        return torch.where(pre_acts > -self.gate_bias, magnitude, 0)
 
-    def penalty(self, p):
+    def penalty(self, out, batch=WHOLE_BATCH):
+        norms = self.decoder.weight.norm(dim=0)
         if not self.gated_aux:
-            return self._l1(p.latents, self.decoder.weight.norm(dim=0))
-        gate = F.relu(p.pre_acts + self.gate_bias)
-        frozen = linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
-        return self._l1(gate, self.decoder.weight.norm(dim=0).detach()) | {
-            "GateAux": self.mean(squared_errors(p.target, frozen))
+            return {"L1": self._l1(out.latents, norms, batch)}
+        gate = F.relu(out.pre_acts + self.gate_bias)
+        x_hat = linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
+        return {
+            "L1": self._l1(gate, norms.detach(), batch),
+            "GateAux": batch.mean(squared_errors(out.target, x_hat)),
         }
 
 
-class JumpReLU(_Sparsified, Dictionary):
-    """A learned threshold per latent; the penalty counts pre-activations above it (Rajamanoharan et al. 2024b)."""
+class JumpReLU(_PenaltySAE, Dictionary):
+    """A learned threshold per latent; the penalty counts the pre-activations above it.
+
+    Rajamanoharan et al. 2024b.
+    """
 
     architecture = "jumprelu"
-    approach_share = (
-        0.0  # its L0 begins near the target (warm_start), and thresholds are slow to come back
-    )
 
     def __init__(
         self,
-        hidden_size,
-        latent_size,
-        threshold=None,
-        bandwidth=None,
+        hidden_size: int,
+        latent_size: int,
+        threshold: float | None = None,
+        bandwidth: float | None = None,
         *,
-        l1_coeff=1e-3,
-        l0_post_jump=False,
-        target_l0=None,
-        sparsity_warmup=0.05,
-        **rest,
-    ):
-        super().__init__(hidden_size, latent_size, **rest)
-        l1_coeff = 1e-3 if l1_coeff is None else l1_coeff
-        self._sparsity(l1_coeff, False, target_l0, sparsity_warmup)
-        self.bandwidth = max(0.05, 1e-3 * hidden_size**0.5) if bandwidth is None else bandwidth
+        l1_coeff: float | None = DEFAULT_L0_COEFFICIENT,
+        l0_post_jump: bool = False,
+        target_l0: float | None = None,
+        sparsity_warmup: float = 0.05,
+        **dictionary: Any,
+    ) -> None:
+        super().__init__(hidden_size, latent_size, **dictionary)
+        coefficient = DEFAULT_L0_COEFFICIENT if l1_coeff is None else l1_coeff
+        # its L0 begins near the target (warm_start), and thresholds are slow to come back
+        self.sparsity = SparsityController(
+            coefficient, target_l0=target_l0, warmup=sparsity_warmup, approach_share=0.0
+        )
         self.auto_threshold = threshold is None
-        start = 0.5 * (l1_coeff * (hidden_size - 1)) ** 0.5 if self.auto_threshold else threshold
-        self.threshold = nn.Parameter(torch.full((latent_size,), float(max(start, 1e-4))))
+        if bandwidth is None:
+            bandwidth = max(0.05, 1e-3 * hidden_size**0.5)
+        if threshold is None:
+            threshold = 0.5 * (coefficient * (hidden_size - 1)) ** 0.5
+        start = float(max(threshold, MIN_THRESHOLD))
+        self.bandwidth = bandwidth
         self.l0_post_jump = l0_post_jump
+        self.threshold = nn.Parameter(torch.full((latent_size,), start))
 
     @torch.no_grad()
     def warm_start(self, x):
         super().warm_start(x)
-        if (
-            self.target_l0 and self.auto_threshold
-        ):  # thresholds move by one learning rate a step: in a short run never far enough
-            pre_acts = self.pre_acts(x.flatten(0, -2)[:1024])
-            count = min(round(20 * self.target_l0 * len(pre_acts)), pre_acts.numel() // 2)
-            self.threshold.fill_(
-                float(pre_acts.flatten().topk(max(1, count)).values[-1].clamp_min(1e-4))
-            )
+        target = self.sparsity.target_l0
+        if not target or not self.auto_threshold:
+            return
+        # a threshold moves by one learning rate a step, too slowly for a short run: start where
+        # 20 times the target is active
+        pre_acts = self.pre_acts(x.flatten(0, -2)[:1024])
+        count = min(round(20 * target * len(pre_acts)), pre_acts.numel() // 2)
+        start = pre_acts.flatten().topk(max(1, count)).values[-1]
+        self.threshold.fill_(float(start.clamp_min(MIN_THRESHOLD)))
 
-    def activate(self, pre_acts, token=None):
+    def activate(self, pre_acts, batch=WHOLE_BATCH):
         return Jump_func.apply(pre_acts, self.threshold, self.bandwidth)
 
-    def penalty(self, p):
-        counted = p.latents if self.l0_post_jump else p.pre_acts
-        return {
-            "L0_penalty": self._coefficient()
-            * self.mean(Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1))
-        }
+    def penalty(self, out, batch=WHOLE_BATCH):
+        counted = out.latents if self.l0_post_jump else out.pre_acts
+        l0 = Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1)
+        return {"L0_penalty": self.sparsity.coefficient() * batch.mean(l0)}
 
     @torch.no_grad()
-    def after_step(self, p, progress):
-        super().after_step(p, progress)
+    def after_step(self, out, progress, batch=WHOLE_BATCH):
+        super().after_step(out, progress, batch)
         if not self.l0_post_jump:
-            self.threshold.clamp_(min=1e-4)
+            self.threshold.clamp_(min=MIN_THRESHOLD)
 
 
-class Crosscoder(_Sparsified, SAE):
-    """One code read from all routed sites and written back to each (Lindsey et al. 2024). Decoder norms say where a latent lives."""
+# --------------------------------------------------------------------------- over several sites
+
+
+class Crosscoder(_L1SAE, SAE):
+    """One code read from all routed sites and written back to each (Lindsey et al. 2024).
+
+    Decoder norms say at which sites a latent lives.
+    """
 
     def __init__(
         self,
-        hidden_size,
-        n_layers,
-        latent_size,
+        hidden_size: int,
+        n_layers: int,
+        latent_size: int,
         *,
-        start_layer=None,
-        end_layer=None,
-        l1_coeff=None,
-        l1_mean=False,
-        target_l0=None,
-        sparsity_warmup=0.05,
-        decoder_bias=False,
-        free_norms=False,
-        norm_eps=1e-5,
-    ):
+        start_layer: int | None = None,
+        end_layer: int | None = None,
+        l1_coeff: float | None = None,
+        l1_mean: bool = False,
+        target_l0: float | None = None,
+        sparsity_warmup: float = 0.05,
+        decoder_bias: bool = False,
+        free_norms: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__(hidden_size, latent_size, norm_eps)
         self.routed = routed_sites(n_layers, start_layer, end_layer)
-        self.n_processed_layers, self.free_norms = len(self.routed), free_norms
-        self._sparsity(
-            0.1 / hidden_size**0.5 if l1_coeff is None else l1_coeff,
-            l1_mean,
-            target_l0,
-            sparsity_warmup,
-        )
+        self.n_processed_layers = len(self.routed)
+        self.free_norms = free_norms
+        self._set_l1(l1_coeff, l1_mean, target_l0, sparsity_warmup)
         self.latent_bias = nn.Parameter(torch.zeros(latent_size))
         self.encoder = nn.ModuleList(
             nn.Linear(hidden_size, latent_size, bias=False) for _ in self.routed
@@ -457,85 +453,67 @@ class Crosscoder(_Sparsified, SAE):
         self.decoder = nn.ModuleList(
             nn.Linear(latent_size, hidden_size, bias=False) for _ in self.routed
         )
-        self.decoder_bias = (
-            nn.Parameter(torch.zeros(self.n_processed_layers, hidden_size))
-            if decoder_bias
-            else None
-        )
-        unit = F.normalize(
-            torch.randn(latent_size, hidden_size), dim=1
-        )  # the same at every site: states of neighbours are alike
+        bias = torch.zeros(self.n_processed_layers, hidden_size)
+        self.decoder_bias = nn.Parameter(bias) if decoder_bias else None
+        # the same at every site, because neighbouring states are alike
+        unit = F.normalize(torch.randn(latent_size, hidden_size), dim=1)
+        # L1 falls hard on free columns that begin at norm 1
+        norm = 0.1 if free_norms else 1.0
         with torch.no_grad():
             for encoder, decoder in zip(self.encoder, self.decoder, strict=True):
                 encoder.weight.copy_(unit / self.n_processed_layers)
-                decoder.weight.copy_(
-                    (0.1 if free_norms else 1.0) * unit.T
-                )  # free norms: L1 falls hard on columns that begin at 1
+                decoder.weight.copy_(norm * unit.T)
 
     def sites(self):
         return self.routed
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        return linear(
-            x.flatten(-2),
-            torch.cat([encoder.weight for encoder in self.encoder], 1),
-            self.latent_bias,
-        )  # one product: no [N,L,F]
+        """Return the sum of all encoders and the bias. [...,L,D] -> [...,F]"""
+        # one product of concatenated weights: no [N,L,F] tensor
+        weight = torch.cat([encoder.weight for encoder in self.encoder], 1)
+        return linear(x.flatten(-2), weight, self.latent_bias)
 
     def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
-        return apply_inference_cut(F.relu(self.pre_acts(x)), infer_k, theta)
+        """Return the dense code. [...,L,D] -> [...,F]"""
+        return BatchInfo(infer_k=infer_k, theta=theta).cut(F.relu(self.pre_acts(x)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        x_hat = linear(latents, torch.cat([decoder.weight for decoder in self.decoder])).unflatten(
-            -1, (self.n_processed_layers, -1)
-        )
+        weight = torch.cat([decoder.weight for decoder in self.decoder])
+        x_hat = linear(latents, weight).unflatten(-1, (self.n_processed_layers, -1))
         return x_hat if self.decoder_bias is None else x_hat + self.decoder_bias
 
-    def forward(
-        self, x: Tensor, infer_k: int | None = None, theta: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(latents, x_hat [N,L,D]): the documented form."""
-        p = self.autoencode(x, infer_k, theta)
-        return p.latents, p.x_hat
+    forward = Dictionary.forward  # (latents, x_hat [N,L,D])
 
-    def autoencode(self, x, infer_k=None, theta=None, token=None):
+    def autoencode(self, x, batch=WHOLE_BATCH):
         pre_acts = self.pre_acts(x)
-        latents = apply_inference_cut(F.relu(pre_acts), infer_k, theta)
+        latents = batch.cut(F.relu(pre_acts))
         return SAEOutput(x, latents, self.decode(latents), pre_acts)
 
     def decoder_norms(self) -> Tensor:
-        """[L,F]: the profile over sites of each latent."""
+        """Return the norm of each latent's column at each site. [L,F]"""
         return torch.stack([decoder.weight.norm(dim=0) for decoder in self.decoder])
 
-    def penalty(self, p):
-        return self._l1(p.latents, self.decoder_norms().mean(0))
+    site_profile = decoder_norms
 
-    def strength(self, p):
-        return p.latents * self.decoder_norms().mean(0)
+    def edit_site(self, out, latents):
+        return self.routed[int(self.decoder_norms()[:, latents].sum(1).argmax())]
 
-    def patches(
-        self,
-        hidden,
-        *,
-        infer_k=None,
-        theta=None,
-        edit=None,
-        token=None,
-        keep_error=True,
-        clean=None,
-    ):
-        clean = clean or self.autoencode(
-            self.gather(hidden), infer_k, theta
-        )  # its code has read later sites too: no causal comparison
-        norms = self.decoder_norms().mean(0).clamp_min(1e-12)
+    def penalty(self, out, batch=WHOLE_BATCH):
+        return {"L1": self._l1(out.latents, self.decoder_norms().mean(0), batch)}
+
+    def strength(self, out):
+        return out.latents * self.decoder_norms().mean(0)
+
+    def patches(self, hidden, batch=WHOLE_BATCH, *, edit=None, keep_error=True, clean=None):
+        # the code has read later sites too, so a run at an early site is no causal comparison
+        clean = clean or self.autoencode(self.gather(hidden), batch)
         new = clean.x_hat
         if edit is not None:
-            wanted = edit(clean.latents * norms)
-            new = self.decode(
-                torch.where(wanted == clean.latents * norms, clean.latents, wanted / norms)
-            )
+            norms = self.decoder_norms().mean(0).clamp_min(1e-12)
+            strength = clean.latents * norms
+            new = self.decode(edited_code(clean.latents, strength, edit, lambda w: w / norms))
 
-        def at(index):
+        def patch_at(index):
             def patch(h):
                 _, mean, std = self.standardise(h)
                 if edit is not None and keep_error:
@@ -545,155 +523,107 @@ class Crosscoder(_Sparsified, SAE):
             return patch
 
         for index, site in enumerate(self.routed):
-            yield {site: at(index)}
+            yield {site: patch_at(index)}
 
     def decoders(self):
         return [] if self.free_norms else list(self.decoder)
 
 
 class RouteSAE(SAE):
-    """A router gives each token one of the routed sites; a TopK codes p times the state there (arXiv:2503.08200, eqs 5-12).
+    """A router gives each token one of the routed sites; a TopK codes p times its state there.
 
-    routing: "hard" (argmax); "soft" (the mixture); and controls. At scale 1, "random": a site drawn for each token, with route_shares where given,
-    else uniformly. At the token's own p, "permuted": hard sites shuffled over the tokens of a batch (of a process's part of it), so that the shares
-    stay; "oracle": the site with the least error.
-    router_objective: where the router's gradient comes from (src/router.py) under hard routing; errors of all sites are measured on one token in L.
-    A "frozen" router may be given route_shares too: its logits are shifted once so that its choices have them.
-    router_balance: "switch" adds coef times router.switch; "bias" moves a bias of each logit by coef against its load, without gradient
-    (Wang et al. 2024; here p feels it too).
-    route_scale: what multiplies the state, "p", "one", or "ste" (1, with the gradient of p); default p for published, else one.
+    arXiv:2503.08200, eqs 5-12. routing: "hard" takes the argmax, "soft" the mixture. Three are
+    controls. "random" draws a site for each token at scale 1, with route_shares or uniformly.
+    "permuted" deals the hard sites to other tokens of the batch (of a process's part of it), so
+    that the shares stay; "oracle" takes the site with the least error; both keep the token's p.
+
+    router_objective, router_balance: see src/router.py. The errors of all sites are measured on
+    one token in L. route_scale is what multiplies the state: "p", "one", or "ste" (1, with the
+    gradient of p). Its default is p for the published objective, else one.
     """
+
+    evaluation_options = ("routing", "route_patch")
 
     def __init__(
         self,
-        hidden_size,
-        n_layers,
-        latent_size,
-        k,
+        hidden_size: int,
+        n_layers: int,
+        latent_size: int,
+        k: int,
         *,
-        aggre="sum",
-        routing="hard",
-        route_patch="scaled",
-        start_layer=None,
-        end_layer=None,
-        router_objective="published",
-        router_balance="none",
-        router_balance_coef=None,
-        route_scale=None,
-        route_shares=None,
-        seed=42,
-        norm_eps=1e-5,
-        **rest,
-    ):
+        aggre: str = "sum",
+        routing: str = "hard",
+        route_patch: str = "scaled",
+        start_layer: int | None = None,
+        end_layer: int | None = None,
+        router_objective: str = "published",
+        router_balance: str = "none",
+        router_balance_coef: float | None = None,
+        route_scale: str | None = None,
+        route_shares: list[float] | None = None,
+        seed: int = 42,
+        norm_eps: float = 1e-5,
+        **topk: Any,
+    ) -> None:
         super().__init__(hidden_size, latent_size, norm_eps)
-        for what, value, known in (
-            ("aggre", aggre, ("sum", "mean")),
-            ("routing", routing, router.ROUTINGS),
-            ("router_objective", router_objective, router.OBJECTIVES),
-            ("router_balance", router_balance, router.BALANCES),
-            ("route_scale", route_scale, (None, *router.SCALES)),
-        ):
-            if value not in known:
-                raise ValueError(f"{what} {value!r}; known are {', '.join(map(str, known))}")
-        if routing not in ("hard", "permuted"):  # no choice of one site that could be learned
+        router.check_choice("routing", routing, router.ROUTINGS)
+        router.check_choice("route_scale", route_scale, (None, *router.SCALES))
+        if routing not in router.LEARNING_ROUTINGS:
             router_objective, router_balance = "published", "none"
+        _check_shares(route_shares, routing, router_objective)
         self.routed = routed_sites(n_layers, start_layer, end_layer)
-        self.n_layers, self.start_layer, self.end_layer, self.n_routed_layers = (
-            n_layers,
-            self.routed[0],
-            self.routed[-1] + 1,
-            len(self.routed),
-        )
-        self.aggre, self.routing, self.route_patch, self.seed = aggre, routing, route_patch, seed
-        self.objective, self.balance = router_objective, router_balance
-        self.balance_coef = (
-            {"none": 0.0, "switch": 0.02, "bias": 1e-3}[router_balance]
-            if router_balance_coef is None
-            else router_balance_coef
-        )
+        self.n_layers = n_layers
+        self.start_layer = self.routed[0]
+        self.end_layer = self.routed[-1] + 1
+        self.n_routed_layers = len(self.routed)
+        self.routing = routing
+        self.route_patch = route_patch
+        self.seed = seed
         self.route_scale = route_scale or ("p" if router_objective == "published" else "one")
-        taken = routing == "random" or router_objective == "frozen"
-        if route_shares and (not taken or not min(route_shares) >= 0 < sum(route_shares)):
-            what = f"route_shares {', '.join(map(str, route_shares))} with routing {routing}, router_objective {router_objective}"
-            raise ValueError(
-                f"{what}; it needs routing random or a frozen router, and numbers of which none is negative and one is not 0"
-            )
-        self.shares = torch.tensor(route_shares) if route_shares else None
-        self.router = nn.Linear(hidden_size, self.n_routed_layers, bias=False).requires_grad_(
-            router_objective != "frozen"
+        self.fits_shares = bool(route_shares) and routing != "random"
+        self.router = Router(
+            hidden_size,
+            self.n_routed_layers,
+            objective=router_objective,
+            balance=router_balance,
+            balance_coefficient=router_balance_coef,
+            aggre=aggre,
+            shares=route_shares,
+            keep_bias=router_balance == "bias" or self.fits_shares,
         )
-        shifted = router_balance == "bias" or (self.shares is not None and routing != "random")
-        self.register_buffer("load_bias", torch.zeros(self.n_routed_layers), persistent=shifted)
-        self.register_buffer(
-            "site_error", torch.full((self.n_routed_layers,), float("nan")), persistent=False
-        )
-        self.sae = TopK(hidden_size, latent_size, k, **rest)
+        self.sae = TopK(hidden_size, latent_size, k, **topk)
         self.k = k
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if f"{prefix}load_bias" in state_dict:  # where earlier versions kept it
+            state_dict[f"{prefix}router.load_bias"] = state_dict.pop(f"{prefix}load_bias")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def sites(self):
         return self.routed
 
+    # -------------------------------------------------------- the documented form
+
     def get_router_weights(self, x: Tensor, aggre: str = "sum") -> Tensor:
-        """Softmax over sites of the routed states' sum or mean. [...,L,D] -> [...,L]"""
-        if aggre not in ("sum", "mean"):
-            raise ValueError(f"aggre {aggre!r}; known are sum, mean")
-        pooled = x.sum(-2) if aggre == "sum" else x.mean(-2)
-        return (self.router(pooled) + self.load_bias).softmax(-1)
+        """Return the softmax over sites of the routed states' sum or mean. [...,L,D] -> [...,L]"""
+        return self.router(x, aggre)
 
     def route(
         self, x: Tensor, router_weights: Tensor, routing: str = "hard"
     ) -> tuple[Tensor, Tensor]:
-        """(layer_weights [...,L], routed_x [...,D]): p (1 where route_scale is not p) at the argmax and 0 elsewhere for hard, p itself for soft."""
-        if routing not in router.ROUTINGS:
-            raise ValueError(f"routing {routing!r}; known are {', '.join(router.ROUTINGS)}")
+        """Return (layer_weights [...,L], routed_x [...,D]).
+
+        Hard: layer_weights is 1 at the argmax and 0 elsewhere, routed_x is that site's state
+        times p (times 1 if route_scale is not p). Soft: layer_weights is p, routed_x the mixture.
+        """
+        router.check_choice("routing", routing, router.ROUTINGS)
         if routing == "soft":
             return router_weights, (router_weights[..., None] * x).sum(-2)
         p, site = router_weights.max(-1, keepdim=True)
-        p = p if self.route_scale == "p" else torch.ones_like(p)
-        there = x.take_along_dim(site[..., None], -2).squeeze(
-            -2
-        )  # one site's state, not a sum over L products of which L-1 are 0
-        return torch.zeros_like(router_weights).scatter(-1, site, p), p * there
-
-    def _weights(
-        self, x: Tensor, token: Tensor | None, infer_k: int | None, theta: float | None
-    ) -> Tensor:
-        keys = (
-            torch.arange(x.shape[:-2].numel(), device=x.device)
-            if token is None
-            else token.flatten()
-        )
-        if self.routing == "random":
-            site = router.sample_sites(
-                keys,
-                self.seed,
-                self.n_routed_layers,
-                None if self.shares is None else self.shares.to(x.device),
-            )
-            return router.one_hot(site.view(x.shape[:-2]), x[..., 0])
-        weights = self.get_router_weights(x, self.aggre)
-        if self.routing in ("hard", "soft"):
-            return weights
-        p, site = weights.flatten(0, -2).max(-1)
-        if self.routing == "permuted":
-            site = router.shuffled(site, keys, self.seed)
-        else:
-            site = self.site_errors(
-                x.flatten(0, -3), p if self.route_scale == "p" else None, infer_k, theta
-            ).argmin(-1)
-        return (p[:, None] * F.one_hot(site, self.n_routed_layers)).view_as(weights)
-
-    def _slice(self, x: Tensor) -> Tensor:
-        """The routed sites of an input that holds them, all sites, or all sites and the embedding."""
-        there = x.shape[-2]
-        if there == self.n_routed_layers:
-            return x
-        if there in (self.n_layers, self.n_layers + 1):
-            first = self.start_layer - (there == self.n_layers)
-            return x[..., first : first + self.n_routed_layers, :]
-        raise ValueError(
-            f"{there} layers; expected {self.n_routed_layers} routed ones, or all {self.n_layers} (+1 with the embedding)"
-        )
+        # one site's state, not a sum over L products of which L-1 are 0
+        state = x.take_along_dim(site[..., None], -2).squeeze(-2)
+        layer_weights = torch.zeros_like(router_weights).scatter(-1, site, 1.0)
+        return layer_weights, p * state if self.route_scale == "p" else state
 
     def forward(
         self,
@@ -702,145 +632,106 @@ class RouteSAE(SAE):
         routing: str = "hard",
         infer_k: int | None = None,
         theta: float | None = None,
-    ):
-        """(layer_weights, routed_x, latents, x_hat, router_weights): the documented form."""
-        x = self._slice(x)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return (layer_weights, routed_x, latents, x_hat, router_weights), as the reference does.
+
+        x holds the routed sites, all sites, or all sites and the embedding. [...,L,D]
+        """
+        x = self._routed_part(x)
         router_weights = self.get_router_weights(x, aggre)
         layer_weights, routed_x = self.route(x, router_weights, routing)
         latents, x_hat = self.sae(routed_x, infer_k, theta)
         return layer_weights, routed_x, latents, x_hat, router_weights
 
-    def autoencode(self, x, infer_k=None, theta=None, token=None):
-        weights = self._weights(x, token, infer_k, theta)
+    def _routed_part(self, x: Tensor) -> Tensor:
+        layers = x.shape[-2]
+        if layers == self.n_routed_layers:
+            return x
+        if layers in (self.n_layers, self.n_layers + 1):
+            first = self.start_layer - (layers == self.n_layers)
+            return x[..., first : first + self.n_routed_layers, :]
+        expected = f"expected {self.n_routed_layers} routed ones, or all {self.n_layers}"
+        raise ValueError(f"{layers} layers; {expected} (+1 with the embedding)")
+
+    # ----------------------------------------------------------- routing and coding
+
+    def _route_weights(self, x: Tensor, batch: BatchInfo) -> Tensor:
+        """Return the weights of the sites: p, or p (for "random" 1) at the chosen site alone."""
+        keys = batch.keys_of(x.flatten(0, -3))
+        if self.routing == "random":
+            site = self.router.sample(keys, self.seed)
+            return router.one_hot(site.view(x.shape[:-2]), x[..., 0])
+        weights = self.router(x)
+        if self.routing in ("hard", "soft"):
+            return weights
+        p, site = weights.flatten(0, -2).max(-1)
+        if self.routing == "permuted":
+            site = router.shuffled(site, keys, self.seed)
+        else:
+            scale = p if self.route_scale == "p" else None
+            site = self.site_errors(x.flatten(0, -3), scale, batch).argmin(-1)
+        return (p[:, None] * F.one_hot(site, self.n_routed_layers)).view_as(weights)
+
+    def autoencode(self, x, batch=WHOLE_BATCH):
+        weights = self._route_weights(x, batch)
         _, routed = self.route(x, weights, self.routing)
         scale = weights.max(-1).values
-        if self.routing != "soft" and (self.objective == "ste" or self.route_scale != "p"):
-            if self.objective == "ste":
+        through = self.router.objective == "ste"
+        if self.routing != "soft" and (through or self.route_scale != "p"):
+            if through:
                 routed = (router.straight_through(weights)[..., None] * x).sum(-2)
             if self.route_scale == "ste":
                 routed = routed * (scale / scale.detach())[..., None]
             scale = torch.ones_like(scale)
-        inner = self.sae.autoencode(routed, infer_k, theta)
-        return inner.replace(weights=weights, scale=scale, inputs=x)
-
-    @torch.no_grad()
-    def site_errors(
-        self,
-        x: Tensor,
-        scale: Tensor | None = None,
-        infer_k: int | None = None,
-        theta: float | None = None,
-    ) -> Tensor:
-        """NormMSE of every site's state, times scale [N], had the token gone there. [N,L,D] -> [N,L]"""
-        x = x if scale is None else x * scale[:, None, None]
-        found = [self.sae.autoencode(x[:, i], infer_k, theta) for i in range(x.shape[1])]
-        return torch.stack([squared_errors(p.target, p.x_hat) for p in found], dim=1)
-
-    def _sample(self, p: SAEOutput) -> tuple[Tensor, Tensor]:
-        """(errors, weights), both [n,L], of one token in L."""
-        every = slice(
-            (int(self.tokens_seen) - self.first) % self.n_routed_layers, None, self.n_routed_layers
-        )
-        x, weights, scale = (
-            p.inputs.flatten(0, -3)[every],
-            p.weights.flatten(0, -2)[every],
-            p.scale.flatten()[every],
-        )
-        return self.site_errors(x, scale.detach()), weights
-
-    def penalty(self, p):
-        terms = self.sae.penalty(p)
-        if self.objective in ("expected", "advantage") and p.weights.requires_grad:
-            errors, weights = self._sample(p)
-            whole = p.weights.shape[:-1].numel() if self.whole is None else self.whole
-            if count := len(
-                range(int(self.tokens_seen) % self.n_routed_layers, whole, self.n_routed_layers)
-            ):  # in the sample of the whole batch
-                mean = self.average(errors)
-                new = torch.where(
-                    self.site_error.isnan(), mean, 0.95 * self.site_error + 0.05 * mean
-                )
-                self.site_error.copy_(
-                    torch.where(mean.isnan(), self.site_error, new)
-                )  # a slice may have none of the sample
-                objective = (
-                    functools.partial(router.advantage_loss, mean_site_error=self.site_error)
-                    if self.objective == "advantage"
-                    else router.expected_error_loss
-                )
-                terms["Router"] = objective(weights, errors, mean=lambda each: each.sum() / count)
-        if self.balance == "switch" and self.balance_coef:
-            terms["Balance"] = self.balance_coef * router.switch_loss(
-                p.weights, router.load(p.weights, self.average), mean=self.mean
-            )
-        return terms
-
-    def strength(self, p):
-        return p.code if self.routing == "soft" else ops.divided(p.code, p.scale)
-
-    def patches(
-        self,
-        hidden,
-        *,
-        infer_k=None,
-        theta=None,
-        edit=None,
-        token=None,
-        keep_error=True,
-        clean=None,
-    ):
-        clean = clean or self.autoencode(self.gather(hidden), infer_k, theta, token)
-        site_of = clean.weights.argmax(-1)
-        scale = torch.ones_like(clean.scale) if self.route_patch == "unscaled" else clean.scale
-
-        def at(index):
-            def patch(h):
-                here = site_of == index
-                if not here.any():
-                    return h
-                x, mean, std = self.standardise(h[here])
-                soft = self.routing == "soft"
-                factor = torch.ones_like(scale[here, None]) if soft else scale[here, None]
-                inner = None if soft else self.sae.autoencode(factor * x, infer_k, theta)
-                z, x_hat = (
-                    (clean.latents[here], clean.x_hat[here])
-                    if soft
-                    else (inner.latents, inner.x_hat)
-                )
-                if edit is not None:
-                    wanted = edit(z / factor)
-                    wanted = torch.where(wanted == z / factor, z, wanted * factor)
-                    change = self.sae.decode(wanted) - self.sae.decode(z)
-                if edit is not None and keep_error:
-                    new = h[here] + change / factor * std
-                else:  # soft: the mixture's error moved to the strongest site; sum_l p_l (x_l + e) is the mixture's x_hat
-                    x_hat = x_hat if edit is None else x_hat + change
-                    new = (x + x_hat - clean.target[here] if soft else x_hat / factor) * std + mean
-                return h.index_put((here,), new.to(h.dtype))
-
-            return patch
-
-        used = site_of.unique().tolist() or [
-            0
-        ]  # the first in use is where the language model resumes
-        yield {self.routed[index]: at(index) for index in used}
+        out = self.sae.autoencode(routed, batch.cut_only())
+        return out.replace(weights=weights, scale=scale, inputs=x)
 
     def decode(self, latents):
         return self.sae.decode(latents)
 
-    def to_standard_form(self):
-        if self.routing == "soft":
-            raise ValueError(
-                "soft routing codes a mixture of sites, which is the state of no site; an SAE of one site cannot hold it"
-            )
-        (form,) = self.sae.to_standard_form().values()
-        caveat = "The router is left out: this is the shared dictionary, here on every token of the site, routed there or not."
-        if self.route_scale == "p":
-            caveat += " It was trained on p x, p the router's weight; here it codes x, so values stand for z/p (alike where biases are small)."
-        return {site: form._replace(caveat=caveat) for site in self.routed}
+    def strength(self, out):
+        return out.code if self.routing == "soft" else sparse.divided(out.code, out.scale)
 
-    def decoders(self):
-        return self.sae.decoders()
+    @torch.no_grad()
+    def site_errors(
+        self, x: Tensor, scale: Tensor | None = None, batch: BatchInfo = WHOLE_BATCH
+    ) -> Tensor:
+        """Return the NormMSE of every site's state, times scale [N], had the token gone there.
+
+        [N,L,D] -> [N,L]
+        """
+        x = x if scale is None else x * scale[:, None, None]
+        cut = batch.cut_only()
+        outputs = [self.sae.autoencode(x[:, i], cut) for i in range(x.shape[1])]
+        return torch.stack([squared_errors(out.target, out.x_hat) for out in outputs], dim=1)
+
+    def routing_errors(self, out, batch=WHOLE_BATCH):
+        return self.site_errors(out.inputs, None, batch)
+
+    # -------------------------------------------------------------------- training
+
+    def _sampled_errors(self, out: SAEOutput, batch: BatchInfo) -> tuple[Tensor, Tensor]:
+        """Return (errors, weights), both [n,L], of one token in L."""
+        first = (int(self.tokens_seen) - batch.token_offset) % self.n_routed_layers
+        sampled = slice(first, None, self.n_routed_layers)
+        x = out.inputs.flatten(0, -3)[sampled]
+        weights = out.weights.flatten(0, -2)[sampled]
+        scale = out.scale.flatten()[sampled]
+        return self.site_errors(x, scale.detach()), weights
+
+    def penalty(self, out, batch=WHOLE_BATCH):
+        terms = self.sae.penalty(out, batch)
+        if self.router.needs_errors and out.weights.requires_grad:
+            errors, weights = self._sampled_errors(out, batch)
+            tokens = out.weights.shape[:-1].numel()
+            if batch.batch_tokens is not None:
+                tokens = batch.batch_tokens
+            first = int(self.tokens_seen) % self.n_routed_layers
+            count = len(range(first, tokens, self.n_routed_layers))  # in the whole batch
+            if count:
+                terms["Router"] = self.router.error_loss(weights, errors, count, batch.average)
+        balance = self.router.balance_loss(out.weights, batch.mean, batch.average)
+        return terms if balance is None else terms | {"Balance": balance}
 
     def adam_parameters(self):
         return [self.router.weight]  # sign steps of 1e-2 saturate p at 1 within ten steps
@@ -848,63 +739,160 @@ class RouteSAE(SAE):
     @torch.no_grad()
     def warm_start(self, x):
         self.sae.warm_start(x)
-        if self.shares is not None and self.routing != "random":
-            self.load_bias.copy_(
-                router.logit_shifts(
-                    self.get_router_weights(x, self.aggre).clamp_min(1e-30).log(),
-                    self.shares.to(x.device),
-                )
-            )
+        if self.fits_shares:
+            self.router.fit_shares(x)
 
     @torch.no_grad()
-    def after_step(self, p, progress):
-        super().after_step(p, progress)
-        self.sae.after_step(p, progress)
-        if self.balance == "bias":
-            self.load_bias += (
-                self.balance_coef
-                * (1 / self.n_routed_layers - router.load(p.weights, self.average)).sign()
-            )
+    def after_step(self, out, progress, batch=WHOLE_BATCH):
+        super().after_step(out, progress, batch)
+        self.sae.after_step(out, progress, batch)
+        self.router.update_bias(out.weights, batch.average)
 
     @torch.no_grad()
-    def diagnostics(self, p):
-        """router.summary, the errors those of one token in L, and the gradient norm of the router."""
-        found, grad = (
-            router.summary(p.weights.flatten(0, -2), *self._sample(p), self.average),
-            self.router.weight.grad,
+    def diagnostics(self, out, batch=WHOLE_BATCH):
+        """Return router.summary (errors of one token in L) and the router's gradient norm."""
+        weights = out.weights.flatten(0, -2)
+        result = router.summary(weights, *self._sampled_errors(out, batch), batch.average)
+        grad = self.router.weight.grad
+        return result if grad is None else result | {"router_grad": grad.norm()}
+
+    def decoders(self):
+        return self.sae.decoders()
+
+    # -------------------------------------------------------------------- patching
+
+    def code_sites(self, out):
+        return out.weights.argmax(-1)
+
+    def patches(self, hidden, batch=WHOLE_BATCH, *, edit=None, keep_error=True, clean=None):
+        clean = clean or self.autoencode(self.gather(hidden), batch)
+        site_index = self.code_sites(clean)
+        unscaled = self.route_patch == "unscaled"
+        scale = torch.ones_like(clean.scale) if unscaled else clean.scale
+
+        def patch_at(index):
+            def patch(h):
+                routed = site_index == index
+                if not routed.any():
+                    return h
+                options = {"edit": edit, "keep_error": keep_error}
+                if self.routing == "soft":
+                    new = self._substitute_mixture(h[routed], clean, routed, **options)
+                else:
+                    new = self.substitute(h[routed], batch, scale=scale[routed], **options)
+                return h.index_put((routed,), new.to(h.dtype))
+
+            return patch
+
+        # the language model resumes at the first site in use
+        used = site_index.unique().tolist() or [0]
+        yield {self.routed[index]: patch_at(index) for index in used}
+
+    def substitute(
+        self,
+        h: Tensor,
+        batch: BatchInfo = WHOLE_BATCH,
+        *,
+        scale: Tensor,
+        edit=None,
+        keep_error: bool = True,
+    ) -> Tensor:
+        """Return what replaces the raw residual h [n,D] of tokens routed to one site.
+
+        scale [n] multiplies the standardised state before it is coded, and divides what is
+        decoded.
+        """
+        x, mean, std = self.standardise(h)
+        factor = scale[:, None]
+        out = self.sae.autoencode(factor * x, batch.cut_only())
+        if edit is None:
+            return out.x_hat / factor * std + mean
+        strength = out.latents / factor
+        wanted = edited_code(out.latents, strength, edit, lambda w: w * factor)
+        change = self.decode(wanted) - self.decode(out.latents)
+        if keep_error:
+            return h + change / factor * std
+        return (out.x_hat + change) / factor * std + mean
+
+    def _substitute_mixture(
+        self, h: Tensor, clean: SAEOutput, routed: Tensor, *, edit, keep_error: bool
+    ) -> Tensor:
+        """Move the error of the mixture to each token's strongest site.
+
+        If every state x_l gets the mixture's error e, then sum_l p_l (x_l + e) is its x_hat.
+        """
+        x, mean, std = self.standardise(h)
+        latents = clean.latents[routed]
+        x_hat = clean.x_hat[routed]
+        if edit is not None:
+            wanted = edited_code(latents, latents, edit, lambda w: w)
+            change = self.decode(wanted) - self.decode(latents)
+            if keep_error:
+                return h + change * std
+            x_hat = x_hat + change
+        return (x + x_hat - clean.target[routed]) * std + mean
+
+    def to_standard_form(self):
+        if self.routing == "soft":
+            reason = "soft routing codes a mixture of sites, which is the state of no site"
+            raise ValueError(f"{reason}; an SAE of one site cannot hold it")
+        (form,) = self.sae.to_standard_form().values()
+        caveat = (
+            "The router is left out: this is the shared dictionary, here on every token of the "
+            "site, routed there or not."
         )
-        return found if grad is None else found | {"router_grad": grad.norm()}
+        if self.route_scale == "p":
+            caveat += (
+                " It was trained on p x, p the router's weight; here it codes x, so values stand "
+                "for z/p (alike where biases are small)."
+            )
+        return {site: form._replace(caveat=caveat) for site in self.routed}
 
+
+def _check_shares(shares: list[float] | None, routing: str, objective: str) -> None:
+    """Raise ValueError for shares that nothing uses, or that are no shares."""
+    if not shares:
+        return
+    used = routing == "random" or objective == "frozen"
+    if used and min(shares) >= 0 < sum(shares):
+        return
+    given = f"route_shares {', '.join(map(str, shares))} with routing {routing}"
+    needs = "it needs routing random or a frozen router, and numbers of which none is negative"
+    raise ValueError(f"{given}, router_objective {objective}; {needs} and one is not 0")
+
+
+# ------------------------------------------------------------------------------------- building
 
 CLASSES = {
     cls.__name__: cls
-    for cls in (TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK)
-}
+    for cls in (
+        TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK
+    )
+}  # fmt: skip
 
 
 def build(name: str, hidden_size: int, n_layers: int | None, options: Mapping[str, Any]) -> SAE:
-    """A model of the zoo. Options its constructors do not take are left out; None means its default.
+    """Build a model of the zoo. Options it does not take are left out; None means its default.
 
     Raises ValueError for an unknown name, a missing or an impossible value.
     """
-    cls = CLASSES[canonical(name)]
-    known: set[str] = set()
-    for parent in (*cls.__mro__, *((TopK, Dictionary) if cls is RouteSAE else ())):
-        if issubclass(parent, SAE):
-            known |= set(inspect.signature(parent.__init__).parameters)
-    config = {key: value for key, value in options.items() if key in known and value is not None}
+    name = canonical(name)
+    entry = ZOO[name]
+    config = {
+        key: value
+        for key, value in options.items()
+        if key in entry.constructor and value is not None
+    }
     config |= {"hidden_size": hidden_size, "n_layers": n_layers}
-    if cls is not RouteSAE and "layer" in known and n_layers and "routed" not in config:
+    if "layer" in entry.options and n_layers:
         config.setdefault("layer", max(1, 3 * n_layers // 4))
-    if "n_layers" not in known:
-        del config["n_layers"]
-    sae = cls(**config)
-    sae.config = config | {"n_layers": n_layers}
+    sae = CLASSES[name](**config)
+    sae.config = config
     return sae
 
 
 def get_model(
     name: str, hidden_size: int, n_layers: int, latent_size: int, k: int = 64, **options: Any
 ) -> SAE:
-    """A model by its documented name."""
+    """Build a model by its documented name."""
     return build(name, hidden_size, n_layers, {"latent_size": latent_size, "k": k, **options})

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from src import checkpoint, config, demo, files, hooks
 from src.data import Batch
-from src.ops import dense, squared_errors
+from src.ops import squared_errors
+from src.sparse import dense
 
 
 class Reading(NamedTuple):
@@ -86,21 +87,18 @@ class Reader:
             torch.zeros(1, dtype=torch.long),
         ).to(self.cfg.device)
         hidden = hooks.read(self.language_model, batch, self.sae.sites())
-        p = self.sae.autoencode(
-            self.sae.gather(hidden), self.cfg.infer_k, self.cfg.theta, batch.token_keys()
-        )
+        p = self.sae.autoencode(self.sae.gather(hidden), hooks.batch_info(self.cfg, batch))
         error = squared_errors(p.target, p.x_hat).view(len(p.target), -1).mean(1)
-        sites = (
-            None
-            if p.weights is None
-            else [self.sae.sites()[i] for i in p.weights.argmax(-1).tolist()]
-        )
+        weights = self.sae.site_weights(p)
+        sites = None
+        if weights is not None:
+            sites = [self.sae.sites()[i] for i in weights.argmax(-1).tolist()]
+            weights = weights.cpu()
         tokens = [
             self.tokenizer.decode([token])
             for token, counts in zip(ids, mask[0].tolist(), strict=True)
             if counts
         ]
-        weights = None if p.weights is None else p.weights.cpu()
         return Reading(tokens, dense(self.sae.strength(p)).cpu(), sites, weights, error.cpu())
 
     def contexts(self, latent: int) -> list[tuple[float, str]]:

@@ -1,18 +1,25 @@
-"""How a router sends each token to one of L sites, and what it learns from. Functions without state; RouteSAE calls them.
+"""The router of RouteSAE: it gives each token one of L sites. What it computes and learns from.
 
-N tokens (any leading dimensions), L sites. weights [N,L] is the router's softmax p over logits a = W v, v the joined states of a token's sites;
-errors [N,L] holds e_l, the NormMSE of each site's state had the token gone there, as a constant. W's gradient is the sum over tokens of
-(d loss / d a) v^T, so an objective is told by its d loss / d a_j; i is the chosen site, the argmax of p.
+N tokens (any leading dimensions), L sites, D hidden. weights [N,L] is the softmax p over logits
+a = W v, where v [D] pools the states of a token's sites. errors [N,L] holds e_l, the NormMSE of
+each site's state had the token gone there, as a constant. The gradient of W is the sum over
+tokens of (d loss / d a) v^T, so each objective is given by its d loss / d a_j. The chosen site i
+is the argmax of p.
 
-published  NormMSE(p_i x_i, SAE(p_i x_i)) alone. With s = p_i, u = x_i, S the active latents, A = W_dec,S W_enc,S and beta all of x_hat that
-           does not scale with s, x_hat = s A u + beta and r = s u - x_hat; the loss is |(I - A) u - beta / s|^2 / |u|^2, so that
+published  Only NormMSE(p_i x_i, SAE(p_i x_i)). Write s = p_i and u = x_i. S are the active
+           latents and A = W_dec,S W_enc,S. All of x_hat that does not scale with s is beta, so
+           x_hat = s A u + beta and r = s u - x_hat. The loss is
+           |(I - A) u - beta / s|^2 / |u|^2, so that
                d loss / d a_j = s (1[j = i] - p_j) 2 <r, beta> / (s^3 |u|^2).
-           Without biases beta = 0: no gradient, whatever the sites. With them p_i is fitted to the biases' size; e_l of the sites not chosen
-           never enters.
-expected   adds the error the router can expect, sum_l p_l e_l (`expected_error_loss`).
-advantage  the same against what each site costs on average (`advantage_loss`): or it learns which site is easy, not which suits the token.
-ste        the chosen state enters with weight 1 and p's gradient (`straight_through`), target included.
-frozen     nothing: the router stays as it was drawn, but for a shift of its logits where shares are given. A control.
+           Without biases beta = 0: there is no gradient, whatever the sites. With biases, p_i is
+           fitted to their size. The errors of the other sites never enter.
+expected   Adds the error that the router can expect, sum_l p_l e_l (expected_error_loss).
+advantage  Compares it with what each site costs on average (advantage_loss). Otherwise the
+           router learns which site is easy, not which site suits the token.
+ste        The chosen state enters with weight 1 and the gradient of p (straight_through), in the
+           target too.
+frozen     Nothing: the router stays as it was drawn, except for a shift of its logits where
+           shares are given. This is a control.
 """
 
 from __future__ import annotations
@@ -21,129 +28,260 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from src.ops import random_integers
+from src.draws import random_integers
 
-Mean = Callable[
-    [Tensor], Tensor
-]  # over tokens; where the batch is shared out, over all of it or this part's share of that
+Mean = Callable[[Tensor], Tensor]  # over the tokens of the whole batch, or a part's share of it
 ROUTINGS = ("hard", "soft", "random", "permuted", "oracle")
-OBJECTIVES, BALANCES, SCALES = (
-    ("published", "expected", "advantage", "ste", "frozen"),
-    ("none", "switch", "bias"),
-    ("p", "one", "ste"),
-)
+LEARNING_ROUTINGS = ("hard", "permuted")  # the others choose no site that could be learned
+OBJECTIVES = ("published", "expected", "advantage", "ste", "frozen")
+BALANCES = ("none", "switch", "bias")
+SCALES = ("p", "one", "ste")
+AGGREGATIONS = ("sum", "mean")
+BALANCE_COEFFICIENTS = {"none": 0.0, "switch": 0.02, "bias": 1e-3}
+ERROR_MEMORY = 0.95  # of the running mean of each site's error
+FINE = 1 << 53  # steps into which shares are divided; exact in float64
+SHIFT_STEP = 0.5  # first step of logit_shifts; the steps shrink to 0
+
+
+def check_choice(name: str, value: object, known: tuple) -> None:
+    """Raise ValueError for a value that is not known."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r}; known are {', '.join(map(str, known))}")
+
+
+# ----------------------------------------------------------------------------- choosing a site
 
 
 def one_hot(site: Tensor, weights: Tensor) -> Tensor:
-    """Sites [N] as rows of zeros and a one, like weights [N,L]."""
+    """Return sites [N] as rows of zeros and a one, in the form of weights [N,L]."""
     return F.one_hot(site, weights.shape[-1]).to(weights.dtype)
 
 
 def normalised(shares: Tensor, n_sites: int) -> Tensor:
-    """Shares that add up to 1, in float64. Raises ValueError for those of another number of sites."""
+    """Return shares [L] that add up to 1, in float64. Raises ValueError for another number."""
     if len(shares) != n_sites:
         raise ValueError(f"route_shares has {len(shares)} numbers for {n_sites} routed sites")
     return shares.double() / shares.double().sum()
 
 
 def sample_sites(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -> Tensor:
-    """A site for each key, uniform or with the shares [L] given: a function of (key, seed) alone. int64 [N] -> [N]"""
+    """Draw a site index for each key, uniformly or with these shares [L]. int64 [N] -> [N]
+
+    It is a function of (key, seed) alone.
+    """
     if shares is None:
         return random_integers(keys, seed, n_sites)
-    fine = 1 << 53
-    ends = (normalised(shares, n_sites).cumsum(0) * fine).round().long()[:-1]
-    return torch.searchsorted(ends, random_integers(keys, seed, fine), right=True)
-
-
-def logit_shifts(logits: Tensor, shares: Tensor, rounds: int = 300) -> Tensor:
-    """What to add to each site's logit for its share of argmax choices among these tokens to be the one wanted. [N,L], [L] -> [L]"""
-    wanted, shift, least = (
-        normalised(shares, logits.shape[-1]),
-        torch.zeros_like(logits[0]),
-        1 / len(logits),
-    )
-    for i in range(
-        rounds
-    ):  # steps shrink: the share of a site jumps where many tokens are about to change it
-        shift += (
-            (1 - i / rounds)
-            * 0.5
-            * ((wanted + least) / (load(logits + shift) + least)).log().to(shift.dtype)
-        )
-    return shift
+    ends = (normalised(shares, n_sites).cumsum(0) * FINE).round().long()[:-1]
+    return torch.searchsorted(ends, random_integers(keys, seed, FINE), right=True)
 
 
 def shuffled(site: Tensor, keys: Tensor, seed: int) -> Tensor:
-    """The same sites dealt to other tokens of the batch, so that the shares stay. [N] -> [N]"""
+    """Return the same sites dealt to other tokens, so that the shares stay. [N] -> [N]"""
     return site[random_integers(keys, seed, 2**62).argsort()]
 
 
+def logit_shifts(logits: Tensor, shares: Tensor, rounds: int = 300) -> Tensor:
+    """Return what to add to each logit so that the argmax has these shares. [N,L], [L] -> [L]"""
+    wanted = normalised(shares, logits.shape[-1])
+    shift = torch.zeros_like(logits[0])
+    least = 1 / len(logits)
+    for i in range(rounds):  # steps shrink: a share jumps where many tokens are about to change
+        ratio = (wanted + least) / (load(logits + shift) + least)
+        shift += (1 - i / rounds) * SHIFT_STEP * ratio.log().to(shift.dtype)
+    return shift
+
+
+# ---------------------------------------------------------------------------------- objectives
+
+
 def expected_error_loss(weights: Tensor, errors: Tensor, mean: Mean = torch.mean) -> Tensor:
-    """Mean of sum_l p_l e_l. d / d a_j = p_j (e_j - sum_l p_l e_l): away from sites above the token's expected error, towards those below."""
+    """Return the mean of sum_l p_l e_l.
+
+    d / d a_j = p_j (e_j - sum_l p_l e_l): away from sites above the token's expected error,
+    towards those below it.
+    """
     return mean((weights * errors).sum(-1))
 
 
 def advantage_loss(
     weights: Tensor, errors: Tensor, mean_site_error: Tensor, mean: Mean = torch.mean
 ) -> Tensor:
-    """expected() of (e_l - E_l) / E_l, E_l [L] the running mean of e_l: towards sites where this token does better than tokens usually do there."""
-    return expected_error_loss(
-        weights, (errors - mean_site_error) / mean_site_error.clamp_min(1e-12), mean
-    )
+    """Return expected_error_loss of (e_l - E_l) / E_l; E_l [L] is the running mean of e_l.
+
+    It moves towards sites where this token does better than tokens usually do.
+    """
+    relative = (errors - mean_site_error) / mean_site_error.clamp_min(1e-12)
+    return expected_error_loss(weights, relative, mean)
 
 
 def straight_through(weights: Tensor) -> Tensor:
-    """1 at the argmax, 0 elsewhere, with the gradient of p: d / d a_j = p_j (g_j - sum_l p_l g_l), g_l = <d loss / d routed state, x_l>."""
+    """Return 1 at the argmax and 0 elsewhere, with the gradient of p.
+
+    d / d a_j = p_j (g_j - sum_l p_l g_l), with g_l = <d loss / d routed state, x_l>.
+    """
     return one_hot(weights.argmax(-1), weights) + (weights - weights.detach())
 
 
 def switch_loss(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tensor:
-    """L sum_l load_l mean p_l, 1 where the load is even (Fedus et al. 2021). load [L], the share of tokens of each site, is a constant:
-    d / d a_j = L p_j (load_j - sum_l p_l load_l) for each token, over N."""
+    """Return L sum_l load_l mean p_l, which is 1 where the load is even (Fedus et al. 2021).
+
+    load [L], the share of tokens of each site, is a constant:
+    d / d a_j = L p_j (load_j - sum_l p_l load_l) for each token, over N.
+    """
     return weights.shape[-1] * mean((load * weights).sum(-1))
 
 
-def load(weights: Tensor, mean: Mean = lambda each: each.mean(0)) -> Tensor:
-    """Share of tokens that choose each site. [N,L] -> [L]"""
+# ------------------------------------------------------------------------------------ measures
+
+
+def load(weights: Tensor, mean: Mean = lambda rows: rows.mean(0)) -> Tensor:
+    """Return the share of tokens that choose each site. [N,L] -> [L]"""
     return mean(one_hot(weights.argmax(-1), weights).flatten(0, -2))
 
 
 def entropy(shares: Tensor) -> Tensor:
-    """Entropy of distributions over sites, 1 for a uniform one. [...,L] -> [...]"""
+    """Return the entropy of distributions over sites, 1 for a uniform one. [...,L] -> [...]"""
     if shares.shape[-1] == 1:
         return torch.zeros_like(shares[..., 0])
     return torch.special.entr(shares).sum(-1) / torch.tensor(float(shares.shape[-1])).log()
 
 
 def regret(site: Tensor, errors: Tensor) -> Tensor:
-    """Error at the chosen site less that at the best. [N], [N,L] -> [N]"""
+    """Return the error at the chosen site minus the error at the best. [N], [N,L] -> [N]"""
     return errors.gather(-1, site[..., None])[..., 0] - errors.min(-1).values
 
 
+def information(counts: Tensor) -> float:
+    """Return the mutual information, in nats, of row and column of a table of counts [V,L]."""
+    joint = counts.double() / counts.sum()
+    rows = torch.special.entr(joint.sum(1)).sum()
+    columns = torch.special.entr(joint.sum(0)).sum()
+    return float(columns + rows - torch.special.entr(joint).sum())
+
+
 def summary(weights: Tensor, errors: Tensor, sampled: Tensor, mean: Mean) -> dict[str, Tensor]:
-    """Share of tokens and mean p per site, largest p, entropy of the shares and mean entropy of p (1: uniform); of sampled tokens, whose weights
-    are `sampled`, the error of each site, regret (error at the chosen site less that at the best) and how often the two agree."""
-    share, site = load(weights, mean), sampled.argmax(-1)
-    found = {
+    """Return what is logged of the routing of some tokens.
+
+    Of weights [N,L]: the share of tokens and the mean p of each site, the largest p, and the
+    entropies of the shares and of p (1 is uniform). Of sampled tokens, with weights `sampled`
+    [n,L] and errors [n,L]: the error of each site, the regret, and how often the chosen site is
+    the best one.
+    """
+    share = load(weights, mean)
+    site = sampled.argmax(-1)
+    result = {
         "share": share,
         "mean_p": mean(weights),
         "p_max": mean(weights.max(-1).values),
         "share_entropy": entropy(share),
+        "p_entropy": mean(entropy(weights)),
+        "regret": mean(regret(site, errors)),
     }
-    found |= {"p_entropy": mean(entropy(weights)), "regret": mean(regret(site, errors))}
-    if found["regret"].isnan():  # no token was sampled
-        del found["regret"]
-        return found
-    return found | {"NormMSE_per_site": mean(errors), "agreement": mean(site == errors.argmin(-1))}
+    if result["regret"].isnan():  # no token was sampled
+        del result["regret"]
+        return result
+    result["NormMSE_per_site"] = mean(errors)
+    result["agreement"] = mean(site == errors.argmin(-1))
+    return result
 
 
-def information(counts: Tensor) -> float:
-    """Mutual information in nats of the row and the column of a table of counts [V,L]."""
-    joint = counts.double() / counts.sum()
-    return float(
-        torch.special.entr(joint.sum(0)).sum()
-        + torch.special.entr(joint.sum(1)).sum()
-        - torch.special.entr(joint).sum()
-    )
+# ---------------------------------------------------------------------------------- the module
+
+
+class Router(nn.Module):
+    """A linear router over L sites. Its public parameter is `weight` [L,D].
+
+    objective: what its gradient comes from (see the module). balance: "switch" adds
+    coefficient x switch_loss; "bias" moves a bias of each logit by the coefficient against its
+    load, without gradient (Wang et al. 2024; here p feels the bias too). shares: with a frozen
+    router, the logits are shifted once so that its choices have these shares.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_sites: int,
+        *,
+        objective: str = "published",
+        balance: str = "none",
+        balance_coefficient: float | None = None,
+        aggre: str = "sum",
+        shares: list[float] | None = None,
+        keep_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("aggre", aggre, AGGREGATIONS)
+        check_choice("router_objective", objective, OBJECTIVES)
+        check_choice("router_balance", balance, BALANCES)
+        if balance_coefficient is None:
+            balance_coefficient = BALANCE_COEFFICIENTS[balance]
+        self.objective = objective
+        self.balance = balance
+        self.balance_coefficient = balance_coefficient
+        self.aggre = aggre
+        self.shares = torch.tensor(shares) if shares else None
+        weight = nn.Linear(hidden_size, n_sites, bias=False).weight
+        self.weight = weight.requires_grad_(objective != "frozen")
+        self.register_buffer("load_bias", torch.zeros(n_sites), persistent=keep_bias)
+        site_error = torch.full((n_sites,), float("nan"))  # running mean of each site's error
+        self.register_buffer("site_error", site_error, persistent=False)
+
+    @property
+    def n_sites(self) -> int:
+        return len(self.weight)
+
+    @property
+    def needs_errors(self) -> bool:
+        """Whether the objective compares the errors of all sites."""
+        return self.objective in ("expected", "advantage")
+
+    def forward(self, x: Tensor, aggre: str | None = None) -> Tensor:
+        """Return the softmax over sites of the routed states' sum or mean. [...,L,D] -> [...,L]"""
+        aggre = self.aggre if aggre is None else aggre
+        check_choice("aggre", aggre, AGGREGATIONS)
+        pooled = x.sum(-2) if aggre == "sum" else x.mean(-2)
+        return (F.linear(pooled, self.weight) + self.load_bias).softmax(-1)
+
+    def sample(self, keys: Tensor, seed: int) -> Tensor:
+        """Draw a site index for each key, with the shares where they are given. [N] -> [N]"""
+        shares = None if self.shares is None else self.shares.to(keys.device)
+        return sample_sites(keys, seed, self.n_sites, shares)
+
+    def error_loss(self, weights: Tensor, errors: Tensor, count: int, average: Mean) -> Tensor:
+        """Return the objective over sampled tokens; `count` is their number in the whole batch.
+
+        weights, errors [n,L]. Also updates the running mean of each site's error.
+        """
+        mean_error = average(errors)
+        new = (1 - ERROR_MEMORY) * mean_error
+        new = torch.where(self.site_error.isnan(), mean_error, ERROR_MEMORY * self.site_error + new)
+        # a slice of the batch may have no sampled token
+        self.site_error.copy_(torch.where(mean_error.isnan(), self.site_error, new))
+
+        def mean(values: Tensor) -> Tensor:
+            return values.sum() / count
+
+        if self.objective == "advantage":
+            return advantage_loss(weights, errors, self.site_error, mean)
+        return expected_error_loss(weights, errors, mean)
+
+    def balance_loss(self, weights: Tensor, mean: Mean, average: Mean) -> Tensor | None:
+        """Return the weighted switch loss; None if the load is balanced in another way."""
+        if self.balance != "switch" or not self.balance_coefficient:
+            return None
+        return self.balance_coefficient * switch_loss(weights, load(weights, average), mean)
+
+    @torch.no_grad()
+    def fit_shares(self, x: Tensor) -> None:
+        """Shift the logits so that the choices among these tokens have the shares. x [N,L,D]"""
+        logits = self(x).clamp_min(1e-30).log()
+        self.load_bias.copy_(logit_shifts(logits, self.shares.to(x.device)))
+
+    @torch.no_grad()
+    def update_bias(self, weights: Tensor, average: Mean) -> None:
+        """Move each logit's bias against its load, if that is how the load is balanced."""
+        if self.balance == "bias":
+            excess = 1 / self.n_sites - load(weights, average)
+            self.load_bias += self.balance_coefficient * excess.sign()

@@ -1,6 +1,7 @@
-"""The contract of a sparse autoencoder: it answers questions, so that nobody need ask its name.
+"""The interface of a sparse autoencoder (SAE): what it is told, what it returns, what it answers.
 
-N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are 1-based, indices into routed sites 0-based.
+N tokens (any leading dimensions), L sites, D hidden, F latents. Sites are numbered from 1; a
+site index counts a model's own sites from 0.
 """
 
 from __future__ import annotations
@@ -14,31 +15,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import distributed
 from src.ops import (
-    Sparse,
     apply_inference_cut,
-    dense,
-    firings,
     geometric_median,
     linear,
     pre_process,
     squared_errors,
-    standardised,
+    stack_standardised,
 )
+from src.sparse import SparseCode, cat_codes, dense, firings
 
-Patch = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> what replaces it
-WARM_START = 8192  # tokens that warm_start looks at
+Patch = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> its replacement
+Edit = Callable[[Tensor], Tensor]  # dense code in units of strength [...,F] -> the code wanted
+Reduction = Callable[[Tensor], Tensor]  # over the processes that share a batch
+WARM_START_TOKENS = 8192  # what warm_start looks at
+DEAD_SHARE = 0.1  # a latent is reported dead if it was silent for this share of all tokens
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchInfo:
+    """What an SAE is told about the tokens it gets, besides their states.
+
+    The tokens may be a part of a larger batch: batches are divided between processes, and into
+    slices where memory is short. The loss terms of all parts add up to the loss of the batch.
+    """
+
+    token_keys: Tensor | None = None  # int64 [N], a number of its own for each token of the data
+    infer_k: int | None = None  # keep this many latents instead of the trained rule
+    theta: float | None = None  # keep latents above this value instead
+    batch_tokens: int | None = None  # tokens of the whole batch; None: these are all of it
+    token_offset: int = 0  # index in the whole batch of the first token here
+    all_sum: Reduction = _identity  # adds over the processes
+    all_max: Reduction = _identity  # takes the maximum over them, entry by entry
+
+    @property
+    def has_cut(self) -> bool:
+        """Whether infer_k or theta replaces the trained rule."""
+        return self.infer_k is not None or self.theta is not None
+
+    def cut_only(self) -> BatchInfo:
+        """Return the same cut for other tokens."""
+        return BatchInfo(infer_k=self.infer_k, theta=self.theta)
+
+    def cut(self, latents: Tensor) -> Tensor:
+        """Apply the cut that was asked for."""
+        return apply_inference_cut(latents, self.infer_k, self.theta)
+
+    def keys_of(self, flat: Tensor) -> Tensor:
+        """Return the keys of tokens [N,...]; their index in the batch if none were given."""
+        if self.token_keys is None:
+            return torch.arange(len(flat), device=flat.device)
+        return self.token_keys.flatten()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return this part's share of the mean over the tokens of the whole batch. [N,...] -> []"""
+        if self.batch_tokens is None:
+            return x.mean()
+        return x.sum() / (self.batch_tokens * x.shape[1:].numel())
+
+    def average(self, x: Tensor) -> Tensor:
+        """Return the mean over the tokens of all processes, without gradient. [N,...] -> [...]
+
+        It is nan where there are no tokens.
+        """
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        sums = self.all_sum(torch.cat([x.sum(0).flatten(), x.new_full((1,), len(x))]))
+        return (sums[:-1] / sums[-1]).view(x.shape[1:])
+
+
+WHOLE_BATCH = BatchInfo()
 
 
 @dataclasses.dataclass(frozen=True)
 class SAEOutput:
-    """One trip through an SAE."""
+    """One pass through an SAE."""
 
     target: Tensor  # what x_hat should equal [N,D] or [N,L,D]
-    code: Tensor | Sparse  # of shape [N,F] or [N,L,F], dense or by its entries
+    code: Tensor | SparseCode  # of shape [N,F] or [N,L,F]
     x_hat: Tensor  # reconstruction, shape of target
-    pre_acts: Tensor | None = None  # before the activation; what penalties read
+    pre_acts: Tensor | None = None  # before the activation; penalties read it
     weights: Tensor | None = None  # share of each site (routed models) [N,L]
     scale: Tensor | None = None  # what multiplied the routed site's state: p, or 1 [N]
     inputs: Tensor | None = None  # the states of all sites (routed models) [N,L,D]
@@ -53,55 +112,55 @@ class SAEOutput:
         """In how many codes each latent is not 0. int64 [F]"""
         return firings(self.code)
 
+    @property
+    def n_codes(self) -> int:
+        """Number of codes: N, or N L."""
+        return self.code.shape[:-1].numel()
+
     def replace(self, **changed: Any) -> SAEOutput:
+        """Return a copy with other values."""
         return dataclasses.replace(self, **changed)
 
     @staticmethod
-    def cat(passes: list[SAEOutput]) -> SAEOutput:
-        """The passes of consecutive tokens as one."""
-        join = {
-            field.name: [getattr(p, field.name) for p in passes]
+    def cat(outputs: list[SAEOutput]) -> SAEOutput:
+        """Return the outputs of consecutive tokens as one."""
+        columns = {
+            field.name: [getattr(out, field.name) for out in outputs]
             for field in dataclasses.fields(SAEOutput)
         }
-        codes = join.pop("code")
-        code = Sparse.cat(codes) if isinstance(codes[0], Sparse) else torch.cat(codes)
-        return SAEOutput(
-            code=code,
-            **{
-                name: None if parts[0] is None else torch.cat(parts) for name, parts in join.items()
-            },
-        )
+        code = cat_codes(columns.pop("code"))
+        return SAEOutput(code=code, **{name: _cat(parts) for name, parts in columns.items()})
 
     def detach_code(self) -> SAEOutput:
-        """What is read after the backward pass: the code and where it was routed, without graph. target, x_hat and pre_acts are None."""
-        held = {name: getattr(self, name) for name in ("code", "weights", "scale", "inputs")}
-        return SAEOutput(
-            None,
-            x_hat=None,
-            **{
-                name: value.detach() if isinstance(value, Tensor) else value
-                for name, value in held.items()
-            },
-        )
+        """Return what is read after the backward pass: the code and the routing, without graph.
+
+        target, x_hat and pre_acts are None.
+        """
+        kept = {name: getattr(self, name) for name in ("code", "weights", "scale", "inputs")}
+        for name, value in kept.items():
+            kept[name] = value.detach() if isinstance(value, Tensor) else value
+        return SAEOutput(target=None, x_hat=None, **kept)
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
 
 
 class StandardForm(NamedTuple):
-    """An SAE at one site in the terms libraries share: ReLU, TopK, JumpReLU or gate over (input - b_dec) W_enc, and W_dec back."""
+    """An SAE at one site in the terms that libraries share.
 
-    architecture: (
-        str  # "standard", "topk" (negative values among the k clipped), "jumprelu" or "gated"
-    )
-    tensors: dict[
-        str, Tensor
-    ]  # W_enc [D,F], W_dec [F,D], b_dec [D]; by architecture b_enc, threshold, b_gate, b_mag, r_mag [F]
-    code: Callable[
-        [Tensor], Tensor
-    ]  # the SAE's own code of a standardised state [N,D] -> [N,F], to compare with
+    It applies ReLU, TopK, JumpReLU or a gate to (input - b_dec) W_enc, and decodes with W_dec.
+    """
+
+    architecture: str  # "standard", "topk" (negative values clipped), "jumprelu" or "gated"
+    # W_enc [D,F], W_dec [F,D], b_dec [D]; by architecture b_enc, threshold, b_gate, b_mag, r_mag [F]
+    tensors: dict[str, Tensor]
+    code: Callable[[Tensor], Tensor]  # the SAE's own code of a standardised state [N,D] -> [N,F]
     k: int | None = None
-    caveat: str = ""  # what the plain form leaves out
+    caveat: str = ""  # what the standard form leaves out
 
 
-STANDARD_NAMES = {  # of the tensors -> of our parameters; matrices are transposed
+STANDARD_NAMES = {  # standard name -> our parameter; matrices are transposed
     "W_enc": "encoder.weight",
     "W_dec": "decoder.weight",
     "b_dec": "pre_bias",
@@ -116,236 +175,264 @@ STANDARD_NAMES = {  # of the tensors -> of our parameters; matrices are transpos
 def routed_sites(
     n_layers: int, start_layer: int | None = None, end_layer: int | None = None
 ) -> list[int]:
-    """Sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive. Raises ValueError for a model too shallow, or a range outside it."""
+    """Return the sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive.
+
+    Raises ValueError for a model that is too shallow, or a range outside it.
+    """
     if start_layer is not None and end_layer is not None and not 1 <= start_layer < end_layer:
-        raise ValueError(
-            f"--start_layer {start_layer} --end_layer {end_layer}; sites run from start to before end, and begin at 1"
-        )
+        given = f"--start_layer {start_layer} --end_layer {end_layer}"
+        raise ValueError(f"{given}; sites run from start to before end, and begin at 1")
     if n_layers is None or (n_layers < 4 and (start_layer is None or end_layer is None)):
-        raise ValueError(
-            f"{n_layers} blocks; a model over several sites needs a language model of at least 4"
-        )
+        needed = "a model over several sites needs a language model of at least 4"
+        raise ValueError(f"{n_layers} blocks; {needed}")
     start = n_layers // 4 if start_layer is None else start_layer
     end = 3 * n_layers // 4 + 1 if end_layer is None else end_layer
     if not 1 <= start < end <= n_layers + 1:
-        raise ValueError(
-            f"routed sites {start} ... {end - 1} of a {n_layers}-block model; sites run from 1 to {n_layers}"
-        )
+        sites = f"routed sites {start} ... {end - 1} of a {n_layers}-block model"
+        raise ValueError(f"{sites}; sites run from 1 to {n_layers}")
     return list(range(start, end))
 
 
-class SAE(nn.Module):
-    """The contract. Subclasses say what differs."""
+def edited_code(
+    code: Tensor, strength: Tensor, edit: Edit, to_code: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Apply an edit to a code whose strength is given; what the edit leaves keeps its bits."""
+    wanted = edit(strength)
+    return torch.where(wanted == strength, code, to_code(wanted))
 
-    architecture = ""  # of the plain form
-    input_norm = "token"  # each token's state standardised, or "none": taken as it is
+
+class SAE(nn.Module):
+    """Base class of all SAEs. Trainer, evaluator, applier and steerer use only this interface."""
+
+    architecture = ""  # of the standard form
+    input_norm = "token"  # each token's state is standardised; "none": it is taken as it is
+    evaluation_options: tuple[str, ...] = ()  # attributes that an evaluation may change
 
     def __init__(self, hidden_size: int, latent_size: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         if hidden_size <= 0 or latent_size <= 0:
-            raise ValueError(
-                f"hidden_size {hidden_size}, latent_size {latent_size}; both must be positive"
-            )
-        self.hidden_size, self.latent_size, self.norm_eps = hidden_size, latent_size, norm_eps
+            sizes = f"hidden_size {hidden_size}, latent_size {latent_size}"
+            raise ValueError(f"{sizes}; both must be positive")
+        self.hidden_size = hidden_size
+        self.latent_size = latent_size
+        self.norm_eps = norm_eps
         self.config: dict[str, Any] = {}
-        self.first, self.whole = 0, None
-        self.register_buffer(
-            "tokens_since_fired", torch.zeros(latent_size), persistent=False
-        )  # tokens since a latent was last active
+        self.register_buffer("tokens_since_fired", torch.zeros(latent_size), persistent=False)
         self.register_buffer("tokens_seen", torch.zeros(()), persistent=False)
 
     @property
     def name(self) -> str:
         return type(self).__name__
 
+    # ---------------------------------------------------------------- reading and coding
+
     def sites(self) -> list[int]:
-        """The residual-stream sites it reads."""
+        """Return the residual-stream sites that it reads."""
         raise NotImplementedError
 
     def standardise(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x, mean, std) of raw states: h = x * std + mean. [...,D] -> [...,D], [...,1], [...,1]"""
+        """Return (x, mean, std) of raw states, with h = x std + mean.
+
+        [...,D] -> [...,D], [...,1], [...,1]
+        """
         if self.input_norm == "none":
             h = h.float()
             return h, torch.zeros_like(h[..., :1]), torch.ones_like(h[..., :1])
         x, mean, std = pre_process(h, self.norm_eps)
-        return x, mean, std + self.norm_eps  # what x has to be multiplied by to get h back exactly
+        return x, mean, std + self.norm_eps  # exactly what x has to be multiplied by
 
     def gather(self, hidden: Mapping[int, Tensor]) -> Tensor:
-        """{site: [N,D]} -> its standardised input."""
+        """Return its standardised input. {site: [N,D]} -> [N,D] or [N,L,D]"""
         states = [hidden[site] for site in self.sites()]
-        return (
-            standardised(states, self.norm_eps)
-            if self.input_norm == "token"
-            else torch.stack(states, dim=-2).float()
-        )
+        if self.input_norm == "token":
+            return stack_standardised(states, self.norm_eps)
+        return torch.stack(states, dim=-2).float()
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Return the reconstruction of a dense code."""
         raise NotImplementedError
 
-    def autoencode(
-        self,
-        x: Tensor,
-        infer_k: int | None = None,
-        theta: float | None = None,
-        token: Tensor | None = None,
-    ) -> SAEOutput:
+    def autoencode(self, x: Tensor, batch: BatchInfo = WHOLE_BATCH) -> SAEOutput:
+        """Code an input of gather() and reconstruct it."""
         raise NotImplementedError
 
-    def part_of(self, whole: int | None, first: int = 0) -> None:
-        """Says that what comes next is a part of a batch of `whole` tokens, its token `first` and what follows (None: all of it).
+    def strength(self, out: SAEOutput) -> Tensor | SparseCode:
+        """Return the code in units that compare between tokens and models."""
+        return out.code
 
-        A batch is shared out to several processes, and to slices where memory is short. The terms of its parts add up to its loss.
-        """
-        for module in self.modules():
-            if isinstance(module, SAE):
-                module.whole, module.first = whole, first
+    # ------------------------------------------------------------------------- training
 
-    def mean(self, x: Tensor) -> Tensor:
-        """This part's share of the mean over the tokens of the whole batch: [N,...] -> []"""
-        return x.mean() if self.whole is None else x.sum() / (self.whole * x.shape[1:].numel())
-
-    def total(self, x: Tensor) -> Tensor:
-        """Sum over the processes that share a training step (in evaluation each works alone)."""
-        return distributed.all_sum(x) if self.training else x
-
-    def average(self, x: Tensor) -> Tensor:
-        """Mean over the tokens here and in the other processes, nan where there are none. No gradient. [N,...] -> [...]"""
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        sums = self.total(torch.cat([x.sum(0).flatten(), x.new_full((1,), len(x))]))
-        return (sums[:-1] / sums[-1]).view(x.shape[1:])
-
-    def penalty(self, p: SAEOutput) -> dict[str, Tensor]:
-        """Weighted extra terms of the loss, by name."""
+    def penalty(self, out: SAEOutput, batch: BatchInfo = WHOLE_BATCH) -> dict[str, Tensor]:
+        """Return the weighted extra terms of the loss, by name."""
         return {}
 
-    def loss(self, p: SAEOutput) -> dict[str, Tensor]:
-        """Terms that add up to the training loss, over the parts of a batch too (part_of)."""
-        return {"NormMSE": self.mean(squared_errors(p.target, p.x_hat)), **self.penalty(p)}
-
-    def strength(self, p: SAEOutput) -> Tensor | Sparse:
-        """The code in units that compare between tokens and models."""
-        return p.code
-
-    def patches(
-        self,
-        hidden,
-        *,
-        infer_k=None,
-        theta=None,
-        edit=None,
-        token=None,
-        keep_error=True,
-        clean=None,
-    ) -> Iterator[dict[int, Patch]]:
-        """One {site: function(h [N,D]) -> h'} per patched run: the residual replaced by its reconstruction.
-
-        `clean`: what autoencode gave for `hidden`, where the caller has it (its latents only where there is an edit); it is not computed again.
-
-        `edit` maps a code in units of `strength` to the code wanted. The residual then keeps what the SAE misses: only the change is
-        decoded and added, so that an edit without effect is none bit for bit. With keep_error=False the edited code replaces all.
-        """
-
-        def at(index: int) -> Patch:
-            known = (
-                None
-                if clean is None or edit is not None
-                else clean.x_hat
-                if clean.x_hat.dim() == 2
-                else clean.x_hat[:, index]
-            )
-            return lambda h: self._substitute(h, infer_k, theta, edit, token, keep_error, known)
-
-        for index, site in enumerate(self.sites()):
-            yield {site: at(index)}
-
-    def _substitute(
-        self, h: Tensor, infer_k, theta, edit, token, keep_error, known: Tensor | None
-    ) -> Tensor:
-        x, mean, std = self.standardise(h)
-        if known is not None:
-            return known * std + mean
-        p = self.autoencode(x, infer_k, theta, token)
-        if edit is None:
-            return p.x_hat * std + mean
-        x_hat = self.decode(edit(p.latents))
-        return h + (x_hat - self.decode(p.latents)) * std if keep_error else x_hat * std + mean
+    def loss(self, out: SAEOutput, batch: BatchInfo = WHOLE_BATCH) -> dict[str, Tensor]:
+        """Return the terms that add up to the training loss, over the parts of a batch too."""
+        error = batch.mean(squared_errors(out.target, out.x_hat))
+        return {"NormMSE": error, **self.penalty(out, batch)}
 
     def decoders(self) -> list[nn.Linear]:
-        """Those whose columns are kept at unit norm."""
+        """Return the decoders whose columns are kept at unit norm."""
         return []
 
     def adam_parameters(self) -> list[Tensor]:
-        """Those that are no part of a dictionary and keep the papers' Adam whatever trains the rest."""
+        """Return the parameters that are not part of a dictionary.
+
+        They keep the papers' Adam whatever trains the rest.
+        """
         return []
 
     def warm_start(self, x: Tensor) -> None:
-        """Initialisation from the first tokens of a first batch of inputs, the same in every process."""
+        """Initialise from the first tokens of the first batch; every process gets the same."""
 
     @torch.no_grad()
-    def after_step(self, p: SAEOutput, progress: float) -> None:
-        """Counters and schedules, over all processes; progress is the share of the run that is done.
+    def after_step(self, out: SAEOutput, progress: float, batch: BatchInfo = WHOLE_BATCH) -> None:
+        """Update counters and schedules; progress is the share of the run that is done.
 
-        Numbers are filled in, not copied from the host, for which CUDA would be waited for.
+        Nothing here copies a number from the host, because CUDA would wait for it.
         """
-        counts = self.total(torch.cat([p.fired, p.fired.new_full((1,), p.code.shape[:-1].numel())]))
+        counts = batch.all_sum(torch.cat([out.fired, out.fired.new_full((1,), out.n_codes)]))
         self.tokens_seen += counts[-1]
         self.tokens_since_fired += counts[-1]
         self.tokens_since_fired.masked_fill_(counts[:-1] > 0, 0)
 
     def dead_fraction(self) -> float:
-        """Share of latents silent for the last tenth of what was seen."""
-        return float((self.tokens_since_fired > 0.1 * self.tokens_seen).float().mean())
+        """Return the share of latents that did not fire in the last tenth of all tokens seen."""
+        dead = self.tokens_since_fired > DEAD_SHARE * self.tokens_seen
+        return float(dead.float().mean())
 
-    def diagnostics(self, p: SAEOutput) -> dict[str, Any]:
-        """More to log, by name."""
+    def diagnostics(self, out: SAEOutput, batch: BatchInfo = WHOLE_BATCH) -> dict[str, Any]:
+        """Return more to log, by name."""
         return {}
 
-    def title(self, data_name: str) -> str:
-        return f"{self.name}_{data_name}"
+    # ------------------------------------------------------------------------- patching
+
+    def patches(
+        self,
+        hidden: Mapping[int, Tensor],
+        batch: BatchInfo = WHOLE_BATCH,
+        *,
+        edit: Edit | None = None,
+        keep_error: bool = True,
+        clean: SAEOutput | None = None,
+    ) -> Iterator[dict[int, Patch]]:
+        """Yield {site: patch} for each run of the language model that measures this SAE.
+
+        A patch replaces the residual by its reconstruction. With `edit` the residual keeps what
+        the SAE misses: only the change of the code is decoded and added, so that an edit without
+        effect changes no bit. With keep_error=False the decoded edited code replaces everything.
+
+        `clean` is what autoencode gave for `hidden`, if the caller has it; nothing is then
+        computed twice.
+        """
+        for index, site in enumerate(self.sites()):
+            known = None
+            if clean is not None and edit is None:
+                known = clean.x_hat if clean.x_hat.dim() == 2 else clean.x_hat[:, index]
+            yield {site: self._patch(batch, edit, keep_error, known)}
+
+    def _patch(
+        self, batch: BatchInfo, edit: Edit | None, keep_error: bool, known: Tensor | None
+    ) -> Patch:
+        return lambda h: self.substitute(h, batch, edit=edit, keep_error=keep_error, known=known)
+
+    def substitute(
+        self,
+        h: Tensor,
+        batch: BatchInfo = WHOLE_BATCH,
+        *,
+        edit: Edit | None = None,
+        keep_error: bool = True,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Return what replaces the raw residual h [N,D] of one site; known: its x_hat."""
+        x, mean, std = self.standardise(h)
+        if known is not None:
+            return known * std + mean
+        out = self.autoencode(x, batch)
+        if edit is None:
+            return out.x_hat * std + mean
+        x_hat = self.decode(edit(out.latents))
+        if keep_error:
+            return h + (x_hat - self.decode(out.latents)) * std
+        return x_hat * std + mean
+
+    # -------------------------------------------------------- questions that stages ask
+
+    def code_sites(self, out: SAEOutput) -> Tensor:
+        """Return the site index that each code was read from; -1: from all sites. int64 [codes]
+
+        A model with a code for every (token, site) lists them token by token.
+        """
+        shape = out.code.shape
+        device = out.target.device if out.target is not None else self.tokens_seen.device
+        if len(shape) == 3:
+            return torch.arange(shape[1], device=device).repeat(shape[0])
+        only = 0 if len(self.sites()) == 1 else -1
+        return torch.full((shape[0],), only, device=device)
+
+    def site_weights(self, out: SAEOutput) -> Tensor | None:
+        """Return the router's weight of each site [N,L]; None for a model without a router."""
+        return out.weights
+
+    def routing_errors(self, out: SAEOutput, batch: BatchInfo = WHOLE_BATCH) -> Tensor | None:
+        """Return each site's error had every token gone there [N,L]; None without a router."""
+        return None
+
+    def site_profile(self) -> Tensor | None:
+        """Return the decoder norm of each latent at each site [L,F]; None with one decoder."""
+        return None
+
+    def edit_site(self, out: SAEOutput, latents: list[int]) -> int | None:
+        """Return the site at which these latents are edited best.
+
+        None if all patches of a run belong together.
+        """
+        return None
 
     def to_standard_form(self) -> dict[int, StandardForm]:
-        """{site: plain form}. Raises ValueError with the reason where it has none."""
-        raise ValueError(
-            f"the code of a {self.name} is read from sites {self.sites()} together; an SAE of one site cannot hold it"
-        )
+        """Return {site: standard form}. Raises ValueError with the reason if there is none."""
+        code = f"the code of a {self.name} is read from sites {self.sites()} together"
+        raise ValueError(f"{code}; an SAE of one site cannot hold it")
 
 
 class Dictionary(SAE):
-    """An encoder, a decoder and two biases at one site: what TopK, Vanilla, JumpReLU and Gated share."""
+    """An encoder, a decoder and two biases at one site: the base of TopK, Vanilla, JumpReLU, Gated.
+
+    pre_acts = W_enc (x - b_pre) + b_latent; x_hat = W_dec latents + b_pre.
+    """
 
     def __init__(
         self,
-        hidden_size,
-        latent_size,
+        hidden_size: int,
+        latent_size: int,
         *,
-        layer=12,
-        n_layers=None,
-        norm_eps=1e-5,
-        b_pre_init="geom_median",
-        unit_encoder=True,
-        input_norm="token",
-    ):
+        layer: int = 12,
+        n_layers: int | None = None,
+        norm_eps: float = 1e-5,
+        b_pre_init: str = "geom_median",
+        unit_encoder: bool = True,
+        input_norm: str = "token",
+    ) -> None:
         super().__init__(hidden_size, latent_size, norm_eps)
         if input_norm not in ("token", "none"):
             raise ValueError(f"input_norm {input_norm!r}; known are token, none")
-        self.input_norm = input_norm
         if n_layers is not None and not 1 <= layer <= n_layers:
-            raise ValueError(
-                f"layer {layer} of a {n_layers}-block model; sites run from 1 to {n_layers}"
-            )
-        self.layer, self.b_pre_init = layer, b_pre_init
+            where = f"layer {layer} of a {n_layers}-block model"
+            raise ValueError(f"{where}; sites run from 1 to {n_layers}")
+        self.input_norm = input_norm
+        self.layer = layer
+        self.b_pre_init = b_pre_init
         self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
         self.latent_bias = nn.Parameter(torch.zeros(latent_size))
         self.encoder = nn.Linear(hidden_size, latent_size, bias=False)
         self.decoder = nn.Linear(latent_size, hidden_size, bias=False)
         with torch.no_grad():
-            unit = (
-                F.normalize(torch.randn(latent_size, hidden_size), dim=1)
-                if unit_encoder
-                else self.encoder.weight
-            )
-            self.encoder.weight.copy_(unit)
-            self.decoder.weight.copy_(F.normalize(unit, dim=1).T)
+            start = self.encoder.weight
+            if unit_encoder:
+                start = F.normalize(torch.randn(latent_size, hidden_size), dim=1)
+            self.encoder.weight.copy_(start)
+            self.decoder.weight.copy_(F.normalize(start, dim=1).T)
 
     def sites(self):
         return [self.layer]
@@ -354,29 +441,26 @@ class Dictionary(SAE):
         return self.standardise(hidden[self.layer])[0]
 
     def pre_acts(self, x: Tensor) -> Tensor:
+        """Return W_enc (x - b_pre) + b_latent. [...,D] -> [...,F]"""
         return linear(x, self.encoder.weight, self.latent_bias, self.pre_bias)
 
-    def activate(self, pre_acts: Tensor, token: Tensor | None = None) -> Tensor:
+    def activate(self, pre_acts: Tensor, batch: BatchInfo = WHOLE_BATCH) -> Tensor:
+        """Return the code of pre-activations by the trained rule. [...,F] -> [...,F]"""
         return F.relu(pre_acts)
 
-    def get_latents(
-        self,
-        pre_acts: Tensor,
-        infer_k: int | None = None,
-        theta: float | None = None,
-        token: Tensor | None = None,
-    ) -> Tensor:
-        """Activation, then the cut asked for at inference."""
-        return apply_inference_cut(self.activate(pre_acts, token), infer_k, theta)
+    def cut_latents(self, pre_acts: Tensor, batch: BatchInfo = WHOLE_BATCH) -> Tensor:
+        """Return the code with the cut that was asked for at inference. [...,F] -> [...,F]"""
+        return batch.cut(self.activate(pre_acts, batch))
 
-    def encode(
-        self,
-        x: Tensor,
-        infer_k: int | None = None,
-        theta: float | None = None,
-        token: Tensor | None = None,
+    def get_latents(
+        self, pre_acts: Tensor, infer_k: int | None = None, theta: float | None = None
     ) -> Tensor:
-        return self.get_latents(self.pre_acts(x), infer_k, theta, token)
+        """Return the dense code of pre-activations, as the reference does. [...,F] -> [...,F]"""
+        return self.cut_latents(pre_acts, BatchInfo(infer_k=infer_k, theta=theta))
+
+    def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
+        """Return the dense code. [...,D] -> [...,F]"""
+        return self.get_latents(self.pre_acts(x), infer_k, theta)
 
     def decode(self, latents: Tensor) -> Tensor:
         return linear(latents, self.decoder.weight, self.pre_bias)
@@ -384,32 +468,31 @@ class Dictionary(SAE):
     def forward(
         self, x: Tensor, infer_k: int | None = None, theta: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(latents, x_hat): the documented form."""
-        p = self.autoencode(x, infer_k, theta)
-        return p.latents, p.x_hat
+        """Return (latents, x_hat), as the reference does."""
+        out = self.autoencode(x, BatchInfo(infer_k=infer_k, theta=theta))
+        return out.latents, out.x_hat
 
-    def autoencode(self, x, infer_k=None, theta=None, token=None):
+    def autoencode(self, x, batch=WHOLE_BATCH):
         pre_acts = self.pre_acts(x)
-        latents = self.get_latents(pre_acts, infer_k, theta, token)
+        latents = self.cut_latents(pre_acts, batch)
         return SAEOutput(x, latents, self.decode(latents), pre_acts)
 
     def to_standard_form(self):
         state = self.state_dict()
-        tensors = {
-            theirs: state[ours].T if state[ours].dim() == 2 else state[ours]
-            for theirs, ours in STANDARD_NAMES.items()
-            if ours in state
-        }
-        return {
-            site: StandardForm(self.architecture, tensors, self.encode, getattr(self, "k", None))
-            for site in self.sites()
-        }
+        tensors = {}
+        for standard_name, name in STANDARD_NAMES.items():
+            if name in state:
+                tensor = state[name]
+                tensors[standard_name] = tensor.T if tensor.dim() == 2 else tensor
+        k = getattr(self, "k", None)
+        form = StandardForm(self.architecture, tensors, self.encode, k)
+        return {site: form for site in self.sites()}
 
     def decoders(self):
         return [self.decoder]
 
     @torch.no_grad()
     def warm_start(self, x):
-        x = x.flatten(0, -2)[:WARM_START]
+        x = x.flatten(0, -2)[:WARM_START_TOKENS]
         if self.b_pre_init != "zero":
             self.pre_bias.copy_(x.mean(0) if self.b_pre_init == "mean" else geometric_median(x))

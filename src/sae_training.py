@@ -1,22 +1,31 @@
-"""One SAE in training: its optimiser, its schedule, its step, and all of its state. The same in every process of a job."""
+"""One SAE in training: its optimisers, its schedules, its step and all of its state.
+
+It is the same in every process of a job. N tokens, F latents, D hidden.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from argparse import Namespace
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from src import config, distributed
-from src.ops import bf16_matmuls, project_decoder_grad, sign_step_, unit_norm_decoder
-from src.sae import SAE, WARM_START, SAEOutput
+from src.device import bf16_matmuls
+from src.ops import project_decoder_grad, sign_step_, unit_norm_decoder
+from src.sae import SAE, WARM_START_TOKENS, BatchInfo, SAEOutput
+
+SIGNUM_MOMENTUM = 0.95
+ADAM_LR = 5e-4  # of parameters that keep Adam beside another optimiser
+WARMUP_SHARE, DECAY_SHARE = 0.05, 0.2  # of a run
 
 
 class LinearWarmupLR(torch.optim.lr_scheduler.LambdaLR):
-    """Linear warm-up, constant, linear decay to 0 over the last fifth. The first step is not idle."""
+    """Linear warm-up, constant, linear decay to 0 over the last fifth. The first step moves."""
 
     def __init__(
         self,
@@ -25,302 +34,345 @@ class LinearWarmupLR(torch.optim.lr_scheduler.LambdaLR):
         num_training_steps: int,
         max_lr: float | None = None,
     ) -> None:
-        self.warmup, self.total = num_warmup_steps, max(1, num_training_steps)
+        self.warmup = num_warmup_steps
+        self.total = max(1, num_training_steps)
         if max_lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = max_lr
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
+        """Return the learning rate of a step in units of its maximum."""
         rising = min(1.0, (step + 1) / max(1, self.warmup))
-        return max(0.0, min(rising, (self.total - step) / max(1, math.ceil(0.2 * self.total))))
+        falling = (self.total - step) / max(1, math.ceil(DECAY_SHARE * self.total))
+        return max(0.0, min(rising, falling))
 
 
 class Signum(torch.optim.Optimizer):
-    """Steps of size lr along the sign of the gradient, schedule-free (Defazio et al. 2024): gradients are taken at y = (1-b) z + b x,
-    z makes the steps, x is their mean and what is kept.
+    """Steps of size lr along the sign of the gradient, schedule-free (Defazio et al. 2024).
 
-    In place of the authors' wrapper because `found_inf`, a 0-dim tensor as Adam's, turns a step into none without the host's knowing; moving
-    y and z alone, it also takes half the time for large weights (docs/LOG.md).
+    Gradients are taken at y = (1-b) z + b x; z makes the steps, x is their mean and what is kept.
+    It replaces the authors' wrapper for two reasons. `found_inf`, a 0-dim tensor as in Adam,
+    turns a step into none without the host's knowledge. And moving y and z alone takes half the
+    time for large weights (docs/LOG.md).
     """
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Any, lr: float, momentum: float = SIGNUM_MOMENTUM) -> None:
         super().__init__(params, {"lr": lr, "k": 0})
-        self.momentum, self.at_y, self.found_inf = momentum, False, torch.zeros(())
+        self.momentum = momentum
+        self.at_y = False
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
-    def _swing(self, at_y: bool, weight: float) -> None:
-        if self.at_y != at_y:
+    def _move_weights(self, to_y: bool, weight: float) -> None:
+        if self.at_y != to_y:
             for p, state in self.state.items():
                 p.lerp_(state["z"], weight)
-        self.at_y = at_y
+        self.at_y = to_y
 
     def train(self) -> None:
-        """From x to y."""
-        self._swing(True, 1 - self.momentum)
+        """Move the weights from x to y, where gradients are taken."""
+        self._move_weights(True, 1 - self.momentum)
 
     def eval(self) -> None:
-        """From y to x."""
-        self._swing(False, 1 - 1 / self.momentum)
+        """Move the weights from y to x, the mean that is kept."""
+        self._move_weights(False, 1 - 1 / self.momentum)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """x becomes the mean of all z: y goes towards z by 1/k, then z along the sign, and y with it by its share."""
+        """Make x the mean of all z: y moves towards z by 1/k, then z along the sign, y with it."""
         for group in self.param_groups:
             group["k"] += 1
-            share, lr = 1 / group["k"], group["lr"]
+            share = 1 / group["k"]
+            lr = group["lr"]
+            y_step = lr * (1 - self.momentum * (1 - share))
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if "z" not in self.state[p]:
-                    self.state[p]["z"] = p.clone(memory_format=torch.preserve_format)
-                sign_step_(
-                    p,
-                    self.state[p]["z"],
-                    p.grad,
-                    share,
-                    lr * (1 - self.momentum * (1 - share)),
-                    lr,
-                    self.found_inf,
-                )
+                state = self.state[p]
+                if "z" not in state:
+                    state["z"] = p.clone(memory_format=torch.preserve_format)
+                sign_step_(p, state["z"], p.grad, share, y_step, lr, self.found_inf)
 
 
 def make_optimizer(
     name: str, params: list[Tensor], lr: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """adam, or signum with momentum .95. Both leave weights and state alone where their `found_inf` is 1."""
-    return (
-        torch.optim.Adam(params, lr=lr, betas=tuple(betas), fused=True)
-        if name == "adam"
-        else Signum(params, lr)
-    )
+    """Return Adam or Signum. Both leave weights and state alone where their `found_inf` is 1."""
+    if name == "adam":
+        return torch.optim.Adam(params, lr=lr, betas=tuple(betas), fused=True)
+    return Signum(params, lr)
+
+
+class LocalBatch(NamedTuple):
+    """This process's tokens of a training batch."""
+
+    hidden: dict[int, Tensor]  # {site: [N,D]}
+    token_keys: Tensor  # int64 [N]
+    batch_tokens: int  # of all processes
+    token_offset: int  # index in the whole batch of the first token here
+
+    def info(self, tokens: slice = slice(None)) -> BatchInfo:
+        """Return what an SAE is told about some of these tokens."""
+        return BatchInfo(
+            token_keys=self.token_keys[tokens],
+            batch_tokens=self.batch_tokens,
+            token_offset=self.token_offset + (tokens.start or 0),
+            all_sum=distributed.all_sum,
+            all_max=distributed.all_max,
+        )
+
+    def states(self, tokens: slice) -> dict[int, Tensor]:
+        """Return the states of some of these tokens."""
+        return {site: h[tokens] for site, h in self.hidden.items()}
+
+    def slices(self, count: int) -> Iterator[slice]:
+        """Divide the tokens into consecutive slices; some may be empty."""
+        index = torch.arange(len(self.token_keys), device="cpu")
+        for part in index.tensor_split(count):
+            yield slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0)
 
 
 class SAETraining:
     """One SAE in training."""
 
+    # what a saved state keeps of this object itself
+    SAVED = ("failed", "sums", "count", "seconds", "parts")
+
     def __init__(
         self, sae: SAE, title: str, options: dict[str, Any], cfg: Namespace, total_steps: int
     ) -> None:
+        self.sae = sae
+        self.title = title
+        self.options = options
+        self.total = total_steps
         self.lr = config.learning_rate(cfg, sae.name)
-        self.sae, self.title, self.options, self.total = sae, title, options, total_steps
-        apart = sae.adam_parameters() if cfg.optimizer != "adam" else []
-        others = [p for p in sae.parameters() if all(p is not a for a in apart)]
-        self.optimizers = [make_optimizer(cfg.optimizer, others, self.lr, cfg.betas)]
-        if apart:
-            self.optimizers.append(make_optimizer("adam", apart, 5e-4, cfg.betas))
-        adams = [o for o in self.optimizers if isinstance(o, torch.optim.Adam)]
-        self.schedules = [
-            LinearWarmupLR(adam, round(0.05 * total_steps), total_steps) for adam in adams
-        ]
-        self.clip, self.normalise_every = cfg.grad_clip, cfg.steps
-        self.failed, self.failed_at, self.sums, self.count, self.seconds, self.parts, self.last = (
-            "",
-            -1,
-            {},
-            0,
-            0.0,
-            1,
-            None,
-        )
-        self.tried = distributed.world() == 1  # whether the first step's memory was looked at
-        self.found_inf = torch.zeros(
-            (), device=sae.tokens_since_fired.device
-        )  # 1 from the first loss or gradient on that is not finite
-        self.unread: list[
-            tuple[int, list[str], Tensor]
-        ] = []  # what steps gave; on the device, as the flag is, until check() reads that
+        self.clip = cfg.grad_clip
+        self.normalise_every = cfg.steps
+        self._make_optimizers(cfg)
+        self.failed = ""
+        self.failed_at = -1
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.seconds = 0.0
+        self.parts = 1  # slices of a batch, more where memory is short
+        self.last: tuple[SAEOutput, BatchInfo] | None = None
+        self.memory_tried = distributed.world() == 1
+        # 1 from the first loss or gradient that is not finite. It stays on the device, as do the
+        # numbers of the steps, until check() reads it.
+        self.found_inf = torch.zeros((), device=sae.tokens_since_fired.device)
+        self.unread: list[tuple[int, list[str], Tensor]] = []
         for optimizer in self.optimizers:
             optimizer.found_inf = self.found_inf
 
+    def _make_optimizers(self, cfg: Namespace) -> None:
+        adam_params = self.sae.adam_parameters() if cfg.optimizer != "adam" else []
+        others = [p for p in self.sae.parameters() if all(p is not a for a in adam_params)]
+        self.optimizers = [make_optimizer(cfg.optimizer, others, self.lr, cfg.betas)]
+        if adam_params:
+            self.optimizers.append(make_optimizer("adam", adam_params, ADAM_LR, cfg.betas))
+        warmup = round(WARMUP_SHARE * self.total)
+        self.schedules = [
+            LinearWarmupLR(optimizer, warmup, self.total)
+            for optimizer in self.optimizers
+            if isinstance(optimizer, torch.optim.Adam)
+        ]
+
     def mode(self, training: bool) -> None:
-        """Schedule-free optimisers hold two sets of weights: those that get gradients and the average that is kept."""
+        """Switch to the weights that get gradients, or to the average that is kept."""
         self.sae.train(training)
         for optimizer in self.optimizers:
             switch = getattr(optimizer, "train" if training else "eval", None)
             if switch is not None:
                 switch()
 
+    # ---------------------------------------------------------------------- saved state
+
     def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and all buffers: counters and controllers are not in the state dict."""
+        """Return parameters and all buffers: counters are not in the state dict."""
         return dict(self.sae.named_parameters()) | dict(self.sae.named_buffers())
 
     def state(self) -> dict[str, Any]:
-        """All that a step changes."""
+        """Return everything that a step changes."""
         return {
             "sae": {name: tensor.detach() for name, tensor in self._tensors().items()},
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedules": [s.state_dict() for s in self.schedules],
-            "plain": {
-                name: getattr(self, name)
-                for name in ("failed", "sums", "count", "seconds", "parts")
-            },
+            "plain": {name: getattr(self, name) for name in self.SAVED},
         }
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Puts back what state() gave. Raises ValueError where it belongs to another SAE."""
+        """Put back what state() returned. Raises ValueError if it belongs to another SAE."""
         self.mode(True)  # first: with optimiser states in place it would exchange weights
         tensors = self._tensors()
-        mine, saved = (
-            {(name, tensor.shape) for name, tensor in named.items()}
-            for named in (tensors, state["sae"])
-        )
-        if mine != saved:
-            odd = ", ".join(sorted({name for name, _ in mine ^ saved})[:4])
+        expected = {(name, tensor.shape) for name, tensor in tensors.items()}
+        saved = {(name, tensor.shape) for name, tensor in state["sae"].items()}
+        if expected != saved:
+            names = ", ".join(sorted({name for name, _ in expected ^ saved})[:4])
             raise ValueError(
-                f"the saved state of {self.title} does not fit ({odd}); another version of this program wrote it"
+                f"the saved state of {self.title} does not fit ({names}); another version of "
+                "this program wrote it"
             )
         for name, tensor in tensors.items():
             tensor.copy_(state["sae"][name])
-        for mine, saved in zip(
-            (*self.optimizers, *self.schedules),
-            (*state["optimizers"], *state["schedules"]),
-            strict=True,
-        ):
-            mine.load_state_dict(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
         vars(self).update(state["plain"])
-        self.sums = {
-            name: value.to(self.sae.tokens_since_fired.device) for name, value in self.sums.items()
-        }
+        device = self.sae.tokens_since_fired.device
+        self.sums = {name: value.to(device) for name, value in self.sums.items()}
 
-    def warm_start(self, hidden: dict[int, Tensor]) -> None:
-        """Data-dependent initialisation from the first tokens of the whole batch; then the processes are made equal."""
-        head = self.sae.gather(
-            {site: h[: max(0, WARM_START - self.sae.first)] for site, h in hidden.items()}
-        )
-        self.sae.warm_start(distributed.concat(head))
+    # ------------------------------------------------------------------------- one step
+
+    def warm_start(self, batch: LocalBatch) -> None:
+        """Initialise from the first tokens of the whole batch; then make the processes equal."""
+        first = slice(max(0, WARM_START_TOKENS - batch.token_offset))
+        inputs = self.sae.gather(batch.states(first))
+        self.sae.warm_start(distributed.concat(inputs))
         unit_norm_decoder(self.sae)
         distributed.copy_from_main_(list(self._tensors().values()))
         self.mode(True)
 
     @bf16_matmuls()
-    def _gradients(
-        self, hidden: dict[int, Tensor], token: Tensor, whole: int, first: int
-    ) -> tuple[SAEOutput, dict[str, Tensor]]:
-        """Forward and backward over `parts` slices of the tokens; (the pass, or the code of all slices; this process's shares of the loss terms).
+    def _gradients(self, batch: LocalBatch) -> tuple[SAEOutput, dict[str, Tensor]]:
+        """Run forward and backward passes over `parts` slices of the tokens.
 
-        Terms that look at a batch as a whole (the variance in AuxK, a top-k over the batch) then look at each slice.
+        Returns the output (of several slices: their codes) and this process's shares of the loss
+        terms. Batch-level terms (the variance in AuxK, a top-k over the batch) are then computed
+        per slice.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        passes, terms = [], {}
-        parts = min(
-            self.parts, -(-whole // distributed.world())
-        )  # as many in every process; some may be empty, but not in all
-        for at in torch.arange(len(token), device="cpu").tensor_split(parts):
-            here = slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0)
-            self.sae.part_of(whole, first + (here.start or 0))
-            p = self.sae.autoencode(
-                self.sae.gather({site: h[here] for site, h in hidden.items()}), token=token[here]
-            )
-            own = self.sae.loss(p)
-            terms = {name: terms.get(name, 0.0) + term.detach() for name, term in own.items()}
-            torch.stack(list(own.values())).sum().backward()
-            passes.append(p if parts == 1 else p.detach_code())
-        self.sae.part_of(whole, first)
-        return p if parts == 1 else SAEOutput.cat(passes), terms
+        # as many slices in every process; some may be empty, but not in all
+        parts = min(self.parts, -(-batch.batch_tokens // distributed.world()))
+        outputs = []
+        terms: dict[str, Any] = {}
+        for tokens in batch.slices(parts):
+            info = batch.info(tokens)
+            out = self.sae.autoencode(self.sae.gather(batch.states(tokens)), info)
+            part_terms = self.sae.loss(out, info)
+            for name, term in part_terms.items():
+                terms[name] = terms.get(name, 0.0) + term.detach()
+            torch.stack(list(part_terms.values())).sum().backward()
+            outputs.append(out if parts == 1 else out.detach_code())
+        return outputs[0] if parts == 1 else SAEOutput.cat(outputs), terms
 
-    def _within_memory(self, step: int, *batch: Any) -> tuple[SAEOutput, dict[str, Tensor]]:
-        """_gradients, in twice as many slices where memory is short, as often as it takes. Raises torch.OutOfMemoryError where slices of one
-        token do not help."""
+    def _within_memory(self, step: int, batch: LocalBatch) -> tuple[SAEOutput, dict[str, Tensor]]:
+        """Call _gradients with twice as many slices each time memory is short.
+
+        Raises torch.OutOfMemoryError if slices of one token do not help.
+        """
         while True:
             try:
-                return self._gradients(*batch)
+                return self._gradients(batch)
             except torch.OutOfMemoryError:
-                if self.parts >= len(batch[1]):
+                if self.parts >= len(batch.token_keys):
                     raise
             self.parts *= 2  # outside the handler, whose traceback holds the tensors
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             print(
-                f"{self.title}: out of memory at step {step}; the batch now goes through in {self.parts} parts, with one update as before"
+                f"{self.title}: out of memory at step {step}; the batch now goes through in "
+                f"{self.parts} parts, with one update as before"
             )
 
-    def _agree_on_parts(self, step: int, *batch: Any) -> None:
-        """Several processes take as many slices as the one that needs most. They find out without each other: one that runs out of memory
-        within a step that all share would leave the others waiting."""
+    def _agree_on_parts(self, step: int, batch: LocalBatch) -> None:
+        """Find the number of slices that every process can hold, and use it in all.
+
+        Each process tries a step alone: one that ran out of memory within a shared step would
+        leave the others waiting.
+        """
         before = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
         with distributed.alone():
-            self._within_memory(step, *batch)
+            self._within_memory(step, batch)
         with torch.no_grad():
             for name, buffer in self.sae.named_buffers():
                 buffer.copy_(before[name])
         (self.parts,) = distributed.all_max_ints(self.parts)
-        self.tried = True
+        self.memory_tried = True
 
-    def step(self, hidden: dict[int, Tensor], token: Tensor, step: int, due: bool) -> None:
-        """One update. The tokens are the whole batch, or what sae.part_of has said they are.
+    def step(self, batch: LocalBatch, step: int, due: bool) -> None:
+        """Make one update; `due` means that a report follows.
 
-        A loss or gradient that is not finite changes nothing, here and in all later steps; check() says so. Raises torch.OutOfMemoryError.
+        A loss or gradient that is not finite changes nothing, here and in all later steps;
+        check() reports it. Raises torch.OutOfMemoryError.
         """
         started = time.perf_counter()
-        self.last = None  # tensors that the next forward pass may need the room of
-        first = self.sae.first
-        batch = hidden, token, len(token) if self.sae.whole is None else self.sae.whole, first
-        if not self.tried:
-            self._agree_on_parts(step, *batch)
-        p, terms = (
-            self._within_memory(step, *batch)
-            if distributed.world() == 1
-            else self._gradients(*batch)
-        )
-        with torch.no_grad():
-            found = torch.stack(
-                [*terms.values(), p.fired.sum() / (batch[2] * p.code.shape[1:-1].numel())]
-            )
-            distributed.all_sum_(
-                [found, *(q.grad for q in self.sae.parameters() if q.grad is not None)]
-            )
-            now = dict(zip([*terms, "L0"], found, strict=True))
-            loss = found[:-1].sum()
-            if self.normalise_every == 1:
-                project_decoder_grad(self.sae)
-            gradients = [q.grad for q in self.sae.parameters() if q.grad is not None]
-            norm = (
-                nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
-                if self.clip
-                else nn.utils.get_total_norm(gradients)
-            )
-            good = torch.isfinite(loss) & torch.isfinite(
-                norm
-            )  # the same in every process, as all it is made of
-            self.found_inf.masked_fill_(~good, 1)
-            self.unread.append((step, list(terms), torch.cat([norm[None], found])))
-            for changing in (*self.optimizers, *self.schedules):
-                changing.step()
-            if step % self.normalise_every == 0:
-                unit_norm_decoder(self.sae, self.found_inf == 0)
-            self.sae.after_step(p, (step + 1) / self.total)
-            self.sums = {k: self.sums.get(k, 0.0) + v for k, v in ({"loss": loss} | now).items()}
-            self.count += 1
-            self.last = p if due else None
-        self.sae.part_of(None, first)
-        if due or loss.device.type == "cpu":  # elsewhere reading the flag waits for the device
+        self.last = None  # the next forward pass may need the room of its tensors
+        if not self.memory_tried:
+            self._agree_on_parts(step, batch)
+        if distributed.world() == 1:
+            out, terms = self._within_memory(step, batch)
+        else:
+            out, terms = self._gradients(batch)
+        self._update(batch, step, out, terms, due)
+        if due or self.found_inf.device.type == "cpu":  # elsewhere reading it waits
             self.check()
         self.seconds += time.perf_counter() - started
 
+    @torch.no_grad()
+    def _update(
+        self,
+        batch: LocalBatch,
+        step: int,
+        out: SAEOutput,
+        terms: dict[str, Tensor],
+        due: bool,
+    ) -> None:
+        """Sum over processes, clip, step the optimisers, and count."""
+        codes_per_token = out.code.shape[1:-1].numel()
+        l0 = out.fired.sum() / (batch.batch_tokens * codes_per_token)
+        values = torch.stack([*terms.values(), l0])
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        distributed.all_sum_([values, *gradients])
+        loss = values[:-1].sum()
+        norm = self._clip(gradients)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)  # the same in every process
+        self.found_inf.masked_fill_(~finite, 1)
+        self.unread.append((step, list(terms), torch.cat([norm[None], values])))
+        for changing in (*self.optimizers, *self.schedules):
+            changing.step()
+        if step % self.normalise_every == 0:
+            unit_norm_decoder(self.sae, self.found_inf == 0)
+        info = batch.info()
+        self.sae.after_step(out, (step + 1) / self.total, info)
+        named = {"loss": loss} | dict(zip([*terms, "L0"], values, strict=True))
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in named.items()}
+        self.count += 1
+        self.last = (out, info) if due else None
+
+    def _clip(self, gradients: list[Tensor]) -> Tensor:
+        """Project and clip the gradients; return their norm before clipping. []"""
+        if self.normalise_every == 1:
+            project_decoder_grad(self.sae)
+        if self.clip:
+            return nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
+        return nn.utils.get_total_norm(gradients)
+
     def check(self) -> None:
-        """Sets `failed` (why) and `failed_at` (the step) where since the last call something was not finite."""
+        """Set `failed` (why) and `failed_at` (the step) if something was not finite."""
         if self.found_inf and not self.failed:
-            self.failed_at, names, values = next(
-                one for one in self.unread if not one[2].isfinite().all()
-            )
-            what = "gradient" if values[1 : len(names) + 1].sum().isfinite() else "loss"
-            terms = ", ".join(
-                f"{name} {value:.4g}"
-                for name, value in zip(names, values[1:].tolist(), strict=False)
-            )
-            self.failed = f"{self.title}: {what} is not finite at step {self.failed_at} ({terms})"
+            first_bad = next(row for row in self.unread if not row[2].isfinite().all())
+            self.failed_at, names, values = first_bad
+            term_values = values[1 : len(names) + 1]
+            what = "gradient" if term_values.sum().isfinite() else "loss"
+            pairs = zip(names, values[1:].tolist(), strict=False)
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in pairs)
+            where = f"{self.title}: {what} is not finite at step {self.failed_at}"
+            self.failed = f"{where} ({terms})"
         self.unread.clear()
 
     def report(self) -> dict[str, Any]:
-        """Means since the last report, dead share, and what the model adds."""
-        line = {k: float(v) / self.count for k, v in self.sums.items()} if self.count else {}
-        self.sums, self.count = {}, 0
-        extra = {} if self.last is None else self.sae.diagnostics(self.last)
-        return (
-            line
-            | {"dead": self.sae.dead_fraction()}
-            | {k: v.tolist() if isinstance(v, Tensor) else v for k, v in extra.items()}
-        )
+        """Return means since the last report, the dead share, and what the model adds."""
+        line = {}
+        if self.count:
+            line = {name: float(value) / self.count for name, value in self.sums.items()}
+        self.sums = {}
+        self.count = 0
+        line["dead"] = self.sae.dead_fraction()
+        if self.last is not None:
+            for name, value in self.sae.diagnostics(*self.last).items():
+                line[name] = value.tolist() if isinstance(value, Tensor) else value
+        return line

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from src import checkpoint, config, demo, files, hooks, lm
 from src.data import Batch
 from src.metrics import token_kl
-from src.ops import dense
+from src.sae import Edit
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -103,15 +103,10 @@ class Steerer:
         demo.use_demo_defaults(cfg)
         config.complete(cfg)
 
-    def edit(self, latents: Tensor) -> Tensor:
+    @property
+    def edit(self) -> Edit:
         """The code wanted, in units of strength."""
-        latents = latents.clone()
-        for kind, latent, value in self.operations:
-            old = latents[..., latent]
-            latents[..., latent] = (
-                value if kind == "set" else old + value if kind == "add" else old * value
-            )
-        return latents
+        return hooks.edit_latents(self.operations)
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
@@ -210,17 +205,10 @@ class Steerer:
                 {s: h[0].float() for s, h in lm.read_sites(self.model, ids, sae.sites()).items()}
             )
         )
-        if len(sae.sites()) == 1 or p.weights is not None:
-            return None
-        if self.cfg.site is not None:
+        best = sae.edit_site(p, [latent for _, latent, _ in self.operations])
+        if best is not None and self.cfg.site is not None:
             return self.cfg.site
-        latents = [latent for _, latent, _ in self.operations]
-        by_site = (
-            sae.decoder_norms()[:, latents].sum(1)
-            if p.latents.dim() == 2
-            else dense(sae.strength(p))[..., latents].sum((0, 2))
-        )
-        return sae.sites()[int(by_site.argmax())]
+        return best
 
     def _hooks(
         self,
@@ -242,10 +230,8 @@ class Steerer:
         hidden = {s: state[mask].float() for s, state in full.items()}
         runs = self.sae.patches(
             hidden,
+            hooks.batch_info(self.cfg, batch, start),
             edit=edit,
-            token=batch.token_keys() + start,
-            infer_k=self.cfg.infer_k,
-            theta=self.cfg.theta,
             keep_error=self.cfg.mode == "delta",
         )
         patches = next(run for run in runs if site is None or site in run)

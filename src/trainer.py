@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm, model
@@ -27,7 +27,7 @@ from src.data import Rows, open_rows
 from src.device import pick_device
 from src.estimate import Estimate
 from src.ops import unit_norm_decoder
-from src.sae_training import SAETraining
+from src.sae_training import LocalBatch, SAETraining
 from src.tracking import wandb_init
 
 REPORTS, APART = (
@@ -41,14 +41,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def log_layers(layer_weights: Tensor) -> dict[str, float]:
-    """Share of tokens per site of [...,L] routing weights."""
-    share = torch.bincount(
-        layer_weights.argmax(-1).flatten(), minlength=layer_weights.shape[-1]
-    ).float()
-    return {f"share_{i}": float(s) for i, s in enumerate(share / share.sum())}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -392,11 +384,11 @@ class Trainer:
                         cfg.device
                     )
                     hidden = hooks.read(language_model, part.to(cfg.device), sites)
+                    local = LocalBatch(hidden, keys, whole, first)
                     for run in alive:
-                        run.sae.part_of(whole, first)
                         if not at.tokens:
-                            run.warm_start(hidden)
-                        self._step(run, hidden, keys, step, due)
+                            run.warm_start(local)
+                        self._step(run, local, step, due)
                     at.tokens += whole
                 bar.update()
                 at.step, at.seconds = step + 1, time.time() - started
@@ -427,11 +419,9 @@ class Trainer:
             wandb.finish()
         return self._finish(runs, rows, at)
 
-    def _step(
-        self, run: SAETraining, hidden: dict[int, Tensor], keys: Tensor, step: int, due: bool
-    ) -> None:
+    def _step(self, run: SAETraining, batch: LocalBatch, step: int, due: bool) -> None:
         try:
-            run.step(hidden, keys, step, due)
+            run.step(batch, step, due)
         except torch.OutOfMemoryError as error:
             slices = "with one token at a time; train fewer SAEs at once, or a smaller one"
             if distributed.world() > 1:

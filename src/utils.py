@@ -1,13 +1,26 @@
-"""The documented names in one place. A door, not a room: nothing is defined here, and nothing inside src imports it."""
+"""The documented functions of the reference, built on the program's own.
 
+The program itself calls none of them. B rows, S positions, D hidden, L sites, F latents.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src import lm
 from src.config import parse_args
 from src.files import save_json
-from src.hooks import RouteHook, get_outputs, hook_RouteSAE, hook_SAE
+from src.hooks import edit_latents
 from src.lm import get_language_model
-from src.ops import L1_loss, Normalized_MSE_loss, pre_process, unit_norm_decoder
+from src.ops import pre_process, squared_errors, unit_norm_decoder
+from src.sae import SAE, BatchInfo, Edit
 from src.sae_training import LinearWarmupLR
 from src.tracking import wandb_init
-from src.trainer import log_layers, set_seed
+from src.trainer import set_seed
 
 __all__ = [
     "L1_loss",
@@ -26,3 +39,155 @@ __all__ = [
     "unit_norm_decoder",
     "wandb_init",
 ]
+
+Triple = tuple[int, float, int]  # (latent, value, mode): mode 0 adds, 1 multiplies
+
+
+def Normalized_MSE_loss(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Return the mean over tokens of ||x - x_hat||^2 / ||x||^2 (Gao et al. 2024)."""
+    return squared_errors(x, x_hat).mean()
+
+
+def L1_loss(latents: Tensor) -> Tensor:
+    """Return the mean of |latents| over tokens and latents. Training sums over latents instead."""
+    return latents.abs().mean()
+
+
+def log_layers(layer_weights: Tensor) -> dict[str, float]:
+    """Return the share of tokens at each site of routing weights [...,L]."""
+    chosen = layer_weights.argmax(-1).flatten()
+    share = torch.bincount(chosen, minlength=layer_weights.shape[-1]).float()
+    share = share / share.sum()
+    return {f"share_{i}": float(s) for i, s in enumerate(share)}
+
+
+@torch.no_grad()
+def get_outputs(
+    cfg: Namespace, batch: tuple[Tensor, Tensor], language_model: nn.Module, device: str
+) -> tuple[Tensor, Tensor, Any, Tensor]:
+    """Run the language model and return (input_ids, attention_mask, outputs, hidden_states).
+
+    cfg.sites lists the sites to read; without it cfg.layer is read. hidden_states is [B,S,D] of
+    one site, [B,S,L,D] of several.
+    """
+    input_ids, attention_mask = (part.to(device) for part in batch[:2])
+    sites = list(getattr(cfg, "sites", None) or [cfg.layer])
+    states: dict[int, Tensor] = {}
+
+    def reader(site: int) -> Any:
+        def read(output: Any) -> None:
+            states[site] = lm.hidden_of(output).to(device)
+
+        return read
+
+    with lm.hooked(language_model, {site: reader(site) for site in sites}):
+        outputs = language_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        )
+    hidden = torch.stack([states[site] for site in sites], dim=2)
+    return input_ids, attention_mask, outputs, hidden[:, :, 0] if len(sites) == 1 else hidden
+
+
+def triples_edit(
+    set_high: list[Triple] | None = None, set_low: list[Triple] | None = None
+) -> Edit | None:
+    """Return the edit of documented triples: set_high adds or multiplies, set_low undoes that."""
+    operations = []
+    for latent, value, mode in set_high or []:
+        operations.append(("add" if mode == 0 else "multiply", latent, value))
+    for latent, value, mode in set_low or []:
+        operations.append(("add", latent, -value) if mode == 0 else ("multiply", latent, 1 / value))
+    return edit_latents(operations) if operations else None
+
+
+def _cut(cfg: Namespace) -> BatchInfo:
+    return BatchInfo(infer_k=getattr(cfg, "infer_k", None), theta=getattr(cfg, "theta", None))
+
+
+def hook_SAE(
+    cfg: Namespace,
+    model: SAE,
+    hooked_module: nn.Module,
+    set_high: list[Triple] | None = None,
+    set_low: list[Triple] | None = None,
+    is_zero: bool = False,
+) -> list[Any]:
+    """Hook a module so that its hidden state becomes the SAE's reconstruction, or zero.
+
+    Returns the handles to remove. Raises ValueError for an SAE over several sites, whose code
+    needs the states of the other sites too.
+    """
+    if len(model.sites()) != 1:
+        reads = f"{model.name} reads sites {model.sites()}"
+        raise ValueError(f"{reads}; hook_SAE takes an SAE of one site (hook_RouteSAE a routed one)")
+    edit = triples_edit(set_high, set_low)
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = lm.hidden_of(output)
+        if is_zero:
+            return lm.with_hidden(output, torch.zeros_like(hidden))
+        new = model.substitute(hidden.flatten(0, 1).float(), _cut(cfg), edit=edit)
+        return lm.with_hidden(output, new.view_as(hidden))
+
+    return [hooked_module.register_forward_hook(hook)]
+
+
+class RouteHook:
+    """A hook that replaces, at one site, the tokens whose weight [B,S] there is not 0.
+
+    Weight 1 codes the state as it is; weight p codes p x and divides what is decoded by p.
+    """
+
+    def __init__(
+        self,
+        cfg: Namespace,
+        model: Any,
+        weights: Tensor,
+        set_high: list[Triple] | None = None,
+        set_low: list[Triple] | None = None,
+        is_zero: bool = False,
+    ) -> None:
+        self.cut = _cut(cfg)
+        self.model = model
+        self.weights = weights
+        self.is_zero = is_zero
+        self.edit = triples_edit(set_high, set_low)
+
+    @torch.no_grad()
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = lm.hidden_of(output)
+        routed = self.weights > 0
+        if not routed.any():
+            return output
+        changed = hidden.clone()
+        if self.is_zero:
+            changed[routed] = 0
+        else:
+            scale = self.weights[routed].float()
+            edit = self.edit and (
+                lambda strength: self.edit(strength * scale[:, None]) / scale[:, None]
+            )
+            new = self.model.substitute(hidden[routed], self.cut, scale=scale, edit=edit)
+            changed[routed] = new.to(hidden.dtype)
+        return lm.with_hidden(output, changed)
+
+
+def hook_RouteSAE(
+    cfg: Namespace,
+    model: Any,
+    language_model: nn.Module,
+    batch_layer_weights: Tensor,
+    set_high: list[Triple] | None = None,
+    set_low: list[Triple] | None = None,
+    is_zero: bool = False,
+) -> list[Any]:
+    """Hook every routed site with a RouteHook and return the handles to remove.
+
+    batch_layer_weights [B,S,L] is 0/1 (published, unscaled) or 0/p (as in training).
+    """
+    weights = batch_layer_weights.unbind(-1)
+    handles = []
+    for site, weight in zip(model.sites(), weights, strict=True):
+        hook = RouteHook(cfg, model, weight, set_high, set_low, is_zero)
+        handles.append(lm.block_at(language_model, site).register_forward_hook(hook))
+    return handles

@@ -1,6 +1,7 @@
-"""The models by name: the options each uses, its recipes, one line of help. Without torch, so that `--help` is quick.
+"""The models by name: the options each uses, its recipes, one line of help.
 
-`standard` is the right form of a model, `published` the documented one; both are constructor values.
+`standard` is the right form of a model, `published` the documented one; both hold constructor
+values. This file imports no torch, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -9,95 +10,111 @@ from typing import Any, NamedTuple
 
 
 class Entry(NamedTuple):
+    """One model of the zoo."""
+
     help: str
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # command-line options that it uses
+    fixed: tuple[str, ...]  # constructor values that only recipes and imports set
     standard: dict[str, Any] = {}
     published: dict[str, Any] = {}
-    lr: float = 1.0  # of the standard recipe, in units of its default (docs/LOG.md has the sweep)
+    lr: float = 1.0  # of the standard recipe, in units of its default (sweep in docs/LOG.md)
+
+    @property
+    def constructor(self) -> frozenset[str]:
+        """Return the constructor values that it takes besides the sizes of the language model."""
+        return frozenset(("latent_size", "norm_eps", *self.fixed, *self.options))
 
 
+_DICTIONARY = ("unit_encoder", "input_norm")
 _AUXK = ("auxk_coeff", "dead_tokens", "b_pre_init")
 _SPARSE = ("l1_coeff", "target_l0", "sparsity_warmup", "b_pre_init")
-_OLD = {"b_pre_init": "zero", "unit_encoder": False}
-_OLD_K = _OLD | {"auxk_coeff": 0.0}
-_OLD_L1 = _OLD | {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0}
+_RANGE = ("start_layer", "end_layer")
+_ROUTER = (
+    "aggre", "routing", "route_patch", "route_scale", "route_shares",
+    "router_objective", "router_balance", "router_balance_coef",
+)  # fmt: skip
+_PUBLISHED = {"b_pre_init": "zero", "unit_encoder": False}
+_PUBLISHED_TOPK = _PUBLISHED | {"auxk_coeff": 0.0}
+_PUBLISHED_L1 = {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0}
+_PUBLISHED_JUMP = {
+    "l1_coeff": 5e-4,
+    "threshold": 1e-3,
+    "bandwidth": 1e-3,
+    "l0_post_jump": True,
+    "sparsity_warmup": 0.0,
+}
+_PUBLISHED_ROUTER = {
+    "route_patch": "unscaled",
+    "router_objective": "published",
+    "router_balance": "none",
+}
 
 ZOO: dict[str, Entry] = {
     "TopK": Entry(
-        "k largest pre-activations of one site", ("k", "layer", "topk_relu", *_AUXK), {}, _OLD_K
+        "k largest pre-activations of one site",
+        ("k", "layer", "topk_relu", *_AUXK),
+        _DICTIONARY,
+        published=_PUBLISHED_TOPK,
     ),
-    "Vanilla": Entry("ReLU and an L1 penalty", ("layer", *_SPARSE), {}, _OLD_L1),
+    "Vanilla": Entry(
+        "ReLU and an L1 penalty",
+        ("layer", *_SPARSE),
+        (*_DICTIONARY, "l1_mean"),
+        published=_PUBLISHED | _PUBLISHED_L1,
+    ),
     "Gated": Entry(
         "a gate decides, a magnitude follows",
         ("layer", *_SPARSE),
-        {},
-        _OLD_L1 | {"gated_aux": False},
+        (*_DICTIONARY, "l1_mean", "gated_aux"),
+        published=_PUBLISHED | _PUBLISHED_L1 | {"gated_aux": False},
     ),
     "JumpReLU": Entry(
         "a learned threshold per latent",
         ("layer", "threshold", "bandwidth", *_SPARSE),
-        {},
-        _OLD
-        | {
-            "l1_coeff": 5e-4,
-            "threshold": 1e-3,
-            "bandwidth": 1e-3,
-            "l0_post_jump": True,
-            "sparsity_warmup": 0.0,
-        },
+        (*_DICTIONARY, "l0_post_jump"),
+        published=_PUBLISHED | _PUBLISHED_JUMP,
     ),
     "RouteSAE": Entry(
         "a router picks the site of each token",
-        (
-            "k",
-            "aggre",
-            "routing",
-            "route_patch",
-            "start_layer",
-            "end_layer",
-            "router_objective",
-            "router_balance",
-            "router_balance_coef",
-            "route_scale",
-            "route_shares",
-            "topk_relu",
-            *_AUXK,
-        ),
-        {"router_objective": "expected", "router_balance": "switch"},
-        _OLD_K
-        | {"route_patch": "unscaled", "router_objective": "published", "router_balance": "none"},
+        ("k", "topk_relu", *_ROUTER, *_RANGE, *_AUXK),
+        (*_DICTIONARY, "seed"),
+        standard={"router_objective": "expected", "router_balance": "switch"},
+        published=_PUBLISHED_TOPK | _PUBLISHED_ROUTER,
     ),
     "Crosscoder": Entry(
         "one code for all routed sites",
-        ("start_layer", "end_layer", "l1_coeff", "target_l0", "sparsity_warmup"),
-        {"decoder_bias": True, "free_norms": True},
-        {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0},
+        (*_RANGE, "l1_coeff", "target_l0", "sparsity_warmup"),
+        ("l1_mean", "decoder_bias", "free_norms"),
+        standard={"decoder_bias": True, "free_norms": True},
+        published=_PUBLISHED_L1,
         lr=0.3,
     ),
     "MLSAE": Entry(
         "one TopK for the states of all routed sites",
-        ("k", "start_layer", "end_layer", "topk_relu", *_AUXK),
-        {},
-        _OLD_K,
+        ("k", "topk_relu", *_RANGE, *_AUXK),
+        _DICTIONARY,
+        published=_PUBLISHED_TOPK,
     ),
     "RandomK": Entry(
         "k latents drawn at random: the control that must lose",
         ("k", "layer", "b_pre_init"),
-        {},
-        _OLD,
+        (*_DICTIONARY, "seed", "topk_relu"),
+        published=_PUBLISHED,
     ),
     "BatchTopK": Entry(
-        "k active latents a token on average over a batch", ("k", "layer", *_AUXK), {}, _OLD_K
+        "k active latents a token on average over a batch",
+        ("k", "layer", *_AUXK),
+        _DICTIONARY,
+        published=_PUBLISHED_TOPK,
     ),
 }
 ALIASES = {"Random": "RandomK"}
 
 
 def canonical(name: str) -> str:
-    """The zoo's spelling of a model name. Raises ValueError listing the zoo."""
-    known = {key.lower(): key for key in ZOO} | {
-        alias.lower(): key for alias, key in ALIASES.items()
-    }
+    """Return the zoo's spelling of a model name. Raises ValueError that lists the zoo."""
+    known = {key.lower(): key for key in ZOO}
+    known |= {alias.lower(): key for alias, key in ALIASES.items()}
     if name.lower() not in known:
         raise ValueError(f"unknown model {name!r}; the zoo has {', '.join(ZOO)}")
     return known[name.lower()]

@@ -8,9 +8,8 @@ import sys
 
 import torch
 
-from src import kernels, ops
+from src import device, kernels, ops, sparse
 from src.model import build
-from src.ops import SparseCode
 
 INF = float("inf")
 # All bits set: a NaN with a minus sign.
@@ -83,7 +82,7 @@ def bags(device):
         grad = torch.randn(n, d, device=device)
         # Some bags are empty.
         bag = torch.randint(n, (e,), device=device).sort().values if e else latent
-        bounds = ops.SparseCode.bounds(bag, n)
+        bounds = sparse.bag_bounds(bag, n)
         rows = table[latent].float()
         sums = torch.zeros(n, d, device=device).index_add_(0, bag, values[:, None] * rows)
         result = kernels.weighted_embedding_bag(values, latent, bounds, table)
@@ -160,15 +159,15 @@ STEPS = (
 
 def use_cuda_paths(bf16):
     """Let float32 SAEs on a CPU take the paths of CUDA: kernels and, if asked, bfloat16 factors."""
-    product = ops.product
+    product = device.matmul
 
     def product_with_bf16(a, b):
         return a.float() @ b.float() if a.dtype is torch.bfloat16 else product(a, b)
 
-    ops.kernels = lambda x: None if x.dtype is torch.float64 else kernels
-    ops.uses_bf16_matmul = lambda x: bf16 and ops._bf16_allowed and x.dtype is torch.float32
-    ops.fast_bfloat16 = lambda: False
-    ops.product = product_with_bf16
+    device.kernels = lambda x: None if x.dtype is torch.float64 else kernels
+    device.uses_bf16_matmul = lambda x: bf16 and device._bf16_allowed and x.dtype is torch.float32
+    device.fast_bfloat16 = lambda: False
+    device.matmul = product_with_bf16
 
 
 def twins(name, options):
@@ -191,7 +190,7 @@ def backward(sae, hidden, with_auxk):
         sae.dead_threshold = torch.tensor(1e5)
     dtype = next(sae.parameters()).dtype
     hidden = {site: h.to(dtype) for site, h in hidden.items()}
-    with ops.bf16_matmuls():
+    with device.bf16_matmuls():
         terms = sae.loss(sae.autoencode(sae.gather(hidden).to(dtype)))
         sum(terms.values()).backward()
     return set(terms)
@@ -206,7 +205,7 @@ def steps(bf16):
     hidden = {site: torch.randn(12, 32) + site * torch.randn(32) / 8 for site in range(1, 17)}
     for name, forms, options in STEPS:
         for form in forms:
-            SparseCode.form = lambda ratio, x, form=form: form
+            sparse.decode_form = lambda ratio, x, form=form: form
             sae, exact = twins(name, options)
             with_auxk = name in ("TopK", "MLSAE")
             for one in (sae, exact):
@@ -227,8 +226,8 @@ def check_float64_sae():
     """A float64 SAE takes float32 states without losing precision."""
     sae = build("TopK", 32, 16, {"latent_size": 64, "k": 4, "layer": 4}).double()
     x = torch.randn(5, 32)
-    SparseCode.form = lambda ratio, x: "products"
-    with ops.bf16_matmuls():
+    sparse.decode_form = lambda ratio, x: "products"
+    with device.bf16_matmuls():
         out, exact = sae.autoencode(x), sae.autoencode(x.double())
     assert torch.allclose(out.x_hat, exact.x_hat, rtol=1e-12)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.ops import random_integers, random_subset
+from src.draws import random_integers, random_subset
 
 
 def standardise(h, eps=1e-5):

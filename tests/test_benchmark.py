@@ -16,8 +16,8 @@ from benchmarks.runner import ratios
 from src import estimate
 from src.applier import Applier
 from src.data import Rows
+from src.device import fast_bfloat16
 from src.files import DEMO_LM, ROOT
-from src.ops import fast_bfloat16
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ from src.files import DEMO_LM
 from src.metrics import Reconstruction
 from src.model import build
 from src.ops import kth_largest
-from src.sae_training import SAETraining, make_optimizer
+from src.sae import BatchInfo
+from src.sae_training import LocalBatch, SAETraining, make_optimizer
 from src.trainer import Trainer
 
 MODELS = ["TopK", "RouteSAE", "BatchTopK", "JumpReLU", "Gated", "Crosscoder", "MLSAE"]
@@ -108,11 +109,11 @@ def at_step(step, number, do):
     def install(me, folder):
         original, done = SAETraining.step, []
 
-        def hooked(self, hidden, token, now, due):
+        def hooked(self, batch, now, due):
             if me == number and now == step and not done:
                 done.append(True)
-                hidden = do(hidden)
-            original(self, hidden, token, now, due)
+                batch = batch._replace(hidden=do(batch.hidden))
+            original(self, batch, now, due)
 
         SAETraining.step = hooked
 
@@ -136,10 +137,10 @@ def poisoned(number, folder):
 def short_of_memory(number, folder):
     original = SAETraining._gradients
 
-    def limited(self, hidden, token, whole, first):
-        if number == 1 and len(token) / self.parts > 15:
+    def limited(self, batch):
+        if number == 1 and len(batch.token_keys) / self.parts > 15:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, hidden, token, whole, first)
+        return original(self, batch)
 
     SAETraining._gradients, finish = limited, Trainer._finish
 
@@ -454,7 +455,7 @@ def test_a_fault_read_late_has_changed_nothing_and_names_its_step(optimizer, mon
         if step == 3:
             before = [p.clone() for p in run.sae.parameters()]
             hidden[4][7, 5] = float("inf")
-        run.step(hidden, torch.arange(20), step, False)
+        run.step(LocalBatch(hidden, torch.arange(20), 20, 0), step, False)
     check()
     assert run.failed_at == 3 and "not finite at step 3" in run.failed
     assert all(torch.equal(a, b) for a, b in zip(before, run.sae.parameters(), strict=True))
@@ -490,13 +491,9 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient():
             sae.zero_grad()
             total = 0.0
             for start, stop in parts:
-                sae.part_of(20, start)
-                terms = sae.loss(
-                    sae.autoencode(
-                        sae.gather({site: h[start:stop] for site, h in hidden.items()}),
-                        token=torch.arange(start, stop),
-                    )
-                )
+                info = BatchInfo(torch.arange(start, stop), batch_tokens=20, token_offset=start)
+                x = sae.gather({site: h[start:stop] for site, h in hidden.items()})
+                terms = sae.loss(sae.autoencode(x, info), info)
                 sum(terms.values()).backward()
                 total += float(sum(terms.values()).detach())
             return [total, *(p.grad.clone() for p in sae.parameters() if p.grad is not None)]

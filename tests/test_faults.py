@@ -32,6 +32,7 @@ from src.data import Rows
 from src.device import pick_device
 from src.evaluator import Evaluator
 from src.model import build
+from src.sae import BatchInfo
 from src.sae_training import SAETraining
 from src.sources import DataError, Documents, Report
 from src.trainer import Trainer
@@ -304,7 +305,7 @@ def test_states_without_variance_give_finite_losses_and_gradients(name):
         site: torch.ones(16, 32) if site % 2 else torch.zeros(16, 32) for site in model.sites()
     }
     model.warm_start(model.gather(hidden))
-    p = model.autoencode(model.gather(hidden), token=torch.arange(16))
+    p = model.autoencode(model.gather(hidden), BatchInfo(token_keys=torch.arange(16)))
     loss = sum(model.loss(p).values())
     loss.backward()
     assert torch.isfinite(loss) and all(

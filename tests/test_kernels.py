@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from src import model, ops
+from src import device, model, sparse
 from src.files import ROOT
 
 CHECKS = ("topk", "bags", "sign_step", "compare", "standardise")
@@ -48,10 +48,10 @@ def test_a_step_with_kernels_is_exact_up_to_the_rounding_of_factors(factors):
 def test_without_working_kernels_plain_functions_take_their_place(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "src.kernels", raising=False)
-    ops._working_kernels.cache_clear()
+    device._working_kernels.cache_clear()
     with pytest.warns(UserWarning, match="plain PyTorch takes their place"):
-        assert ops._working_kernels() is None
-    ops._working_kernels.cache_clear()
+        assert device._working_kernels() is None
+    device._working_kernels.cache_clear()
 
 
 @pytest.mark.gpu
@@ -63,7 +63,7 @@ def test_kernels_equal_their_twins_on_cuda(check):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["sums", "rows", "products"])
 def test_bfloat16_factors_change_a_step_by_their_rounding(form, monkeypatch):
-    monkeypatch.setattr(ops.SparseCode, "form", lambda ratio, x: form)
+    monkeypatch.setattr(sparse, "decode_form", lambda ratio, x: form)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     options = {"latent_size": 1024, "k": 16, "layer": 4}
     sae = model.build("TopK", 256, 16, options).cuda()
@@ -71,7 +71,7 @@ def test_bfloat16_factors_change_a_step_by_their_rounding(form, monkeypatch):
     exact.load_state_dict(sae.state_dict())
     x = torch.randn(512, 256, device="cuda")
     for one in (sae, exact):
-        with ops.bf16_matmuls():
+        with device.bf16_matmuls():
             terms = one.loss(one.autoencode(x.to(one.pre_bias.dtype)))
             sum(terms.values()).backward()
     for p, q in zip(sae.parameters(), exact.parameters(), strict=True):

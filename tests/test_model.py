@@ -4,22 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import model, ops
+from src import device, model, ops, sparse
+from src.draws import random_integers, random_subset
 from src.model import RouteSAE, TopK, build
 from src.ops import (
     Jump_func,
-    SparseCode,
     Step_func,
-    active,
     apply_inference_cut,
     pre_process,
     project_decoder_grad,
-    random_integers,
-    random_subset,
     topk_sparsify,
     unit_norm_decoder,
 )
-from src.sae import SAEOutput
+from src.sae import BatchInfo, SAEOutput
+from src.sparse import active
 from src.zoo import ZOO, canonical
 
 N, D, FEATURES, LAYERS = 50, 32, 64, 16
@@ -52,10 +50,10 @@ def test_every_model_keeps_the_contract(name, hidden):
     sae = make(name)
     x = sae.gather(hidden)
     sae.warm_start(x)
-    p = sae.autoencode(x, token=TOKENS)
+    p = sae.autoencode(x, BatchInfo(token_keys=TOKENS))
     assert p.x_hat.shape == p.target.shape and p.latents.shape[-1] == FEATURES
     sae.after_step(p, 0.5)
-    loss = sum(sae.loss(sae.autoencode(x, token=TOKENS)).values())
+    loss = sum(sae.loss(sae.autoencode(x, BatchInfo(token_keys=TOKENS))).values())
     loss.backward()
     for key, value in sae.named_parameters():
         assert value.grad is not None and value.grad.isfinite().all(), key
@@ -69,7 +67,8 @@ def test_every_model_keeps_the_contract(name, hidden):
     other = build(name, D, LAYERS, sae.config)
     other.load_state_dict(sae.state_dict())
     assert torch.equal(
-        other.autoencode(x, token=TOKENS).x_hat, sae.autoencode(x, token=TOKENS).x_hat
+        other.autoencode(x, BatchInfo(token_keys=TOKENS)).x_hat,
+        sae.autoencode(x, BatchInfo(token_keys=TOKENS)).x_hat,
     )
 
 
@@ -77,13 +76,15 @@ def test_every_model_keeps_the_contract(name, hidden):
 def test_infer_k_and_theta_mean_the_same_everywhere(name, hidden):
     sae = make(name)
     x = sae.gather(hidden)
-    assert (sae.autoencode(x, infer_k=2, token=TOKENS).latents != 0).sum(-1).max() <= 2
-    kept = sae.autoencode(x, theta=0.3, token=TOKENS).latents
+    assert (sae.autoencode(x, BatchInfo(infer_k=2, token_keys=TOKENS)).latents != 0).sum(
+        -1
+    ).max() <= 2
+    kept = sae.autoencode(x, BatchInfo(theta=0.3, token_keys=TOKENS)).latents
     assert kept[kept != 0].min() > 0.3
-    negative = sae.autoencode(x, theta=-1.0, token=TOKENS).latents
+    negative = sae.autoencode(x, BatchInfo(theta=-1.0, token_keys=TOKENS)).latents
     assert negative.min() >= 0
     with pytest.raises(ValueError, match="exclude each other"):
-        sae.autoencode(x, infer_k=2, theta=0.1, token=TOKENS)
+        sae.autoencode(x, BatchInfo(infer_k=2, theta=0.1, token_keys=TOKENS))
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if n != "Crosscoder"])
@@ -95,7 +96,7 @@ def test_a_perfect_reconstruction_leaves_the_residual_as_it_is(name, hidden, mon
         "autoencode",
         lambda self, x, *_, **__: model.SAEOutput(x, x.new_zeros(*x.shape[:-1], FEATURES), x),
     )
-    for patches in sae.patches(hidden, token=TOKENS):
+    for patches in sae.patches(hidden, BatchInfo(token_keys=TOKENS)):
         for site, patch in patches.items():
             assert torch.allclose(patch(hidden[site]), hidden[site], atol=1e-5)
 
@@ -144,8 +145,8 @@ def test_a_batchs_k_becomes_a_threshold_at_inference(hidden):
 def test_random_routing_and_randomk_do_not_depend_on_batching(hidden):
     for sae in (make("RandomK"), make("RouteSAE", routing="random")):
         x = sae.gather(hidden)
-        whole = sae.autoencode(x, token=TOKENS)
-        half = sae.autoencode(x[20:], token=TOKENS[20:])
+        whole = sae.autoencode(x, BatchInfo(token_keys=TOKENS))
+        half = sae.autoencode(x[20:], BatchInfo(token_keys=TOKENS[20:]))
         assert torch.equal(whole.latents[20:] != 0, half.latents != 0)
     subset = random_subset(torch.arange(4000), 7, 10, 3)
     assert all(len(set(row)) == 3 for row in subset.tolist())
@@ -320,13 +321,13 @@ def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_s
 ):
     sae = make("Vanilla", sparsity_warmup=0.0)
     p = sae.autoencode(sae.gather(hidden))
-    sae.target_l0 = factor * float((p.latents != 0).float().sum(-1).mean())
+    sae.sparsity.target_l0 = factor * float((p.latents != 0).float().sum(-1).mean())
     for step in range(1, 21):
         sae.after_step(p, 0.05 * step)
-    assert direction * sae.i_gain.log().item() > 1
+    assert direction * sae.sparsity.i_gain.log().item() > 1
     assert (
-        direction * (sae._coefficient() / sae.l1_coeff).log().item()
-        > direction * sae.i_gain.log().item()
+        direction * (sae.sparsity.coefficient() / sae.sparsity.base).log().item()
+        > direction * sae.sparsity.i_gain.log().item()
     )
 
 
@@ -335,7 +336,7 @@ def test_target_l0_raises_the_coefficient_of_a_dense_code_and_lowers_that_of_a_s
     "name, more", [("TopK", {}), ("TopK", {"topk_relu": True}), ("BatchTopK", {}), ("RandomK", {})]
 )
 def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more, form, monkeypatch):
-    monkeypatch.setattr(SparseCode, "form", lambda ratio, x: form)
+    monkeypatch.setattr(sparse, "decode_form", lambda ratio, x: form)
     torch.manual_seed(0)
     sae = build(name, 12, 16, {"latent_size": 64, "k": 3, "layer": 4, **more}).double()
     with torch.no_grad():
@@ -347,19 +348,15 @@ def test_values_and_gradients_of_the_fast_path_are_those_of_autograd(name, more,
     )
     wanted = (x, *sae.parameters())
     latents = sae.activate(F.linear(x - sae.pre_bias, sae.encoder.weight, sae.latent_bias))
-    sparse, dense = (
-        sae.autoencode(x),
-        SAEOutput(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias)),
-    )
-    assert torch.allclose(sparse.latents, dense.latents, rtol=1e-12) and torch.allclose(
-        sparse.x_hat, dense.x_hat, rtol=1e-12
-    )
-    assert sparse.code.at.sort().values.tolist() == dense.latents.flatten().nonzero()[:, 0].tolist()
-    assert torch.equal(ops.firings(sparse.code), ops.firings(dense.code))
-    for a, b in zip(
-        *(torch.autograd.grad((p.x_hat * weight).sum(), wanted) for p in (sparse, dense)),
-        strict=True,
-    ):
+    fast = sae.autoencode(x)
+    dense = SAEOutput(x, latents, F.linear(latents, sae.decoder.weight, sae.pre_bias))
+    assert torch.allclose(fast.latents, dense.latents, rtol=1e-12)
+    assert torch.allclose(fast.x_hat, dense.x_hat, rtol=1e-12)
+    active_index = dense.latents.flatten().nonzero()[:, 0]
+    assert torch.equal(fast.code.flat_index.sort().values, active_index)
+    assert torch.equal(sparse.firings(fast.code), sparse.firings(dense.code))
+    gradients = (torch.autograd.grad((out.x_hat * weight).sum(), wanted) for out in (fast, dense))
+    for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -377,11 +374,11 @@ def test_the_largest_of_each_row_are_found_in_one_stage_or_two(n, f, k, dtype):
         assert torch.equal(some.gather(1, found).sort(1).values, some.topk(k).values.sort(1).values)
 
 
-@pytest.mark.skipif(not ops.fast_bfloat16(), reason="this CPU has no fast bfloat16")
+@pytest.mark.skipif(not device.fast_bfloat16(), reason="this CPU has no fast bfloat16")
 def test_in_training_a_code_is_that_of_bfloat16_factors_and_its_gradients_are_exact_for_it():
     torch.manual_seed(0)
     sae, x = build("TopK", 64, 16, {"latent_size": 512, "k": 8, "layer": 4}), torch.randn(100, 64)
-    with ops.bf16_matmuls():
+    with device.bf16_matmuls():
         p = sae.autoencode(x)
     exact = sae.autoencode(x)
     off = (p.x_hat - exact.x_hat).norm() / exact.x_hat.norm()
@@ -398,7 +395,7 @@ def test_in_training_a_code_is_that_of_bfloat16_factors_and_its_gradients_are_ex
 def test_a_bias_in_the_factors_of_a_product_is_as_exact_as_float32():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(9, 16), torch.randn(7, 16), torch.randn(7)
-    a, b = ops.affine_factors(x, weight, bias)
+    a, b = device.affine_factors(x, weight, bias)
     assert a.dtype == b.dtype == torch.bfloat16
     assert torch.allclose(
         a.float() @ b.float().T, a[:, :16].float() @ b[:, :16].float().T + bias, atol=1e-6
@@ -431,7 +428,7 @@ def test_a_linear_map_of_shifted_states_has_the_values_and_gradients_of_autograd
 
 @pytest.mark.parametrize("form", ["sums", "rows", "products"])
 def test_a_code_of_which_nothing_is_active_is_decoded(form, monkeypatch):
-    monkeypatch.setattr(SparseCode, "form", lambda ratio, x: form)
+    monkeypatch.setattr(sparse, "decode_form", lambda ratio, x: form)
     sae = build("BatchTopK", 12, 16, {"latent_size": 64, "k": 3, "layer": 4}).eval()
     sae.cut.fill_(1e9)
     p = sae.autoencode(torch.randn(5, 12))

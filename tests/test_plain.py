@@ -5,6 +5,7 @@ import torch
 
 from src import model
 from src.ops import pre_process, project_decoder_grad, unit_norm_decoder
+from src.sae import BatchInfo
 from src.zoo import ZOO
 from tests import plain
 
@@ -61,10 +62,10 @@ def test_loss_and_gradients_equal_the_plain_path(name, recipe, more):
         getattr(sae, "sae", sae).tokens_since_fired.clone(),
         100.0,
     )
-    if hasattr(sae, "warm"):
-        sae.warm.fill_(1.0)
+    if hasattr(sae, "sparsity"):
+        sae.sparsity.warm.fill_(1.0)
         twin.progress = 1.0
-    mine, theirs = sae.loss(sae.autoencode(x, token=token)), twin.terms(x, token)
+    mine, theirs = sae.loss(sae.autoencode(x, BatchInfo(token_keys=token))), twin.terms(x, token)
     assert mine.keys() == theirs.keys()
     for term in mine:
         assert torch.allclose(mine[term], theirs[term], rtol=1e-12, atol=1e-14), term
@@ -89,7 +90,7 @@ def test_the_losses_of_a_training_equal_the_plain_loop(name):
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     sae.train()
     for step, (x, token) in enumerate(batches(sae, steps)):
-        p = sae.autoencode(x, token=token)
+        p = sae.autoencode(x, BatchInfo(token_keys=token))
         loss = torch.stack(list(sae.loss(p).values())).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from src import hooks, lm
+from src import hooks, lm, utils
 from src.applier import Applier, ContextCollector
 from src.config import parse, run_stage
 from src.data import open_rows
 from src.files import DEMO_LM, load_json
 from src.model import build
-from src.ops import active
+from src.sae import BatchInfo
+from src.sparse import active
 from src.steerer import Steerer, conversations
 from src.trainer import Trainer
 from src.zoo import ZOO
@@ -82,7 +83,7 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
     largest: dict[int, float] = {}
     for batch in rows.batches(7):
         hidden = hooks.read(applier.language_model, batch, sae.sites())
-        p = sae.autoencode(sae.gather(hidden), token=batch.token_keys())
+        p = sae.autoencode(sae.gather(hidden), BatchInfo(token_keys=batch.token_keys()))
         for _, latent, value in zip(
             *(column.tolist() for column in active(sae.strength(p))), strict=True
         ):
@@ -355,7 +356,7 @@ def test_hooks_apply_triples_to_the_module_they_hook(high, low, becomes):
     torch.manual_seed(0)
     sae = build("TopK", 16, 4, {"latent_size": 8, "k": 8, "layer": 1})
     module, h = torch.nn.Identity(), torch.randn(2, 5, 16)
-    (handle,) = hooks.hook_SAE(None, sae, module, high, low)
+    (handle,) = utils.hook_SAE(None, sae, module, high, low)
     x, _, std = sae.standardise(h)
     z = sae.encode(x)[..., 3:4]
     assert torch.allclose(
@@ -369,11 +370,11 @@ def test_hooks_without_triples_put_the_reconstruction_or_zero():
     torch.manual_seed(0)
     sae = build("TopK", 16, 4, {"latent_size": 8, "k": 2, "layer": 1})
     module, h = torch.nn.Identity(), torch.randn(2, 5, 16)
-    (handle,) = hooks.hook_SAE(None, sae, module)
+    (handle,) = utils.hook_SAE(None, sae, module)
     x, mean, std = sae.standardise(h)
     assert torch.allclose(module(h), sae(x)[1] * std + mean, atol=1e-5)
     handle.remove()
-    hooks.hook_SAE(None, sae, module, is_zero=True)
+    utils.hook_SAE(None, sae, module, is_zero=True)
     assert not module(h).any()
 
 
@@ -390,7 +391,7 @@ def test_routed_hooks_rewrite_each_token_at_its_own_site_only(scaled):
     weights[:, 1:half, 0], weights[:, half:, 3] = p, p
     first = slice(1, half)
     for high, low, becomes in TRIPLES:
-        handles = hooks.hook_RouteSAE(None, sae, model, weights, high, low)
+        handles = utils.hook_RouteSAE(None, sae, model, weights, high, low)
         changed = lm.read_sites(model, ids, sites)
         scale = weights[:, first].max(-1, keepdim=True).values
         h = clean[sites[0]]
@@ -403,6 +404,6 @@ def test_routed_hooks_rewrite_each_token_at_its_own_site_only(scaled):
         assert torch.equal(changed[sites[0]][:, rest], h[:, rest])
         for handle in handles:
             handle.remove()
-    for handle in hooks.hook_RouteSAE(None, sae, model, weights, is_zero=True):
+    for handle in utils.hook_RouteSAE(None, sae, model, weights, is_zero=True):
         handle.remove()
     assert torch.equal(lm.read_sites(model, ids, sites)[12], clean[12])

@@ -18,7 +18,7 @@ from src import checkpoint, files, lm
 from src.config import interval, parse, run_stage
 from src.files import DEMO_LM
 from src.model import build
-from src.sae_training import SAETraining
+from src.sae_training import LocalBatch, SAETraining
 from src.trainer import Trainer
 from src.zoo import ZOO
 
@@ -57,8 +57,8 @@ def interrupt(monkeypatch, step, action):
     """Call action() in the middle of a step: after the first SAE's update, before the others'."""
     original = SAETraining.step
 
-    def hooked(self, hidden, token, now, due):
-        original(self, hidden, token, now, due)
+    def hooked(self, batch, now, due):
+        original(self, batch, now, due)
         if now == step:
             action()
 
@@ -141,7 +141,7 @@ SIGNALLED_TWICE = """
 import os, signal, sys
 from src import checkpoint
 from src.config import run_stage
-from src.sae_training import SAETraining
+from src.sae_training import LocalBatch, SAETraining
 from src.trainer import Trainer
 
 step, save = SAETraining.step, checkpoint.torch.save
@@ -314,11 +314,12 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_of_the_step_before_and_the_
 ):
     original, parameters = SAETraining.step, {}
 
-    def poison(self, hidden, token, now, due):
+    def poison(self, batch, now, due):
         if now == 6:
             parameters["before"] = {name: p.clone() for name, p in self.sae.named_parameters()}
-            hidden = {site: h * float("nan") for site, h in hidden.items()}
-        original(self, hidden, token, now, due)
+            hidden = {site: h * float("nan") for site, h in batch.hidden.items()}
+            batch = batch._replace(hidden=hidden)
+        original(self, batch, now, due)
         if now == 6:
             parameters["after"] = dict(self.sae.named_parameters())
         assert now < 7
@@ -333,7 +334,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_of_the_step_before_and_the_
 
 
 def training_of(text, name, n_tokens=48):
-    """(an SAETraining, hidden states {site: [N,D]}, token numbers [N])"""
+    """(an SAETraining, its batch)"""
     cfg = parse("train", arguments(text, "--model", name))
     cfg.optimizer, cfg.grad_clip, cfg.steps = "adam", 0.0, 1
     torch.manual_seed(0)
@@ -343,38 +344,38 @@ def training_of(text, name, n_tokens=48):
         site: torch.randn(n_tokens, 32, generator=torch.Generator().manual_seed(site))
         for site in training.sae.sites()
     }
-    return training, hidden, torch.arange(n_tokens)
+    return training, LocalBatch(hidden, torch.arange(n_tokens), n_tokens, 0)
 
 
 @pytest.mark.parametrize("name", ["TopK", "Gated", "RouteSAE", "Crosscoder"])
 def test_out_of_memory_halves_the_slices_and_keeps_the_gradient_of_the_whole_batch(
     text, monkeypatch, capsys, name
 ):
-    whole, hidden, token = training_of(text, name)
-    whole.step(hidden, token, 0, True)
-    sliced, _, _ = training_of(text, name)
+    whole, batch = training_of(text, name)
+    whole.step(batch, 0, True)
+    sliced, _ = training_of(text, name)
     original = sliced.sae.autoencode
 
-    def limited(x, *args, token=None):
+    def limited(x, *args):
         if len(x) > 15:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(x, *args, token=token)
+        return original(x, *args)
 
     def never(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sliced.sae, "autoencode", limited)
-    sliced.step(hidden, token, 0, True)
+    sliced.step(batch, 0, True)
     assert sliced.parts == 4 and "in 4 parts" in capsys.readouterr().out
     others = dict(sliced.sae.named_parameters())
     for key, parameter in whole.sae.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(parameter.grad, others[key].grad, rtol=1e-4, atol=1e-6), key
     assert torch.equal(whole.sae.tokens_since_fired, sliced.sae.tokens_since_fired)
-    assert sliced.last.latents.shape == whole.last.latents.shape
+    assert sliced.last[0].latents.shape == whole.last[0].latents.shape
     monkeypatch.setattr(sliced.sae, "autoencode", never)
     with pytest.raises(torch.OutOfMemoryError):
-        sliced.step(hidden, token, 1, True)
+        sliced.step(batch, 1, True)
 
 
 def test_a_state_that_would_run_code_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from src import checkpoint, files, formats, hooks, lm, page, plots
+from src import checkpoint, files, formats, hooks, lm, page, plots, utils
 from src.applier import Applier
 from src.config import OPTIONS, parse, run_stage
 from src.data import Rows
@@ -440,4 +440,4 @@ def test_the_self_check_says_when_it_could_check_nothing(text):
 def test_hook_sae_refuses_a_model_over_several_sites():
     sae = build("Crosscoder", 128, 16, {"latent_size": 8})
     with pytest.raises(ValueError, match="one site"):
-        hooks.hook_SAE(None, sae, torch.nn.Identity())
+        utils.hook_SAE(None, sae, torch.nn.Identity())

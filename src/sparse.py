@@ -1,0 +1,289 @@
+"""Sparse codes: how they are stored, decoded and differentiated without dense [N,F] products.
+
+N tokens, D hidden, F latents, E entries (active latents of all tokens).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from src import device
+
+# Pre-activations computed at one time on each kind of device. On CUDA that is half a GB.
+CHUNK_NUMBERS = {"cuda": 2**27}
+CHUNK_NUMBERS_ELSEWHERE = 2**21
+MIN_CHUNK_TOKENS = 256  # products of fewer tokens are slow
+# Use row sums for everything if F / k is at least this. Measured on a CPU
+# (benchmarks/sparse_code.py), extrapolated on CUDA.
+SPARSE_FROM = {"cpu": 8, "cuda": 1200}
+# Use the kernels for everything but the gradients of weights if F / k is at least this.
+ROWS_FROM = 128
+
+
+class SparseCode(NamedTuple):
+    """A code given by its entries, token by token; all other latents are 0."""
+
+    values: Tensor  # [E]
+    flat_index: Tensor  # where each value lies in the flat dense code, int64 [E]
+    shape: torch.Size  # of the dense code, [...,F]
+
+    def dense(self) -> Tensor:
+        flat = self.values.new_zeros(self.shape.numel())
+        return flat.index_put_((self.flat_index,), self.values).view(self.shape)
+
+    @staticmethod
+    def cat(codes: list[SparseCode]) -> SparseCode:
+        """Return the codes of consecutive tokens as one."""
+        starts = [0, *itertools.accumulate(code.shape.numel() for code in codes)]
+        index = [code.flat_index + start for code, start in zip(codes, starts, strict=False)]
+        rows = sum(code.shape[0] for code in codes)
+        shape = torch.Size([rows, *codes[0].shape[1:]])
+        return SparseCode(torch.cat([code.values for code in codes]), torch.cat(index), shape)
+
+
+def cat_codes(codes: list[Tensor] | list[SparseCode]) -> Tensor | SparseCode:
+    """Return the codes of consecutive tokens as one, in the form they have."""
+    return SparseCode.cat(codes) if isinstance(codes[0], SparseCode) else torch.cat(codes)
+
+
+def dense(code: Tensor | SparseCode) -> Tensor:
+    """Return the dense code."""
+    return code.dense() if isinstance(code, SparseCode) else code
+
+
+def divided(code: Tensor | SparseCode, by: Tensor) -> Tensor | SparseCode:
+    """Divide each token's code by its number. [...,F], [...] -> [...,F]"""
+    if isinstance(code, SparseCode):
+        token = code.flat_index.div(code.shape[-1], rounding_mode="floor")
+        return code._replace(values=code.values / by.flatten()[token])
+    return code / by[..., None]
+
+
+def active(code: Tensor | SparseCode) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (token, latent, value) of every latent that is not 0, by token. -> 3 x [E]"""
+    if isinstance(code, SparseCode):
+        index, values = code.flat_index, code.values
+    else:
+        flat = code.flatten()
+        index = flat.nonzero()[:, 0]
+        values = flat[index]
+    size = code.shape[-1]
+    return index.div(size, rounding_mode="floor"), index.remainder(size), values
+
+
+def firings(code: Tensor | SparseCode) -> Tensor:
+    """Count in how many codes each latent is not 0. [...,F] -> int64 [F]"""
+    if isinstance(code, SparseCode):
+        latent = code.flat_index.remainder(code.shape[-1])
+        counts = torch.zeros(code.shape[-1], dtype=torch.long, device=latent.device)
+        # bincount would wait for the device
+        return counts.scatter_add_(0, latent, torch.ones_like(latent))
+    # int32 first: a sum in int64 takes four times as long on a CPU
+    return (code != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()
+
+
+def weighted_embedding_bag(values: Tensor, index: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+    """Sum values[e] table[index[e]] over the entries e of each bag.
+
+    Bag n holds the entries bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> [N,D]
+    """
+    if fast := device.kernels(table):
+        return fast.weighted_embedding_bag(values, index, bounds, table)
+    return nn.functional.embedding_bag(
+        index,
+        table.to(values.dtype),
+        bounds,
+        mode="sum",
+        per_sample_weights=values,
+        include_last_offset=True,
+    )
+
+
+def bag_dots(grad: Tensor, index: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+    """Return <grad[n], table[index[e]]> of every entry e of bag n. -> [E]
+
+    The shapes are those of weighted_embedding_bag; grad is [N,D].
+    """
+    if fast := device.kernels(table):
+        return fast.bag_dots(grad, index, bounds, table)
+    with torch.enable_grad():  # the library's gradient of bag weights: no [N,k,D] tensor
+        weights = grad.new_zeros(len(index), requires_grad=True)
+        sums = weighted_embedding_bag(weights, index, bounds, table)
+        (dots,) = torch.autograd.grad(sums, weights, grad)
+    return dots
+
+
+class Selection(NamedTuple):
+    """Which pre-activations of a token stay active."""
+
+    # maps (pre-activations [n,F] of a slice of tokens, that slice) to flat indices in them
+    choose: Callable[[Tensor, slice], Tensor]
+    k: int  # how many stay per token, about
+    clip: bool  # cut negative values
+    per_token: bool  # whether a token's choice is independent of other tokens
+
+
+class DictionaryWeights(NamedTuple):
+    """The parameters of a dictionary at one site."""
+
+    pre_bias: Tensor  # [D]
+    encoder: Tensor  # [F,D]
+    latent_bias: Tensor  # [F]
+    decoder: Tensor  # [D,F]
+
+    def subset(self, latents: Tensor) -> DictionaryWeights:
+        """Return the dictionary of these latents alone."""
+        decoder = self.decoder[:, latents]
+        return DictionaryWeights(
+            self.pre_bias, self.encoder[latents], self.latent_bias[latents], decoder
+        )
+
+
+def sparse_autoencode(
+    x: Tensor, weights: DictionaryWeights, selection: Selection
+) -> tuple[SparseCode, Tensor]:
+    """Code each token by few latents and decode them. [...,D] -> (code [...,F], x_hat [...,D])
+
+    Gradients reach x and the weights through x_hat alone.
+    """
+    x_hat, values, index = _SparseAutoencode.apply(x.flatten(0, -2), *weights, selection)
+    shape = torch.Size([*x.shape[:-1], len(weights.encoder)])
+    return SparseCode(values, index, shape), x_hat.view_as(x)
+
+
+def decode_form(ratio: float, x: Tensor) -> str:
+    """Return the fastest way to decode and differentiate a code with `ratio` latents per active.
+
+    "sums": sums of the rows of active latents. "rows": the same except for the gradients of
+    weights. "products": dense products.
+    """
+    if ratio >= SPARSE_FROM.get(x.device.type, torch.inf):
+        return "sums"
+    return "rows" if ratio >= ROWS_FROM and device.kernels(x) else "products"
+
+
+def bag_bounds(index: Tensor, count: int, size: int = 1) -> Tensor:
+    """Return where each of `count` runs of a sorted index begins, and where the last one ends.
+
+    Run i holds the entries in [i size, (i+1) size). [E] -> [count+1]
+    """
+    starts = torch.arange(0, (count + 1) * size, size, device=index.device)
+    return torch.searchsorted(index, starts)
+
+
+class _SparseAutoencode(Function):
+    """sparse_autoencode with a backward pass that skips what nobody asks for."""
+
+    @staticmethod
+    def forward(ctx, x, pre_bias, encoder, latent_bias, decoder, selection):
+        size = len(encoder)
+        values, index, factors = _select(x - pre_bias, encoder, latent_bias, selection)
+        if selection.clip:
+            positive = values > 0
+            values, index = values[positive], index[positive]
+        ctx.form = decode_form(size / max(1, selection.k), x)
+        decoder = device.to_matmul_dtype(decoder)
+        if ctx.form == "products":
+            shape = torch.Size([len(x), size])
+            code = SparseCode(values.to(decoder.dtype), index, shape).dense()
+            x_hat = device.matmul(code, decoder.T).add_(pre_bias)
+            ctx.save_for_backward(*factors, decoder, code, index)
+        else:
+            latent = index.remainder(size)
+            columns = decoder.T.contiguous()
+            bounds = bag_bounds(index, len(x), size)
+            x_hat = weighted_embedding_bag(values, latent, bounds, columns) + pre_bias
+            ctx.save_for_backward(*factors, columns, values, index, latent, bounds)
+        ctx.mark_non_differentiable(values, index)
+        ctx.set_materialize_grads(False)
+        return x_hat, values, index
+
+    @staticmethod
+    def backward(ctx, grad, _values, _index):
+        if grad is None:
+            return (None,) * 6
+        backward = _backward_products if ctx.form == "products" else _backward_rows
+        by_x, by_encoder, by_bias, by_decoder = backward(
+            grad, *ctx.saved_tensors, ctx.needs_input_grad[0], ctx.form == "sums"
+        )
+        # tokens are summed first: a vector times the encoder instead of a product
+        encoder = ctx.saved_tensors[1].to(by_bias.dtype)
+        by_pre_bias = grad.sum(0) - by_bias @ encoder
+        return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None
+
+
+def _select(
+    centred: Tensor, encoder: Tensor, latent_bias: Tensor, selection: Selection
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return (values [E], flat indices [E], the encoder product's factors for the gradients)."""
+    size = len(encoder)
+    left, right, bias = centred, encoder, latent_bias
+    factors = centred, encoder
+    if device.uses_bf16_matmul(centred):
+        width = centred.shape[1]
+        left, right = device.affine_factors(centred, encoder, latent_bias)
+        bias = None
+        factors = left[:, :width], right[:, :width]
+    elif selection.per_token and device.uses_bf16_on_cpu(centred):  # gradients stay exact
+        left, right, bias = centred.bfloat16(), encoder.bfloat16(), latent_bias.bfloat16()
+    chunk = max(1, len(centred))
+    if selection.per_token:
+        numbers = CHUNK_NUMBERS.get(centred.device.type, CHUNK_NUMBERS_ELSEWHERE)
+        chunk = max(MIN_CHUNK_TOKENS, numbers // size)
+    values, index = [], []
+    for start in range(0, max(1, len(centred)), chunk):
+        tokens = slice(start, start + chunk)
+        pre_acts = device.matmul(left[tokens], right.T)
+        if bias is not None:
+            pre_acts.add_(bias)
+        chosen = selection.choose(pre_acts, tokens)
+        index.append(chosen + start * size)
+        values.append(pre_acts.view(-1)[chosen].to(latent_bias.dtype))
+    return torch.cat(values), torch.cat(index), factors
+
+
+def _backward_products(grad, centred, encoder, decoder, code, index, input_too, _):
+    """Gradients of (x, encoder, latent bias, decoder) by dense products."""
+    grad = grad.to(code.dtype)
+    by_latent = grad @ decoder
+    by_value = by_latent.view(-1)[index]
+    by_latent.zero_().view(-1)[index] = by_value
+    by_x = device.matmul(by_latent, encoder) if input_too else None
+    return by_x, *_encoder_gradients(by_latent, centred), device.matmul(grad.T, code)
+
+
+def _encoder_gradients(by_latent, centred):
+    """Return the gradients of the encoder and of its bias."""
+    dtype = torch.promote_types(by_latent.dtype, torch.float32)
+    return device.matmul(by_latent.T, centred), by_latent.sum(0, dtype=dtype)
+
+
+def _backward_rows(
+    grad, centred, encoder, columns, values, index, latent, bounds, input_too, weights_too
+):
+    """The same gradients by the rows of active latents; those of weights only if weights_too."""
+    size = len(encoder)
+    grad = grad.contiguous()
+    by_value = bag_dots(grad, latent, bounds, columns)
+    by_x = weighted_embedding_bag(by_value, latent, bounds, encoder) if input_too else None
+    if not weights_too:  # one dense code after the other in the same memory
+        factor = grad.to(centred.dtype)
+        shape = torch.Size([len(grad), size])
+        code = SparseCode(values.to(factor.dtype), index, shape).dense()
+        by_decoder = device.matmul(factor.T, code)
+        code.view(-1)[index] = by_value.to(code.dtype)
+        return by_x, *_encoder_gradients(code, centred), by_decoder
+    latent_sorted, order = latent.sort(stable=True)
+    token = index.div(size, rounding_mode="floor")[order]
+    ends = bag_bounds(latent_sorted, size)
+    by_decoder = weighted_embedding_bag(values[order], token, ends, grad).T
+    by_encoder = weighted_embedding_bag(by_value[order], token, ends, centred)
+    by_bias = torch.zeros(size, dtype=by_value.dtype, device=grad.device)
+    by_bias.index_add_(0, latent, by_value)
+    return by_x, by_encoder, by_bias, by_decoder
