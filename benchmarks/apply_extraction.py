@@ -17,8 +17,10 @@ from src import hooks, lm
 from src.applier import SAMPLE, Applier, ContextCollector, parts
 from src.config import parse
 from src.data import open_rows
+from src.draws import random_integers
 from src.events import Table
-from src.ops import active, dense, random_integers
+from src.sae import BatchInfo
+from src.sparse import active, dense
 
 
 class Loop:
@@ -141,17 +143,17 @@ def compare(argv=None):
         return lm.read_sites(applier.language_model, batch.input_ids, sae.sites())
 
     def encode(batch, hidden):
-        return sae.autoencode(sae.gather(hidden), token=batch.token_keys())
+        return sae.autoencode(sae.gather(hidden), BatchInfo(token_keys=batch.token_keys()))
 
-    def extract(batch, out, code):
-        collector.update(batch, out, code, groups, threshold)
+    def extract(batch, out):
+        collector.update(batch, sae, out, groups, threshold)
 
     for batch in rows.batches(cfg.batch_size):
         states = watch.time("language model", functools.partial(read, batch))
         for part, hidden in parts(batch, states, sae):
             out = watch.time("encode", functools.partial(encode, part, hidden))
             code = sae.strength(out)
-            watch.time("tables", functools.partial(extract, part, out, code))
+            watch.time("tables", functools.partial(extract, part, out))
             strength = dense(code)
             for name, loop in loops.items():
                 watch.time(name, functools.partial(loop.update, strength, part, groups))

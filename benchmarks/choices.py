@@ -16,10 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.run import AS_PUBLISHED, SHAPES
-from src import checkpoint, config, lm, model, ops
+from src import checkpoint, config, device, lm, model, sparse
 from src.device import pick_device
 from src.files import save_json
-from src.sae_training import SAETraining
+from src.sae_training import LocalBatch, SAETraining
 
 FORMS = ("products", "rows", "sums")  # of SparseCode
 
@@ -47,10 +47,10 @@ def rounding(results, cfg):
     x = torch.randn(2048, 512, device="cuda")
     exact = model.TopK(512, 4096, 32, auxk_coeff=0.0).cuda().double()
     exact.load_state_dict(sae.state_dict())
-    form = ops.SparseCode.form
+    form = sparse.decode_form
     for name in FORMS:
-        ops.SparseCode.form = lambda ratio, x, name=name: name
-        with ops.bf16_matmuls():
+        sparse.decode_form = lambda ratio, x, name=name: name
+        with device.bf16_matmuls():
             out, exact_out = sae.autoencode(x), exact.autoencode(x.double())
         n_others = (out.latents.ne(0) != exact_out.latents.ne(0)).float().sum() / 2
         errors = {
@@ -59,13 +59,13 @@ def rounding(results, cfg):
         }
         sae.zero_grad()
         exact.zero_grad()
-        with ops.bf16_matmuls():
+        with device.bf16_matmuls():
             sum(sae.loss(out).values()).backward()
             sum(exact.loss(exact_out).values()).backward()
         for (parameter_name, p), q in zip(sae.named_parameters(), exact.parameters(), strict=True):
             errors[parameter_name] = relative_error(p.grad, q.grad)
         results[f"relative errors against float64, {name}"] = errors
-    ops.SparseCode.form = form
+    sparse.decode_form = form
 
 
 def topk(results, cfg, n=32768, f=16384, k=64):
@@ -101,9 +101,9 @@ def rows_of_active(results, cfg, n=32704, f=16384, k=64, d=2048):
         dense.zero_().view(-1)[flat_index] = values.bfloat16()
 
     results["rows"] = {
-        "sums": median_ms(lambda: ops.weighted_embedding_bag(values, latent, bounds, table)),
-        "dots": median_ms(lambda: ops.bag_dots(grad, latent, bounds, table)),
-        "dense product": median_ms(lambda: ops.product(dense, table)),
+        "sums": median_ms(lambda: sparse.weighted_embedding_bag(values, latent, bounds, table)),
+        "dots": median_ms(lambda: sparse.bag_dots(grad, latent, bounds, table)),
+        "dense product": median_ms(lambda: device.matmul(dense, table)),
         "dense gradient": median_ms(lambda: (grad_bf16 @ table.T).view(-1)[flat_index]),
         "dense code": median_ms(fill),
     }
@@ -154,15 +154,16 @@ def sae_with_states(name, shape, **options):
         site: torch.randn(shape_of_states, device="cuda", dtype=torch.bfloat16)
         for site in sae.sites()
     }
-    training.warm_start(hidden)
-    return training, hidden, torch.arange(n, device="cuda")
+    batch = LocalBatch(hidden, torch.arange(n, device="cuda"), n, 0)
+    training.warm_start(batch)
+    return training, batch
 
 
 def step_ms(name, shape, options):
     """Median milliseconds of one update of an SAE on random states."""
-    training, hidden, token = sae_with_states(name, shape, **options)
+    training, batch = sae_with_states(name, shape, **options)
     number = itertools.count()
-    return median_ms(lambda: training.step(hidden, token, next(number), False), 5)
+    return median_ms(lambda: training.step(batch, next(number), False), 5)
 
 
 def steps(results, cfg):
@@ -172,23 +173,23 @@ def steps(results, cfg):
     others = ("RouteSAE", "Vanilla", "JumpReLU", "Gated", "RandomK", "Crosscoder")
     settings += [(name, {}, "") for name in others]
     settings.append(("RouteSAE", AS_PUBLISHED, ""))
-    uses_bf16_matmul, form_of = ops.uses_bf16_matmul, ops.SparseCode.form
+    uses_bf16_matmul, form_of = device.uses_bf16_matmul, sparse.decode_form
     results["steps"] = {}
     for name, options, form in settings:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        ops.uses_bf16_matmul = uses_bf16_matmul
-        ops.SparseCode.form = form_of
+        device.uses_bf16_matmul = uses_bf16_matmul
+        sparse.decode_form = form_of
         if form == "tf32":
-            ops.uses_bf16_matmul = lambda x: False
+            device.uses_bf16_matmul = lambda x: False
         elif form:
-            ops.SparseCode.form = lambda ratio, x, form=form: form
+            sparse.decode_form = lambda ratio, x, form=form: form
         milliseconds = step_ms(name, cfg.shape, options)
         label = f"{name}{' published' if options else ''} {form}"
         peak = torch.cuda.max_memory_allocated() / 1e9
         results["steps"][label] = {"ms": milliseconds, "peak GB": peak}
         print(label, results["steps"][label], flush=True)
-    ops.uses_bf16_matmul, ops.SparseCode.form = uses_bf16_matmul, form_of
+    device.uses_bf16_matmul, sparse.decode_form = uses_bf16_matmul, form_of
 
 
 def profile(results, cfg):
@@ -200,10 +201,10 @@ def profile(results, cfg):
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("RouteSAE", "MLSAE", "JumpReLU", "Crosscoder"):
         options = AS_PUBLISHED if name == "RouteSAE" else {}
-        training, hidden, token = sae_with_states(name, cfg.shape, **options)
-        training.step(hidden, token, 0, False)
+        training, batch = sae_with_states(name, cfg.shape, **options)
+        training.step(batch, 0, False)
         with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-            training.step(hidden, token, 1, False)
+            training.step(batch, 1, False)
             torch.cuda.synchronize()
         look = {"sort_by": "self_device_time_total", "row_limit": 25, "max_name_column_width": 60}
         text = profiled.key_averages().table(**look)

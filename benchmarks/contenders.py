@@ -46,7 +46,9 @@ def count(turns, second=lambda: None):
 
 def score(sae, states):
     """Quality of an SAE of src on held-out states {site: [N,D]}."""
-    from src.ops import active, squared_errors, unit_norm_decoder
+    from src.ops import squared_errors, unit_norm_decoder
+    from src.sae import BatchInfo
+    from src.sparse import active
 
     sae = copy.deepcopy(sae).eval()
     unit_norm_decoder(sae)
@@ -56,7 +58,7 @@ def score(sae, states):
     with torch.no_grad():
         for token in torch.arange(n_tokens).split(4096):
             hidden = {site: states[site][token].to(device) for site in sae.sites()}
-            out = sae.autoencode(sae.gather(hidden), token=token.to(device))
+            out = sae.autoencode(sae.gather(hidden), BatchInfo(token_keys=token.to(device)))
             errors.append(squared_errors(out.target, out.x_hat).flatten().cpu())
             _, latent, _ = active(out.latents.flatten(0, -2))
             fired += torch.bincount(latent, minlength=sae.latent_size).cpu()

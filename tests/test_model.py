@@ -435,7 +435,7 @@ def test_a_code_of_which_nothing_is_active_is_decoded(form, monkeypatch):
     assert (
         torch.equal(p.x_hat, sae.pre_bias.expand(5, 12))
         and not p.latents.any()
-        and not len(p.code.at)
+        and not len(p.code.flat_index)
     )
     p.x_hat.sum().backward()
     assert not sae.encoder.weight.grad.any() and torch.equal(

@@ -146,8 +146,8 @@ from src.trainer import Trainer
 
 step, save = SAETraining.step, checkpoint.torch.save
 
-def signalled_step(self, hidden, token, now, due):
-    step(self, hidden, token, now, due)
+def signalled_step(self, batch, now, due):
+    step(self, batch, now, due)
     if now == 4:
         os.kill(os.getpid(), signal.SIGTERM)
 
