@@ -1,14 +1,18 @@
-"""What a training will need in memory, disk and time: said before it starts, and held against what happened at its end."""
+"""What a training will need in memory, disk and time.
+
+It is printed before the training starts, and compared with what was used at its end.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,14 +25,26 @@ from src.device import bf16_matmuls
 from src.sae import SAE, BatchInfo
 
 GIGA = 1e9
-TRIAL_TOKENS = (
-    4096  # what the time of a step is measured on: enough for its rate, little beside a run
-)
+# A step is timed on so many tokens: enough for its rate, and short beside a run.
+TRIAL_TOKENS = 4096
+# Buffers of the code's size that are alive at the peak of a step. Dense: codes and their gradients;
+# measured growth was 0.56 to 0.88 of the estimate. Sparse: the gradient of dense products, or AuxK
+# over half of the latents; without dead latents it was 0.2 to 0.5 (docs/LOG.md).
+DENSE_CODE_BUFFERS, SPARSE_CODE_BUFFERS = 5, 2
+# Copies of the parameters: the gradients and the states of the optimiser.
+STATE_COPIES = {"adam": 3, "signum": 2}
+
+
+def _on_cuda(device: str) -> bool:
+    return str(device).startswith("cuda")
+
+
+# --------------------------------------------------------------------------------- cost of a step
 
 
 @contextmanager
 def unchanged(saes: list[SAE]) -> Iterator[None]:
-    """Puts buffers back as they were: some losses keep running means."""
+    """Restore all buffers at the end: some losses keep running means."""
     before = [(buffer, buffer.clone()) for sae in saes for buffer in sae.buffers()]
     try:
         yield
@@ -37,36 +53,72 @@ def unchanged(saes: list[SAE]) -> Iterator[None]:
             buffer.copy_(value)
 
 
+def _saved_and_code_bytes(sae: SAE, n: int, device: str) -> tuple[int, float]:
+    """Bytes that n tokens keep for the backward pass, and bytes of the code buffers of a token."""
+    tensors = (*sae.parameters(), *sae.buffers())
+    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    sizes: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.arange(n * sae.hidden_size, dtype=torch.float32, device=device).view(n, -1).sin()
+    info = BatchInfo(token_keys=torch.arange(n, device=device))
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        out = sae.autoencode(sae.gather({site: x for site in sae.sites()}), info)
+        # The terms hold the graph, so no storage is freed and its address used again.
+        _terms = sae.loss(out, info)
+    buffers = DENSE_CODE_BUFFERS if isinstance(out.code, Tensor) else SPARSE_CODE_BUFFERS
+    return sum(sizes.values()), 4 * out.code.shape.numel() / n * buffers
+
+
 def step_bytes(sae: SAE, device: str) -> float:
-    """Bytes a token takes in one update on a CPU: what the backward pass needs (what 16 tokens keep beyond 8), and some tensors of the code's size.
+    """Bytes per token of one update on a CPU: what the backward pass keeps, and code buffers.
 
-    Of a dense code five, codes and their gradients alive at one time: measured growth was .56 to .88 of the sum. Of a code by its entries two:
-    the gradient of dense products, or AuxK over half of the latents; without dead latents measured growth was .2 to .5 (docs/LOG.md).
+    The difference between 16 and 8 tokens leaves out what does not depend on their number.
     """
-    more = 0.0
-    weights = {
-        tensor.untyped_storage().data_ptr() for tensor in (*sae.parameters(), *sae.buffers())
-    }
-
-    def kept(n: int) -> int:
-        nonlocal more
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in weights:
-                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        x = torch.arange(n * sae.hidden_size, dtype=torch.float32, device=device).view(n, -1).sin()
-        info = BatchInfo(token_keys=torch.arange(n, device=device))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            p = sae.autoencode(sae.gather({site: x for site in sae.sites()}), info)
-            _terms = sae.loss(p, info)
-        more = 4 * p.code.shape.numel() / n * (5 if isinstance(p.code, Tensor) else 2)
-        return sum(sizes.values())
-
     with unchanged([sae]):
-        return max(0, kept(16) - kept(8)) / 8 + more
+        more, code_bytes = _saved_and_code_bytes(sae, 16, device)
+        fewer, code_bytes = _saved_and_code_bytes(sae, 8, device)
+    return max(0, more - fewer) / 8 + code_bytes
+
+
+def _time_step(
+    saes: list[SAE], language_model: nn.Module, rows: Rows, sites: list[int], device: str, n: int
+) -> float:
+    """Seconds of one step on the first n rows, without the update."""
+    batch = rows.batch(list(range(n)))
+    info = BatchInfo(token_keys=batch.token_keys().to(device))
+    if _on_cuda(device):
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    hidden = hooks.read(language_model, batch.to(device), sites)
+    for sae in saes if batch.mask.any() else []:
+        terms = sae.loss(sae.autoencode(sae.gather(hidden), info), info)
+        trained = [p for p in sae.parameters() if p.requires_grad]
+        torch.autograd.grad(sum(terms.values()), trained, allow_unused=True)
+    if _on_cuda(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _time_what_fits(time_step: Callable[[int], float], n: int, device: str) -> tuple[int, float]:
+    """(rows, seconds) of a step on n rows, or on half as many while memory is short."""
+    while True:
+        try:
+            if _on_cuda(device):
+                torch.cuda.reset_peak_memory_stats(device)
+            # The first call is slower: it compiles.
+            time_step(n)
+            return n, time_step(n)
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise
+        # Not in the handler, whose traceback would hold the tensors of the failed trial.
+        n //= 2
 
 
 def step_cost(
@@ -77,82 +129,69 @@ def step_cost(
     sites: list[int],
     device: str,
 ) -> tuple[float, float]:
-    """(seconds, bytes beyond weights) of one step in this process, without the update; changes no SAE.
+    """(seconds, bytes beyond the weights) of one step in this process, without the update.
 
-    Measured: on CUDA on all rows of the step, and on half as many as often as memory is short (AuxK, which begins later, is not in it);
-    elsewhere on a few of them, the bytes reckoned by step_bytes. Raises torch.OutOfMemoryError where not even one row fits.
+    On CUDA both are measured, on all rows of the step or, while memory is short, on half as many.
+    AuxK, which begins later, is not included. On a CPU the time is measured on a few rows and the
+    bytes follow from step_bytes. No SAE is changed. Raises torch.OutOfMemoryError where one row
+    does not fit.
     """
-    on_cuda = str(device).startswith("cuda")
-
-    def trial(n: int) -> float:
-        batch = rows.batch(list(range(n)))
-        info = BatchInfo(token_keys=batch.token_keys().to(device))
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        hidden = hooks.read(language_model, batch.to(device), sites)
-        for sae in saes if batch.mask.any() else []:
-            loss = sum(sae.loss(sae.autoencode(sae.gather(hidden), info), info).values())
-            torch.autograd.grad(
-                loss, [p for p in sae.parameters() if p.requires_grad], allow_unused=True
-            )
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    mine = -(-min(batch_size, len(rows)) // distributed.world())  # rows of a step in this process
-    n = mine if on_cuda else max(1, min(mine, TRIAL_TOKENS // rows.max_length))
+    on_cuda = _on_cuda(device)
+    step_rows = -(-min(batch_size, len(rows)) // distributed.world())
+    n = step_rows if on_cuda else max(1, min(step_rows, TRIAL_TOKENS // rows.max_length))
+    time_step = functools.partial(_time_step, saes, language_model, rows, sites, device)
     with distributed.alone(), unchanged(saes), bf16_matmuls():
-        while True:
-            try:
-                if on_cuda:
-                    torch.cuda.reset_peak_memory_stats(device)
-                trial(n)  # the first call of anything is slower: compiling is in it
-                seconds = trial(n) * mine / n
-                break
-            except torch.OutOfMemoryError:
-                if n == 1:
-                    raise
-            n //= 2  # outside the handler, whose traceback holds the tensors
+        n, trial_seconds = _time_what_fits(time_step, n, device)
+        seconds = trial_seconds * step_rows / n
         if on_cuda:
             peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-            return seconds, peak * mine / n
-        a_token = max(step_bytes(sae, device) for sae in saes) + 4 * saes[0].hidden_size * len(
-            sites
-        )
-        return seconds, batch_size / distributed.world() * rows.max_length * a_token
+            return seconds, peak * step_rows / n
+        state_bytes = 4 * saes[0].hidden_size * len(sites)
+        token_bytes = max(step_bytes(sae, device) for sae in saes) + state_bytes
+        return seconds, batch_size / distributed.world() * rows.max_length * token_bytes
+
+
+# -------------------------------------------------------------------------------- memory and time
 
 
 def peak_resident() -> int:
-    """Bytes of memory this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    """Largest memory that this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident() -> int:
-    """Bytes of memory this process holds now; where the system does not tell, the most it has held."""
+    """Memory that this process holds, in bytes; the largest so far where the system hides it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return peak_resident()
 
 
+def _free_memory(device: str) -> int:
+    """Free memory of the GPU, or all memory of the machine, in bytes."""
+    if _on_cuda(device):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def duration(seconds: float) -> str:
     """75 -> 1 min 15 s; two units at most."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    left, parts = round(seconds), []
+    rest, parts = round(seconds), []
     for unit, size in units:
-        if left >= size and len(parts) < 2:
-            parts.append(f"{left // size} {unit}")
-            left %= size
+        if rest >= size and len(parts) < 2:
+            parts.append(f"{rest // size} {unit}")
+            rest %= size
     return " ".join(parts) or f"{seconds:.2g} s"
 
 
 class Estimate:
-    """The memory and time of a run. Making one prints both; `compare` prints them beside what was used.
+    """Memory and time of a run.
 
-    Raises ValueError where the memory is above --max_memory_hint, OSError where the disk at `folder` cannot take the run's states.
+    The constructor prints both; `compare` prints them beside what was used. Raises ValueError where
+    the memory is above --max_memory_hint, and OSError where the disk has no room for the run's
+    states.
     """
 
     def __init__(
@@ -164,62 +203,72 @@ class Estimate:
         steps: int,
         folder: Path,
     ) -> None:
-        self.device, on_cuda = cfg.device, str(cfg.device).startswith("cuda")
+        self.device = cfg.device
         sites = sorted({site for sae in saes for site in sae.sites()})
-        weights = [sum(p.numel() for p in sae.parameters()) * 4 for sae in saes]
-        states = [size * (3 if cfg.optimizer == "adam" else 2) for size in weights]
+        sae_bytes = 4 * sum(p.numel() for sae in saes for p in sae.parameters())
+        state_bytes = sae_bytes * STATE_COPIES[cfg.optimizer]
         seconds, step = step_cost(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
         self.seconds = steps * seconds
-        there = (
-            sum(p.numel() * p.element_size() for p in language_model.parameters()) + sum(weights)
-            if on_cuda
-            else resident()
-        )
-        need = {
-            "language model and weights" if on_cuda else "this process by now": there,
-            "gradients and optimiser": sum(states),
-            "one step": step,
-        }
-        self.memory = sum(need.values()) / GIGA
-        if cfg.max_memory_hint is not None and self.memory > cfg.max_memory_hint:
-            found = f"the run needs {self.memory:.2f} GB by estimate, above --max_memory_hint {cfg.max_memory_hint:g}"
-            raise ValueError(f"{found}; lower --batch_size")
-        disk, want = (
-            shutil.disk_usage(folder).free,
-            3 * sum(states),
-        )  # two states are kept while a third is written
-        if want > disk:
-            room = f"{disk / 1e6:.0f} MB free; the states of this run need {want / 1e6:.0f} MB"
-            raise OSError(f"{folder} has {room}: make room or change --output_dir")
-        parts = ", ".join(f"{what} {size / GIGA:.2f} GB" for what, size in need.items())
+        if _on_cuda(cfg.device):
+            lm_bytes = sum(p.numel() * p.element_size() for p in language_model.parameters())
+            present = {"language model and weights": lm_bytes + sae_bytes}
+        else:
+            present = {"this process by now": resident()}
+        needs = present | {"gradients and optimiser": state_bytes, "one step": step}
+        self.memory = sum(needs.values()) / GIGA
+        self._check_limit(cfg.max_memory_hint)
+        _check_disk(folder, state_bytes)
+        parts = ", ".join(f"{name} {size / GIGA:.2f} GB" for name, size in needs.items())
         print(
-            f"memory by estimate: {parts}; together {self.memory:.2f} GB. Time: {duration(self.seconds)} for {steps:,} steps"
+            f"memory by estimate: {parts}; together {self.memory:.2f} GB. "
+            f"Time: {duration(self.seconds)} for {steps:,} steps"
         )
-        free = (
-            torch.cuda.mem_get_info(cfg.device)[0]
-            if on_cuda
-            else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        )
-        if (self.memory * GIGA - there if on_cuda else self.memory * GIGA) > free:
-            print(
-                f"warning: that is above the {free / GIGA:.2f} GB here; lower --batch_size or train fewer SAEs at once"
+        # On CUDA what is present has already left the free memory.
+        additional = state_bytes + step if _on_cuda(cfg.device) else sum(needs.values())
+        _warn_above(_free_memory(cfg.device), additional)
+
+    def _check_limit(self, limit: float | None) -> None:
+        if limit is not None and self.memory > limit:
+            raise ValueError(
+                f"the run needs {self.memory:.2f} GB by estimate, above --max_memory_hint "
+                f"{limit:g}; lower --batch_size"
             )
 
     def compare(self, seconds: float) -> dict[str, float]:
-        """Estimated and used memory (GB) and time (s) for the recipe; `seconds` is the time all steps took."""
-        used = (
-            torch.cuda.max_memory_allocated(self.device)
-            if str(self.device).startswith("cuda")
-            else peak_resident()
-        )
-        memory, used = self.memory, used / GIGA
+        """Print and return estimated and used memory (GB) and time (s).
+
+        `seconds` is the time that all steps took.
+        """
+        if _on_cuda(self.device):
+            used = torch.cuda.max_memory_allocated(self.device) / GIGA
+        else:
+            used = peak_resident() / GIGA
         print(
-            f"estimated and used: memory {memory:.2f} GB and {used:.2f} GB, time {duration(self.seconds)} and {duration(seconds)}"
+            f"estimated and used: memory {self.memory:.2f} GB and {used:.2f} GB, "
+            f"time {duration(self.seconds)} and {duration(seconds)}"
         )
         numbers = {
-            "memory_gb": memory,
+            "memory_gb": self.memory,
             "memory_gb_used": used,
             "seconds": self.seconds,
             "seconds_used": seconds,
         }
         return {name: round(value, 3) for name, value in numbers.items()}
+
+
+def _warn_above(free: int, needed: float) -> None:
+    if needed > free:
+        print(
+            f"warning: the estimate is above the {free / GIGA:.2f} GB of this machine; "
+            "lower --batch_size or train fewer SAEs at once"
+        )
+
+
+def _check_disk(folder: Path, state_bytes: int) -> None:
+    # Two states are kept while a third is written.
+    needed, free = 3 * state_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder} has {free / 1e6:.0f} MB free; the states of this run need "
+            f"{needed / 1e6:.0f} MB: make room or change --output_dir"
+        )
