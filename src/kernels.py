@@ -81,7 +81,8 @@ def _candidate_bound(values, tile, width, k: tl.constexpr, TILE: tl.constexpr):
     best = tl.full((LANES,), -2147483648, tl.int32)
     for start in range(0, width, TILE):
         best = tl.maximum(best, tl.max(_sort_keys(values, start + tile, width), 0))
-    low, high, reached = tl.min(best, 0), tl.max(best, 0), LANES
+    low, high = tl.min(best, 0), tl.max(best, 0)
+    reached = LANES
     while (reached > k + k // 4) & (low < high):
         # The span of two int32 needs int64.
         origin = low.to(tl.int64)
@@ -140,7 +141,8 @@ def _kth_largest_key(values, tile, width, k: tl.constexpr, TILE: tl.constexpr):
 
     The bits of the bound are set from the sign down.
     """
-    bound, reached, bit = -2147483648, width, 31
+    bound, bit = -2147483648, 31
+    reached = width
     while (bit >= 0) & (reached != k):
         higher = tl.where(bit == 31, 0, bound + (1 << bit))
         count = _count_keys(values, tile, width, higher, False, TILE)
