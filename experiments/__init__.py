@@ -1,1 +1,4 @@
-"""Experiments: each a command that trains, measures and writes its tables and pictures. `python -m experiments.routing --help`"""
+"""Experiments: each is a command that trains, measures and writes its tables and pictures.
+
+See `python -m experiments.routing --help`.
+"""

@@ -339,7 +339,7 @@ class Figures:
 
         options = [*self.text_options, *self.train_options]
         floors = cost.floors(self.groups(), self.scale, options, self.reads)
-        print(cost.said(floors, self.scale), flush=True)
+        print(cost.summary(floors, self.scale), flush=True)
         if floors["device"] == "cpu" and not self.args.force:
             raise ValueError(
                 "--scale paper is for a GPU, and this machine has none; "

@@ -1,7 +1,10 @@
-"""Does a learned router beat a random assignment at its own shares, and on what? Trains the controls, measures, writes tables and pictures.
+"""Does a learned router beat a random assignment with the same shares, and on which metrics?
 
-`python -m experiments.routing` takes the demo language model; every option of train.py is passed on (--model_path, --device, --latent_size,
---k ...), so the same command runs on another language model. Interrupted, it goes on where it was: trainings from their last saved state,
+`python -m experiments.routing` trains the routers and their controls, measures them, and writes
+tables and pictures. It uses the demo language model. Every option of train.py is passed on
+(--model_path, --device, --latent_size, --k ...), so that the same command runs on another one.
+
+After an interruption the same command continues: trainings from their last saved state,
 measurements part by part.
 """
 
@@ -30,80 +33,64 @@ def rows_of(cfg: argparse.Namespace, tokenizer: object, split: str, max_tokens: 
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """(options of this command, options of train.py)"""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.routing",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument(
-        "--tokens", type=int, default=1_000_000, help="training tokens of each SAE (default: 1M)"
-    )
-    parser.add_argument(
-        "--eval_tokens", type=int, default=200_000, help="tokens measured (default: 200k)"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[42, 43, 44],
-        help="one matrix of SAEs each (default: 42 43 44)",
-    )
-    parser.add_argument(
-        "--output_dir",
-        default="outputs/routing",
-        help="folder of weights and measurements (default: outputs/routing)",
-    )
-    parser.add_argument(
-        "--docs",
-        type=Path,
-        default=None,
-        help="folder of the tables and pictures (default: the output folder)",
-    )
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="40k training tokens, 2k measured, two seeds, 256 latents: does everything run?",
-    )
-    own, rest = parser.parse_known_args(argv)
-    if own.smoke:
-        own.tokens, own.eval_tokens, own.seeds, rest = (
-            40_000,
-            2_000,
-            own.seeds[:2],
-            ["--latent_size", "256", "--k", "8", *rest],
+    add = parser.add_argument
+    tokens_help = "training tokens of each SAE (default: 1M)"
+    add("--tokens", type=int, default=1_000_000, help=tokens_help)
+    add("--eval_tokens", type=int, default=200_000, help="tokens measured (default: 200k)")
+    seeds_help = "one matrix of SAEs each (default: 42 43 44)"
+    add("--seeds", type=int, nargs="+", default=[42, 43, 44], help=seeds_help)
+    output_help = "folder of weights and measurements (default: outputs/routing)"
+    add("--output_dir", default="outputs/routing", help=output_help)
+    docs_help = "folder of the tables and pictures (default: the output folder)"
+    add("--docs", type=Path, default=None, help=docs_help)
+    smoke_help = "40k training tokens, 2k measured, two seeds, 256 latents: does everything run?"
+    add("--smoke", action="store_true", help=smoke_help)
+    options, train_options = parser.parse_known_args(argv)
+    if options.smoke:
+        options.tokens, options.eval_tokens = 40_000, 2_000
+        options.seeds = options.seeds[:2]
+        train_options = ["--latent_size", "256", "--k", "8", *train_options]
+    return options, train_options
+
+
+def run(options: argparse.Namespace, train_options: list[str]) -> None:
+    """Train and measure the SAEs of every seed, then write the report."""
+    argv = ["--max_tokens", str(options.tokens), "--output_dir", options.output_dir]
+    argv += train_options
+    paths = {}
+    for seed in options.seeds:
+        cfg = routing_runs.options_of(argv, seed, "first")
+        demo.use_demo_defaults(cfg)
+        config.complete(cfg)
+        cfg.device = pick_device(cfg.device)
+        tokenizer, language_model = lm.get_language_model(
+            cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code
         )
-    argv = ["--max_tokens", str(own.tokens), "--output_dir", own.output_dir, *rest]
+        cfg.n_layers = len(lm.blocks(language_model))
+        rows = rows_of(cfg, tokenizer, "train", options.tokens)
+        routing_runs.train(argv, seed, language_model, rows, cfg.n_layers)
+        # The measured rows are drawn from ten times as many, so that they are of many documents.
+        rows = rows_of(cfg, tokenizer, "eval", 10 * options.eval_tokens)
+        order = rows.order(0, 0)[: -(-options.eval_tokens // cfg.max_length)]
+        folder = Path(options.output_dir) / "measured"
+        paths[seed] = routing_measure.measure(cfg, seed, language_model, rows, order, folder)
+    routing_report.write(cfg, paths, options.docs or Path(options.output_dir))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, train_options = parse_args(argv)
     try:
-        paths = {}
-        for seed in own.seeds:
-            cfg = routing_runs.options_of(argv, seed, "first")
-            demo.use_demo_defaults(cfg)
-            config.complete(cfg)
-            cfg.device = pick_device(cfg.device)
-            tokenizer, language_model = lm.get_language_model(
-                cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code
-            )
-            cfg.n_layers = len(lm.blocks(language_model))
-            routing_runs.train(
-                argv,
-                seed,
-                language_model,
-                rows_of(cfg, tokenizer, "train", own.tokens),
-                cfg.n_layers,
-            )
-            rows = rows_of(
-                cfg, tokenizer, "eval", 10 * own.eval_tokens
-            )  # rows drawn from many documents
-            order = rows.order(0, 0)[: -(-own.eval_tokens // cfg.max_length)]
-            folder = Path(own.output_dir) / "measured"
-            paths[seed] = routing_measure.measure(cfg, seed, language_model, rows, order, folder)
-        routing_report.write(cfg, paths, own.docs or Path(own.output_dir))
+        run(options, train_options)
     except KeyboardInterrupt as stop:
-        print(
-            f"routing: interrupted{f'; {stop}' if str(stop) else ''}; the same command goes on from here",
-            file=sys.stderr,
-        )
+        reason = f"; {stop}" if str(stop) else ""
+        print(f"routing: interrupted{reason}; the same command continues", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError) as error:
         print(f"routing: error: {error}", file=sys.stderr)

@@ -1,6 +1,8 @@
-"""What the routing experiment measures: sums over the tokens of each document, so that documents can be drawn again.
+"""The measurements of the routing experiment.
 
-An arm is an SAE and a way to use it; a run is one patched pass of the language model.
+They are sums over the tokens of each document, so that the report can redraw documents (bootstrap).
+An arm is an SAE with a way to use it; a run is one patched pass of the language model.
+
 N tokens, L routed sites, F latents, O documents, V vocabulary.
 """
 
@@ -25,20 +27,22 @@ from src.ops import squared_errors
 from src.sae import SAE, BatchInfo, routed_sites
 from src.sparse import active
 
-# of each run and document: counted tokens and their summed NormMSE; predictions made at them with summed KL and rise of cross-entropy; and on a part
-# of the rows the same KL beside that of putting each site's mean, and an error of equal size and random direction, at the same tokens and sites
+# Summed for each run and document. On some of the batches the KL (KL_here) is compared with that of
+# two other replacements at the same tokens and sites: the site's mean, and an error of equal size
+# in a random direction.
 QUANTITIES = (
-    "tokens",
+    "tokens",  # counted
     "NormMSE",
-    "predictions",
+    "predictions",  # made at counted tokens
     "KL",
     "DeltaCE",
-    "cost_predictions",
+    "cost_predictions",  # of the batches on which costs are measured
     "KL_here",
     "KL_mean",
     "KL_noise",
 )
-PART_ROWS, COST_EVERY = 80, 5  # rows a part, of which every fifth batch measures costs
+PART_ROWS = 80  # rows of one file of measurements
+COST_EVERY = 5  # batches, of which one measures costs
 
 
 class PatchedRun(NamedTuple):
@@ -49,26 +53,22 @@ class PatchedRun(NamedTuple):
     site: Tensor  # index into the routed sites of each token's patch [N]
     errors: Tensor  # NormMSE [N]
     latents: Tensor  # [N,F]
-    routed: bool  # by a router or at random: tokens at several sites
-    costs: bool  # whether costs are measured too
+    routed: bool  # tokens are at several sites, by a router or at random
+    costs: bool  # whether costs are measured
 
 
 def arms_of(
     cfg: Namespace, seed: int, language_model: nn.Module, rows: Rows, order: np.ndarray
 ) -> dict[str, SAE]:
-    """Every SAE of a seed in each way it is used. Random assignments and shifted routers get the shares of their router on these very rows."""
+    """Every SAE of a seed, in each way it is used.
+
+    Random assignments and shifted routers get the shares that their router has on these rows.
+    """
     sites = routed_sites(cfg.n_layers, cfg.start_layer, cfg.end_layer)
-    names = [
-        *(f"topk_{site}" for site in sites),
-        "mlsae",
-        "random",
-        *ROUTERS,
-        *(f"{name}_shares" for name in ROUTERS),
-    ]
-    names += [f"{name}_fixed" for name in LEARNED]
+    names = trained_names(sites)
     arms = {name: checkpoint.load(path_of(cfg, name, seed), cfg.device)[0] for name in names}
-    asked = {name: sae for name, sae in arms.items() if name in ROUTERS or name.endswith("_fixed")}
-    weights = router_weights(asked, language_model, rows, order, cfg.batch_size, cfg.device)
+    routers = {name: sae for name, sae in arms.items() if has_own_router(name)}
+    weights = router_weights(routers, language_model, rows, order, cfg.batch_size, cfg.device)
     for name in ROUTERS:
         arms[f"{name}_shares"].router.shares = router.load(weights[name])
     for name in LEARNED:
@@ -76,19 +76,29 @@ def arms_of(
             weights[f"{name}_fixed"].clamp_min(1e-30).log(), router.load(weights[name])
         )
     for name in ROUTERS:
-        arms[f"{name}_permuted"] = _used(arms[name], "permuted")
+        arms[f"{name}_permuted"] = _with_routing(arms[name], "permuted")
     for name in ("random", *ROUTERS):
-        arms[f"{name}_oracle"] = _used(arms[name], "oracle")
+        arms[f"{name}_oracle"] = _with_routing(arms[name], "oracle")
     return arms
 
 
-def _used(sae: SAE, routing: str) -> SAE:
+def trained_names(sites: list[int]) -> list[str]:
+    """The members of all matrices."""
+    names = [f"topk_{site}" for site in sites] + ["mlsae", "random", *ROUTERS]
+    names += [f"{name}_shares" for name in ROUTERS]
+    return names + [f"{name}_fixed" for name in LEARNED]
+
+
+def has_own_router(name: str) -> bool:
+    return name in ROUTERS or name.endswith("_fixed")
+
+
+def _with_routing(sae: SAE, routing: str) -> SAE:
     """The same weights with another routing."""
     other = copy.copy(sae)
     if sae.routing == "random":
-        other.route_scale = (
-            "one"  # its router, never asked in training, has no say in the scale either
-        )
+        # Its router was not used in training, so its weights must not scale the input here.
+        other.route_scale = "one"
     other.routing = routing
     return other
 
@@ -101,35 +111,23 @@ def runs_of(
         errors = squared_errors(p.target, p.x_hat)
         for i, patches in enumerate(sae.patches(hidden, BatchInfo(token_keys=keys), clean=p)):
             if p.weights is not None:
-                yield PatchedRun(
-                    name,
-                    patches,
-                    p.weights.argmax(-1),
-                    errors,
-                    p.latents,
-                    True,
-                    not name.endswith(("_permuted", "_oracle")),
-                )
+                costs = not name.endswith(("_permuted", "_oracle"))
+                site_index = p.weights.argmax(-1)
+                yield PatchedRun(name, patches, site_index, errors, p.latents, True, costs)
                 continue
             (site,) = patches
-            here = torch.full_like(keys, routed.index(site))
-            several = errors.ndim > 1
-            run = f"{name}_{site}" if several else name
-            yield PatchedRun(
-                run,
-                patches,
-                here,
-                errors[:, i] if several else errors,
-                p.latents[:, i] if several else p.latents,
-                False,
-                True,
-            )
+            site_index = torch.full_like(keys, routed.index(site))
+            if errors.ndim == 1:
+                yield PatchedRun(name, patches, site_index, errors, p.latents, False, True)
+                continue
+            of_site = errors[:, i], p.latents[:, i]  # an SAE with a code for every site
+            yield PatchedRun(f"{name}_{site}", patches, site_index, *of_site, False, True)
 
 
 def with_noise(
     patch: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """h plus an error as long as the patch's, in a random direction."""
+    """A patch whose error is as large as that of `patch`, in a random direction."""
 
     def noisy(h: Tensor) -> Tensor:
         direction = torch.randn(h.shape, generator=generator).to(h)
@@ -139,7 +137,7 @@ def with_noise(
 
 
 def mean_put(site: Tensor, index: int, mean: Tensor) -> Callable[[Tensor], Tensor]:
-    """The site's mean in place of the tokens that are patched there."""
+    """A patch that puts the site's mean in place of the tokens that are patched there."""
     return lambda h: torch.where((site == index)[:, None], mean, h)
 
 
@@ -147,7 +145,9 @@ class Sums:
     """Running sums of one part."""
 
     def __init__(self, n_documents: int, n_sites: int) -> None:
-        self.shape, self.documents, self.runs = (n_documents, len(QUANTITIES)), {}, {}
+        self.shape = (n_documents, len(QUANTITIES))
+        self.documents: dict[str, np.ndarray] = {}  # {run: [O,Q]}
+        self.runs: dict[str, dict[str, np.ndarray]] = {}  # {run: {kind: sum over documents}}
         self.n_sites = n_sites
 
     def per_document(self, name: str, quantity: str, document: Tensor, values: Tensor) -> None:
@@ -157,17 +157,14 @@ class Sums:
         )
 
     def per_run(self, name: str, **values: Tensor) -> None:
-        mine = self.runs.setdefault(name, {})
-        for key, value in values.items():
-            mine[key] = mine.get(key, 0) + value.cpu().numpy()
+        sums = self.runs.setdefault(name, {})
+        for kind, value in values.items():
+            sums[kind] = sums.get(kind, 0) + value.cpu().numpy()
 
     def save(self, path: Path) -> None:
         arrays = {f"documents/{name}": table for name, table in self.documents.items()}
-        arrays |= {
-            f"{key}/{name}": value
-            for name, mine in self.runs.items()
-            for key, value in mine.items()
-        }
+        for name, sums in self.runs.items():
+            arrays |= {f"{kind}/{name}": value for kind, value in sums.items()}
         files.write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
@@ -177,10 +174,9 @@ def site_means(
 ) -> dict[int, Tensor]:
     """Mean raw residual of each site."""
     sums, count = dict.fromkeys(sites, 0), 0
-    for at in range(0, len(order), cfg.batch_size):
-        hidden = hooks.read(
-            language_model, rows.batch(order[at : at + cfg.batch_size]).to(cfg.device), sites
-        )
+    for start in range(0, len(order), cfg.batch_size):
+        batch = rows.batch(order[start : start + cfg.batch_size]).to(cfg.device)
+        hidden = hooks.read(language_model, batch, sites)
         sums = {site: sums[site] + hidden[site].double().sum(0) for site in sites}
         count += len(hidden[sites[0]])
     return {site: (total / count).float() for site, total in sums.items()}
@@ -195,12 +191,12 @@ def measure(
     order: np.ndarray,
     folder: Path,
 ) -> list[Path]:
-    """Parts of one seed's measurements, each written once; what is there already is not measured again."""
+    """Measure one seed, a file for every PART_ROWS rows. Existing files are not made again."""
     starts = range(0, len(order), PART_ROWS)
-    parts = [order[at : at + PART_ROWS] for at in starts]
+    parts = [order[start : start + PART_ROWS] for start in starts]
     paths = [
-        folder / f"seed{seed}_rows{at}-{at + len(part)}.npz"
-        for at, part in zip(starts, parts, strict=True)
+        folder / f"seed{seed}_rows{start}-{start + len(part)}.npz"
+        for start, part in zip(starts, parts, strict=True)
     ]
     if all(path.exists() for path in paths):
         return paths
@@ -213,13 +209,11 @@ def measure(
             continue
         sums = Sums(len(rows.documents), len(sites))
         starts = range(0, len(part), cfg.batch_size)
-        for number, at in enumerate(
-            tqdm(starts, f"seed {seed}, {path.stem}", unit=" batches", mininterval=5)
-        ):
-            batch = rows.batch(part[at : at + cfg.batch_size])
-            _measure_batch(
-                sums, arms, language_model, batch, sites, means, cfg, number % COST_EVERY == 0
-            )
+        progress = tqdm(starts, f"seed {seed}, {path.stem}", unit=" batches", mininterval=5)
+        for number, start in enumerate(progress):
+            batch = rows.batch(part[start : start + cfg.batch_size])
+            costs = number % COST_EVERY == 0
+            _measure_batch(sums, arms, language_model, batch, sites, means, cfg, costs)
         sums.save(path)
     return paths
 
@@ -238,56 +232,60 @@ def _measure_batch(
     batch = batch.to(cfg.device)
     full, final = lm.read_through(language_model, batch.input_ids, sites)
     hidden = {site: state[batch.mask].float() for site, state in full.items()}
-    at = torch.zeros_like(batch.mask)
-    at[:, :-1] = batch.mask[:, 1:]
-    at &= batch.mask  # predictions made where the residual may be replaced
-    targets, of_tokens, of_predictions = (
-        batch.input_ids.roll(-1, 1)[at],
-        document[batch.mask.cpu()],
-        document[at.cpu()],
-    )
+    # Predictions are counted where the residual may be replaced and the next token counts.
+    predicts = torch.zeros_like(batch.mask)
+    predicts[:, :-1] = batch.mask[:, 1:]
+    predicts &= batch.mask
+    targets = batch.input_ids.roll(-1, 1)[predicts]
     states: dict[tuple[str, str], Tensor] = {}
     generator = torch.Generator().manual_seed(int(batch.row[0]))
-    ablated: dict[str, Tensor] = {}  # one site for all tokens: the same whatever the SAE
-    ids, chosen = batch.input_ids[batch.mask], {}
+    ablated: dict[str, Tensor] = {}  # runs with one site for all tokens share their states
+    chosen = {}  # {run: site of each token}
+    document_of_token = document[batch.mask.cpu()]
+    ids = batch.input_ids[batch.mask]
+    vocabulary = lm.text_config(language_model).vocab_size
+
+    def patched(patches: dict[int, Callable[[Tensor], Tensor]]) -> Tensor:
+        return hooks.patched_states(language_model, batch, patches, full)[predicts]
+
     for run in runs_of(arms, hidden, batch.token_keys(), sites):
-        sums.per_document(run.name, "tokens", of_tokens, torch.ones(len(of_tokens)))
-        sums.per_document(run.name, "NormMSE", of_tokens, run.errors)
-        one_hot = F.one_hot(run.site, len(sites))
-        sums.per_run(
-            run.name,
-            site_tokens=one_hot.sum(0),
-            site_errors=(one_hot * run.errors[:, None]).double().sum(0),
-        )
-        token, latent, _ = active(run.latents)
-        cells = torch.bincount(
-            run.site[token] * run.latents.shape[1] + latent,
-            minlength=len(sites) * run.latents.shape[1],
-        )
-        sums.per_run(run.name, fired=cells.view(len(sites), -1).int())
+        _count_run(sums, run, document_of_token, len(sites))
         if run.routed:
-            cells = torch.bincount(
-                ids * len(sites) + run.site,
-                minlength=lm.text_config(language_model).vocab_size * len(sites),
-            )
-            sums.per_run(run.name, site_of_token=cells.view(-1, len(sites)).int())
+            cells = pair_counts(ids, run.site, vocabulary, len(sites))
+            sums.per_run(run.name, site_of_token=cells)
             chosen[run.name] = run.site
-        states[run.name, "KL"] = hooks.patched_states(language_model, batch, run.patches, full)[at]
+        states[run.name, "KL"] = patched(run.patches)
         if costs and run.costs:
             noisy = {site: with_noise(patch, generator) for site, patch in run.patches.items()}
-            states[run.name, "KL_noise"] = hooks.patched_states(language_model, batch, noisy, full)[
-                at
-            ]
+            states[run.name, "KL_noise"] = patched(noisy)
             key = run.name if run.routed else str(run.site[:1].tolist())
             if key not in ablated:
                 put = {
                     site: mean_put(run.site, sites.index(site), means[site]) for site in run.patches
                 }
-                ablated[key] = hooks.patched_states(language_model, batch, put, full)[at]
+                ablated[key] = patched(put)
             states[run.name, "KL_mean"] = ablated[key]
     for name in ROUTERS:
         sums.per_run(name, agreed=(chosen[name] == chosen[f"{name}_oracle"]).sum())
-    _compare(sums, language_model, final[at], states, targets, of_predictions)
+    _compare(sums, language_model, final[predicts], states, targets, document[predicts.cpu()])
+
+
+def _count_run(sums: Sums, run: PatchedRun, document: Tensor, n_sites: int) -> None:
+    """Tokens and errors by document and by site, and how often each latent fired at each site."""
+    sums.per_document(run.name, "tokens", document, torch.ones(len(document)))
+    sums.per_document(run.name, "NormMSE", document, run.errors)
+    one_hot = F.one_hot(run.site, n_sites)
+    site_errors = (one_hot * run.errors[:, None]).double().sum(0)
+    sums.per_run(run.name, site_tokens=one_hot.sum(0), site_errors=site_errors)
+    token, latent, _ = active(run.latents)
+    fired = pair_counts(run.site[token], latent, n_sites, run.latents.shape[1])
+    sums.per_run(run.name, fired=fired)
+
+
+def pair_counts(first: Tensor, second: Tensor, n_first: int, n_second: int) -> Tensor:
+    """How often each pair of values occurs [n_first, n_second]."""
+    cells = torch.bincount(first * n_second + second, minlength=n_first * n_second)
+    return cells.view(-1, n_second).int()
 
 
 def _compare(
@@ -298,33 +296,36 @@ def _compare(
     targets: Tensor,
     document: Tensor,
 ) -> None:
-    """KL and rise of cross-entropy of every patched run against the clean one, a chunk of predictions at a time."""
+    """KL and rise of cross-entropy of every patched run against the clean one, by chunks."""
     for start in range(0, len(clean), lm.HEAD_CHUNK):
-        here = slice(start, start + lm.HEAD_CHUNK)
-        prediction, where = (
-            metrics.Prediction(lm.logits_of(language_model, clean[here]), targets[here]),
-            document[here],
-        )
-        ones = torch.ones(len(where))
+        chunk = slice(start, start + lm.HEAD_CHUNK)
+        logits = lm.logits_of(language_model, clean[chunk])
+        prediction = metrics.Prediction(logits, targets[chunk])
+        of_chunk = document[chunk]
+        ones = torch.ones(len(of_chunk))
         for (name, quantity), patched in states.items():
-            kl, ce = prediction.compare(lm.logits_of(language_model, patched[here]))
-            sums.per_document(name, quantity, where, kl)
+            kl, ce = prediction.compare(lm.logits_of(language_model, patched[chunk]))
+            sums.per_document(name, quantity, of_chunk, kl)
             if quantity == "KL":
-                sums.per_document(name, "predictions", where, ones)
-                sums.per_document(name, "DeltaCE", where, ce - prediction.ce)
+                sums.per_document(name, "predictions", of_chunk, ones)
+                sums.per_document(name, "DeltaCE", of_chunk, ce - prediction.ce)
             if quantity == "KL_noise":
-                sums.per_document(name, "cost_predictions", where, ones)
+                sums.per_document(name, "cost_predictions", of_chunk, ones)
             if quantity == "KL" and (name, "KL_noise") in states:
-                sums.per_document(name, "KL_here", where, kl)
+                sums.per_document(name, "KL_here", of_chunk, kl)
 
 
 def load(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """{kind: {run: sum over parts}} with kinds documents [O,Q], site_tokens [L], site_errors [L], fired [L,F], site_of_token [V,L], agreed."""
-    found: dict[str, dict[str, Any]] = {}
+    """{kind: {run: sum over parts}}.
+
+    Kinds: documents [O,Q], site_tokens [L], site_errors [L], fired [L,F], site_of_token [V,L],
+    agreed.
+    """
+    sums: dict[str, dict[str, Any]] = {}
     for path in paths:
         with np.load(path) as part:
             for key in part.files:
                 kind, name = key.split("/")
-                mine = found.setdefault(kind, {})
-                mine[name] = mine.get(name, 0) + part[key]
-    return found
+                of_kind = sums.setdefault(kind, {})
+                of_kind[name] = of_kind.get(name, 0) + part[key]
+    return sums

@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 
-NAMES = {"untrained": "untrained", "published": "published"} | {
-    name: f"{name} + switch" for name in ("expected", "advantage", "ste")
+NAMES = {
+    "untrained": "untrained",
+    "published": "published",
+    "expected": "expected + switch",
+    "advantage": "advantage + switch",
+    "ste": "ste + switch",
 }
 
 
@@ -80,7 +84,7 @@ def gains(result: dict[str, Any], path: Path) -> None:
 
 
 def sites(result: dict[str, Any], path: Path) -> None:
-    """Where each router sends tokens, a bar a seed, and the error of the tokens it sends to each site."""
+    """Share of tokens that each router sends to each site, a bar a seed, and their error."""
     figure, axes = _axes(2, len(result["gains"]), (16, 6))
     numbers = result["sites"]
     topk = [result["runs"][f"topk_{site}"]["NormMSE"]["value"] for site in numbers]
@@ -117,7 +121,7 @@ def sites(result: dict[str, Any], path: Path) -> None:
 
 
 def costs(result: dict[str, Any], path: Path) -> None:
-    """What patching costs by depth, and each routed SAE against single-site TopKs at its own mix of sites."""
+    """KL of patching by depth: single-site SAEs as lines, each routed SAE at its mean site."""
     figure, axes = _axes(1, 3, (15, 4.4))
     numbers = result["sites"]
     for axis, metric in zip(axes[0][:2], ("KL", "KL / mean ablation"), strict=True):

@@ -1,6 +1,7 @@
-"""What the routing experiment trains: the matrix of SAEs of one seed, all from one pass of the language model.
+"""The SAEs that the routing experiment trains: one matrix a seed.
 
-The controls at a router's own shares come second, since those shares are only known then.
+All SAEs of a matrix share each forward pass of the language model. Controls with the shares of a
+router come in later matrices, because these shares are known only then.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from src.device import pick_device
 from src.sae import SAE, routed_sites
 from src.trainer import Trainer
 
-# The routers compared. An untrained one is a control that has to answer the same questions: it too sends equal tokens to equal sites.
 ALONE = {"router_objective": "published", "router_balance": "none"}  # the loss and nothing else
+# The routers compared. The untrained one is a control: it too sends equal tokens to equal sites.
 ROUTERS = {
     "untrained": {"router_objective": "frozen", "router_balance": "none"},
     "published": ALONE,
@@ -42,27 +43,27 @@ class Member(NamedTuple):
 
 def first_matrix(n_layers: int, cfg: Namespace) -> list[Member]:
     """TopK at each routed site, MLSAE, random routing, and each router."""
-    members = [
-        Member(f"topk_{site}", "TopK", {"layer": site})
-        for site in routed_sites(n_layers, cfg.start_layer, cfg.end_layer)
-    ]
-    members += [
-        Member("mlsae", "MLSAE", {}),
-        Member("random", "RouteSAE", ALONE | {"routing": "random"}),
-    ]
+    sites = routed_sites(n_layers, cfg.start_layer, cfg.end_layer)
+    members = [Member(f"topk_{site}", "TopK", {"layer": site}) for site in sites]
+    members.append(Member("mlsae", "MLSAE", {}))
+    members.append(Member("random", "RouteSAE", ALONE | {"routing": "random"}))
     return members + [Member(name, "RouteSAE", options) for name, options in ROUTERS.items()]
 
 
 def second_matrix(shares: dict[str, list[float]]) -> list[Member]:
     """A RouteSAE with random assignment at each router's shares."""
+    random = ALONE | {"routing": "random"}
     return [
-        Member(f"{name}_shares", "RouteSAE", ALONE | {"routing": "random", "route_shares": value})
+        Member(f"{name}_shares", "RouteSAE", random | {"route_shares": value})
         for name, value in shares.items()
     ]
 
 
 def third_matrix(shares: dict[str, list[float]]) -> list[Member]:
-    """An untrained router, its logits shifted to each learned router's shares: what a function of the token gives without being learned."""
+    """An untrained router whose logits are shifted to each learned router's shares.
+
+    It shows what a function of the token reaches without being learned.
+    """
     fixed = {name: ROUTERS["untrained"] | {"route_shares": shares[name]} for name in LEARNED}
     return [Member(f"{name}_fixed", "RouteSAE", options) for name, options in fixed.items()]
 
@@ -77,27 +78,22 @@ class Matrix(Trainer):
     def _combine(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         (k,) = self.cfg.k
         for member in self.members:
-            yield (
-                member.model,
-                config.model_options(self.cfg, member.model) | {"k": k} | member.options,
-                {"member": member.name},
-            )
+            options = config.model_options(self.cfg, member.model) | {"k": k} | member.options
+            yield member.model, options, {"member": member.name}
 
     def _title(self, name: str, swept: dict[str, Any]) -> str:
         return f"{swept['member']}_seed{self.cfg.seed}"
 
 
 def path_of(cfg: Namespace, name: str, seed: int) -> Path:
-    """Where the weights of a member are."""
+    """The weights of a member."""
     return Path(cfg.output_dir) / files.SAE_DIR / f"{name}_seed{seed}.pt"
 
 
 def options_of(argv: list[str], seed: int, phase: str) -> Namespace:
-    """The options of one training, by the training stage's own rules."""
-    return config.parse(
-        "train",
-        [*argv, "--model", "RouteSAE", "--seed", str(seed), "--tag", f"routing_seed{seed}_{phase}"],
-    )
+    """The options of one training, as train.py parses them."""
+    tag = f"routing_seed{seed}_{phase}"
+    return config.parse("train", [*argv, "--model", "RouteSAE", "--seed", str(seed), "--tag", tag])
 
 
 @torch.no_grad()
@@ -111,32 +107,29 @@ def router_weights(
 ) -> dict[str, Tensor]:
     """Each router's p at every counted token [N,L]."""
     sites = sorted({site for sae in saes.values() for site in sae.sites()})
-    found: dict[str, list[Tensor]] = {name: [] for name in saes}
-    for at in range(0, len(order), batch_size):
-        hidden = hooks.read(
-            language_model, rows.batch(order[at : at + batch_size]).to(device), sites
-        )
+    weights: dict[str, list[Tensor]] = {name: [] for name in saes}
+    for start in range(0, len(order), batch_size):
+        batch = rows.batch(order[start : start + batch_size]).to(device)
+        hidden = hooks.read(language_model, batch, sites)
         for name, sae in saes.items():
-            found[name].append(sae.get_router_weights(sae.gather(hidden), sae.router.aggre))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            weights[name].append(sae.get_router_weights(sae.gather(hidden), sae.router.aggre))
+    return {name: torch.cat(parts) for name, parts in weights.items()}
 
 
 def train(argv: list[str], seed: int, language_model: nn.Module, rows: Rows, n_layers: int) -> None:
-    """Both matrices of one seed; what is there already is not trained again."""
+    """Train the matrices of one seed. What an earlier call has trained is not trained again."""
     cfg = options_of(argv, seed, "first")
     Matrix(cfg, first_matrix(n_layers, cfg)).run()
-    noted = Path(cfg.output_dir) / f"shares_seed{seed}.json"
-    if not noted.exists():
+    shares_path = Path(cfg.output_dir) / f"shares_seed{seed}.json"
+    if not shares_path.exists():
         device = pick_device(cfg.device)
         saes = {name: checkpoint.load(path_of(cfg, name, seed), device)[0] for name in ROUTERS}
         order = rows.order(seed, 0)[: -(-50_000 // rows.max_length)]
         weights = router_weights(saes, language_model, rows, order, cfg.batch_size or 16, device)
-        files.save_json(
-            {
-                name: [round(float(share), 6) for share in router.load(p)]
-                for name, p in weights.items()
-            },
-            noted,
-        )
-    for phase, members in (("second", second_matrix), ("third", third_matrix)):
-        Matrix(options_of(argv, seed, phase), members(files.load_json(noted))).run()
+        shares = {}
+        for name, p in weights.items():
+            shares[name] = [round(float(share), 6) for share in router.load(p)]
+        files.save_json(shares, shares_path)
+    shares = files.load_json(shares_path)
+    Matrix(options_of(argv, seed, "second"), second_matrix(shares)).run()
+    Matrix(options_of(argv, seed, "third"), third_matrix(shares)).run()
