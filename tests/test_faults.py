@@ -256,9 +256,7 @@ def test_a_run_folder_behind_a_link_is_followed(home, tmp_path):
         ["--device", "tpu"],
     ],
 )
-def test_values_that_cannot_be_end_before_the_language_model_is_loaded(
-    home, monkeypatch, capsys, more
-):
+def test_invalid_values_fail_before_loading_the_lm(home, monkeypatch, capsys, more):
     monkeypatch.setattr(lm, "get_language_model", lambda *_: pytest.fail("loaded"))
     assert run(home, "train", "--tag", "bad", *more) == 2 and more[0] in the_error(capsys)
 

@@ -1,6 +1,7 @@
-"""Training and evaluation through their entry points, on the demo LM and a small text made here."""
+"""Training and evaluation through their entry points, on the demo LM and a small text."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -23,116 +24,94 @@ from src.zoo import ZOO
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.jsonl"
-    lines = [
-        {
-            "text": f"Return the {i}th value of the array, or raise ValueError if {i * 7} is larger than its size. "
-            * 3
-        }
-        for i in range(120)
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
+    sentence = "Return the {}th value of the array, or raise ValueError if {} exceeds its size. "
+    lines = [json.dumps({"text": sentence.format(i, i * 7) * 3}) for i in range(120)]
+    path.write_text("\n".join(lines))
     return path
 
 
-def arguments(text, tmp_path, *more):
-    base = [
-        "--model_path",
-        str(DEMO_LM),
-        "--data_path",
-        str(text),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--dtype",
-        "float32",
-    ]
-    return [
-        *base,
-        "--latent_size",
-        "64",
-        "--k",
-        "4",
-        "--max_length",
-        "32",
-        "--batch_size",
-        "4",
-        "--max_samples",
-        "80",
-        *more,
-    ]
+def train_argv(text, tmp_path, *more):
+    paths = ["--model_path", str(DEMO_LM), "--data_path", str(text)]
+    paths += ["--output_dir", str(tmp_path / "out")]
+    sizes = "--latent_size 64 --k 4 --max_length 32 --batch_size 4 --max_samples 80".split()
+    return [*paths, *sizes, "--dtype", "float32", *more]
 
 
 def train(text, tmp_path, *more):
-    return Trainer(parse("train", arguments(text, tmp_path, *more))).run()
+    return Trainer(parse("train", train_argv(text, tmp_path, *more))).run()
 
 
 def evaluate(tmp_path, *more):
-    return Evaluator(
-        parse("evaluate", ["--output_dir", str(tmp_path / "out"), "--max_samples", "8", *more])
-    ).run()
+    argv = ["--output_dir", str(tmp_path / "out"), "--max_samples", "8", *more]
+    return Evaluator(parse("evaluate", argv)).run()
+
+
+def sae_path(tmp_path, title):
+    return tmp_path / "out" / "SAE_models" / f"{title}.pt"
+
+
+def metric_lines(tmp_path, run_name):
+    path = tmp_path / "out" / "runs" / run_name / "metrics.jsonl"
+    return [json.loads(line) for line in path.open()]
+
+
+METRICS = [
+    "NormMSE",
+    "FVU",
+    "L0",
+    "Dead",
+    "Density",
+    "KLDiv",
+    "DeltaCE",
+    "Recovered_zero",
+    "Recovered_mean",
+    "Shrinkage",
+]
 
 
 def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, capsys):
     train(text, tmp_path, "--model", *ZOO)
-    paths = [str(tmp_path / "out" / "SAE_models" / f"{name}_text.pt") for name in ZOO]
+    paths = [str(sae_path(tmp_path, f"{name}_text")) for name in ZOO]
     results = evaluate(tmp_path, "--SAE_path", *paths, "--metric", "all")
+    eval_folder = tmp_path / "out" / "eval"
     for name in ZOO:
         result = results[f"{name}_text"]
-        for metric in (
-            "NormMSE",
-            "FVU",
-            "L0",
-            "Dead",
-            "Density",
-            "KLDiv",
-            "DeltaCE",
-            "Recovered_zero",
-            "Recovered_mean",
-            "Shrinkage",
-        ):
-            assert isinstance(result[metric], float) and result[metric] == result[metric], (
-                name,
-                metric,
-            )
+        for metric in METRICS:
+            assert math.isfinite(result[metric]), (name, metric)
         assert result["KLDiv"] > 0
-        assert (tmp_path / "out" / "eval" / f"{name}_text.json").exists()
-    assert (
-        results["TopK_text"]["L0"] == 4
-        and results["RandomK_text"]["NormMSE"] > 1.3 * results["TopK_text"]["NormMSE"]
-    )
-    assert (
-        len(results["Crosscoder_text"]["KLDiv_per_site"])
-        == 9
-        == len(results["RouteSAE_text"]["Routing"]["share"])
-    )
-    assert torch.tensor(results["Crosscoder_text"]["decoder_norms_per_latent"]).shape == (64, 9)
-    found = plots.load(tmp_path / "out" / "eval")
-    plots.picture(found, tmp_path / "comparison.png")
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000 and plots.table(found).count(
-        "\n"
-    ) == len(ZOO) + 1
-    assert [result["model"] for result in plots.load(tmp_path / "out" / "eval", "Gated")] == [
-        "Gated"
-    ]
-    lines = [
-        json.loads(line) for line in next((tmp_path / "out" / "runs").rglob("metrics.jsonl")).open()
-    ]
-    first, last = ([line for line in lines if line["sae"] == "TopK_text"][i] for i in (0, -1))
-    assert last["NormMSE"] < first["NormMSE"]
+        assert (eval_folder / f"{name}_text.json").exists()
+    top_k, crosscoder = results["TopK_text"], results["Crosscoder_text"]
+    assert top_k["L0"] == 4
+    assert results["RandomK_text"]["NormMSE"] > 1.3 * top_k["NormMSE"]
+    assert len(crosscoder["KLDiv_per_site"]) == 9
+    assert len(results["RouteSAE_text"]["Routing"]["share"]) == 9
+    assert torch.tensor(crosscoder["decoder_norms_per_latent"]).shape == (64, 9)
     printed = capsys.readouterr()
-    assert (
-        "warning" not in printed.err
-        and "RouteSAE_text: share of tokens at each site 4: 0." in printed.out
-    )
+    assert "warning" not in printed.err
+    assert "RouteSAE_text: share of tokens at each site 4: 0." in printed.out
+    (log,) = (tmp_path / "out" / "runs").rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in log.open()]
+    errors = [line["NormMSE"] for line in lines if line["sae"] == "TopK_text"]
+    assert errors[-1] < errors[0]
+    check_comparison(eval_folder, tmp_path)
+
+
+def check_comparison(eval_folder, tmp_path):
+    """The picture and the table of all results."""
+    loaded = plots.load(eval_folder)
+    plots.picture(loaded, tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert plots.table(loaded).count("\n") == len(ZOO) + 1
+    assert [result["model"] for result in plots.load(eval_folder, "Gated")] == ["Gated"]
 
 
 def test_a_model_trained_alone_or_beside_others_is_bit_identical(text, tmp_path):
     train(text, tmp_path, "--model", "TopK", "--tag", "alone")
     train(text, tmp_path, "--model", "Vanilla", "RandomK", "TopK", "--tag", "beside")
-    one, two = (
-        torch.load(tmp_path / "out" / "SAE_models" / f"TopK_text_{tag}.pt")
-        for tag in ("alone", "beside")
+    alone, beside = (
+        torch.load(sae_path(tmp_path, f"TopK_text_{tag}")) for tag in ("alone", "beside")
     )
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all(torch.equal(alone[key], beside[key]) for key in alone)
 
 
 def test_a_sweep_names_its_values_and_skips_models_without_the_option(text, tmp_path):
@@ -143,12 +122,13 @@ def test_a_sweep_names_its_values_and_skips_models_without_the_option(text, tmp_
 
 def test_a_finished_run_says_so_and_another_recipe_is_refused(text, tmp_path, capsys):
     loss = train(text, tmp_path)
-    before = (tmp_path / "out" / "SAE_models" / "TopK_text.pt").stat().st_mtime_ns
+    path = sae_path(tmp_path, "TopK_text")
+    before = path.stat().st_mtime_ns
     assert train(text, tmp_path) == loss
     assert "already trained" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"trained otherwise \(.*lr"):
         train(text, tmp_path, "--lr", "0.5")
-    assert (tmp_path / "out" / "SAE_models" / "TopK_text.pt").stat().st_mtime_ns == before
+    assert path.stat().st_mtime_ns == before
 
 
 def test_evaluation_needs_no_flag_and_takes_everything_from_the_recipe(text, tmp_path, capsys):
@@ -165,32 +145,21 @@ def test_one_metric_of_one_checkpoint_is_a_number(text, tmp_path):
         assert isinstance(evaluate(tmp_path, "--metric", metric), float)
 
 
-def test_figures_and_labels_of_an_sae_trained_anew_are_not_taken_for_the_new_ones(
+def test_results_of_a_previously_trained_sae_are_not_shown_for_the_new_one(
     text, tmp_path, capsys, monkeypatch
 ):
-    out, title = tmp_path / "out", "TopK_text"
-    contexts = [
-        "--output_dir",
-        str(out),
-        "--act_threshold",
-        "0",
-        "--lines",
-        "1",
-        "--max_samples",
-        "8",
-    ]
+    out = tmp_path / "out"
+    contexts = out / "contexts" / "TopK_text_contexts.json"
+    apply_argv = ["--output_dir", str(out), *"--act_threshold 0 --lines 1 --max_samples 8".split()]
     train(text, tmp_path)
     evaluate(tmp_path)
     train(text, tmp_path, "--layer", "4", "--overwrite", "1")
-    Applier(parse("apply", contexts)).run()
-    sae, recipe = checkpoint.load(out / "SAE_models" / f"{title}.pt")
+    Applier(parse("apply", apply_argv)).run()
+    sae, recipe = checkpoint.load(sae_path(tmp_path, "TopK_text"))
     card = (formats.export(sae, recipe, out, "hf") / "README.md").read_text()
-    assert "Not measured" in card and "of another SAE that had this name" in capsys.readouterr().out
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["page", str(out / "contexts" / f"{title}_contexts.json"), str(tmp_path / "page.html")],
-    )
+    assert "Not measured" in card
+    assert "of another SAE that had this name" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["page", str(contexts), str(tmp_path / "page.html")])
     page.main()
     assert "was evaluated before it was trained anew" in capsys.readouterr().out
     evaluate(tmp_path)
@@ -198,41 +167,33 @@ def test_figures_and_labels_of_an_sae_trained_anew_are_not_taken_for_the_new_one
     assert "held-out tokens (`eval` split)" in card and "NormMSE" in card
     page.main()
     assert "left out" not in capsys.readouterr().out
-    before = (out / "contexts" / f"{title}_contexts.json").read_bytes()
-    Applier(parse("apply", [*contexts, "--act_threshold", "1e9"])).run()
-    assert (
-        "nothing kept" in capsys.readouterr().out
-        and (out / "contexts" / f"{title}_contexts.json").read_bytes() == before
-    )
+    before = contexts.read_bytes()
+    Applier(parse("apply", [*apply_argv, "--act_threshold", "1e9"])).run()
+    assert "nothing kept" in capsys.readouterr().out
+    assert contexts.read_bytes() == before
 
 
-def test_runs_that_share_an_sae_or_a_tag_spare_each_other(text, tmp_path):
+def test_runs_that_share_an_sae_or_a_tag_do_not_destroy_each_other(text, tmp_path):
     other = tmp_path / "out" / "runs" / "TopK_text"
     files.probe(other)
     with files.locked(other), pytest.raises(ValueError, match="is being written by process"):
         train(text, tmp_path, "--model", "TopK", "Vanilla")
     for name in ("TopK", "Vanilla", "TopK"):
         train(text, tmp_path, "--model", name, "--tag", "t", "--overwrite", "1")
-    lines = [
-        json.loads(line) for line in (tmp_path / "out" / "runs" / "t" / "metrics.jsonl").open()
-    ]
+    lines = metric_lines(tmp_path, "t")
     steps = [line["step"] for line in lines if line["sae"] == "TopK_text_t"]
-    assert steps == sorted(set(steps)) and {line["sae"] for line in lines} == {
-        "TopK_text_t",
-        "Vanilla_text_t",
-    }
+    assert steps == sorted(set(steps))
+    assert {line["sae"] for line in lines} == {"TopK_text_t", "Vanilla_text_t"}
 
 
-def test_what_does_not_go_with_a_checkpoint_is_said(text, tmp_path, capsys):
+def test_options_that_do_not_fit_a_checkpoint_are_reported(text, tmp_path, capsys):
     train(text, tmp_path)
     path = tmp_path / "out" / "SAE_models" / "TopK_text.json"
     other = shutil.copytree(DEMO_LM, tmp_path / "other")
     evaluate(tmp_path, "--metric", "NormMSE", "--k", "2", "--model_path", str(other))
-    said = capsys.readouterr().out
-    assert (
-        "--k does nothing for a trained SAE" in said
-        and f"was trained on {DEMO_LM}, not on {other}" in said
-    )
+    message = capsys.readouterr().out
+    assert "--k does nothing for a trained SAE" in message
+    assert f"was trained on {DEMO_LM}, not on {other}" in message
     recipe = json.loads(path.read_text())
     del recipe["model_path"]
     path.write_text(json.dumps(recipe | {"model_name": "mine"}))
@@ -240,23 +201,21 @@ def test_what_does_not_go_with_a_checkpoint_is_said(text, tmp_path, capsys):
         evaluate(tmp_path)
 
 
-def test_ablations_of_a_site_are_run_once_for_all_its_saes_and_are_those_of_one(
-    text, tmp_path, monkeypatch
-):
-    train(text, tmp_path, "--model", "TopK", "Vanilla", "RouteSAE", "--layer", "6")
-    patched, runs = hooks.patched_states, []
-    monkeypatch.setattr(
-        hooks, "patched_states", lambda *given: runs.append(given) or patched(*given)
-    )
+def test_ablations_of_a_site_are_run_once_for_all_its_saes(text, tmp_path, monkeypatch):
+    names = ("TopK", "Vanilla", "RouteSAE")
+    train(text, tmp_path, "--model", *names, "--layer", "6")
+    patched_states, runs = hooks.patched_states, []
+
+    def count_run(*args):
+        runs.append(args)
+        return patched_states(*args)
+
+    monkeypatch.setattr(hooks, "patched_states", count_run)
     monkeypatch.setattr(hooks, "self_check", lambda *_: True)
-    paths = [
-        str(tmp_path / "out" / "SAE_models" / f"{name}_text.pt")
-        for name in ("TopK", "Vanilla", "RouteSAE")
-    ]
+    paths = [str(sae_path(tmp_path, f"{name}_text")) for name in names]
     together = evaluate(tmp_path, "--SAE_path", *paths, "--metric", "all")
-    assert len(runs) == 2 * (
-        3 + 2 + 2
-    )  # of two batches: three codes, the site ablated both ways, the routed tokens both ways
+    # two batches: three reconstructions, two ablations of the site, two of the routed tokens
+    assert len(runs) == 2 * (3 + 2 + 2)
     for path in paths:
         (alone,) = evaluate(tmp_path, "--SAE_path", path, "--metric", "all").values()
         assert alone == together[alone["title"]]
@@ -269,16 +228,15 @@ def test_batch_size_changes_no_metric(text, tmp_path):
         evaluate(tmp_path, "--metric", "NormMSE", "KLDiv", "--batch_size", size)["RandomK_text"]
         for size in ("1", "3")
     )
-    assert one["NormMSE"] == pytest.approx(three["NormMSE"], rel=1e-5) and one[
-        "KLDiv"
-    ] == pytest.approx(three["KLDiv"], rel=1e-4)
+    assert one["NormMSE"] == pytest.approx(three["NormMSE"], rel=1e-5)
+    assert one["KLDiv"] == pytest.approx(three["KLDiv"], rel=1e-4)
 
 
 def test_published_recipe_trains_and_documented_bare_files_load(text, tmp_path):
     train(text, tmp_path, "--model", *ZOO, "--recipe", "published")
     for name in ("RouteSAE", "Vanilla", "Gated", "JumpReLU", "Crosscoder"):
         bare = tmp_path / f"{name}_openwebtext2.pt"
-        shutil.copy(tmp_path / "out" / "SAE_models" / f"{name}_text.pt", bare)
+        shutil.copy(sae_path(tmp_path, f"{name}_text"), bare)
         sae, recipe = checkpoint.load(bare, hints={"n_layers": 16})
         assert recipe["model"] == name and sae.sites()
 
@@ -299,11 +257,9 @@ def test_blocks_that_return_tuples_are_patched_too(text):
     plain = hooks.patched_states(model, batch, {16: lambda h: h + 1}, full)
     output = (full[16], "cache")
     hidden, rest = hooks.patch_hooks({16: lambda h: h + 1}, batch.mask)[16](output)
-    assert (
-        rest == "cache"
-        and torch.equal(hidden[batch.mask], full[16][batch.mask] + 1)
-        and torch.equal(hidden[~batch.mask], full[16][~batch.mask])
-    )
+    assert rest == "cache"
+    assert torch.equal(hidden[batch.mask], full[16][batch.mask] + 1)
+    assert torch.equal(hidden[~batch.mask], full[16][~batch.mask])
     assert not torch.equal(plain, lm.final_states(model, batch.input_ids))
 
 
@@ -316,7 +272,7 @@ def test_overwriting_several_sites_is_overwriting_the_last(text):
 
 
 @pytest.mark.parametrize(
-    "more,said",
+    "more, message",
     [
         (["--k", "65"], "more than --latent_size 64"),
         (["--k", "0"], "--k 0: must be at least 1"),
@@ -328,19 +284,18 @@ def test_overwriting_several_sites_is_overwriting_the_last(text):
         (["--data_path", "/nowhere/at/all"], "no file, folder or glob"),
     ],
 )
-def test_bad_options_end_with_one_clear_line(text, tmp_path, capsys, more, said):
-    def function(cfg):
-        Trainer(cfg).run()
-
+def test_bad_options_end_with_one_clear_line(text, tmp_path, capsys, more, message):
+    argv = train_argv(text, tmp_path, *more)
     try:
-        code = run_stage("train", function, arguments(text, tmp_path, *more))
+        code = run_stage("train", lambda cfg: Trainer(cfg).run(), argv)
     except SystemExit as stop:
         code = stop.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert code == (3 if "--text_key" in more else 2) and len(lines) == 1 and said in lines[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == (3 if "--text_key" in more else 2)
+    assert message in line
 
 
-def test_values_that_cannot_be_are_found_before_the_text_is_read(text, tmp_path, monkeypatch):
+def test_a_site_that_does_not_exist_is_refused_before_the_text_is_read(text, tmp_path, monkeypatch):
     monkeypatch.setattr("src.trainer.open_rows", lambda *_: pytest.fail("text read"))
     with pytest.raises(ValueError, match="layer 17 of a 16-block model"):
         train(text, tmp_path, "--layer", "17")
@@ -367,13 +322,14 @@ def test_the_schedule_warms_up_stays_and_falls_also_in_tiny_runs():
     assert rates[0] == pytest.approx(0.2) and rates[50] == 1 and rates[90] == pytest.approx(0.5)
 
 
-def test_metrics_by_hand():
+def test_kl_agrees_with_values_computed_by_hand():
     logits = torch.randn(5, 9)
     assert KLDiv(logits, logits).abs() < 1e-6
     p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
-    assert KLDiv(p.log(), q.log()).item() == pytest.approx(
-        0.5 * torch.log(torch.tensor(4 / 3)).item()
-    )
+    assert KLDiv(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(4 / 3))
+
+
+def test_reconstruction_metrics_agree_with_values_computed_by_hand():
     x = torch.randn(100, 6) + 3
     for factor, mse in ((0.0, 1.0), (0.5, 0.25), (1.0, 0.0)):
         measure = Reconstruction()
@@ -390,24 +346,23 @@ def test_metrics_by_hand():
 
 
 def test_documented_training_and_evaluation_flags_exist():
-    documented = """model model_path hidden_size latent_size k layer n_layers l1_coeff threshold bandwidth aggre routing data_path batch_size
-    max_length lr betas num_epochs steps max_samples use_wandb wandb_project SAE_path metric infer_k theta output_dir device seed recipe max_tokens
-    chunking text_key max_bad_frac split dtype norm_eps auxk_coeff dead_tokens target_l0 sparsity_warmup topk_relu b_pre_init grad_clip optimizer
-    include_special start_layer end_layer tag overwrite trust_remote_code route_patch debug""".split()
+    documented = """
+        model model_path hidden_size latent_size k layer n_layers l1_coeff threshold bandwidth aggre
+        routing data_path batch_size max_length lr betas num_epochs steps max_samples use_wandb
+        wandb_project SAE_path metric infer_k theta output_dir device seed recipe max_tokens
+        chunking text_key max_bad_frac split dtype norm_eps auxk_coeff dead_tokens target_l0
+        sparsity_warmup topk_relu b_pre_init grad_clip optimizer include_special start_layer
+        end_layer tag overwrite trust_remote_code route_patch debug
+    """.split()
     assert set(documented) <= set(OPTIONS)
 
 
 def test_checkpoints_of_one_name_are_not_measured_into_one_file(text, tmp_path):
     train(text, tmp_path)
-    other = tmp_path / "other"
-    shutil.copytree(tmp_path / "out" / "SAE_models", other)
+    path = sae_path(tmp_path, "TopK_text")
+    other = shutil.copytree(path.parent, tmp_path / "other") / path.name
     with pytest.raises(ValueError, match="several checkpoints are called TopK_text"):
-        evaluate(
-            tmp_path,
-            "--SAE_path",
-            str(tmp_path / "out" / "SAE_models" / "TopK_text.pt"),
-            str(other / "TopK_text.pt"),
-        )
+        evaluate(tmp_path, "--SAE_path", str(path), str(other))
 
 
 def test_rows_without_a_countable_prediction_are_one_clear_line(text, tmp_path):
@@ -420,10 +375,8 @@ def test_routed_errors_per_site_add_up_to_the_headline(text, tmp_path):
     train(text, tmp_path, "--model", "RouteSAE")
     result = evaluate(tmp_path, "--metric", "NormMSE", "Routing")["RouteSAE_text"]
     routing = result["Routing"]
-    total = sum(
-        share * (error or 0)
-        for share, error in zip(routing["share"], routing["NormMSE_of_routed"], strict=True)
-    )
+    pairs = zip(routing["share"], routing["NormMSE_of_routed"], strict=True)
+    total = sum(share * (error or 0) for share, error in pairs)  # None where no token is routed
     assert total == pytest.approx(result["NormMSE"], rel=1e-5)
 
 
@@ -433,7 +386,7 @@ def test_the_self_check_says_when_it_could_check_nothing(text):
     assert hooks.self_check(model, batch, [8]) is True
     assert hooks.self_check(model, batch._replace(mask=torch.zeros_like(batch.mask)), [8]) is False
     late = batch.mask.clone()
-    late[0] = False  # the first row counts nothing: the check takes the next
+    late[0] = False  # no token of the first row counts, so the check takes the next row
     assert hooks.self_check(model, batch._replace(mask=late), [8]) is True
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compares exports, imports and SAEBench's core evaluation with this program, in an environment of its own ($INTEROP_VENV, default .venv-interop).
+# Compares exports, imports and SAEBench's core evaluation with this program, in an environment of
+# its own ($INTEROP_VENV, default .venv-interop).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 venv="${INTEROP_VENV:-$PWD/.venv-interop}"

@@ -1,6 +1,8 @@
-"""Against the libraries themselves: SAELens loads what is exported, its folders load here, SAEBench measures our SAEs. Run by tests/interop/run.sh.
+"""Comparisons with other libraries, run by tests/interop/run.sh.
 
-It prints the largest differences. The language model is the built-in one, the text this repository's own; no network.
+SAELens loads exported SAEs, its folders load in this program, and SAEBench measures the SAEs of
+this program. The largest differences are printed. The language model is the built-in one and the
+text is that of this repository, so that no network is needed.
 """
 
 import json
@@ -28,45 +30,33 @@ pytestmark = pytest.mark.interop
 SINGLE = ("TopK", "Vanilla", "Gated", "JumpReLU", "BatchTopK")
 NAMES = (*SINGLE, "MLSAE", "RouteSAE")
 LENGTH, EVAL_ROWS = 128, 32
-TIES = (
-    1e-3  # share of tokens on which rounding may decide between two latents, at k or at a threshold
-)
+# Share of tokens on which rounding may decide between two latents, at k or at a threshold.
+TIES = 1e-3
+
+
+def flags(**options):
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The text, and SAEs of seven models trained on it for a minute."""
+    """A folder with a text, and SAEs of seven models trained on it for a minute."""
     folder = tmp_path_factory.mktemp("interop")
     sources = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("src/*.py"), ROOT / "README.md"])
     with open(folder / "text.jsonl", "w") as file:
-        for part in (part for source in sources for part in source.read_text().split("\n\n")):
-            file.write(json.dumps({"text": part}) + "\n")
-    common = [
-        "--data_path",
-        str(folder / "text.jsonl"),
-        "--output_dir",
-        str(folder / "out"),
-        "--max_length",
-        str(LENGTH),
-        "--dtype",
-        "float32",
-    ]
-    Trainer(
-        parse(
-            "train",
-            [
-                *common,
-                "--model",
-                *NAMES,
-                "--latent_size",
-                "512",
-                "--k",
-                "16",
-                "--max_tokens",
-                "60000",
-            ],
-        )
-    ).run()
+        for source in sources:
+            for paragraph in source.read_text().split("\n\n"):
+                file.write(json.dumps({"text": paragraph}) + "\n")
+    argv = flags(
+        data_path=folder / "text.jsonl",
+        output_dir=folder / "out",
+        max_length=LENGTH,
+        dtype="float32",
+        latent_size=512,
+        k=16,
+        max_tokens=60000,
+    )
+    Trainer(parse("train", [*argv, "--model", *NAMES])).run()
     return folder
 
 
@@ -85,21 +75,21 @@ def language_model():
 
 @pytest.fixture(scope="module")
 def rows(folder, language_model):
-    return list(
-        Rows(
-            folder / "text.jsonl", language_model[0], LENGTH, "eval", max_samples=EVAL_ROWS
-        ).batches(16)
-    )
+    tokenizer, _ = language_model
+    rows = Rows(folder / "text.jsonl", tokenizer, LENGTH, "eval", max_samples=EVAL_ROWS)
+    return list(rows.batches(16))
 
 
 @pytest.fixture(scope="module")
 def hidden(saes, language_model, rows):
     """{site: raw states [N,D]} of every counted token of the evaluation rows."""
+    _, model = language_model
     sites = sorted({site for sae, _ in saes.values() for site in sae.sites()})
-    parts = [
-        (lm.read_sites(language_model[1], batch.input_ids, sites), batch.mask) for batch in rows
-    ]
-    return {site: torch.cat([states[site][mask] for states, mask in parts]) for site in sites}
+    chunks = {site: [] for site in sites}
+    for batch in rows:
+        for site, states in lm.read_sites(model, batch.input_ids, sites).items():
+            chunks[site].append(states[batch.mask])
+    return {site: torch.cat(states) for site, states in chunks.items()}
 
 
 @torch.no_grad()
@@ -107,24 +97,33 @@ def hidden(saes, language_model, rows):
 def test_saelens_loads_the_export_and_finds_the_same_latents(name, saes, hidden, folder):
     sae, recipe = saes[name]
     exported = formats.export(sae, recipe, folder / "out", "saelens")
-    worst, other, x_hat_worst, tokens = 0.0, 0, 0.0, 0
+    dictionary = getattr(sae, "sae", sae)  # of a RouteSAE the SAE inside
+    latent_errors, state_errors, n_others, n_tokens = [], [], 0, 0
     for site, form in sae.to_standard_form().items():
-        theirs = sae_lens.SAE.load_from_disk(exported / formats.hook_of(site))
+        lens = sae_lens.SAE.load_from_disk(exported / formats.hook_of(site))
         h = hidden[site]
         x, mean, std = sae.standardise(h)
-        ours, found = form.code(x), theirs.encode(h)
-        same = ((ours != 0) == (found != 0)).all(-1)
-        worst, tokens = max(worst, float((ours - found)[same].abs().max())), tokens + len(h)
-        other += int((~same).sum())
-        mine = getattr(sae, "sae", sae).decode(ours) * std + mean
-        x_hat_worst = max(x_hat_worst, float((mine - theirs.decode(found))[same].abs().max()))
-        theirs.fold_W_dec_norm()  # what SAEDashboard does
-        folded = theirs.encode(h) / getattr(sae, "sae", sae).decoder.weight.norm(dim=0)
-        assert ((folded - ours).abs().amax(-1) > 1e-3).sum() <= TIES * len(h)
+        latents, lens_latents = form.code(x), lens.encode(h)
+        same = ((latents != 0) == (lens_latents != 0)).all(-1)
+        latent_errors.append(float((latents - lens_latents)[same].abs().max()))
+        n_tokens += len(h)
+        n_others += int((~same).sum())
+        h_hat = dictionary.decode(latents) * std + mean
+        state_errors.append(float((h_hat - lens.decode(lens_latents))[same].abs().max()))
+        lens.fold_W_dec_norm()  # what SAEDashboard does
+        folded = lens.encode(h) / dictionary.decoder.weight.norm(dim=0)
+        assert ((folded - latents).abs().amax(-1) > 1e-3).sum() <= TIES * len(h)
+    print_differences(f"export {name:<10}", latent_errors, state_errors, n_others, n_tokens)
+    assert max(latent_errors) < 1e-4
+    assert n_others <= TIES * n_tokens
+    assert max(state_errors) < 1e-3
+
+
+def print_differences(title, latent_errors, state_errors, n_others, n_tokens):
     print(
-        f"\nexport {name:<10} latents {worst:.1e}  reconstruction {x_hat_worst:.1e}  other active sets {other} of {tokens} tokens"
+        f"\n{title} latents {max(latent_errors):.1e}  reconstruction {max(state_errors):.1e}  "
+        f"other active sets {n_others} of {n_tokens} tokens"
     )
-    assert worst < 1e-4 and other <= TIES * tokens and x_hat_worst < 1e-3
 
 
 KINDS = {"topk": {"k": 9}, "standard": {}, "jumprelu": {}, "gated": {}}
@@ -134,51 +133,45 @@ KINDS = {"topk": {"k": 9}, "standard": {}, "jumprelu": {}, "gated": {}}
 @pytest.mark.parametrize("norm", ["none", "layer_norm"])
 @pytest.mark.parametrize("at_input", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_folders_saelens_writes_load_here_with_the_same_latents_and_reconstruction(
+def test_a_folder_of_saelens_loads_with_the_same_latents_and_reconstruction(
     kind, at_input, norm, tmp_path
 ):
     torch.manual_seed(0)
-    metadata = sae_lens.saes.sae.SAEMetadata(
-        hook_name="blocks.5.hook_resid_post", model_name="org/lm"
+    hook = "blocks.5.hook_resid_post"
+    metadata = sae_lens.saes.sae.SAEMetadata(hook_name=hook, model_name="org/lm")
+    lens_class, lens_config = sae_lens.registry.get_sae_class(kind)
+    config = lens_config(
+        d_in=64,
+        d_sae=256,
+        apply_b_dec_to_input=at_input,
+        normalize_activations=norm,
+        metadata=metadata,
+        **KINDS[kind],
     )
-    _, config = sae_lens.registry.get_sae_class(kind)
-    theirs = sae_lens.registry.get_sae_class(kind)[0](
-        config(
-            d_in=64,
-            d_sae=256,
-            apply_b_dec_to_input=at_input,
-            normalize_activations=norm,
-            metadata=metadata,
-            **KINDS[kind],
-        )
-    )
-    for parameter in theirs.parameters():
+    lens = lens_class(config)
+    for parameter in lens.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
-    theirs.save_model(tmp_path / "sae")
+    lens.save_model(tmp_path / "sae")
     sae, _ = checkpoint.load(tmp_path / "sae")
     h = torch.randn(5000, 64)
-    found, expected = sae.autoencode(sae.gather({6: h})), theirs.encode(h)
-    other = int(((found.latents != 0) != (expected != 0)).any(-1).sum())
-    same = ((found.latents != 0) == (expected != 0)).all(-1)
-    worst = float((found.latents - expected)[same].abs().max())
-    x_hat, mean, std = found.x_hat, *sae.standardise(h)[1:]
-    x_hat_worst = float((x_hat * std + mean - theirs.decode(theirs.encode(h)))[same].abs().max())
+    out, expected = sae.autoencode(sae.gather({6: h})), lens.encode(h)
+    same = ((out.latents != 0) == (expected != 0)).all(-1)
+    n_others = int((~same).sum())
+    latent_error = float((out.latents - expected)[same].abs().max())
+    _, mean, std = sae.standardise(h)
+    state_error = float((out.x_hat * std + mean - lens.decode(expected))[same].abs().max())
     form = f"{kind} {norm}{'' if at_input else ', b_dec folded'}"
-    print(
-        f"\nimport {form:<36} latents {worst:.1e}  reconstruction {x_hat_worst:.1e}  other active sets {other} of 5000"
-    )
-    assert worst < 2e-4 and x_hat_worst < 1e-3 and other <= 2
+    print_differences(f"import {form:<36}", [latent_error], [state_error], n_others, len(h))
+    assert latent_error < 2e-4 and state_error < 1e-3 and n_others <= 2
 
 
 class Tokens:
-    """The part of SAELens' ActivationsStore that SAEBench asks for, over our own rows."""
+    """The part of SAELens' ActivationsStore that SAEBench uses, over the evaluation rows."""
 
     def __init__(self, rows):
-        self.rows, self.context_size, self.store_batch_size_prompts = (
-            rows,
-            LENGTH,
-            rows[0].input_ids.shape[0],
-        )
+        self.rows = rows
+        self.context_size = LENGTH
+        self.store_batch_size_prompts = rows[0].input_ids.shape[0]
         self.reset_input_dataset()
 
     def reset_input_dataset(self):
@@ -190,44 +183,25 @@ class Tokens:
 
 @pytest.fixture(scope="module")
 def evaluated(folder):
-    """evaluate.py's results by title."""
+    """Results of evaluate.py by title."""
     paths = [str(folder / "out" / "SAE_models" / f"{name}_text.pt") for name in SINGLE]
-    arguments = [
-        "--SAE_path",
-        *paths,
-        "--data_path",
-        str(folder / "text.jsonl"),
-        "--dtype",
-        "float32",
-        "--output_dir",
-        str(folder / "ev"),
-    ]
-    arguments += [
-        "--max_length",
-        str(LENGTH),
-        "--max_samples",
-        str(EVAL_ROWS),
-        "--metric",
-        "NormMSE",
-        "KLDiv",
-        "Recovered",
-    ]
-    return Evaluator(parse("evaluate", arguments)).run()
+    argv = flags(
+        data_path=folder / "text.jsonl",
+        dtype="float32",
+        output_dir=folder / "ev",
+        max_length=LENGTH,
+        max_samples=EVAL_ROWS,
+    )
+    argv += ["--SAE_path", *paths, "--metric", "NormMSE", "KLDiv", "Recovered"]
+    return Evaluator(parse("evaluate", argv)).run()
 
 
 def special(tokenizer):
     return {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", SINGLE)
-def test_saebench_measures_what_evaluate_measures_where_both_mean_the_same(
-    name, saes, rows, language_model, evaluated, hidden
-):
-    tokenizer, model = language_model
-    sae, _ = saes[name]
-    (one,) = formats.site_saes(sae, str(DEMO_LM), {12: "model.layers.11"}).values()
-    proxy = HookedProxyLM(model, tokenizer, hook_names=["model.layers.11"])
+def saebench_metrics(site_sae, proxy, rows, tokenizer):
+    """SAEBench's core metrics by name."""
     config = core.CoreEvalConfig(
         model_name=str(DEMO_LM),
         batch_size_prompts=16,
@@ -241,18 +215,21 @@ def test_saebench_measures_what_evaluate_measures_where_both_mean_the_same(
         context_size=LENGTH,
         exclude_special_tokens_from_reconstruction=True,
     )
-    measured, _ = core.run_evals(one, Tokens(rows), proxy, config, ignore_tokens=special(tokenizer))
-    theirs = {key: value for group in measured.values() for key, value in group.items()}
-    ours = evaluated[f"{name}_text"]
-    kl, ce_sae, ce_clean = (
-        [],
-        [],
-        [],
-    )  # of SAEBench's tokens, those that evaluate counts: a prediction of a counted token from a counted one
+    ignored = special(tokenizer)
+    groups, _ = core.run_evals(site_sae, Tokens(rows), proxy, config, ignore_tokens=ignored)
+    return {key: value for group in groups.values() for key, value in group.items()}
+
+
+def saebench_losses_of_counted(site_sae, proxy, rows, tokenizer):
+    """(KL, CE added) of SAEBench's tokens, averaged over those that evaluate.py counts.
+
+    evaluate.py counts predictions of a counted token from a counted token.
+    """
+    kl, added = [], []
     for batch in rows:
-        at = batch.mask[:, :-1] & batch.mask[:, 1:]
-        per_token = core.get_recons_loss(
-            one,
+        counted = batch.mask[:, :-1] & batch.mask[:, 1:]
+        losses = core.get_recons_loss(
+            site_sae,
             proxy,
             batch.input_ids,
             None,
@@ -261,50 +238,51 @@ def test_saebench_measures_what_evaluate_measures_where_both_mean_the_same(
             ignore_tokens=special(tokenizer),
             exclude_special_tokens_from_reconstruction=True,
         )
-        kl.append(per_token["kl_div_with_sae"][:, :-1][at])
-        ce_sae.append(per_token["ce_loss_with_sae"][at])
-        ce_clean.append(per_token["ce_loss_without_sae"][at])
-    kl, ce_sae, ce_clean = (float(torch.cat(part).mean()) for part in (kl, ce_sae, ce_clean))
+        kl.append(losses["kl_div_with_sae"][:, :-1][counted])
+        added.append((losses["ce_loss_with_sae"] - losses["ce_loss_without_sae"])[counted])
+    return float(torch.cat(kl).mean()), float(torch.cat(added).mean())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SINGLE)
+def test_saebench_and_evaluate_agree_on_metrics_with_the_same_meaning(
+    name, saes, rows, language_model, evaluated, hidden
+):
+    tokenizer, model = language_model
+    sae, _ = saes[name]
+    (site_sae,) = formats.site_saes(sae, str(DEMO_LM), {12: "model.layers.11"}).values()
+    proxy = HookedProxyLM(model, tokenizer, hook_names=["model.layers.11"])
+    bench = saebench_metrics(site_sae, proxy, rows, tokenizer)
+    kl, ce_added = saebench_losses_of_counted(site_sae, proxy, rows, tokenizer)
+    ours = evaluated[f"{name}_text"]
     h = hidden[12]
-    x_hat = next(sae.patches({12: h}))[12](h)
-    error, cosine = (h - x_hat).square().sum(-1), torch.cosine_similarity(h, x_hat, dim=-1)
-    size = len(h) / len(
-        rows
-    )  # SAEBench divides squared errors by the tokens of a batch, then takes the mean over tokens
-    table = {  # SAEBench's, on the positions that evaluate counts, evaluate's
-        "KL": (theirs["kl_div_with_sae"], kl, ours["KLDiv"]),
-        "CE added": (
-            theirs["ce_loss_with_sae"] - theirs["ce_loss_without_sae"],
-            ce_sae - ce_clean,
-            ours["DeltaCE"],
-        ),
-        "CE recovered (zero ablation)": (theirs["ce_loss_score"], None, ours["Recovered_zero"]),
-        "L0": (theirs["l0"], theirs["l0"], ours["L0"]),
-        "cosine of raw states": (theirs["cossim"], theirs["cossim"], float(cosine.mean())),
-        "squared error of raw states": (
-            theirs["mse"] * size,
-            theirs["mse"] * size,
-            float(error.mean()),
-        ),
-        "explained variance": (theirs["explained_variance"], None, 1 - ours["FVU"]),
-        "explained variance, legacy": (theirs["explained_variance_legacy"], None, 1 - ours["FVU"]),
+    h_hat = next(sae.patches({12: h}))[12](h)
+    error = float((h - h_hat).square().sum(-1).mean())
+    cosine = float(torch.cosine_similarity(h, h_hat, dim=-1).mean())
+    # SAEBench divides squared errors by the tokens of a batch, then takes the mean over tokens.
+    bench_error = bench["mse"] * len(h) / len(rows)
+    bench_added = bench["ce_loss_with_sae"] - bench["ce_loss_without_sae"]
+    explained = 1 - ours["FVU"]
+    table = {  # SAEBench; SAEBench on the positions that evaluate.py counts; evaluate.py
+        "KL": (bench["kl_div_with_sae"], kl, ours["KLDiv"]),
+        "CE added": (bench_added, ce_added, ours["DeltaCE"]),
+        "CE recovered (zero ablation)": (bench["ce_loss_score"], None, ours["Recovered_zero"]),
+        "L0": (bench["l0"], bench["l0"], ours["L0"]),
+        "cosine of raw states": (bench["cossim"], bench["cossim"], cosine),
+        "squared error of raw states": (bench_error, bench_error, error),
+        "explained variance": (bench["explained_variance"], None, explained),
+        "explained variance, legacy": (bench["explained_variance_legacy"], None, explained),
     }
     print(f"\nSAEBench {name}")
     for metric, values in table.items():
-        print(
-            f"    {metric:<30}"
-            + "".join(f"{value:>16.5f}" if value is not None else f"{'-':>16}" for value in values)
-        )
-    assert kl == pytest.approx(ours["KLDiv"], rel=1e-4) and ce_sae - ce_clean == pytest.approx(
-        ours["DeltaCE"], rel=1e-3, abs=1e-5
-    )
-    assert theirs["l0"] == pytest.approx(ours["L0"], rel=1e-6) and theirs[
-        "cossim"
-    ] == pytest.approx(float(cosine.mean()), rel=1e-5)
-    assert theirs["mse"] * size == pytest.approx(
-        float(error.mean()), rel=0.02
-    )  # batches differ in tokens
-    assert abs(theirs["kl_div_with_sae"] - kl) < 0.1 * kl
+        cells = [f"{'-':>16}" if value is None else f"{value:>16.5f}" for value in values]
+        print(f"    {metric:<30}" + "".join(cells))
+    assert kl == pytest.approx(ours["KLDiv"], rel=1e-4)
+    assert ce_added == pytest.approx(ours["DeltaCE"], rel=1e-3, abs=1e-5)
+    assert bench["l0"] == pytest.approx(ours["L0"], rel=1e-6)
+    assert bench["cossim"] == pytest.approx(cosine, rel=1e-5)
+    assert bench_error == pytest.approx(error, rel=0.02)  # batches differ in tokens
+    assert abs(bench["kl_div_with_sae"] - kl) < 0.1 * kl
 
 
 @torch.no_grad()
@@ -324,43 +302,36 @@ def test_saebenchs_own_runner_takes_our_objects_from_start_to_result_file(
     text.mkdir(exist_ok=True)
     (text / "train.jsonl").write_bytes((folder / "text.jsonl").read_bytes())
 
-    class Local:  # the runner's HookedTransformer knows models by name alone; TransformerLens' bridge opens a folder
+    class LocalModel:
+        """Opens a folder; the runner's HookedTransformer knows models by name only."""
+
         @staticmethod
         def from_pretrained_no_processing(name, device, dtype):
             return TransformerBridge.boot_transformers(name, device=device, dtype=dtype)
 
-    monkeypatch.setattr(core, "HookedTransformer", Local)
+    monkeypatch.setattr(core, "HookedTransformer", LocalModel)
     for name in ("TopK", "RouteSAE"):
         sae, _ = saes[name]
-        chosen = [
-            (f"{name}_{site}", one) for site, one in formats.site_saes(sae, str(DEMO_LM)).items()
-        ][:2]
-        options = {
-            "dataset": str(text),
-            "context_size": LENGTH,
-            "output_folder": str(folder / "bench"),
-            "device": "cpu",
-        }
-        options |= {
-            "compute_featurewise_density_statistics": True,
-            "compute_featurewise_weight_based_metrics": True,
-        }
+        site_saes = list(formats.site_saes(sae, str(DEMO_LM)).items())
+        chosen = [(f"{name}_{site}", site_sae) for site, site_sae in site_saes[:2]]
         results = core.multiple_evals(
             chosen,
             2,
             2,
             eval_batch_size_prompts=8,
             exclude_special_tokens_from_reconstruction=True,
-            **options,
+            dataset=str(text),
+            context_size=LENGTH,
+            output_folder=str(folder / "bench"),
+            device="cpu",
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
         )
         assert len(results) == len(chosen)
         for title, _ in chosen:
-            written = json.loads(
-                Path(folder / "bench" / f"{title}_custom_sae_eval_results.json").read_text()
-            )["eval_result_metrics"]
-            score, l0 = (
-                written["model_behavior_preservation"]["kl_div_score"],
-                written["sparsity"]["l0"],
-            )
+            path = Path(folder / "bench" / f"{title}_custom_sae_eval_results.json")
+            metrics = json.loads(path.read_text())["eval_result_metrics"]
+            score = metrics["model_behavior_preservation"]["kl_div_score"]
+            l0 = metrics["sparsity"]["l0"]
             print(f"\nSAEBench's runner {title:<12} KL score {score:.4f}  L0 {l0:.3f}")
             assert 0 < score <= 1 and l0 == pytest.approx(16, abs=0.01)
