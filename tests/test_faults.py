@@ -852,7 +852,7 @@ def test_wrappers_pass_paths_with_spaces_on_and_the_exit_code_back(tmp_path):
         assert done.returncode == 7 and "|--data_path|x y/z|" in done.stdout, (script, done.stderr)
 
 
-def tests_in(module):
+def names_of_tests(module):
     tree = ast.parse((files.ROOT / "tests" / f"{module}.py").read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -867,4 +867,4 @@ def test_every_row_of_the_page_of_faults_is_shown_by_tests_that_exist():
         tests = re.findall(r"(test_\w+)\.(test_\w+)", shown_by)
         assert tests or "campaign" in shown_by, row
         for module, name in tests:
-            assert name in tests_in(module), f"{module}.{name}"
+            assert name in names_of_tests(module), f"{module}.{name}"
