@@ -476,8 +476,8 @@ def describe_sae(path: Path, group: Group) -> Row:
 def routing_history(log: Path) -> dict[str, dict[str, list[Any]]]:
     """{title of a routed SAE: {"tokens", "share", "mean_p"}} from a metrics.jsonl."""
     history: dict[str, dict[str, list[Any]]] = {}
-    for line in log.read_text().splitlines():
-        record = json.loads(line)
+    for line in files.text_records(log.read_text(encoding="utf-8")):
+        record = files.parse_json(line)
         if "share" not in record:
             continue
         columns = history.setdefault(record["sae"], {"tokens": [], "share": [], "mean_p": []})

@@ -205,7 +205,7 @@ def _load_weights(path: Path, device: str) -> dict[str, Tensor]:
             f"{path} holds other things than tensors, or is damaged; nothing in it was run"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else "damaged"
+        reason = files.first_line(error)[:120] if str(error) else "damaged"
         raise ValueError(f"{path} is not a readable checkpoint ({reason})") from error
     is_dict = isinstance(weights, dict) and weights
     if not is_dict or not all(isinstance(value, Tensor) for value in weights.values()):

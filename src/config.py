@@ -7,7 +7,6 @@ Precedence of values: typed > --config file > recipe saved with a checkpoint > r
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from src import config_file, zoo
-from src.files import DEMO_LM, printable, redacted
+from src.files import DEMO_LM, parse_json, printable, redacted
 
 # ------------------------------------------------------------------------------ types of options
 
@@ -45,8 +44,8 @@ def placement(text: str) -> Any:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
 
 
@@ -1040,7 +1039,7 @@ def _report(cfg: Namespace, error: Exception, advice: str) -> None:
     if cfg.debug:
         print(printable(redacted(traceback.format_exc(), key)), file=sys.stderr)
     text = f"{error}{advice}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     message = redacted(" ".join(lines) or type(error).__name__, key)
     if _ended_first():
         print(f"{cfg.stage}.py: error: {printable(message)}", file=sys.stderr, flush=True)

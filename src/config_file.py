@@ -11,6 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from src.files import parse_json
+
 # The published code (swei2001/RouteSAEs) names two options differently. Three of its keys are no
 # options here; the pipe_ keys list one value for each of its three stages.
 OFFICIAL_NAMES = {"lamda": "l1_coeff", "threshold": "act_threshold"}
@@ -52,7 +54,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: no such file")
     text = path.read_text(encoding="utf-8")
     try:
-        content = json.loads(text) if path.suffix == ".json" else _parse_yaml(text)
+        content = parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"--config {path} is not readable ({error})") from error
     if not isinstance(content, dict):

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.files import first_line
+
 # Parameters of glibc's mallopt(3) and the values set here.
 M_TRIM_THRESHOLD, NEVER_TRIM = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -3, 2**25  # bytes
@@ -40,7 +42,7 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"--device {device} is not usable here ({reason}); try --device auto"
         ) from error

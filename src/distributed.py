@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from src.files import first_line
+
 T = TypeVar("T")
 # How long the others wait while one process tokenises or saves.
 SETUP_TIMEOUT = timedelta(hours=3)
@@ -123,9 +125,8 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # the backends raise it whatever has happened
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         # Without the place in the source, and without advice that follows the first sentence.
-        reason = re.sub(r"\[\S*/\S*\] *", "", first_line).split(". ")[0]
+        reason = re.sub(r"\[\S*/\S*\] *", "", first_line(error)).split(". ")[0]
         number, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         raise ProcessLost(
             f"process {number} of {size} lost another one ({reason}); run the same command again: "

@@ -108,6 +108,34 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank, or the name of its type."""
+    lines = (line.strip() for line in str(error).split("\n"))
+    return next(filter(None, lines), type(error).__name__)
+
+
+def text_records(text: str) -> list[str]:
+    """The lines of a JSONL or prompt file that are not blank.
+
+    Only "\\n" ends a line. str.splitlines would also cut at U+2028, U+2029, U+0085, form feeds and
+    others, which may stand inside a JSON string.
+    """
+    lines = text.removeprefix("\ufeff").split("\n")
+    return [line.removesuffix("\r") for line in lines if line.strip()]
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for whatever json.loads does not read.
+
+    json.loads raises ValueError for integers of more than 4,300 digits, and RecursionError for
+    deep nesting.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 # ------------------------------------------------------------------------------- single files
 
 
@@ -164,8 +192,8 @@ def load_json(path: str | os.PathLike) -> Any:
     open_file = gzip.open if str(path).endswith(".gz") else open
     try:
         with open_file(path, "rt", encoding="utf-8") as file:
-            return json.load(file)
-    except (ValueError, EOFError, RecursionError, gzip.BadGzipFile, zlib.error) as error:
+            return parse_json(file.read())
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise Unusable(f"{path} is not readable JSON ({error})") from error
 
 
@@ -207,7 +235,10 @@ def is_stale_result(result: Mapping[str, Any], known: Mapping[str, Any]) -> bool
 
 
 def newest(folder: str | os.PathLike, pattern: str) -> Path | None:
-    """The most recently written file in folder that matches pattern, or None."""
+    """The most recently written file in folder that matches pattern, or None.
+
+    Names of users in the pattern must go through glob.escape or safe_name.
+    """
     matches = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
     return matches[-1] if matches else None
 
@@ -325,7 +356,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """{file name: (size, SHA-256)}. Raises ValueError if the manifest is damaged or another's."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         if manifest["folder"] != folder.name:
             raise ValueError(f"it is the manifest of {manifest['folder']}")
         entries = manifest["files"].items()
@@ -408,7 +439,7 @@ def _read_owner(file: TextIO) -> dict[str, Any]:
     """The writer that a lock file names; {} if it is empty or was cut off by a kill."""
     file.seek(0)
     try:
-        return dict(json.loads(file.read() or "{}"))
+        return dict(parse_json(file.read() or "{}"))
     except (ValueError, TypeError):
         return {}
 

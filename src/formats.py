@@ -472,14 +472,9 @@ def locate(name: str | Path) -> Path:
             repo, revision=hub_name["revision"], allow_patterns=patterns
         )
     except (OSError, ValueError) as error:
-        reason = hub.reason(error, repo) or f"the hub answered: {_first_line(error)[:160]}"
+        reason = hub.reason(error, repo) or f"the hub answered: {files.first_line(error)[:160]}"
         raise ValueError(f"no file or folder {name}; {reason}") from error
     return Path(snapshot) / folder
-
-
-def _first_line(error: Exception) -> str:
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -223,7 +223,7 @@ def _fields_from_json(text: str) -> dict[str, Any]:
     for brace in re.finditer(r"\{", text):
         try:
             candidate, _ = decoder.raw_decode(text, brace.start())
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             continue
         if isinstance(candidate, dict) and {"score", "explanation"} & set(candidate):
             return {str(key).lower(): value for key, value in candidate.items()}
@@ -395,13 +395,13 @@ class AnswerLog:
         self.records: dict[str, Record] = {}  # {latent: record}
         self.failed_usage: dict[str, dict[str, int]] = {}  # {latent: usage of failed attempts}
         if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in files.text_records(path.read_text(encoding="utf-8", errors="replace")):
                 self._read(line)
 
     def _read(self, line: str) -> None:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut short when a run was killed
+            record = files.parse_json(line)
+        except ValueError:  # cut short when a run was killed
             return
         if not isinstance(record, dict) or record.get("mark") != self.question:
             return

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from src import hub
 from src.device import fast_bfloat16
+from src.files import first_line
 
 # Passes that make up for compiling: on one H200 it took 6 s and saved 30 of 115 ms (docs/LOG.md).
 COMPILE_FROM = 200
@@ -110,8 +111,7 @@ def _load(
 
 def _why_not_loaded(model_path: str, error: Exception) -> str:
     """One line for the many errors of loading a model: the reason, and what to do."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
+    reason = first_line(error)
     if isinstance(error, pickle.UnpicklingError):
         reason = "its weights contain other things than tensors, or are damaged; none of it was run"
     advice = "check --model_path, or run scripts/download_model.sh"

@@ -7,6 +7,7 @@ reach it as JSON data and are shown by textContent only, so that hostile text st
 from __future__ import annotations
 
 import base64
+import glob
 import hashlib
 import itertools
 import json
@@ -328,7 +329,8 @@ def main() -> None:
     needed = {"title", "latent_context_map", "sites"}
     if not isinstance(contexts, dict) or not needed <= set(contexts):
         raise ValueError(f"{args.contexts} is no contexts file of apply.py")
-    labels = args.labels or newest(root / "interpret", f"interp_{contexts['title']}.json")
+    title = str(contexts["title"])
+    labels = args.labels or newest(root / "interpret", f"interp_{glob.escape(title)}.json")
     evaluation = _evaluation(args.eval or root / "eval", args.only, contexts)
     if labels and labels.stat().st_mtime < args.contexts.stat().st_mtime:
         print(

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config import small_parser
-from src.files import load_json, save_text
+from src.files import load_json, parse_json, save_text, text_records
 
 Result = dict[str, Any]  # the JSON of one evaluation
 
@@ -229,10 +228,10 @@ def load_courses(path: Path) -> dict[str, Course]:
     A last line cut short by a kill is left out. Raises ValueError if the file has no line.
     """
     courses: dict[str, Course] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in text_records(path.read_text(encoding="utf-8", errors="replace")):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # it was being written when the process was killed
+            line = parse_json(text)
+        except ValueError:  # it was being written when the process was killed
             continue
         courses.setdefault(line["sae"], []).append(line)
     if not courses:

@@ -25,7 +25,7 @@ import zstandard
 from tqdm import tqdm
 
 from src import hub
-from src.files import load_json, locked, save_json
+from src.files import data_dir, first_line, load_json, locked, parse_json, save_json
 
 SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
 SPLIT_NAMES = ("train", "eval", "apply")
@@ -33,6 +33,9 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DAMAGED = "damaged archive"
 CHAT_KEYS = ("messages", "conversations")  # keys under which data sets keep conversations
 SAVE_SECONDS = 5.0  # a killed process loses at most this much work
+CHUNK = 2**20  # bytes of text that are read in one call
+MAX_LINE = 2**28  # bytes; a longer line is skipped, since reading it would fill the memory
+PARQUET_ROWS = 256  # rows of a parquet file that are in memory at one time
 MIN_CHARS = 100  # write_splits leaves out texts that are not longer
 
 
@@ -57,14 +60,14 @@ def find_files(path: str | os.PathLike) -> list[Path]:
     """
     text = str(path)
     if globbing.has_magic(text) and not os.path.exists(text):
-        files = [Path(name) for name in globbing.glob(text, recursive=True)]
+        names = globbing.glob(text, recursive=True)
+        files = [Path(name) for name in names if not os.path.isdir(name)]
     elif os.path.isfile(text):
         files = [Path(text)]
     elif os.path.isdir(text):
-        entries = list(Path(text).iterdir())
-        if not any(entry.name.endswith(SUFFIXES) for entry in entries):
-            entries = list(Path(text).rglob("*"))
-        files = [entry for entry in entries if entry.is_file()]
+        files = [entry for entry in Path(text).iterdir() if entry.is_file()]
+        if not any(file.name.endswith(SUFFIXES) for file in files):
+            files = [entry for entry in Path(text).rglob("*") if entry.is_file()]
     else:
         raise FileNotFoundError(f"no file, folder or glob at {text}; check --data_path")
     usable = [f for f in files if f.name.endswith(SUFFIXES) and not f.name.startswith(".")]
@@ -101,34 +104,61 @@ def in_split(text: str, split: str) -> bool:
     return low <= int.from_bytes(digest, "big") / 2**64 < high
 
 
-def _zst_lines(path: Path) -> Iterator[bytes]:
-    # decompressobj, because stream_reader takes a truncated file for a complete one.
+def _zst_chunks(path: Path) -> Iterator[bytes]:
+    # decompressobj, because stream_reader takes a truncated file for a complete one. Small blocks,
+    # because 4 bytes may stand for 128 KB: 1 KB cannot become more than 32 MB.
     decoder = zstandard.ZstdDecompressor().decompressobj()
     in_frame = False
-    rest = b""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 10):
             while block:
-                lines = (rest + decoder.decompress(block)).split(b"\n")
-                rest = lines.pop()
-                yield from lines
+                output = decoder.decompress(block)
+                yield from (output[i : i + CHUNK] for i in range(0, len(output), CHUNK))
                 in_frame = not decoder.eof
                 block = b"" if in_frame else decoder.unused_data
                 if not in_frame:
                     decoder = zstandard.ZstdDecompressor().decompressobj()
-    if rest:
-        yield rest
     if in_frame:
         raise EOFError("the compressed file ends in the middle of a frame")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The content of a file, decompressed, in pieces of limited size."""
     if path.name.endswith(".zst"):
-        yield from _zst_lines(path)
+        yield from _zst_chunks(path)
         return
     opener = gzip.open if path.name.endswith(".gz") else open
     with opener(path, "rb") as file:
-        yield from file
+        # read would lose the last piece of an archive that was cut short.
+        while chunk := file.read1(CHUNK):
+            yield chunk
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each line that is not blank. Only "\\n" ends a line.
+
+    A line of more than MAX_LINE bytes, which may be a decompression bomb, is cut to MAX_LINE + 1.
+    """
+    number = 1
+    parts: list[bytes] = []  # of the line that has not ended
+    size = 0
+    for chunk in _chunks(path):
+        if not parts and not chunk.strip():  # millions of blank lines are passed over at once
+            number += chunk.count(b"\n")
+            continue
+        *ended, rest = chunk.split(b"\n")
+        for end in ended:
+            line = b"".join([*parts, end])[: MAX_LINE + 1]
+            if line.strip():
+                yield number, line
+            number += 1
+            parts, size = [], 0
+        if rest and size <= MAX_LINE:
+            parts.append(rest)
+            size += len(rest)
+    line = b"".join(parts)[: MAX_LINE + 1]
+    if line.strip():
+        yield number, line
 
 
 class Report:
@@ -244,36 +274,56 @@ def _turns(messages: list) -> list[dict[str, str]]:
 
 
 def _parquet_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
-    """(record, place) of one parquet file; a damaged file is counted once."""
-    from datasets import load_dataset
+    """(record, place) of one parquet file; a damaged file is counted once.
+
+    It is read with pyarrow, because the loaders of `datasets` take the name for a pattern.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
     number = 0
-    try:
-        rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        for number, record in enumerate(rows, 1):
+    with open(file, "rb") as stream:
+        try:
+            table = ParquetFile(stream)
+            wanted = (report.text_key, *CHAT_KEYS)
+            names = [name for name in table.schema_arrow.names if name in wanted] or None
+            for batch in table.iter_batches(PARQUET_ROWS, columns=names):
+                for row in range(len(batch)):
+                    number += 1
+                    report.lines += 1
+                    place = f"{file}:{number}"
+                    try:
+                        columns = zip(batch.schema.names, batch.columns, strict=True)
+                        record = {name: column[row].as_py() for name, column in columns}
+                    except UnicodeDecodeError:
+                        report.skip("not UTF-8", place)
+                        continue
+                    yield record, place
+        except (pyarrow.ArrowException, OSError) as error:
+            # pyarrow raises plain OSErrors for damaged pages; those of the system have a number.
+            if getattr(error, "errno", None):
+                raise
             report.lines += 1
-            yield record, f"{file}:{number}"
-    except ValueError:  # includes the errors of pyarrow
-        report.lines += 1
-        report.skip(DAMAGED, f"{file}:{number}")
+            report.skip(DAMAGED, f"{file}:{number}")
 
 
 def _json_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
     """(record, place) of one JSONL file; damaged lines are counted and skipped."""
     number = 0
     try:
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in _lines(file):
             place = f"{file}:{number}"
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
-            if not line.strip():
-                continue
             report.lines += 1
+            if len(line) > MAX_LINE:
+                report.skip("line too long", place)
+                continue
             try:
-                yield json.loads(line.decode("utf-8")), place
+                yield parse_json(line.decode("utf-8")), place
             except UnicodeDecodeError:
                 report.skip("not UTF-8", place)
-            except (json.JSONDecodeError, RecursionError):
+            except ValueError:
                 report.skip("not JSON", place)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
         report.lines += 1
@@ -285,7 +335,7 @@ def _hub_failure(error: Exception, name: str) -> str:
     known = hub.reason(error, name, "datasets/")
     if known:
         return known
-    message = (str(error).splitlines() or [type(error).__name__])[0]
+    message = first_line(error)
     if "scripts are no longer supported" in message:
         message += "; take a copy of it in parquet or JSONL"
     return message
@@ -341,6 +391,7 @@ class Documents:
         report.files = len(files)
         if split == self.split != "all":
             self._warn_of_split_names(all_files)
+        self._warn_of_folders(all_files)
 
         def read() -> Iterator[tuple[Any, str]]:
             for file in files:
@@ -362,6 +413,23 @@ class Documents:
             print(
                 f"warning: {', '.join(names[:3])} is not used as a split (that needs files train*, "
                 "eval* and apply*); the documents of all files are split by their hash"
+            )
+
+    def _warn_of_folders(self, files: list[Path]) -> None:
+        """Says that a folder with files of text has more of them in sub folders."""
+        if not os.path.isdir(self.source) or any(f.parent != Path(self.source) for f in files):
+            return
+        folder = Path(self.source)
+        inside = sorted(f for f in folder.glob("*/**/*") if f.name.endswith(SUFFIXES))
+        unread = []
+        for file in inside:
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if not is_hidden and data_dir() / "demo" not in file.parents:
+                unread.append(file)
+        if unread:
+            print(
+                f"warning: {len(unread)} files in sub folders of {folder} are not read, such as "
+                f"{unread[0]}; --data_path '{folder}/**/*' reads them too"
             )
 
     def _hub_records(self) -> Iterator[tuple[Any, str]]:
@@ -470,31 +538,58 @@ def write_splits(
     """
     folder = Path(folder)
     work = folder / ".downloading"
+    finished = work / "finished.json"  # of a process that was killed while it moved the files
+    if not finished.exists():
+        _refuse_to_replace(source, folder)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work):
-        request = {"source": str(source), "max_bytes": max_bytes, "text_key": text_key}
-        files = _SplitFiles(work, request)
-        texts = Documents(str(source), "all", Report(text_key, 0.01), files.position)
-        try:
-            files.fill(texts, max_bytes)
-            texts.report.check(final=True)
-            if not all(files.counts.values()):
-                raise DataError(
-                    f"{source} gave {sum(files.counts.values())} texts of over {MIN_CHARS} "
-                    "characters, too few for three splits"
-                )
-        except (StreamError, KeyboardInterrupt):
-            files.save(texts.position())
-            raise
-        except DataError:
-            shutil.rmtree(work)
-            raise
-        finally:
-            files.close()
+        if not finished.exists():
+            request = {"source": str(source), "max_bytes": max_bytes, "text_key": text_key}
+            save_json(_fill_splits(work, request), finished)
+        counts = load_json(finished)
         for name in SPLIT_NAMES:
-            os.replace(work / f"{name}.jsonl", folder / f"{name}.jsonl")
+            if (work / f"{name}.jsonl").exists():
+                os.replace(work / f"{name}.jsonl", folder / f"{name}.jsonl")
         shutil.rmtree(work)
+    return counts
+
+
+def _fill_splits(work: Path, request: dict[str, Any]) -> dict[str, int]:
+    """Reads the source into the three files of `work`; returns the documents of each."""
+    source = request["source"]
+    files = _SplitFiles(work, request)
+    texts = Documents(source, "all", Report(request["text_key"], 0.01), files.position)
+    try:
+        files.fill(texts, request["max_bytes"])
+        texts.report.check(final=True)
+        if not all(files.counts.values()):
+            raise DataError(
+                f"{source} gave {sum(files.counts.values())} texts of over {MIN_CHARS} "
+                "characters, too few for three splits"
+            )
+        files.save(texts.position())
+    except (StreamError, KeyboardInterrupt):
+        files.save(texts.position())
+        raise
+    except DataError:
+        shutil.rmtree(work)
+        raise
+    finally:
+        files.close()
     return files.counts
+
+
+def _refuse_to_replace(source: str, folder: Path) -> None:
+    """Raises DataError if files of the user lie where write_splits puts its own."""
+    targets = [folder / f"{name}.jsonl" for name in SPLIT_NAMES]
+    existing = [path for path in targets if os.path.lexists(path)]
+    if existing:
+        raise DataError(
+            f"{existing[0]} exists and would be replaced by a part of {source}; "
+            "name another folder, or move it away"
+        )
+    if is_local(source) and any(f.resolve().parent == folder.resolve() for f in find_files(source)):
+        raise DataError(f"{source} lies in the folder to write, {folder}; name another folder")
 
 
 def main() -> int:

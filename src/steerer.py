@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from argparse import Namespace
@@ -31,15 +30,15 @@ def conversations(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"no file {path}; check --prompts")
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".txt":
-        records: list[Any] = [line for line in text.splitlines() if line.strip()]
+        records: list[Any] = list(files.text_records(text))
     else:
         try:
             loaded = (
-                json.loads(text)
+                files.parse_json(text.removeprefix("\ufeff"))
                 if path.suffix == ".json"
-                else [json.loads(line) for line in text.splitlines() if line.strip()]
+                else [files.parse_json(line) for line in files.text_records(text)]
             )
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not readable JSON ({error})") from error
         records = (
             list(loaded.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -115,7 +116,7 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str
 def _sae_of(line: bytes) -> Any:
     """Whose line of metrics.jsonl it is."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
-        return json.loads(line).get("sae")
+        return files.parse_json(line.decode("utf-8")).get("sae")
     return None
 
 
@@ -486,7 +487,7 @@ class Trainer:
             there = self.log.read_bytes()
             others = b"".join(
                 line
-                for line in there.splitlines(True)
+                for line in io.BytesIO(there)
                 if line.endswith(b"\n") and _sae_of(line) not in titles
             )
             if others != there:

@@ -3,11 +3,14 @@
 import copy
 import gzip
 import json
+import resource
 import time
 from threading import Thread
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import zstandard
@@ -15,7 +18,7 @@ from transformers import AutoTokenizer
 
 from src import data, sources
 from src.data import OpenWebTextDataset, Rows, count_mask, create_dataloader, special_token_table
-from src.files import DEMO_LM, ROOT, data_name
+from src.files import DEMO_LM, ROOT, data_name, text_records
 from src.sources import DataError, Documents, Report, find_files, write_splits
 
 SPLITS = ("train", "eval", "apply")
@@ -100,6 +103,164 @@ def test_damaged_lines_are_skipped_counted_and_then_refused(tmp_path, tokenizer,
         assert f"1 {reason}" in printed
     with pytest.raises(DataError, match=r"first at .*a\.jsonl:201 \(not JSON\)"):
         Rows(path, tokenizer, 16, "all", max_bad_frac=0.001, max_tokens=10**6)
+
+
+def documents(path, **options):
+    report = Report("text", options.pop("max_bad_frac", 0.0))
+    texts = list(Documents(str(path), "all", report, **options))
+    report.check(final=True)
+    return texts
+
+
+def test_numbers_and_nesting_that_json_does_not_read_are_damaged_lines(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl")
+    big = b'{"text": "fine", "n": %s}\n' % (b"1" * 5000)
+    deep = b'{"text": "x", "n": %s%s}\n' % (b"[" * 200_000, b"]" * 200_000)
+    path.write_bytes(big + deep + path.read_bytes())
+    report = Report("text", 0.1)
+    assert list(Documents(str(path), "all", report)) == TEXTS
+    assert report.bad == {"not JSON": 2}
+    assert report.first_bad == f"{path}:1 (not JSON)"
+
+
+ODD_NAMES = ["run [1]", "q*star", "x?y", "c::d", "a#b", "per%20cent", "zwei Wörter"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_paths_are_read_literally_whatever_characters_they_have(tmp_path, name, suffix):
+    def save(path, texts):
+        path.parent.mkdir(exist_ok=True)
+        if suffix == ".jsonl":
+            write(path, texts)
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+        return path
+
+    for other in ("run 1", "qxstar", "xzy", "d"):
+        save(tmp_path / other / f"train{suffix}", ["another file"])
+    file = save(tmp_path / name / f"train{suffix}", TEXTS)
+    assert documents(file) == documents(file.parent) == TEXTS
+    odd_file = save(tmp_path / f"{name}{suffix}", TEXTS)
+    assert documents(odd_file) == TEXTS
+
+
+def test_an_empty_shard_among_good_ones_is_read(tmp_path):
+    for name, texts in (("a", TEXTS), ("b", []), ("c", TEXTS)):
+        table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    (tmp_path / "d.jsonl").write_text("")
+    assert documents(tmp_path) == TEXTS * 2
+
+
+@pytest.mark.parametrize("codec", ["snappy", "gzip", "zstd", "none"])
+def test_a_damaged_page_of_parquet_is_a_damaged_file(tmp_path, codec):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": TEXTS * 20})
+    pyarrow.parquet.write_table(table, path, compression=codec, row_group_size=1000)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(byte ^ 0x5A for byte in content[middle : middle + 400])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"first .*a\.parquet"):
+        documents(path)
+    # The pages before the damaged one are read where the damage is accepted.
+    assert documents(path, max_bad_frac=1.0)[:1000] == (TEXTS * 5)
+
+
+def test_parquet_columns_of_several_types_are_read_or_counted(tmp_path):
+    def read(values, **options):
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+        return documents(tmp_path / "a.parquet", **options)
+
+    texts = pyarrow.array(TEXTS)
+    assert read(texts.cast(pyarrow.large_string())) == TEXTS
+    assert read(texts.dictionary_encode()) == TEXTS
+    assert read(pyarrow.array([None, *TEXTS]), max_bad_frac=0.1) == TEXTS
+    with pytest.raises(DataError, match="text is not a string"):
+        read(pyarrow.array([3, 4]))
+
+
+@pytest.mark.parametrize("separator", "\u2028 \u2029 \x85 \x0b \x0c \x1c".split(" "))
+def test_only_a_line_feed_ends_a_record(tmp_path, separator):
+    text = f"before{separator}after"
+    lines = [json.dumps({"text": text}, ensure_ascii=False), json.dumps({"text": "next"})]
+    content = "\ufeff" + "\r\n".join(lines)
+    if separator >= " ":  # JSON spells out the control characters below the space
+        assert text_records(content) == lines
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8", newline="")
+    assert documents(tmp_path) == [text, "next"]
+    assert text_records(f"one{separator}two\n\n \nthree") == [f"one{separator}two", "three"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("filling", [b" ", b"\n", b"x"])
+def test_a_decompression_bomb_is_read_in_pieces_of_limited_size(
+    tmp_path, monkeypatch, suffix, filling
+):
+    monkeypatch.setattr(sources, "MAX_LINE", 2**20)
+    path = tmp_path / f"a.jsonl{suffix}"
+    size = 300 * 2**20
+    if suffix == ".gz":
+        with gzip.open(path, "wb", 9) as file:
+            file.writelines([b'{"text": "first"}\n', filling * size, b'\n{"text": "last"}\n'])
+    else:
+        packer = zstandard.ZstdCompressor(level=3).compressobj()
+        parts = [b'{"text": "first"}\n', filling * size, b'\n{"text": "last"}\n']
+        path.write_bytes(b"".join(map(packer.compress, parts)) + packer.flush())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = Report("text", 0.5)
+    assert list(Documents(str(path), "all", report)) == ["first", "last"]
+    assert report.bad == ({"line too long": 1} if filling == b"x" else {})
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200 * 1024  # kilobytes
+
+
+def test_text_in_sub_folders_beside_text_is_not_left_out_in_silence(tmp_path, capsys):
+    write(tmp_path / "small.jsonl", ["small"])
+    (tmp_path / "sub.jsonl").mkdir()
+    write(tmp_path / "sub.jsonl" / "big.jsonl")
+    assert documents(tmp_path) == ["small"]
+    printed = capsys.readouterr().out
+    assert "1 files in sub folders" in printed and "big.jsonl" in printed
+    assert documents(f"{tmp_path}/**/*") == ["small", *TEXTS]
+    (tmp_path / "small.jsonl").unlink()
+    assert documents(tmp_path) == TEXTS
+    assert not capsys.readouterr().out
+
+
+def test_a_download_destroys_neither_its_source_nor_files_of_the_user(tmp_path, monkeypatch):
+    texts = [f"text number {i} " + "x" * 120 for i in range(200)]
+    for name in ("train", "other"):
+        source = write(tmp_path / f"{name}.jsonl", texts)
+        before = source.read_bytes()
+        for given in (source, tmp_path):
+            with pytest.raises(DataError, match="another folder"):
+                write_splits(str(given), tmp_path, 10**9)
+        assert source.read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == [f"{name}.jsonl"]
+        source.rename(tmp_path.with_name(f"{tmp_path.name}-{name}.jsonl"))
+    source = tmp_path.with_name(f"{tmp_path.name}-train.jsonl")
+    write(tmp_path / "apply.jsonl", ["mine"])
+    with pytest.raises(DataError, match=r"apply\.jsonl exists"):
+        write_splits(str(source), tmp_path, 10**9)
+    replace = sources.os.replace
+    moved = []
+
+    def killed_at_the_second(old, new):
+        if str(new).endswith("eval.jsonl") and not moved:
+            moved.append(new)
+            raise Killed
+        replace(old, new)
+
+    monkeypatch.setattr(sources.os, "replace", killed_at_the_second)
+    with pytest.raises(Killed):
+        write_splits(str(source), tmp_path / "out", 10**9)
+    counts = write_splits(str(source), tmp_path / "out", 10**9)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(f"{name}.jsonl" for name in SPLITS)
+    for name in SPLITS:
+        assert len((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()) == counts[name]
 
 
 def test_a_wrong_key_lists_the_keys_there_are(tmp_path, tokenizer):

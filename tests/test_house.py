@@ -30,6 +30,7 @@ SAME_FLOOR = {
     ("sparse", "device"),
     ("checkpoint", "formats"),
     ("estimate", "hooks"),
+    ("config_file", "files"),
 }
 ENTRIES = ("train.py", "evaluate.py", "apply.py", "interpret.py", "steer.py", "export.py")
 STAGES = ("sae_training", "trainer", "evaluator", "applier", "interpreter", "steerer")
@@ -115,6 +116,52 @@ def test_help_of_a_module_is_quick(module):
 def test_modules_without_tensors_do_not_import_torch(module):
     done, _ = run_python("-c", f"import sys, {module}; assert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
+
+
+def calls_in(tree):
+    """(name of the called function or method, the call)"""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield getattr(node.func, "attr", getattr(node.func, "id", "")), node
+
+
+def is_fixed_pattern(node):
+    """A pattern of constants, and of names that went through glob.escape or safe_name."""
+    if isinstance(node, ast.Constant):
+        return True
+    if not isinstance(node, ast.JoinedStr):
+        return False
+    values = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+    return all(
+        getattr(value, "id", "").isupper()
+        or re.match(r"(glob\.escape|files\.safe_name)\(", ast.unparse(value))
+        for value in values
+    )
+
+
+@pytest.mark.parametrize(
+    "path", [*SOURCES.values(), *map(ROOT.joinpath, ENTRIES), ROOT / "experiments/paper_figures.py"]
+)
+def test_records_json_and_patterns_have_one_owner_each(path):
+    tree = ast.parse(path.read_text())
+    # Integers of 5,000 digits are a ValueError, deep nesting is a RecursionError.
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert "JSONDecodeError" not in names, "files.parse_json raises ValueError for all of it"
+    for name, call in calls_in(tree):
+        place = f"{path.name}:{call.lineno}"
+        if name == "splitlines":
+            is_docstring = ast.unparse(call.func) == "__doc__.splitlines"
+            assert is_docstring, f"{place}: use files.text_records or files.first_line"
+        if ast.unparse(call.func) in ("json.loads", "json.load"):
+            is_copy = isinstance(call.args[0], ast.Call)  # json.loads(json.dumps(...))
+            assert is_copy or path.stem == "files", f"{place}: use files.parse_json"
+        if name in ("glob", "rglob", "newest") and len(call.args) in (1, 2):
+            is_owner = path.stem in ("files", "sources")
+            is_fixed = name == "newest" and len(call.args) == 1
+            message = f"{place}: a name in a pattern needs glob.escape"
+            assert is_owner or is_fixed or is_fixed_pattern(call.args[-1]), message
+        options = {keyword.arg for keyword in call.keywords}
+        assert "data_files" not in options, f"{place}: it takes patterns; use sources.Documents"
 
 
 def test_every_model_has_its_script():
