@@ -1,4 +1,4 @@
-"""Contexts and steering through their entry points, on the demo LM and a small text made here."""
+"""Contexts and steering through their entry points, on the demo LM and a small text."""
 
 import json
 
@@ -29,48 +29,25 @@ def trained(tmp_path_factory):
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(folder / "data"))
-        argv = [
-            "--model",
-            *ZOO,
-            "--model_path",
-            str(DEMO_LM),
-            "--data_path",
-            str(folder / "text.jsonl"),
-            "--output_dir",
-            str(folder),
-        ]
-        sizes = [
-            "--latent_size",
-            "64",
-            "--k",
-            "4",
-            "--max_length",
-            "32",
-            "--batch_size",
-            "4",
-            "--max_samples",
-            "60",
-        ]
-        Trainer(parse("train", [*argv, *sizes, "--dtype", "float32"])).run()
+        argv = ["--model", *ZOO, "--model_path", str(DEMO_LM), "--output_dir", str(folder)]
+        argv += ["--data_path", str(folder / "text.jsonl"), "--dtype", "float32"]
+        sizes = "--latent_size 64 --k 4 --max_length 32 --batch_size 4 --max_samples 60".split()
+        Trainer(parse("train", [*argv, *sizes])).run()
     return folder
 
 
+def sae_argv(trained, tmp_path, name):
+    path = trained / "SAE_models" / f"{name}_text.pt"
+    return ["--SAE_path", str(path), "--output_dir", str(tmp_path), "--dtype", "float32"]
+
+
 def applied(trained, tmp_path, name, *more):
-    argv = [
-        "--SAE_path",
-        str(trained / "SAE_models" / f"{name}_text.pt"),
-        "--output_dir",
-        str(tmp_path),
-        "--dtype",
-        "float32",
-    ]
-    threshold = [] if "--quantile" in more else ["--act_threshold", "0.01"]
-    applier = Applier(
-        parse(
-            "apply",
-            [*argv, *threshold, "--lines", "1", "--context_length", "5", "--split", "train", *more],
-        )
-    )
+    """(applier, number of latents with contexts, contexts file)"""
+    argv = sae_argv(trained, tmp_path, name)
+    argv += "--lines 1 --context_length 5 --split train".split()
+    if "--quantile" not in more:
+        argv += ["--act_threshold", "0.01"]
+    applier = Applier(parse("apply", [*argv, *more]))
     total, path = applier.run()
     return applier, total, load_json(path)
 
@@ -112,19 +89,17 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
 
 
 def test_batching_changes_no_context(trained, tmp_path):
-    first = applied(
-        trained, tmp_path / "a", "RouteSAE", "--batch_size", "2", "--max_samples", "20"
-    )[2]["latent_context_map"]
-    second = applied(
-        trained, tmp_path / "b", "RouteSAE", "--batch_size", "9", "--max_samples", "20"
-    )[2]["latent_context_map"]
+    def contexts(batch_size):
+        more = ["--batch_size", batch_size, "--max_samples", "20"]
+        _, _, result = applied(trained, tmp_path / batch_size, "RouteSAE", *more)
+        return result["latent_context_map"]
+
+    first, second = contexts("2"), contexts("9")
     for latent in first.keys() | second.keys():
         for entry, other in zip(first[latent]["sample"], second[latent]["sample"], strict=True):
             assert (entry["tokens"], entry["quarter"]) == (other["tokens"], other["quarter"])
-        assert all(
-            first[latent][key] == second[latent][key]
-            for key in ("position", "document", "density", "site_counts", "negatives")
-        )
+        for key in ("position", "document", "density", "site_counts", "negatives"):
+            assert first[latent][key] == second[latent][key]
 
 
 def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(trained, tmp_path):
@@ -133,54 +108,42 @@ def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(
     for entry in found["latent_context_map"].values():
         values, shown = entry["sample_activations"], {tuple(tokens) for tokens in entry["tokens"]}
         assert values == sorted(values, reverse=True) and len(values) <= 64
-        for one in entry["sample"]:
-            part = [v for i, v in enumerate(values) if i * 4 // len(values) + 1 == one["quarter"]]
-            assert (
-                min(part) - 1e-4 <= one["activation"] <= max(part) + 1e-4
-                and tuple(one["tokens"]) not in shown
-            )
-            shown.add(tuple(one["tokens"]))
-        quarters |= {one["quarter"] for one in entry["sample"]}
-        assert max([one["quarter"] for one in entry["sample"]].count(q) for q in (1, 2, 3, 4)) <= 3
+        for context in entry["sample"]:
+            quarter = context["quarter"]
+            part = [v for i, v in enumerate(values) if i * 4 // len(values) + 1 == quarter]
+            assert min(part) - 1e-4 <= context["activation"] <= max(part) + 1e-4
+            assert tuple(context["tokens"]) not in shown
+            shown.add(tuple(context["tokens"]))
+        of_entry = [context["quarter"] for context in entry["sample"]]
+        assert max(of_entry.count(quarter) for quarter in (1, 2, 3, 4)) <= 3
+        quarters |= set(of_entry)
     assert quarters == {1, 2, 3, 4}
 
 
-def test_nothing_above_the_threshold_is_valid_and_says_what_there_is(trained, tmp_path, capsys):
-    _, total, found = applied(trained, tmp_path, "TopK", "--act_threshold", "1e6")
-    said = capsys.readouterr().out
-    assert (
-        total == 0
-        and found["latent_context_map"] == {}
-        and found["largest_activation"] > 0
-        and "--act_threshold" in said
-    )
+def test_a_threshold_above_all_activations_is_reported_with_the_largest_one(
+    trained, tmp_path, capsys
+):
+    _, total, result = applied(trained, tmp_path, "TopK", "--act_threshold", "1e6")
+    assert total == 0
+    assert result["latent_context_map"] == {}
+    assert result["largest_activation"] > 0
+    assert "--act_threshold" in capsys.readouterr().out
 
 
 def test_effects_are_measured_and_negatives_are_windows_without_the_latent(trained, tmp_path):
-    applier, _, found = applied(
-        trained,
-        tmp_path,
-        "TopK",
-        "--effect",
-        "3",
-        "--quantile",
-        "0.9",
-        "--gzip",
-        "--max_samples",
-        "30",
-    )
-    assert (
-        found["quantile"] == 0.9
-        and sum("effect_KL" in e for e in found["latent_context_map"].values()) == 3
-    )
-    assert any(e["effect_KL"] > 0 for e in found["latent_context_map"].values() if "effect_KL" in e)
-    for entry in found["latent_context_map"].values():
+    more = "--effect 3 --quantile 0.9 --gzip --max_samples 30".split()
+    _, _, result = applied(trained, tmp_path, "TopK", *more)
+    assert result["quantile"] == 0.9
+    entries = result["latent_context_map"].values()
+    effects = [entry["effect_KL"] for entry in entries if "effect_KL" in entry]
+    assert len(effects) == 3 and any(effect > 0 for effect in effects)
+    for entry in entries:
         assert len(entry["promoted"]) == 8
-        silent = {tuple(found["negatives"][i]["tokens"]) for i in entry["negatives"]}
+        silent = {tuple(result["negatives"][i]["tokens"]) for i in entry["negatives"]}
         assert not silent & {tuple(tokens) for tokens in entry["tokens"]}
 
 
-def test_no_negative_shows_a_text_that_stands_among_the_contexts():
+def test_no_negative_shows_a_text_of_the_contexts():
     seen = object.__new__(ContextCollector)
     off, on = torch.tensor([False]), torch.tensor([True])
     seen.seed, seen.windows = 0, [([1], off), ([2], off), ([3], on), ([], off)]
@@ -188,35 +151,28 @@ def test_no_negative_shows_a_text_that_stands_among_the_contexts():
 
 
 def steered(trained, tmp_path, name, *more):
-    argv = [
-        "--SAE_path",
-        str(trained / "SAE_models" / f"{name}_text.pt"),
-        "--output_dir",
-        str(tmp_path),
-        "--dtype",
-        "float32",
-    ]
-    made = Steerer(
-        parse("steer", [*argv, "--prompt", "Returns the value", "--max_new_tokens", "6", *more])
-    )
-    return made, made.run()
+    """(steerer, its results)"""
+    argv = sae_argv(trained, tmp_path, name)
+    argv += ["--prompt", "Returns the value", "--max_new_tokens", "6"]
+    steerer = Steerer(parse("steer", [*argv, *more]))
+    return steerer, steerer.run()
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_an_edit_without_effect_is_none_bit_for_bit_and_another_changes_the_model(
+def test_an_edit_without_effect_changes_no_bit_and_another_edit_changes_the_output(
     trained, tmp_path, name
 ):
-    made, result = steered(trained, tmp_path, name, "--multiply", "3=1", "--add", "5=0")
-    one = result["outputs"]["0"][0]
-    assert one["KL"] == 0.0 and one["original_output"] == one["clamped_output"]
+    _, result = steered(trained, tmp_path, name, "--multiply", "3=1", "--add", "5=0")
+    output = result["outputs"]["0"][0]
+    assert output["KL"] == 0.0 and output["original_output"] == output["clamped_output"]
     _, result = steered(trained, tmp_path, name, "--set", "3=40")
     assert result["outputs"]["0"][0]["KL"] > 1e-3
 
 
 @pytest.mark.parametrize("name", list(ZOO))
 def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(trained, tmp_path, name):
-    made, _ = steered(trained, tmp_path, name, "--set", "3=9")
-    if made.sae.name == "RandomK":
+    steerer, _ = steered(trained, tmp_path, name, "--set", "3=9")
+    if steerer.sae.name == "RandomK":
         pytest.skip("its latents are drawn per position of a batch, not of a text")
     alike = []
     for prompt in (
@@ -225,13 +181,16 @@ def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(trained, tm
         "The 3th value: Returns 4",
         "if the size is larger",
     ):
-        ids = made._ids({"prompt": prompt})
-        site = made._site(ids)
-        new, logits = made._continue(ids, made.edit, site)
-        whole = made._logits(torch.cat([ids, new], 1), made.edit, site)[0, ids.shape[1] - 1 : -1]
+        ids = steerer._ids({"prompt": prompt})
+        site = steerer._site(ids)
+        new, logits = steerer._continue(ids, steerer.edit, site)
+        whole = steerer._logits(torch.cat([ids, new], 1), steerer.edit, site)[
+            0, ids.shape[1] - 1 : -1
+        ]
         alike.append(torch.allclose(logits, whole, atol=2e-3))
-    # a router sees an edited past under the cache and a clean one in a full pass, so that it may send a token elsewhere
-    assert all(alike) or (hasattr(made.sae, "router") and any(alike)), alike
+    # A router sees an edited past under the cache, and a clean one in a full pass. It may then
+    # send a token to another site.
+    assert all(alike) or (hasattr(steerer.sae, "router") and any(alike)), alike
 
 
 def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_path):
@@ -241,30 +200,32 @@ def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_
     up, _ = steered(trained, tmp_path, "TopK", "--set", f"{latent}=60")
     down, _ = steered(trained, tmp_path, "TopK", "--set", f"{latent}=-60")
     ids = up._ids({"prompt": "Returns the value"})
-    chances = [made._logits(ids, made.edit, None)[0, -1].softmax(-1)[token] for made in (down, up)]
+    chances = [
+        steerer._logits(ids, steerer.edit, None)[0, -1].softmax(-1)[token] for steerer in (down, up)
+    ]
     plain = up._logits(ids, None, None)[0, -1].softmax(-1)[token]
     assert chances[0] < plain < chances[1]
 
 
 def test_switching_latents_off_lowers_the_tokens_their_directions_promote(trained, tmp_path):
     applier, _, found = applied(trained, tmp_path, "TopK")
-    made, _ = steered(trained, tmp_path, "TopK", "--zero", "0")
-    ids = made._ids(
+    steerer, _ = steered(trained, tmp_path, "TopK", "--zero", "0")
+    ids = steerer._ids(
         {"prompt": "The 3th value: Returns 4 if it is larger than its size! The 5th value"}
     )
-    state = lm.read_sites(made.model, ids, made.sae.sites())
-    latents = made.sae.autoencode(
-        made.sae.gather({site: hidden[0].float() for site, hidden in state.items()})
+    state = lm.read_sites(steerer.model, ids, steerer.sae.sites())
+    latents = steerer.sae.autoencode(
+        steerer.sae.gather({site: hidden[0].float() for site, hidden in state.items()})
     ).latents
-    plain, changes = made._logits(ids, None, None)[0].log_softmax(-1), []
+    plain, changes = steerer._logits(ids, None, None)[0].log_softmax(-1), []
     for latent, entry in found["latent_context_map"].items():
         at = (latents[1:, int(latent)] > 0).nonzero()[:, 0] + 1
         if len(at):
-            made.operations = [("set", int(latent), 0.0)]
+            steerer.operations = [("set", int(latent), 0.0)]
             token = next(
                 i for i, text in enumerate(applier.text.text) if text == entry["promoted"][0][0]
             )
-            changes += (made._logits(ids, made.edit, None)[0].log_softmax(-1) - plain)[
+            changes += (steerer._logits(ids, steerer.edit, None)[0].log_softmax(-1) - plain)[
                 at, token
             ].tolist()
     assert len(changes) > 20 and sum(changes) / len(changes) < 0
@@ -272,7 +233,7 @@ def test_switching_latents_off_lowers_the_tokens_their_directions_promote(traine
 
 def test_bad_steering_is_one_clear_line(trained, tmp_path, capsys):
     path = str(trained / "SAE_models" / "TopK_text.pt")
-    for more, said in (
+    for more, message in (
         (["--set", "99999=1", "--prompt", "x"], "has latents 0"),
         (["--set", "3", "--prompt", "x"], "LATENT=VALUE"),
         (["--set", "3=1"], "--prompt"),
@@ -282,7 +243,7 @@ def test_bad_steering_is_one_clear_line(trained, tmp_path, capsys):
             code = run_stage("steer", lambda cfg: Steerer(cfg).run(), ["--SAE_path", path, *more])
         except SystemExit as stop:
             code = stop.code
-        assert code == 2 and said in capsys.readouterr().err
+        assert code == 2 and message in capsys.readouterr().err
 
 
 def test_prompts_of_all_documented_forms(tmp_path):
@@ -292,15 +253,12 @@ def test_prompts_of_all_documented_forms(tmp_path):
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(hh) + "\n" + json.dumps({"prompt": "x"}))
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    found = conversations(tmp_path / "a.jsonl")
-    assert (
-        found[0]["messages"] == [{"role": "user", "content": "Hi?"}]
-        and found[0]["chosen"] == "Yes."
-        and found[0]["rejected"] == "No."
-    )
-    assert [p["prompt"] for p in conversations(tmp_path / "a.txt")] == ["one", "two"] and found[1][
-        "prompt"
-    ] == "x"
+    conversation, prompt = conversations(tmp_path / "a.jsonl")
+    assert conversation["messages"] == [{"role": "user", "content": "Hi?"}]
+    assert conversation["chosen"] == "Yes."
+    assert conversation["rejected"] == "No."
+    assert prompt["prompt"] == "x"
+    assert [p["prompt"] for p in conversations(tmp_path / "a.txt")] == ["one", "two"]
 
 
 def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):
@@ -309,37 +267,17 @@ def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):
         "rejected": "\n\nHuman: Hi?\n\nAssistant: No.",
     }
     (tmp_path / "hh.jsonl").write_text(json.dumps(hh))
-    argv = [
-        "--SAE_path",
-        str(trained / "SAE_models" / "RouteSAE_text.pt"),
-        "--output_dir",
-        str(tmp_path),
-        "--dtype",
-        "float32",
-    ]
-    made = Steerer(
-        parse(
-            "steer",
-            [
-                *argv,
-                "--prompts",
-                str(tmp_path / "hh.jsonl"),
-                "--max_new_tokens",
-                "4",
-                "--set",
-                "3=20",
-            ],
-        )
-    )
-    one = made.run()["outputs"]["0"][0]
-    ids = made._ids(made.given[0])[0].tolist()
-    assert ids.count(made.tokenizer.bos_token_id) == 1  # the template writes its own
-    assert made.tokenizer.decode(ids[1:]) == "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:"
-    assert (one["Human"], one["chosen"], one["rejected"]) == ("Why?", "So.", "No.") and one[
-        "KL"
-    ] > 0
-    made.tokenizer.chat_template = None  # a tokenizer without one gets the plain turns
-    assert made.tokenizer.decode(made._ids(made.given[0])[0, 1:]) == "Hi?\n\nYes.\n\nWhy?"
+    argv = sae_argv(trained, tmp_path, "RouteSAE")
+    argv += ["--prompts", str(tmp_path / "hh.jsonl"), "--max_new_tokens", "4", "--set", "3=20"]
+    steerer = Steerer(parse("steer", argv))
+    output = steerer.run()["outputs"]["0"][0]
+    ids = steerer._ids(steerer.given[0])[0].tolist()
+    assert ids.count(steerer.tokenizer.bos_token_id) == 1  # the template writes its own
+    assert steerer.tokenizer.decode(ids[1:]) == "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:"
+    assert (output["Human"], output["chosen"], output["rejected"]) == ("Why?", "So.", "No.")
+    assert output["KL"] > 0
+    steerer.tokenizer.chat_template = None  # a tokenizer without one gets the plain turns
+    assert steerer.tokenizer.decode(steerer._ids(steerer.given[0])[0, 1:]) == "Hi?\n\nYes.\n\nWhy?"
 
 
 TRIPLES = [  # set_high, set_low, what latent 3 of value z becomes
