@@ -49,11 +49,8 @@ STAGES = {
 def save_lm(folder, hidden=32, layers=4):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(files.DEMO_LM)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, **SHAPE
-        )
-    ).save_pretrained(folder)
+    sizes = SHAPE | {"hidden_size": hidden, "num_hidden_layers": layers}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -65,10 +62,8 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(folder / "data"))
         save_lm(folder / "lm")
-        lines = [
-            json.dumps({"text": f"Return the {i}th of {i * 7} values, or raise ValueError. " * 5})
-            for i in range(80)
-        ]
+        sentence = "Return the {}th of {} values, or raise ValueError. "
+        lines = [json.dumps({"text": sentence.format(i, i * 7) * 5}) for i in range(80)]
         (folder / "text.jsonl").write_text("\n".join(lines))
         assert run(folder, "train") == 0
     return folder
@@ -80,19 +75,14 @@ def tokenizer():
 
 
 def run(home, stage, *more, out=None):
-    """Exit code of a stage on the fixture's files; what is typed in `more` wins."""
-    common = [
-        "--model_path",
-        str(home / "lm"),
-        "--data_path",
-        str(home / "text.jsonl"),
-        "--output_dir",
-        str(out or home / "out"),
-    ]
-    sizes = ["--latent_size", "64", "--k", "4"] if stage == "train" else []
-    rows = ["--dtype", "float32", "--max_length", "32", "--batch_size", "4", "--max_samples", "24"]
+    """Exit code of a stage on the fixture's files; options in `more` win."""
+    argv = ["--model_path", str(home / "lm"), "--data_path", str(home / "text.jsonl")]
+    argv += ["--output_dir", str(out or home / "out")]
+    argv += "--dtype float32 --max_length 32 --batch_size 4 --max_samples 24".split()
+    if stage == "train":
+        argv += ["--latent_size", "64", "--k", "4"]
     try:
-        return run_stage(stage, STAGES[stage], [*common, *sizes, *rows, *map(str, more)])
+        return run_stage(stage, STAGES[stage], [*argv, *map(str, more)])
     except SystemExit as stop:
         return stop.code
 
@@ -136,28 +126,22 @@ def test_a_full_disk_under_the_metrics_is_named_keeps_whole_lines_and_the_run_co
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(piece)
 
+    def open_full(path, *_, **__):
+        return open(path, "a+") if Path(path).name == "lock" else Full(path, "a")
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            files,
-            "open_to_append",
-            lambda path, *mode, **more: (
-                open(path, "a+") if Path(path).name == "lock" else Full(path, "a")
-            ),
-        )
+        patch.setattr(files, "open_to_append", open_full)
         assert run(home, "train", "--tag", "t", "--save_every", "1", out=tmp_path) == 2
     assert "metrics.jsonl (No space left on device)" in the_error(capsys)
     assert lines_of(tmp_path)
-    assert (
-        run(home, "train", "--tag", "t", out=tmp_path)
-        == 0
-        == run(home, "train", "--tag", "t", out=tmp_path / "straight")
+    undisturbed = tmp_path / "straight"
+    assert run(home, "train", "--tag", "t", out=tmp_path) == 0
+    assert run(home, "train", "--tag", "t", out=undisturbed) == 0
+    assert lines_of(tmp_path) == lines_of(undisturbed)
+    weights, expected = (
+        torch.load(out / "SAE_models" / "TopK_text_t.pt") for out in (tmp_path, undisturbed)
     )
-    assert lines_of(tmp_path) == lines_of(tmp_path / "straight")
-    a, b = (
-        torch.load(out / "SAE_models" / "TopK_text_t.pt")
-        for out in (tmp_path, tmp_path / "straight")
-    )
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all(torch.equal(weights[key], expected[key]) for key in weights)
 
 
 def test_a_run_killed_after_its_last_step_takes_no_further_one_and_a_finished_run_none(
@@ -167,20 +151,14 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one_and_a_finished_ru
         patch.setattr(Trainer, "_finish", kill)
         with pytest.raises(Killed):
             run(home, "train", "--tag", "t", "--save_every", "1", out=tmp_path)
-    assert (
-        run(home, "train", "--tag", "t", out=tmp_path)
-        == 0
-        == run(home, "train", "--tag", "t", out=tmp_path / "straight")
-    )
-    assert (
-        lines_of(tmp_path) == lines_of(tmp_path / "straight")
-        and lines_of(tmp_path)[-1]["step"] == 6
-    )
+    undisturbed = tmp_path / "straight"
+    assert run(home, "train", "--tag", "t", out=tmp_path) == 0
+    assert run(home, "train", "--tag", "t", out=undisturbed) == 0
+    assert lines_of(tmp_path) == lines_of(undisturbed)
+    assert lines_of(tmp_path)[-1]["step"] == 6
     monkeypatch.setattr(SAETraining, "step", kill)
-    assert (
-        run(home, "train", "--tag", "t", out=tmp_path) == 0
-        and "already trained" in capsys.readouterr().out
-    )
+    assert run(home, "train", "--tag", "t", out=tmp_path) == 0
+    assert "already trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])
@@ -188,52 +166,35 @@ def test_all_that_is_written_has_the_permissions_the_umask_leaves(
     home, tmp_path, monkeypatch, mask
 ):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(
-        Trainer,
-        "_finish",
-        lambda *a, real=Trainer._finish: (
-            shutil.copytree(a[0].states, tmp_path / "states"),
-            real(*a),
-        )[1],
-    )
+    finish = Trainer._finish
+
+    def copy_states_and_finish(trainer, *args):
+        shutil.copytree(trainer.states, tmp_path / "states")
+        return finish(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "_finish", copy_states_and_finish)
+    out = tmp_path / "out"
+    trained = out / "SAE_models" / "TopK_text_t.pt"
     before = os.umask(mask)
     try:
-        assert run(home, "train", "--tag", "t", "--save_every", "1", out=tmp_path / "out") == 0
-        assert (
-            run(
-                home,
-                "apply",
-                "--SAE_path",
-                tmp_path / "out" / "SAE_models" / "TopK_text_t.pt",
-                "--act_threshold",
-                "0",
-                out=tmp_path / "out",
-            )
-            == 0
-        )
+        assert run(home, "train", "--tag", "t", "--save_every", "1", out=out) == 0
+        assert run(home, "apply", "--SAE_path", trained, "--act_threshold", "0", out=out) == 0
     finally:
         os.umask(before)
-    found = [path for path in tmp_path.rglob("*") if path != tmp_path / "states"]
-    assert (
-        len([path for path in found if path.suffix in (".pt", ".json", ".jsonl", ".npy", ".bin")])
-        > 10
-    )
-    wrong = [
-        (path, oct(path.stat().st_mode))
-        for path in found
-        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~mask
-    ]
-    assert not wrong
+    paths = [path for path in tmp_path.rglob("*") if path != tmp_path / "states"]
+    suffixes = (".pt", ".json", ".jsonl", ".npy", ".bin")
+    assert sum(path.suffix in suffixes for path in paths) > 10
+    for path in paths:
+        expected = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert path.stat().st_mode & 0o777 == expected, path
 
 
 def test_a_run_folder_behind_a_link_is_followed(home, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out" / "runs").mkdir(parents=True)
     (tmp_path / "out" / "runs" / "t").symlink_to(tmp_path / "disk")
-    assert (
-        run(home, "train", "--tag", "t", out=tmp_path / "out") == 0
-        and (tmp_path / "disk" / "metrics.jsonl").stat().st_size
-    )
+    assert run(home, "train", "--tag", "t", out=tmp_path / "out") == 0
+    assert (tmp_path / "disk" / "metrics.jsonl").stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -272,27 +233,12 @@ def test_fewer_rows_than_a_batch_are_trained_on_and_no_countable_token_is_an_err
         files.DEMO_LM, bos_token=None, eos_token=None, pad_token=None
     )
     shutil.copytree(home / "lm", tmp_path / "lm")
-    bare.save_pretrained(
-        tmp_path / "lm"
-    )  # no token goes before the text: its first is the attention sink, and there is no other
-    code = run(
-        home,
-        "train",
-        "--data_path",
-        tmp_path / "one.jsonl",
-        "--split",
-        "all",
-        "--model_path",
-        tmp_path / "lm",
-        "--tag",
-        "one",
-        out=tmp_path,
-    )
-    assert (
-        code == 2
-        and "no counted token" in the_error(capsys)
-        and not list((tmp_path / "SAE_models").glob("*one*"))
-    )
+    # Without a BOS token the only token of the text is the attention sink, which does not count.
+    bare.save_pretrained(tmp_path / "lm")
+    paths = ["--data_path", tmp_path / "one.jsonl", "--model_path", tmp_path / "lm"]
+    assert run(home, "train", *paths, "--split", "all", "--tag", "one", out=tmp_path) == 2
+    assert "no counted token" in the_error(capsys)
+    assert not list((tmp_path / "SAE_models").glob("*one*"))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -306,9 +252,9 @@ def test_states_without_variance_give_finite_losses_and_gradients(name):
     p = model.autoencode(model.gather(hidden), BatchInfo(token_keys=torch.arange(16)))
     loss = sum(model.loss(p).values())
     loss.backward()
-    assert torch.isfinite(loss) and all(
-        torch.isfinite(q.grad).all() for q in model.parameters() if q.grad is not None
-    )
+    assert torch.isfinite(loss)
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("where", ["init", "log", "import"])
@@ -319,16 +265,14 @@ def test_an_optional_service_that_fails_stops_no_training(
         raise ConnectionError(f"the network is down for {os.environ['WANDB_API_KEY']}")
 
     monkeypatch.setenv("WANDB_API_KEY", "canary-0123456789")
-    fake = types.SimpleNamespace(
-        init=fails if where == "init" else lambda **_: types.SimpleNamespace(log=fails)
-    )
+    wandb_run = types.SimpleNamespace(log=fails)
+    fake = types.SimpleNamespace(init=fails if where == "init" else lambda **_: wandb_run)
     monkeypatch.setitem(sys.modules, "wandb", None if where == "import" else fake)
-    assert (
-        run(home, "train", "--use_wandb", "1", out=tmp_path) == 0
-        and (tmp_path / "SAE_models" / "TopK_text.pt").exists()
-    )
-    said = capsys.readouterr()
-    assert "metrics.jsonl has" in said.out and "canary" not in said.out + said.err
+    assert run(home, "train", "--use_wandb", "1", out=tmp_path) == 0
+    assert (tmp_path / "SAE_models" / "TopK_text.pt").exists()
+    printed = capsys.readouterr()
+    assert "metrics.jsonl has" in printed.out
+    assert "canary" not in printed.out + printed.err
 
 
 def test_a_file_killed_while_it_is_written_keeps_its_old_content(tmp_path):
@@ -337,9 +281,8 @@ def test_a_file_killed_while_it_is_written_keeps_its_old_content(tmp_path):
         files.write_atomic(path, lambda file: (file.write(b"half"), kill()))
     with pytest.raises(ValueError):
         files.save_json({"a": float("nan")}, path)
-    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == [
-        "x.json"
-    ]
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_results_go_to_bare_odd_and_existing_names_and_impossible_ones_are_errors(
@@ -759,26 +702,20 @@ def with_recipe(home, folder, change):
     ],
 )
 def test_a_recipe_that_cannot_be_is_one_line(home, tmp_path, capsys, change):
-    argv = [
-        "--SAE_path",
-        str(with_recipe(home, tmp_path, change)),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    path, out = with_recipe(home, tmp_path, change), tmp_path / "out"
+    argv = ["--SAE_path", str(path), "--output_dir", str(out)]
     assert run_stage("evaluate", STAGES["evaluate"], argv) == 2
-    assert the_error(capsys) and not (tmp_path / "out").exists()
+    assert the_error(capsys)
+    assert not out.exists()
 
 
 def test_a_recipe_of_a_later_program_with_more_in_it_is_read(home, tmp_path):
-    path = with_recipe(
-        home,
-        tmp_path,
-        lambda r: (
-            r.update(future=1),
-            r["options"].update(later=2),
-            r["config"].pop("n_layers", None),
-        ),
-    )
+    def change(recipe):
+        recipe["future"] = 1
+        recipe["options"]["later"] = 2
+        recipe["config"].pop("n_layers", None)
+
+    path = with_recipe(home, tmp_path, change)
     assert run(home, "evaluate", "--SAE_path", path, out=tmp_path / "out") == 0
 
 
@@ -788,8 +725,8 @@ def test_weights_of_other_shapes_are_named_with_both(home, tmp_path, capsys):
     path = with_recipe(home, tmp_path, lambda r: None)
     torch.save(weights, path)
     assert run(home, "evaluate", "--SAE_path", path) == 2
-    said = the_error(capsys)
-    assert "(32, 32)" in said and "(64, 32)" in said
+    message = the_error(capsys)
+    assert "(32, 32)" in message and "(64, 32)" in message
 
 
 # --------------------------------------------------------------------- terminals, names, scripts
@@ -800,21 +737,19 @@ def test_a_terminal_that_lacks_letters_ends_no_run(monkeypatch):
     monkeypatch.setattr(sys, "stdout", narrow)
     assert run_stage("train", lambda cfg: print("\u6a21\u578b \U0001f98a caf\u00e9"), []) == 0
     narrow.flush()
-    assert narrow.buffer.getvalue().decode(
-        "cp1252"
-    ).strip() == r"\u6a21\u578b \U0001f98a caf\xe9".replace(r"\xe9", "\u00e9")
+    printed = narrow.buffer.getvalue().decode("cp1252").strip()
+    assert printed == r"\u6a21\u578b \U0001f98a caf" + "\u00e9"
 
 
 def test_memory_that_ends_and_devices_nothing_was_written_for_are_one_line(capsys):
     def short(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    assert run_stage("evaluate", short, []) == 2 and "20.00 GiB.; lower --batch_size" in the_error(
-        capsys
-    )
+    assert run_stage("evaluate", short, []) == 2
+    assert "20.00 GiB.; lower --batch_size" in the_error(capsys)
     assert run_stage("evaluate", lambda cfg: pick_device("mps"), []) == 2
     assert "--device mps; known are auto, cpu, cuda" in the_error(capsys)
-    with pytest.raises(RuntimeError):  # a fault of the program's is told whole
+    with pytest.raises(RuntimeError):  # an error of the program itself keeps its traceback
         run_stage("evaluate", lambda cfg: torch.zeros(2) @ torch.zeros(3), [])
 
 
