@@ -3,7 +3,7 @@
 | kind of job | work |
 |---|---|
 | ours, evaluate, apply | the stage itself |
-| published | the plain training loop of tests/plain.py |
+| published | the training loop as published, on src/reference.py |
 | evaluate_published | one metric of a RouteSAE, as published |
 """
 
@@ -152,10 +152,10 @@ def published_batches(rows, size, device):
 
 
 def published(job, turns):
-    """A training with the plain loop."""
+    """A training with the loop as published."""
+    from benchmarks.published import train
     from src import model
     from src.config import model_options, parse
-    from tests import plain
 
     language_model, rows = model_and_rows(job)
     cfg = parse("train", job["argv"])
@@ -178,17 +178,17 @@ def published(job, turns):
     tokens_of_batch = int(mask.sum()) / 64 * job["batch"]
     n_steps = round(job["tokens"] / tokens_of_batch)
     batches = counted(published_batches(rows, job["batch"], job["device"]))
-    steps = plain.published(language_model, batches, sae, sae.sites(), options, n_steps)
+    steps = train(language_model, batches, sae, options, n_steps)
 
     def measure(path):
         with torch.no_grad():
             for name, parameter in sae.named_parameters():
-                parameter.copy_(twin.w[name])
+                parameter.copy_(trained.weights[name])
         return score(sae, torch.load(path))
 
     turns.measure = measure
-    for model_of_step, _loss in steps:
-        twin = model_of_step
+    for model_of_step in steps:
+        trained = model_of_step
     turns.finished(tokens)
 
 
@@ -229,24 +229,25 @@ class PublishedEvaluation:
     """
 
     def __init__(self, language_model, sae, metric):
-        self.language_model, self.sae, self.metric = language_model, sae, metric
+        from src import reference
+
+        self.language_model, self.metric = language_model, metric
         self.sites = sae.sites()
-        self.weights = dict(sae.named_parameters())
-        self.inner = {name.removeprefix("sae."): value for name, value in self.weights.items()}
+        self.sae = reference.RouteSAE(dict(sae.named_parameters()), {"k": sae.k})
 
     def batch(self, ids, mask):
         """The metric, averaged over one batch."""
-        from tests import plain
+        from src import reference
 
         out = self.run(ids, mask)
         states = torch.stack([out.hidden_states[site] for site in self.sites], dim=2)
-        x = plain.standardise(states)  # [rows, positions, L, D]
-        p = (x.sum(-2) @ self.weights["router.weight"].T).softmax(-1)
+        x = reference.standardise(states)  # [rows, positions, L, D]
+        p = self.sae.site_probabilities(x)
         site_index = p.argmax(-1)
         if self.metric == "NormMSE":
             index = site_index[..., None, None].expand(*x.shape[:2], 1, x.shape[-1])
             routed = p.max(-1).values[..., None] * x.gather(2, index)[:, :, 0]
-            return plain.error(routed, self.reconstruct(routed)).mean()
+            return reference.normalised_error(routed, self.reconstruct(routed)).mean()
         patched = self.patched_logits(ids, mask, site_index)
         if self.metric == "KLDiv":
             clean, patched = out.logits.log_softmax(-1), patched.log_softmax(-1)
@@ -260,20 +261,17 @@ class PublishedEvaluation:
         )
 
     def reconstruct(self, x):
-        from tests import plain
-
-        code = plain.largest(plain.encode(self.inner, x), self.sae.k)
-        return plain.decode(self.inner, code)
+        return self.sae.decode(self.sae.activate(self.sae.pre_acts(x), None))
 
     def patched_logits(self, ids, mask, site_index):
         """Logits with each token's state at its site replaced by the SAE's reconstruction."""
-        from tests import plain
+        from src import reference
 
         def hook_of(index):
             def replace(_module, _args, output):
                 h = output if isinstance(output, torch.Tensor) else output[0]
                 mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
-                h_hat = self.reconstruct(plain.standardise(h)) * (std + 1e-5) + mean
+                h_hat = self.reconstruct(reference.standardise(h)) * (std + 1e-5) + mean
                 h = torch.where((site_index == index)[..., None], h_hat, h)
                 return h if isinstance(output, torch.Tensor) else (h, *output[1:])
 

@@ -1,0 +1,293 @@
+"""The nine models as their formulas read: dense, and differentiated by autograd alone.
+
+src/model.py computes the same models fast. tests/test_reference.py checks in float64 that both
+have equal losses, gradients and trainings.
+
+N tokens, L sites, D hidden, F latents. x: standardised states, [N,D] of one site or [N,L,D].
+z [N,F]: the code, with one value per latent. x_hat: the reconstruction of x. Weights are called as
+in a checkpoint: encoder.weight [F,D] is W_enc, decoder.weight [D,F] is W_dec.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.draws import random_integers, random_subset
+
+DEFAULTS = {  # of the options that a model may leave out
+    "auxk_coeff": 1 / 32,
+    "dead_tokens": float("inf"),  # a latent is dead once it was silent for this many tokens
+    "gated_aux": True,
+    "l0_post_jump": False,
+    "l1_mean": False,
+    "routing": "hard",
+    "seed": 42,
+    "sparsity_warmup": 0.05,  # share of the training
+}
+MAX_AUXK = 512
+
+# ------------------------------------------------------------------------------------ functions
+
+
+def standardise(h: Tensor, eps: float = 1e-5) -> Tensor:
+    """x = (h - mean(h)) / (std(h) + eps), for each token. [...,D] -> [...,D]"""
+    return (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + eps)
+
+
+def normalised_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """||x - x_hat||^2 / ||x||^2, for each token. [...,D] -> [...]"""
+    return ((x - x_hat) ** 2).sum(-1) / (x**2).sum(-1)
+
+
+def keep_topk(pre_acts: Tensor, k: int) -> Tensor:
+    """TopK: keep the k largest values of each row and set the others to 0. [...,F] -> [...,F]"""
+    values, indices = pre_acts.topk(k, dim=-1)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, values)
+
+
+def rectangle(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """K((x - threshold) / bandwidth): 1 within half a bandwidth of the threshold, else 0."""
+    return ((x - threshold).abs() < bandwidth / 2).to(x.dtype)
+
+
+def zero_with_slope(threshold: Tensor, slope: Tensor) -> Tensor:
+    """Return 0, whose derivative with respect to the threshold is `slope`."""
+    return slope.detach() * (threshold - threshold.detach())
+
+
+def jump_relu(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """x 1[x > threshold] (Rajamanoharan et al. 2024b).
+
+    Eq. 11 replaces its derivative with respect to the threshold by -threshold / bandwidth K.
+    """
+    slope = threshold * rectangle(x, threshold, bandwidth) / bandwidth
+    return x * (x > threshold) - zero_with_slope(threshold, slope)
+
+
+def step(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """1[x > threshold], constant in x (same paper).
+
+    Eq. 12 replaces its derivative with respect to the threshold by -1 / bandwidth K.
+    """
+    slope = rectangle(x, threshold, bandwidth) / bandwidth
+    return (x > threshold).to(x.dtype) - zero_with_slope(threshold, slope)
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+class ReferenceSAE:
+    """A model in training: weights by name, and the options of its constructor in src/model.py."""
+
+    def __init__(self, weights: dict[str, Tensor], options: dict[str, Any]) -> None:
+        self.weights = weights
+        # RouteSAE keeps the weights of its dictionary under "sae."
+        self.w = {name.removeprefix("sae."): weight for name, weight in weights.items()}
+        self.options = DEFAULTS | options
+        self.progress = 0.0  # share of the training that is done
+        self.tokens_since_fired = torch.zeros(())  # [F] after the first step
+        self.dead_threshold = float("inf")
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """W_enc (x - b_pre) + b_latent. [...,D] -> [...,F]"""
+        return (x - self.w["pre_bias"]) @ self.w["encoder.weight"].T + self.w["latent_bias"]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """x_hat = W_dec z + b_pre. [...,F] -> [...,D]"""
+        return z @ self.w["decoder.weight"].T + self.w["pre_bias"]
+
+    def decoder_norms(self) -> Tensor:
+        """The norm of each latent's decoder column. [F]"""
+        return self.w["decoder.weight"].norm(dim=0)
+
+    def autoencode(self, x: Tensor, token_keys: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """Return (z, x_hat, the terms that training adds to the error, by name)."""
+        raise NotImplementedError
+
+    def loss_terms(self, x: Tensor, token_keys: Tensor) -> dict[str, Tensor]:
+        """The terms that add up to the training loss. token_keys [N]: random draws depend on them."""
+        self.z, x_hat, penalties = self.autoencode(x, token_keys)
+        return {"NormMSE": normalised_error(x, x_hat).mean()} | penalties
+
+    def coefficient(self) -> float:
+        """The weight of an L1 or L0 penalty, which rises from 0 during the warm-up."""
+        warmup = self.options["sparsity_warmup"]
+        return self.options["l1_coeff"] * (min(1.0, self.progress / warmup) if warmup else 1.0)
+
+    def l1(self, z: Tensor, norms: Tensor) -> Tensor:
+        """coefficient sum_f z_f ||W_dec,f||, averaged over tokens (Conerly et al. 2024).
+
+        With l1_mean: the mean over latents, without norms.
+        """
+        per_token = z.mean(-1) if self.options["l1_mean"] else (z * norms).sum(-1)
+        return self.coefficient() * per_token.mean()
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Count for how many tokens each latent was silent."""
+        fired = self.z.flatten(0, -2) != 0
+        self.tokens_since_fired = (self.tokens_since_fired + len(fired)) * ~fired.any(0)
+        self.dead_threshold = self.options["dead_tokens"]
+        self.progress = progress
+
+
+class TopK(ReferenceSAE):
+    """z = TopK(W_enc (x - b_pre) + b_latent) (Gao et al. 2024, section 2.3)."""
+
+    def activate(self, pre_acts: Tensor, token_keys: Tensor) -> Tensor:
+        return keep_topk(pre_acts, self.options["k"])
+
+    def autoencode(self, x, token_keys):
+        z = self.activate(self.pre_acts(x), token_keys)
+        x_hat = self.decode(z)
+        return z, x_hat, self.auxk(x, x_hat)
+
+    def auxk(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+        """Dead latents reconstruct the residual e = x - x_hat (Gao et al. 2024, appendix A.2).
+
+        auxk_coeff ||e - W_dec z_dead||^2 / ||e - mean(e)||^2, both summed over tokens.
+        """
+        dead = self.tokens_since_fired > self.dead_threshold
+        if not self.options["auxk_coeff"] or not dead.any():
+            return {}
+        x, residual = x.flatten(0, -2), (x - x_hat).detach().flatten(0, -2)
+        k = min(int(dead.sum()), x.shape[-1] // 2, MAX_AUXK)
+        z_dead = F.relu(keep_topk(self.pre_acts(x).masked_fill(~dead, -torch.inf), k))
+        error = ((residual - z_dead @ self.w["decoder.weight"].T) ** 2).sum()
+        variance = ((residual - residual.mean(0)) ** 2).sum()
+        return {"AuxK": self.options["auxk_coeff"] * error / variance}
+
+
+class BatchTopK(TopK):
+    """The k N largest pre-activations of a whole batch (Bussmann et al. 2024), then ReLU."""
+
+    def activate(self, pre_acts, token_keys):
+        count = self.options["k"] * len(pre_acts)
+        return F.relu(keep_topk(pre_acts.flatten(), count).view_as(pre_acts))
+
+
+class RandomK(TopK):
+    """k latents drawn at random for each token: a control."""
+
+    def activate(self, pre_acts, token_keys):
+        seed, latent_size = self.options["seed"], pre_acts.shape[-1]
+        chosen = random_subset(token_keys, seed, latent_size, self.options["k"])
+        return pre_acts * torch.zeros_like(pre_acts).scatter(-1, chosen, 1.0)
+
+    def auxk(self, x, x_hat):
+        return {}
+
+
+class MLSAE(TopK):
+    """One TopK for the states of all sites (Lawson et al. 2024): each (token, site) is a sample."""
+
+
+class RouteSAE(TopK):
+    """A router picks the site of each token; one TopK codes its state (arXiv:2503.08200, eqs 5-12).
+
+    This is the published objective; src/router.py has the others, with their derivatives.
+    """
+
+    def site_probabilities(self, x: Tensor) -> Tensor:
+        """p = softmax(W_router sum_l x_l). [...,L,D] -> [...,L]"""
+        return (x.sum(-2) @ self.w["router.weight"].T).softmax(-1)
+
+    def route(self, x: Tensor, token_keys: Tensor) -> Tensor:
+        """Return sum_l weight_l x_l. [N,L,D] -> [N,D]
+
+        weight is p at its largest entry and 0 elsewhere. Soft routing takes all of p, random
+        routing a site at random with weight 1.
+        """
+        weight = self.site_probabilities(x)
+        n_sites = weight.shape[-1]
+        if self.options["routing"] == "hard":
+            weight = weight * F.one_hot(weight.argmax(-1), n_sites)
+        elif self.options["routing"] == "random":
+            site = random_integers(token_keys, self.options["seed"], n_sites)
+            weight = F.one_hot(site, n_sites).to(x.dtype)
+        return (weight[..., None] * x).sum(-2)
+
+    def loss_terms(self, x, token_keys):
+        return super().loss_terms(self.route(x, token_keys), token_keys)
+
+
+class Vanilla(ReferenceSAE):
+    """z = ReLU(W_enc (x - b_pre) + b_latent), with an L1 penalty (Conerly et al. 2024)."""
+
+    def autoencode(self, x, token_keys):
+        z = F.relu(self.pre_acts(x))
+        return z, self.decode(z), {"L1": self.l1(z, self.decoder_norms())}
+
+
+class Gated(ReferenceSAE):
+    """z = 1[pi + b_gate > 0] ReLU(exp(r_mag) pi + b_mag) with pi = W_enc (x - b_pre).
+
+    Rajamanoharan et al. 2024a. The step has no gradient. The gate learns from L1 on
+    ReLU(pi + b_gate), and from how well that value reconstructs x through a constant decoder.
+    """
+
+    def autoencode(self, x, token_keys):
+        w = self.w
+        pi = (x - w["pre_bias"]) @ w["encoder.weight"].T
+        z = (pi + w["gate_bias"] > 0) * F.relu(w["r_mag"].exp() * pi + w["mag_bias"])
+        x_hat, norms = self.decode(z), self.decoder_norms()
+        if not self.options["gated_aux"]:
+            return z, x_hat, {"L1": self.l1(z, norms)}
+        gate = F.relu(pi + w["gate_bias"])
+        by_gate = gate @ w["decoder.weight"].detach().T + w["pre_bias"].detach()
+        gate_error = normalised_error(x, by_gate).mean()
+        return z, x_hat, {"L1": self.l1(gate, norms.detach()), "GateAux": gate_error}
+
+
+class JumpReLU(ReferenceSAE):
+    """z = JumpReLU(pre_acts), with a penalty on the number of pre_acts above the threshold.
+
+    Rajamanoharan et al. 2024b. With l0_post_jump the entries of z are counted.
+    """
+
+    def autoencode(self, x, token_keys):
+        threshold, bandwidth = self.w["threshold"], self.options["bandwidth"]
+        pre_acts = self.pre_acts(x)
+        z = jump_relu(pre_acts, threshold, bandwidth)
+        counted = z if self.options["l0_post_jump"] else pre_acts
+        l0 = step(counted, threshold, bandwidth).sum(-1).mean()
+        return z, self.decode(z), {"L0_penalty": self.coefficient() * l0}
+
+    def after_step(self, progress):
+        super().after_step(progress)
+        if not self.options["l0_post_jump"]:
+            self.w["threshold"].data.clamp_(min=1e-4)
+
+
+class Crosscoder(ReferenceSAE):
+    """z = ReLU(sum_l W_enc,l x_l + b_latent); x_hat_l = W_dec,l z + b_dec,l (Lindsey et al. 2024).
+
+    L1 weights each latent by the mean over sites of its decoder norms.
+    """
+
+    def autoencode(self, x, token_keys):
+        sites = range(x.shape[-2])
+        encoders = [self.w[f"encoder.{i}.weight"] for i in sites]
+        decoders = [self.w[f"decoder.{i}.weight"] for i in sites]
+        pre_acts = sum(x[:, i] @ encoders[i].T for i in sites) + self.w["latent_bias"]
+        z = F.relu(pre_acts)
+        x_hat = torch.stack([z @ decoder.T for decoder in decoders], dim=-2)
+        x_hat = x_hat + self.w.get("decoder_bias", 0.0)
+        norms = torch.stack([decoder.norm(dim=0) for decoder in decoders]).mean(0)
+        return z, x_hat, {"L1": self.l1(z, norms)}
+
+
+MODELS = (TopK, BatchTopK, RandomK, MLSAE, RouteSAE, Vanilla, Gated, JumpReLU, Crosscoder)
+
+
+def reference_of(sae: nn.Module, options: dict[str, Any]) -> ReferenceSAE:
+    """Return the reference model of an SAE of src/model.py, with a copy of its weights."""
+    weights = {}
+    for name, parameter in sae.named_parameters():
+        weights[name] = parameter.detach().clone().requires_grad_()
+    (model,) = (cls for cls in MODELS if cls.__name__ == type(sae).__name__)
+    return model(weights, options)
