@@ -170,10 +170,21 @@ def test_an_edit_without_effect_changes_no_bit_and_another_edit_changes_the_outp
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(trained, tmp_path, name):
+def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(
+    trained, tmp_path, name, monkeypatch
+):
     steerer, _ = steered(trained, tmp_path, name, "--set", "3=9")
     if steerer.sae.name == "RandomK":
         pytest.skip("its latents are drawn per position of a batch, not of a text")
+    next_logits = lm.next_logits
+    cached = []
+
+    def recorded_logits(*args):
+        logits, cache = next_logits(*args)
+        cached.append(logits[0])
+        return logits, cache
+
+    monkeypatch.setattr(lm, "next_logits", recorded_logits)
     alike = []
     for prompt in (
         "Returns the value",
@@ -183,14 +194,37 @@ def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(trained, tm
     ):
         ids = steerer._ids({"prompt": prompt})
         site = steerer._site(ids)
-        new, logits = steerer._continue(ids, steerer.edit, site)
-        whole = steerer._logits(torch.cat([ids, new], 1), steerer.edit, site)[
-            0, ids.shape[1] - 1 : -1
-        ]
-        alike.append(torch.allclose(logits, whole, atol=2e-3))
+        cached.clear()
+        new = steerer._continue(ids, steerer.edit, site)
+        full = steerer._logits_of_new(ids, new, steerer.edit, site)
+        alike.append(torch.allclose(torch.stack(cached), full, atol=2e-3))
     # A router sees an edited past under the cache, and a clean one in a full pass. It may then
     # send a token to another site.
     assert all(alike) or (hasattr(steerer.sae, "router") and any(alike)), alike
+
+
+def test_the_edited_site_is_where_counted_tokens_activate_the_latent_most(trained, tmp_path):
+    steerer, _ = steered(trained, tmp_path, "MLSAE", "--set", "3=9")
+    sae = steerer.sae
+    ids = steerer._ids({"prompt": "Returns the value"})
+    states = lm.read_sites(steerer.model, ids, sae.sites())
+    x = sae.gather({site: hidden[0] for site, hidden in states.items()})
+    latents = sae.autoencode(x).latents
+    best_of_all = latents.sum(0).argmax(0)
+    best_of_counted = latents[1:].sum(0).argmax(0)  # without the begin-of-text token
+    differing = (best_of_all != best_of_counted).nonzero()[:, 0].tolist()
+    assert differing
+    for latent in differing:
+        steerer.operations = [("set", latent, 9.0)]
+        assert steerer._site(ids) == sae.sites()[best_of_counted[latent]]
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_a_prompt_without_a_counted_token_can_be_continued(trained, tmp_path, name):
+    steerer, _ = steered(trained, tmp_path, name, "--set", "3=9")
+    steerer.prompts = [{"prompt": ""}]
+    (text,) = steerer.run()["outputs"]["0"]
+    assert text["Human"] == "" and text["clamped_output"]
 
 
 def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_path):
@@ -253,6 +287,10 @@ def test_prompts_of_all_documented_forms(tmp_path):
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(hh) + "\n" + json.dumps({"prompt": "x"}))
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    without_question = {"chosen": "Yes.", "rejected": "No."}
+    (tmp_path / "b.jsonl").write_text(json.dumps(without_question))
+    with pytest.raises(ValueError, match="holds no prompt"):
+        conversations(tmp_path / "b.jsonl")
     conversation, prompt = conversations(tmp_path / "a.jsonl")
     assert conversation["messages"] == [{"role": "user", "content": "Hi?"}]
     assert conversation["chosen"] == "Yes."
@@ -271,13 +309,13 @@ def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):
     argv += ["--prompts", str(tmp_path / "hh.jsonl"), "--max_new_tokens", "4", "--set", "3=20"]
     steerer = Steerer(parse("steer", argv))
     output = steerer.run()["outputs"]["0"][0]
-    ids = steerer._ids(steerer.given[0])[0].tolist()
+    ids = steerer._ids(steerer.prompts[0])[0].tolist()
     assert ids.count(steerer.tokenizer.bos_token_id) == 1  # the template writes its own
     assert steerer.tokenizer.decode(ids[1:]) == "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:"
     assert (output["Human"], output["chosen"], output["rejected"]) == ("Why?", "So.", "No.")
     assert output["KL"] > 0
     steerer.tokenizer.chat_template = None  # a tokenizer without one gets the plain turns
-    assert steerer.tokenizer.decode(steerer._ids(steerer.given[0])[0, 1:]) == "Hi?\n\nYes.\n\nWhy?"
+    assert steerer.tokenizer.decode(steerer._ids(steerer.prompts[0])[0, 1:]) == "Hi?\n\nYes.\n\nWhy?"
 
 
 TRIPLES = [  # set_high, set_low, what latent 3 of value z becomes
