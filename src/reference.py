@@ -109,7 +109,10 @@ class ReferenceSAE:
         raise NotImplementedError
 
     def loss_terms(self, x: Tensor, token_keys: Tensor) -> dict[str, Tensor]:
-        """The terms that add up to the training loss. token_keys [N]: random draws depend on them."""
+        """The terms that add up to the training loss.
+
+        token_keys: int64 [N], a number for each token, on which random draws depend.
+        """
         self.z, x_hat, penalties = self.autoencode(x, token_keys)
         return {"NormMSE": normalised_error(x, x_hat).mean()} | penalties
 

@@ -89,7 +89,7 @@ def _preference(chosen: str, rejected: str) -> dict[str, Any] | None:
 
 
 class Steerer:
-    """`run()` writes clamp/clamp_<sae>.json, prints the texts side by side and returns the result."""
+    """run() writes clamp/clamp_<sae>.json, prints the texts side by side and returns the result."""
 
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
