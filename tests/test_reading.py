@@ -315,7 +315,8 @@ def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):
     assert (output["Human"], output["chosen"], output["rejected"]) == ("Why?", "So.", "No.")
     assert output["KL"] > 0
     steerer.tokenizer.chat_template = None  # a tokenizer without one gets the plain turns
-    assert steerer.tokenizer.decode(steerer._ids(steerer.prompts[0])[0, 1:]) == "Hi?\n\nYes.\n\nWhy?"
+    ids = steerer._ids(steerer.prompts[0])[0].tolist()
+    assert steerer.tokenizer.decode(ids[1:]) == "Hi?\n\nYes.\n\nWhy?"
 
 
 TRIPLES = [  # set_high, set_low, what latent 3 of value z becomes
