@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import pickle
 import platform
+import random
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,6 +142,28 @@ def find_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
 def load_part(path: Path, name: str) -> Any:
     """One part of a verified state, on the CPU. Only tensors and plain values; no code is run."""
     return torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of all global generators, in types that load safely."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what random_state() returned."""
+    torch.set_rng_state(state["torch"])
+    # Another number of GPUs means another machine, where nobody expects the same bits.
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
 
 
 # ------------------------------------------------------------------------------- weights, recipes

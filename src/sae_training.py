@@ -151,7 +151,7 @@ class SAETraining:
         self.normalise_every = cfg.steps
         self._make_optimizers(cfg)
         self.failed = ""
-        self.failed_at = -1
+        self.failed_step = -1
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.seconds = 0.0
@@ -293,8 +293,8 @@ class SAETraining:
         (self.parts,) = distributed.all_max_ints(self.parts)
         self.memory_tried = True
 
-    def step(self, batch: LocalBatch, step: int, due: bool) -> None:
-        """Make one update; `due` means that a report follows.
+    def step(self, batch: LocalBatch, step: int, report_due: bool) -> None:
+        """Make one update; `report_due` means that a report follows.
 
         A loss or gradient that is not finite changes nothing, here and in all later steps;
         check() reports it. Raises torch.OutOfMemoryError.
@@ -307,8 +307,8 @@ class SAETraining:
             out, terms = self._within_memory(step, batch)
         else:
             out, terms = self._gradients(batch)
-        self._update(batch, step, out, terms, due)
-        if due or self.found_inf.device.type == "cpu":  # elsewhere reading it waits
+        self._update(batch, step, out, terms, report_due)
+        if report_due or self.found_inf.device.type == "cpu":  # elsewhere reading it waits
             self.check()
         self.seconds += time.perf_counter() - started
 
@@ -319,7 +319,7 @@ class SAETraining:
         step: int,
         out: SAEOutput,
         terms: dict[str, Tensor],
-        due: bool,
+        report_due: bool,
     ) -> None:
         """Sum over processes, clip, step the optimisers, and count."""
         codes_per_token = out.code.shape[1:-1].numel()
@@ -341,7 +341,7 @@ class SAETraining:
         named = {"loss": loss} | dict(zip([*terms, "L0"], values, strict=True))
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in named.items()}
         self.count += 1
-        self.last = (out, info) if due else None
+        self.last = (out, info) if report_due else None
 
     def _clip(self, gradients: list[Tensor]) -> Tensor:
         """Project and clip the gradients; return their norm before clipping. []"""
@@ -352,15 +352,15 @@ class SAETraining:
         return nn.utils.get_total_norm(gradients)
 
     def check(self) -> None:
-        """Set `failed` (why) and `failed_at` (the step) if something was not finite."""
+        """Set `failed` (why) and `failed_step` (the step) if something was not finite."""
         if self.found_inf and not self.failed:
             first_bad = next(row for row in self.unread if not row[2].isfinite().all())
-            self.failed_at, names, values = first_bad
+            self.failed_step, names, values = first_bad
             term_values = values[1 : len(names) + 1]
             what = "gradient" if term_values.sum().isfinite() else "loss"
             pairs = zip(names, values[1:].tolist(), strict=False)
             terms = ", ".join(f"{name} {value:.4g}" for name, value in pairs)
-            where = f"{self.title}: {what} is not finite at step {self.failed_at}"
+            where = f"{self.title}: {what} is not finite at step {self.failed_step}"
             self.failed = f"{where} ({terms})"
         self.unread.clear()
 

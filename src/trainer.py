@@ -1,8 +1,12 @@
-"""Any number of SAEs trained from one pass of the language model: a list of runs, each with its own optimiser and schedule."""
+"""Any number of SAEs trained from one pass of the language model.
+
+Each SAE has its own optimiser and schedule, and ends with the weights of a training alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -11,10 +15,10 @@ import math
 import os
 import random
 import shutil
-import signal
-import threading
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,106 +31,372 @@ from src import checkpoint, config, demo, distributed, files, hooks, lm, model
 from src.data import Rows, open_rows
 from src.device import pick_device
 from src.estimate import Estimate
+from src.interrupt import Interrupted, Signals
 from src.ops import unit_norm_decoder
 from src.sae_training import LocalBatch, SAETraining
 from src.tracking import wandb_init
 
-REPORTS, APART = (
-    50,
-    10,
-)  # reports of a run; of a short one fewer, down to 10, to be so many steps apart: one costs as much as a forward pass
+# About 50 reports, at least 10 steps apart; each costs a forward pass. Runs of fewer than 100
+# steps report about ten times.
+MAX_REPORTS = 50
+MIN_SPACING = 10
+LOG_NAME = "metrics.jsonl"
+STATES_NAME = "state"
+MAX_DIFFERENCES = 4  # in a message
 
 
 def set_seed(seed: int) -> None:
-    """Seeds random, numpy and torch."""
+    """Seed random, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ended by a signal: exit code 130 for SIGINT, 143 for the others."""
-
-    def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message)
-        self.exit_code = 130 if number == signal.SIGINT else 143
-
-
-class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 while it is entered. A first one raises Interrupted, or once `in_loop` is set only says so in `asked`;
-    a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked, self.in_loop, self.before = 0, False, {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # no other thread may set them
-            self.before = {
-                number: signal.signal(number, self._heard)
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-            }
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _heard(self, number: int, _frame: Any) -> None:
-        for every in self.before:
-            signal.signal(every, signal.SIG_DFL)
-        self.asked = number
-        if not self.in_loop:
-            raise Interrupted(number, "nothing was trained yet")
+def _use_deterministic_algorithms() -> None:
+    # CUDA reads the variable when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
-def random_state() -> dict[str, Any]:
-    """The states of all global generators, in types that load safely."""
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-    }
+def _probe(folders: list[Path]) -> None:
+    for folder in folders:
+        files.probe(folder)
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Puts back what random_state() gave."""
-    torch.set_rng_state(state["torch"])
-    if (
-        len(state["cuda"]) == torch.cuda.device_count()
-    ):  # else the run has moved to another machine, which was warned of
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    np.random.set_state(
-        (state["numpy"][0], np.asarray(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:])
-    )
+def _lock(folders: list[Path], stack: contextlib.ExitStack) -> None:
+    for folder in folders:
+        stack.enter_context(files.locked(folder))
 
 
-def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(option, saved value, wanted value) where the two differ; an option that is younger than what was saved had its default then."""
-    before = {
-        key: saved.get(key, config.OPTIONS[key].default if key in config.OPTIONS else None)
-        for key in wanted
-    }
-    return [(key, before[key], value) for key, value in wanted.items() if before[key] != value]
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
 
 
-def _sae_of(line: bytes) -> Any:
-    """Whose line of metrics.jsonl it is."""
+def as_typed(value: Any) -> str:
+    """Return the value of an option as one would type it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return 'option saved -> wanted' for each option with another value."""
+    result = []
+    for key, value in wanted.items():
+        # An option that is younger than what was saved had its default value then.
+        default = config.OPTIONS[key].default if key in config.OPTIONS else None
+        old = saved.get(key, default)
+        if old != value:
+            result.append(f"{prefix}{key} {as_typed(old)} -> {as_typed(value)}")
+    return result
+
+
+# -------------------------------------------------------------------------------- metrics.jsonl
+
+
+def _title_in(line: bytes) -> Any:
+    """Return the title of the SAE that a line is about, None for a damaged line."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         return files.parse_json(line.decode("utf-8")).get("sae")
     return None
 
 
-def said(value: Any) -> str:
-    """An option's value as one would type it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def open_log(path: Path, size: int, titles: set[str]) -> BinaryIO:
+    """Open metrics.jsonl to append, cut to the size it had in the saved state.
+
+    A step that is repeated then leaves no second line. At the beginning of a run the size is 0:
+    complete lines of other SAEs stay. Processes other than the main one write nothing.
+    """
+    if not distributed.main():
+        return open(os.devnull, "ab", buffering=0)
+    file = files.open_to_append(path, "ab", buffering=0)
+    if not size:
+        content = path.read_bytes()
+        # Like the readers of the file, BytesIO splits it at line feeds alone.
+        complete = [line for line in io.BytesIO(content) if line.endswith(b"\n")]
+        kept = b"".join(line for line in complete if _title_in(line) not in titles)
+        if kept != content:
+            file.close()
+            files.write_atomic(path, lambda new: new.write(kept))
+            file = files.open_to_append(path, "ab", buffering=0)
+        size = len(kept)
+    if file.tell() < size:
+        print(f"warning: {path} is shorter than when the state was saved; it lacks lines")
+    file.truncate(min(size, file.tell()))
+    return file
+
+
+# --------------------------------------------------------------------------------------- the steps
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. Saved states keep it."""
+
+    step: int = 0  # number of steps made
+    tokens: int = 0  # counted tokens of these steps
+    seconds: float = 0.0  # also those before an interruption
+    log_bytes: int = 0  # size of metrics.jsonl when the state was saved
+    finals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # last reports
+
+
+class TrainingLoop:
+    """The steps of a run, its reports and its saved states.
+
+    requested: the options that every saved state records, so that no other run continues it.
+    """
+
+    log_file: BinaryIO  # open while run() runs, like `bar`
+    bar: tqdm
+
+    def __init__(
+        self,
+        cfg: Namespace,
+        trainings: list[SAETraining],
+        rows: Rows,
+        language_model: nn.Module,
+        run_folder: Path,
+        requested: dict[str, Any],
+    ) -> None:
+        self.cfg = cfg
+        self.trainings = trainings
+        self.titles = [training.title for training in trainings]
+        self.rows = rows
+        self.language_model = language_model
+        self.run_folder = run_folder
+        self.states = run_folder / STATES_NAME
+        self.requested = requested
+        self.wandb: Any = None
+        self.progress = Progress()
+        self.steps_per_epoch = math.ceil(len(rows) / cfg.batch_size)
+        self.total = trainings[0].total  # it is the same for all
+        spacing = min(MIN_SPACING, self.total // 10)
+        self.report_every = max(1, spacing, self.total // MAX_REPORTS)
+        self.sites = sorted({site for training in trainings for site in training.sae.sites()})
+        print(
+            f"{len(rows)} rows of {cfg.max_length} tokens, {self.total} steps; "
+            f"sites {self.sites}; {', '.join(self.titles)}"
+        )
+        self.text_sum = self._text_sum()
+
+    def _text_sum(self) -> str:
+        text_sum = hashlib.sha256(np.ascontiguousarray(self.rows.tokens)).hexdigest()
+        if distributed.from_main(lambda: text_sum) != text_sum:
+            raise ValueError(
+                f"this process and the main one read different texts from {self.cfg.data_path}; "
+                "copy the text to this machine again"
+            )
+        return text_sum
+
+    def restore(self, path: Path, meta: dict[str, Any]) -> None:
+        """Continue from a saved state. Raises ValueError if it belongs to another text."""
+        if (meta["text_sum"], meta["rows"]) != (self.text_sum, len(self.rows)):
+            raise ValueError(
+                f"the text is not the one on which the run in {self.run_folder} was stopped "
+                f"({meta['rows']} rows then, {len(self.rows)} now); give the same text, or "
+                "--tag NAME for another run"
+            )
+        self.progress = Progress(**meta["at"])
+        for training in self.trainings:
+            training.restore(checkpoint.load_part(path, training.title))
+        checkpoint.set_random_state(checkpoint.load_part(path, "random"))
+        print(f"continuing at step {self.progress.step} of {self.total} ({path})")
+
+    def run(self, signals: Signals) -> None:
+        """Make the steps that are left. Raises Interrupted after a signal, with the state saved."""
+        progress = self.progress
+        start_time = time.time() - progress.seconds
+        self._mark_saved()
+        # Within a step a process waits 45 s for the others, which may still be reading states.
+        distributed.from_main(lambda: None)
+        signals.is_deferred = True
+        self.log_file = open_log(self.run_folder / LOG_NAME, progress.log_bytes, set(self.titles))
+        self.bar = tqdm(
+            total=self.total,
+            initial=progress.step,
+            desc="training",
+            unit=" steps",
+            mininterval=1,
+        )
+        with self.log_file, self.bar:
+            for step in range(progress.step, self.total):
+                active = [training for training in self.trainings if not training.failed]
+                if not active:
+                    break
+                report_due = (step + 1) % self.report_every == 0 or step + 1 == self.total
+                self._step(step, active, report_due)
+                self.bar.update()
+                progress.step = step + 1
+                progress.seconds = time.time() - start_time
+                self._after_step(active, report_due, signals)
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _row_numbers(self, step: int) -> np.ndarray:
+        """Return the rows of a step, whatever the number of processes."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = index * self.cfg.batch_size
+        return self.rows.order(self.cfg.seed, epoch)[start : start + self.cfg.batch_size]
+
+    def _step(self, step: int, active: list[SAETraining], report_due: bool) -> None:
+        batch = self.rows.batch(self._row_numbers(step))
+        batch_tokens = int(batch.mask.sum())
+        if not batch_tokens:
+            return
+        local_rows = distributed.share(len(batch.row))
+        token_offset = int(batch.mask[: local_rows.start].sum())
+        local = batch.part(local_rows)
+        # Other keys in each epoch, so that what is drawn for a token differs between epochs.
+        epoch_offset = step // self.steps_per_epoch * len(self.rows) * self.cfg.max_length
+        keys = (local.token_keys() + epoch_offset).to(self.cfg.device)
+        hidden = hooks.read(self.language_model, local.to(self.cfg.device), self.sites)
+        local_batch = LocalBatch(hidden, keys, batch_tokens, token_offset)
+        for training in active:
+            if not self.progress.tokens:
+                training.warm_start(local_batch)
+            _update(training, local_batch, step, report_due)
+        self.progress.tokens += batch_tokens
+
+    def _after_step(self, active: list[SAETraining], report_due: bool, signals: Signals) -> None:
+        number, save_due = distributed.all_max_ints(signals.received, self._is_save_due())
+        save = self.progress.step < self.total and (number or save_due)
+        # On CUDA, reading what failed would wait for the step to end.
+        if report_due or save or self.cfg.device == "cpu":
+            self._check(active)
+        if report_due:
+            self._report()
+        if not save:
+            return
+        path = distributed.from_main(self._save_state)
+        self._mark_saved()
+        if number:
+            command = "the same command"
+            if self.cfg.resume == "never":
+                command += " without --resume never"
+            done = f"step {self.progress.step} of {self.total} is saved in {path}"
+            raise Interrupted(number, f"{done}; {command} continues")
+
+    # ------------------------------------------------------------------------------ saved states
+
+    def _mark_saved(self) -> None:
+        self.saved_step = self.progress.step
+        self.saved_time = time.monotonic()
+
+    def _is_save_due(self) -> bool:
+        interval, unit = self.cfg.save_every
+        passed = time.monotonic() - self.saved_time
+        if unit == "steps":
+            passed = self.progress.step - self.saved_step
+        return bool(interval) and passed >= interval
+
+    def _save_state(self) -> Path:
+        """Save all that the rest of the run depends on; return the folder.
+
+        Raises OSError if it cannot be written; the earlier states stay as they are.
+        """
+        os.fsync(self.log_file.fileno())
+        self.progress.log_bytes = self.log_file.tell()
+        meta = self.requested | {
+            "training": self.titles,
+            "at": vars(self.progress),
+            "text_sum": self.text_sum,
+            "rows": len(self.rows),
+            "device": self.cfg.device,
+            **checkpoint.environment(),
+        }
+        parts = {training.title: training.state() for training in self.trainings}
+        parts["random"] = checkpoint.random_state()
+        try:
+            return checkpoint.save_state(self.states, self.progress.step, meta, parts)
+        except OSError as error:
+            earlier = checkpoint.states(self.states)
+            kept = f"{earlier[0].name} is intact" if earlier else "none was saved before"
+            free = shutil.disk_usage(self.run_folder).free / 1e6
+            raise OSError(
+                f"cannot save the state of step {self.progress.step} in {self.states} "
+                f"({error.strerror or error}; {free:.0f} MB free); {kept}: remove the cause and "
+                "run the same command again"
+            ) from error
+
+    # ----------------------------------------------------------------------- reports and failures
+
+    def _report(self) -> None:
+        """Write one line of metrics.jsonl for each SAE that has not failed."""
+        progress = self.progress
+        speed = round(progress.tokens / max(progress.seconds, 1e-9))
+        for training in self.trainings:
+            if training.failed:
+                continue
+            line = {
+                "sae": training.title,
+                "sites": training.sae.sites(),
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "tokens_per_s": speed,
+                "lr": training.lr,
+            }
+            line |= training.report()
+            # On CUDA a step returns before its work is done.
+            if self.cfg.device == "cpu":
+                line["step_tokens_per_s"] = round(progress.tokens / max(training.seconds, 1e-9))
+            progress.finals[training.title] = line
+            files.append(self.log_file, json.dumps(line).encode() + b"\n")
+            if self.wandb is not None:
+                numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
+                sent = {f"{training.title}/{name}": value for name, value in numbers.items()}
+                self.wandb.log(sent, step=progress.step)
+        if progress.finals:
+            first = next(iter(progress.finals.values()))
+            names = [name for name in ("NormMSE", "L0", "dead") if name in first]
+            self.bar.set_postfix({name: f"{first[name]:.3g}" for name in names}, tok_s=speed)
+
+    def _check(self, active: list[SAETraining]) -> None:
+        """Find SAEs with a loss or gradient that was not finite, and save the batch of each."""
+        for training in active:
+            training.check()
+            if training.failed:
+                path = self._save_batch(training)
+                training.failed += f", its batch is in {path}"
+                self.bar.write(training.failed)
+
+    def _save_batch(self, training: SAETraining) -> Path:
+        step = training.failed_step
+        batch = self.rows.batch(self._row_numbers(step))
+        local = batch.part(distributed.share(len(batch.row))).to(self.cfg.device)
+        hidden = hooks.read(self.language_model, local, self.sites)
+        not_finite = [not torch.isfinite(h).all() for h in hidden.values()]
+        not_finite = distributed.all_max_ints(*not_finite)
+        content = {
+            "sae": training.title,
+            "step": step,
+            "said": training.failed,
+            "sites_not_finite": list(itertools.compress(hidden, not_finite)),
+            "rows": batch.row.tolist(),
+            "input_ids": batch.input_ids.tolist(),
+            "mask": batch.mask.tolist(),
+        }
+        path = self.run_folder / f"nonfinite-{training.title}-step{step}.json"
+        return distributed.from_main(lambda: files.save_json(content, path, indent=None))
+
+
+def _update(training: SAETraining, batch: LocalBatch, step: int, report_due: bool) -> None:
+    try:
+        training.step(batch, step, report_due)
+    except torch.OutOfMemoryError as error:
+        advice = "with one token at a time; train fewer SAEs at once, or a smaller one"
+        if distributed.world() > 1:
+            advice = (
+                f"in {training.parts} parts; run the same command again (it tries more of them), "
+                "or train fewer SAEs at once"
+            )
+        raise ValueError(f"{training.title}: out of memory at step {step} {advice}") from error
+
+
+# ----------------------------------------------------------------------------------------- the run
 
 
 class Trainer:
-    """Trains every combination of the chosen models and swept values from the same batches; `run()` returns the first SAE's loss."""
+    """Trains every combination of the chosen models and swept values from the same batches."""
 
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
@@ -135,475 +405,258 @@ class Trainer:
         demo.use_demo_defaults(cfg)
         config.complete(cfg)
         if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
+            _use_deterministic_algorithms()
         cfg.device = pick_device(cfg.device)
         self.folder = Path(cfg.output_dir) / files.SAE_DIR
         self.combinations = list(self._combine())
         self.titles = [self._title(name, swept) for name, _, swept in self.combinations]
-        self.home = (
-            Path(cfg.output_dir) / files.RUN_DIR / files.safe_name(cfg.tag or "+".join(self.titles))
-        )
-        self.states, self.log = self.home / "state", self.home / "metrics.jsonl"
+        self.run_folder = self._run_folder(cfg.tag or "+".join(self.titles))
+        self.states = self.run_folder / STATES_NAME
+        self.log = self.run_folder / LOG_NAME
 
-    def _combine(self) -> Any:
-        """(model, options, swept values) of every SAE to train: a model crosses only the lists it uses."""
+    def _combine(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Yield (model, options, swept values) of each SAE; a model crosses the lists it uses."""
         for name in self.cfg.model:
             options = config.model_options(self.cfg, name)
-            lists = {
-                key: options[key] for key in config.SWEPT if isinstance(options.get(key), list)
-            }
-            for values in itertools.product(*lists.values()):
-                chosen = dict(zip(lists, values, strict=True))
-                yield (
-                    name,
-                    options | chosen,
-                    {key: value for key, value in chosen.items() if len(lists[key]) > 1},
-                )
+            swept_keys = [key for key in config.SWEPT if isinstance(options.get(key), list)]
+            for values in itertools.product(*(options[key] for key in swept_keys)):
+                chosen = dict(zip(swept_keys, values, strict=True))
+                swept = {key: value for key, value in chosen.items() if len(options[key]) > 1}
+                yield name, options | chosen, swept
 
     def _title(self, name: str, swept: dict[str, Any]) -> str:
-        parts = [
-            name,
-            files.data_name(self.cfg.data_path),
-            *(f"{key}{value:g}" for key, value in swept.items()),
-        ]
-        return "_".join(parts + ([files.safe_name(self.cfg.tag)] if self.cfg.tag else []))
+        values = [f"{key}{value:g}" for key, value in swept.items()]
+        parts = [name, files.data_name(self.cfg.data_path), *values]
+        if self.cfg.tag:
+            parts.append(files.safe_name(self.cfg.tag))
+        return "_".join(parts)
+
+    def _run_folder(self, name: str) -> Path:
+        return Path(self.cfg.output_dir) / files.RUN_DIR / files.safe_name(name)
 
     def _settings(self) -> dict[str, Any]:
-        neutral = config.NEUTRAL | {"model", *config.SWEPT}
-        return {
-            key: value
-            for key, value in sorted(vars(self.cfg).items())
-            if key not in neutral and key not in config.SECRET
-        }
+        """Return the options that are the same for all SAEs of the run."""
+        left_out = config.NEUTRAL | config.SECRET | {"model", *config.SWEPT}
+        return {key: value for key, value in sorted(vars(self.cfg).items()) if key not in left_out}
 
-    def _todo(self) -> list[int]:
-        """Which SAEs are not there yet. Raises ValueError where another recipe's result has the name."""
-        missing = []
-        for i, (title, (_, options, _)) in enumerate(
-            zip(self.titles, self.combinations, strict=True)
-        ):
-            recipe = (
-                None if self.cfg.overwrite else checkpoint.read_recipe(self.folder / f"{title}.pt")
-            )
-            if recipe is None or not (self.folder / f"{title}.pt").exists():
-                missing.append(i)
-                continue
-            wanted = json.loads(json.dumps({**self._settings(), **options}))
-            differ = [
-                f"{key} {old} -> {new}" for key, old, new in differences(recipe["options"], wanted)
-            ]
-            if differ:
-                raise ValueError(
-                    f"{self.folder / title}.pt was trained otherwise ({'; '.join(differ[:4])}); give --tag NAME or --overwrite"
-                )
-            print(f"{title}: already trained ({self.folder / title}.pt)")
-        return missing
-
-    def _wanted(self) -> dict[str, Any]:
-        """Every option that decides what this run trains, as JSON gives it back."""
+    def _requested(self) -> dict[str, Any]:
+        """Return every option that decides what this run trains, as JSON gives it back."""
         lists = {key: getattr(self.cfg, key) for key in ("model", *config.SWEPT)}
-        runs = {
-            title: options
-            for title, (_, options, _) in zip(self.titles, self.combinations, strict=True)
-        }
-        return json.loads(json.dumps({"options": self._settings() | lists, "runs": runs}))
-
-    def _unfinished(self) -> tuple[Path, dict[str, Any]] | None:
-        """The state to continue from. Raises ValueError where one is there that must not be continued or cannot be."""
-        if self.cfg.resume == "never" and checkpoint.states(self.states):
-            if not self.cfg.overwrite:
-                raise ValueError(
-                    f"{self.home} holds an unfinished run; leave out --resume never to continue it, or add --overwrite to start again"
-                )
-            shutil.rmtree(self.states)
-        found = checkpoint.find_state(self.states)
-        if found is None:
-            if self.log.exists() and self.log.stat().st_size:
-                print(f"{self.home}: no saved state; beginning at step 0")
-            return None
-        path, meta = found
-        wanted = self._wanted()
-        differ = [
-            f"--{key} {said(old)} -> {said(new)}"
-            for key, old, new in differences(meta["options"], wanted["options"])
-        ]
-        for title, options in wanted["runs"].items():
-            differ += [
-                f"{title}: {key} {old} -> {new}"
-                for key, old, new in differences(meta["runs"].get(title, options), options)
-            ]
-        if differ:
-            again = "give the same options, --tag NAME for another run, or --resume never --overwrite to start again"
-            unfinished = f"{self.home} holds an unfinished run, stopped at step {meta['step']}, with other options"
-            raise ValueError(f"{unfinished} ({'; '.join(differ[:4])}); {again}")
-        here = {"device": self.cfg.device, **checkpoint.environment()}
-        for what in ("device", "threads", "versions"):
-            if meta[what] != here[what]:
-                print(
-                    f"warning: saved with {what} {said(meta[what])}, continued with {said(here[what])}; the last bits may differ"
-                )
-        return path, meta
+        options = [options for _, options, _ in self.combinations]
+        runs = dict(zip(self.titles, options, strict=True))
+        return _as_json({"options": self._settings() | lists, "runs": runs})
 
     def run(self) -> float:
-        cfg = self.cfg
-        todo = distributed.from_main(self._todo)
-        if not todo:
-            if distributed.main() and self.states.exists():
-                with files.locked(self.home):
-                    shutil.rmtree(self.states)
-            return float(
-                checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")["final"]["loss"]
-            )
-        self._try_to_build(
-            todo, cfg.hidden_size or 2**20, cfg.n_layers or 2**10
-        )  # before the language model is loaded
-        shared = (
-            [] if cfg.tag else [self.home.parent / files.safe_name(title) for title in self.titles]
-        )  # with an SAE that trains alone elsewhere
-        runs_of = list(dict.fromkeys([self.home, *shared]))
-        for folder in (self.folder, *runs_of):
-            distributed.from_main(lambda folder=folder: files.probe(folder))
-        with contextlib.ExitStack() as stack, Signals() as self.signals:
-            for folder in runs_of:
-                distributed.from_main(
-                    lambda folder=folder: stack.enter_context(files.locked(folder))
-                )
-            saved = distributed.from_main(self._unfinished)
-            if saved is not None:
-                todo = [
-                    i
-                    for i, title in enumerate(self.titles)
-                    if title in saved[1]["training"] or i in todo
-                ]
-                new = [self.titles[i] for i in todo if self.titles[i] not in saved[1]["training"]]
-                if new:
-                    raise ValueError(
-                        f"the unfinished run in {self.home} does not train {', '.join(new)}; give --tag NAME"
-                    )
-            tokenizer, language_model = lm.get_language_model(
-                cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code, cfg.device_map
-            )
-            sizes = {
-                "hidden_size": lm.text_config(language_model).hidden_size,
-                "n_layers": len(lm.blocks(language_model)),
-            }
-            for name, found in sizes.items():
-                if getattr(cfg, name) not in (None, found):
-                    raise ValueError(
-                        f"--{name} {getattr(cfg, name)}, but the language model has {found}; leave the flag out"
-                    )
-            self._try_to_build(todo, **sizes)  # before a long text is tokenised
-            lm.check_length(language_model, cfg.max_length)
-            rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
-            total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
-            runs = []
-            for i in todo:
-                set_seed(cfg.seed)  # each SAE starts as it would alone
-                name, options, _ = self.combinations[i]
-                sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options).to(
-                    cfg.device
-                )
-                runs.append(SAETraining(sae, self.titles[i], options, cfg, total))
-            mine = distributed.share(min(cfg.batch_size, len(rows)))
-            lm.compile_if_it_pays(cfg, language_model, mine.stop - mine.start, total)
-            self.estimate = Estimate(
-                cfg, [run.sae for run in runs], language_model, rows, total, self.home
-            )
-            return self._loop(runs, rows, language_model, total, saved)
+        """Train what has no result yet; return the final loss of the first SAE.
 
-    def _try_to_build(self, todo: list[int], hidden_size: int, n_layers: int) -> None:
-        """Raises ValueError for values that cannot be."""
+        Raises ValueError for options, texts or saved states that cannot be used, OSError for
+        folders that cannot be written, and Interrupted after a signal.
+        """
+        todo = distributed.from_main(self._untrained)
+        if not todo:
+            return self._earlier_loss()
+        # Before the language model is loaded; a size that is not known yet is taken as large.
+        self._check_options(todo, self.cfg.hidden_size or 2**20, self.cfg.n_layers or 2**10)
+        run_folders = self._run_folders()
+        distributed.from_main(lambda: _probe([self.folder, *run_folders]))
+        with contextlib.ExitStack() as stack, Signals() as signals:
+            distributed.from_main(lambda: _lock(run_folders, stack))
+            saved = distributed.from_main(self._find_unfinished)
+            if saved is not None:
+                todo = self._todo_of(saved[1], todo)
+            return self._train(todo, saved, signals)
+
+    # ----------------------------------------------------------------------- earlier results
+
+    def _untrained(self) -> list[int]:
+        """Return the index of each SAE that has no result yet.
+
+        Raises ValueError if a result of the same name was trained with other options.
+        """
+        untrained = []
+        for i, title in enumerate(self.titles):
+            path = self.folder / f"{title}.pt"
+            recipe = None if self.cfg.overwrite else checkpoint.read_recipe(path)
+            if recipe is None or not path.exists():
+                untrained.append(i)
+                continue
+            _, options, _ = self.combinations[i]
+            different = differences(recipe["options"], _as_json(self._settings() | options))
+            if different:
+                raise ValueError(
+                    f"{path} was trained with other options "
+                    f"({'; '.join(different[:MAX_DIFFERENCES])}); give --tag NAME or --overwrite"
+                )
+            print(f"{title}: already trained ({path})")
+        return untrained
+
+    def _earlier_loss(self) -> float:
+        """Return the loss in the first SAE's recipe; remove states that nobody needs now."""
+        if distributed.main() and self.states.exists():
+            with files.locked(self.run_folder):
+                shutil.rmtree(self.states)
+        recipe = checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")
+        return float(recipe["final"]["loss"])
+
+    def _check_options(self, todo: list[int], hidden_size: int, n_layers: int) -> None:
+        """Raise ValueError if a model cannot be built."""
         for i in todo:
             name, options, _ = self.combinations[i]
             with torch.device("meta"):
                 model.build(name, hidden_size, n_layers, options)
 
-    def _loop(
-        self,
-        runs: list[SAETraining],
-        rows: Rows,
-        language_model: nn.Module,
-        total: int,
-        saved: tuple[Path, dict[str, Any]] | None,
-    ) -> float:
-        cfg, signals, per_epoch = self.cfg, self.signals, math.ceil(len(rows) / self.cfg.batch_size)
-        sites = sorted({site for run in runs for site in run.sae.sites()})
-        print(
-            f"{len(rows)} rows of {cfg.max_length} tokens, {total} steps; sites {sites}; {', '.join(run.title for run in runs)}"
-        )
-        self.text_sum = hashlib.sha256(np.ascontiguousarray(rows.tokens)).hexdigest()
-        if distributed.from_main(lambda: self.text_sum) != self.text_sum:
-            raise ValueError(
-                f"the text is not the main process's ({cfg.data_path} differs between the machines); copy it anew"
-            )
-        at = Namespace(step=0, tokens=0, seconds=0.0, log_bytes=0, finals={})
-        if saved is not None:
-            path, meta = saved
-            if (meta["text_sum"], meta["rows"]) != (self.text_sum, len(rows)):
+    def _run_folders(self) -> list[Path]:
+        """Return the folders to lock: without a tag, another run may train one of these SAEs."""
+        others = [] if self.cfg.tag else [self._run_folder(title) for title in self.titles]
+        return list(dict.fromkeys([self.run_folder, *others]))
+
+    # ----------------------------------------------------------------------------- unfinished runs
+
+    def _find_unfinished(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return (folder, meta) of the state from which to continue, if there is one.
+
+        Raises ValueError if there is one from which this run must not continue, or cannot.
+        """
+        if self.cfg.resume == "never" and checkpoint.states(self.states):
+            if not self.cfg.overwrite:
                 raise ValueError(
-                    f"the text is not the one the run in {self.home} was stopped on ({meta['rows']} rows then, {len(rows)} now)"
+                    f"{self.run_folder} holds an unfinished run; leave out --resume never to "
+                    "continue it, or add --overwrite to start again"
                 )
-            vars(at).update(meta["at"])
-            for run in runs:
-                run.restore(checkpoint.load_part(path, run.title))
-            set_random_state(checkpoint.load_part(path, "random"))
-            print(f"continuing at step {at.step} of {total} ({path})")
-        wandb = (
-            wandb_init(cfg.wandb_project, self._settings(), self.home.name, self.home)
-            if cfg.use_wandb and distributed.main()
-            else None
+            shutil.rmtree(self.states)
+        saved = checkpoint.find_state(self.states)
+        if saved is not None:
+            self._compare_options(saved[1])
+            self._compare_machine(saved[1])
+        elif self.log.exists() and self.log.stat().st_size:
+            print(f"{self.run_folder}: no saved state; beginning at step 0")
+        return saved
+
+    def _compare_options(self, meta: dict[str, Any]) -> None:
+        requested = self._requested()
+        different = differences(meta["options"], requested["options"], "--")
+        for title, options in requested["runs"].items():
+            different += differences(meta["runs"].get(title, options), options, f"{title}: ")
+        if different:
+            raise ValueError(
+                f"{self.run_folder} holds an unfinished run, stopped at step {meta['step']}, with "
+                f"other options ({'; '.join(different[:MAX_DIFFERENCES])}); give the same options, "
+                "--tag NAME for another run, or --resume never --overwrite to start again"
+            )
+
+    def _compare_machine(self, meta: dict[str, Any]) -> None:
+        current = {"device": self.cfg.device, **checkpoint.environment()}
+        for key in ("device", "threads", "versions"):
+            if meta[key] != current[key]:
+                print(
+                    f"warning: saved with {key} {meta[key]}, continued with {current[key]}; "
+                    "the last bits may differ"
+                )
+
+    def _todo_of(self, meta: dict[str, Any], todo: list[int]) -> list[int]:
+        """Return the indices of the SAEs that an unfinished run trains.
+
+        Raises ValueError if it does not train all of those that are still to do.
+        """
+        titles = meta["training"]
+        new = [self.titles[i] for i in todo if self.titles[i] not in titles]
+        if new:
+            raise ValueError(
+                f"the unfinished run in {self.run_folder} does not train {', '.join(new)}; "
+                "give --tag NAME"
+            )
+        return [i for i, title in enumerate(self.titles) if title in titles]
+
+    # ------------------------------------------------------------------------------- the training
+
+    def _train(
+        self, todo: list[int], saved: tuple[Path, dict[str, Any]] | None, signals: Signals
+    ) -> float:
+        cfg = self.cfg
+        tokenizer, language_model = hooks.open_language_model(cfg, [])
+        sizes = self._sizes(language_model)
+        self._check_options(todo, **sizes)  # before a long text is tokenised
+        lm.check_length(language_model, cfg.max_length)
+        rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
+        total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
+        trainings = [self._build(i, sizes, total) for i in todo]
+        local_rows = distributed.share(min(cfg.batch_size, len(rows)))
+        lm.compile_if_it_pays(cfg, language_model, local_rows.stop - local_rows.start, total)
+        saes = [training.sae for training in trainings]
+        estimate = Estimate(cfg, saes, language_model, rows, total, self.run_folder)
+        loop = TrainingLoop(
+            cfg, trainings, rows, language_model, self.run_folder, self._requested()
         )
-        started, every, saved_at = (
-            time.time() - at.seconds,
-            max(1, min(APART, total // 10), total // REPORTS),
-            (at.step, time.monotonic()),
-        )
-        distributed.from_main(
-            lambda: None
-        )  # a step waits 45 s for the others, who may still be reading
-        signals.in_loop = True
-        log = self._log_from(at.log_bytes, {run.title for run in runs})
-        with (
-            log as lines,
-            tqdm(
-                total=total, initial=at.step, desc="training", unit=" steps", mininterval=1
-            ) as bar,
-        ):
-            for step in range(at.step, total):
-                alive = [run for run in runs if not run.failed]
-                if not alive:
-                    break
-                order = self._rows_of(rows, step)
-                batch, mine = rows.batch(order), distributed.share(len(order))
-                whole, first = int(batch.mask.sum()), int(batch.mask[: mine.start].sum())
-                due = (step + 1) % every == 0 or step + 1 == total
-                if whole:
-                    part = batch.part(mine)
-                    keys = (part.token_keys() + step // per_epoch * len(rows) * cfg.max_length).to(
-                        cfg.device
-                    )
-                    hidden = hooks.read(language_model, part.to(cfg.device), sites)
-                    local = LocalBatch(hidden, keys, whole, first)
-                    for run in alive:
-                        if not at.tokens:
-                            run.warm_start(local)
-                        self._step(run, local, step, due)
-                    at.tokens += whole
-                bar.update()
-                at.step, at.seconds = step + 1, time.time() - started
-                amount, unit = cfg.save_every
-                passed = (
-                    at.step - saved_at[0] if unit == "steps" else time.monotonic() - saved_at[1]
-                )
-                signals.asked, saves = distributed.all_max_ints(
-                    signals.asked, bool(amount) and passed >= amount
-                )
-                saves = at.step < total and (signals.asked or saves)
-                if due or saves or cfg.device == "cpu":
-                    self._find_failed(alive, rows, language_model, sites, bar)
-                if due:
-                    self._report(runs, at, lines, bar, wandb)
-                if saves:
-                    path = distributed.from_main(
-                        lambda: self._save_state(runs, at, lines, len(rows))
-                    )
-                    saved_at = at.step, time.monotonic()
-                    if signals.asked:
-                        again = " without --resume never" * (cfg.resume == "never")
-                        raise Interrupted(
-                            signals.asked,
-                            f"step {at.step} of {total} is saved in {path}; the same command{again} continues",
-                        )
-        if wandb is not None:
-            wandb.finish()
-        return self._finish(runs, rows, at)
+        if saved is not None:
+            loop.restore(*saved)
+        if cfg.use_wandb and distributed.main():
+            name = self.run_folder.name
+            loop.wandb = wandb_init(cfg.wandb_project, self._settings(), name, self.run_folder)
+        loop.run(signals)
+        return self._finish(trainings, rows, loop.progress, estimate)
 
-    def _step(self, run: SAETraining, batch: LocalBatch, step: int, due: bool) -> None:
-        try:
-            run.step(batch, step, due)
-        except torch.OutOfMemoryError as error:
-            slices = "with one token at a time; train fewer SAEs at once, or a smaller one"
-            if distributed.world() > 1:
-                slices = f"in {run.parts} parts; run the same command again (it tries more of them), or train fewer SAEs at once"
-            raise ValueError(f"{run.title}: out of memory at step {step} {slices}") from error
-
-    def _find_failed(
-        self,
-        alive: list[SAETraining],
-        rows: Rows,
-        language_model: nn.Module,
-        sites: list[int],
-        bar: tqdm,
-    ) -> None:
-        """Marks the runs with a loss or gradient that was not finite and keeps each one's batch for whoever wants to know why."""
-        for run in alive:
-            run.check()
-            if not run.failed:
-                continue
-            dump = self.home / f"nonfinite-{run.title}-step{run.failed_at}.json"
-            batch = rows.batch(self._rows_of(rows, run.failed_at))
-            hidden = hooks.read(
-                language_model,
-                batch.part(distributed.share(len(batch.row))).to(self.cfg.device),
-                sites,
-            )
-            finite = distributed.all_max_ints(
-                *(not torch.isfinite(h).all() for h in hidden.values())
-            )
-            bad = [site for site, odd in zip(hidden, finite, strict=True) if odd]
-            where = {
-                "rows": batch.row.tolist(),
-                "input_ids": batch.input_ids.tolist(),
-                "mask": batch.mask.tolist(),
-            }
-            said = {
-                "sae": run.title,
-                "step": run.failed_at,
-                "said": run.failed,
-                "sites_not_finite": bad,
-                **where,
-            }
-            distributed.from_main(
-                lambda said=said, dump=dump: files.save_json(said, dump, indent=None)
-            )
-            run.failed += f", its batch is in {dump}"
-            bar.write(run.failed)
-
-    def _rows_of(self, rows: Rows, step: int) -> np.ndarray:
-        """Numbers of the rows of a step's batch, whatever the number of processes."""
-        epoch, index = divmod(step, math.ceil(len(rows) / self.cfg.batch_size))
-        return rows.order(self.cfg.seed, epoch)[
-            index * self.cfg.batch_size : (index + 1) * self.cfg.batch_size
-        ]
-
-    def _log_from(self, size: int, titles: set[str]) -> BinaryIO:
-        """metrics.jsonl, cut to what it held when the state was saved: no line twice. At a run's beginning: to the lines of other SAEs."""
-        if not distributed.main():
-            return open(os.devnull, "ab", buffering=0)
-        lines = files.open_to_append(self.log, "ab", buffering=0)
-        if not size:
-            there = self.log.read_bytes()
-            others = b"".join(
-                line
-                for line in io.BytesIO(there)
-                if line.endswith(b"\n") and _sae_of(line) not in titles
-            )
-            if others != there:
-                lines.close()
-                files.write_atomic(self.log, lambda file: file.write(others))
-                lines = files.open_to_append(self.log, "ab", buffering=0)
-            size = len(others)
-        if lines.tell() < size:
-            print(
-                f"warning: {self.log} is shorter than when the state was saved; lines are missing there"
-            )
-        lines.truncate(min(size, lines.tell()))
-        return lines
-
-    def _report(
-        self, runs: list[SAETraining], at: Namespace, lines: BinaryIO, bar: tqdm, wandb: Any
-    ) -> None:
-        """One line of metrics.jsonl for each run that goes on."""
-        speed = at.tokens / max(at.seconds, 1e-9)
-        for run in [r for r in runs if not r.failed]:
-            line = {
-                "sae": run.title,
-                "sites": run.sae.sites(),
-                "step": at.step,
-                "tokens": at.tokens,
-                "tokens_per_s": round(speed),
-                "lr": run.lr,
-            }
-            line |= run.report()
-            if self.cfg.device == "cpu":  # elsewhere a step returns before its work is done
-                line["step_tokens_per_s"] = round(at.tokens / max(run.seconds, 1e-9))
-            at.finals[run.title] = line
-            files.append(lines, json.dumps(line).encode() + b"\n")
-            if wandb is not None:
-                wandb.log(
-                    {f"{run.title}/{k}": v for k, v in line.items() if isinstance(v, int | float)},
-                    step=at.step,
-                )
-        if at.finals:
-            shown = at.finals[next(iter(at.finals))]
-            bar.set_postfix(
-                {k: f"{shown[k]:.3g}" for k in ("NormMSE", "L0", "dead") if k in shown},
-                tok_s=round(speed),
-            )
-
-    def _save_state(
-        self, runs: list[SAETraining], at: Namespace, lines: BinaryIO, n_rows: int
-    ) -> Path:
-        """All that the rest of the run depends on. Raises OSError where it cannot be written; the states before stay as they are."""
-        os.fsync(lines.fileno())
-        at.log_bytes = lines.tell()
-        meta = self._wanted() | {
-            "training": [run.title for run in runs],
-            "at": vars(at),
-            "text_sum": self.text_sum,
-            "rows": n_rows,
-            "device": self.cfg.device,
-            **checkpoint.environment(),
+    def _sizes(self, language_model: nn.Module) -> dict[str, int]:
+        """Return the language model's sizes. Raises ValueError if a flag gives another one."""
+        sizes = {
+            "hidden_size": lm.text_config(language_model).hidden_size,
+            "n_layers": len(lm.blocks(language_model)),
         }
-        parts = {run.title: run.state() for run in runs} | {"random": random_state()}
-        try:
-            return checkpoint.save_state(self.states, at.step, meta, parts)
-        except OSError as error:
-            there = [path.name for path in checkpoint.states(self.states)]
-            kept = f"{there[0]} is intact" if there else "none was saved before"
-            free = shutil.disk_usage(self.home).free / 1e6
-            raise OSError(
-                f"cannot save the state of step {at.step} in {self.states} ({error.strerror or error}; {free:.0f} MB free); {kept}: mend that and "
-                "run the same command again"
-            ) from error
-
-    def _finish(self, runs: list[SAETraining], rows: Rows, at: Namespace) -> float:
-        """Final weights and recipes; then the state to continue from is not needed any more. Raises ValueError where no token counted."""
-        if not at.tokens:
-            raise ValueError("no counted token in the rows; use more text or longer rows")
-        used = self.estimate.compare(at.seconds)
-        for run in runs:
-            if not run.failed:
-                run.mode(False)
-                unit_norm_decoder(run.sae)
-                distributed.from_main(
-                    lambda run=run: self._save(run, at.finals[run.title], rows, at.tokens, used)
+        for name, size in sizes.items():
+            flag = getattr(self.cfg, name)
+            if flag not in (None, size):
+                raise ValueError(
+                    f"--{name} {flag}, but the language model has {size}; leave the flag out"
                 )
+        return sizes
+
+    def _build(self, index: int, sizes: dict[str, int], total: int) -> SAETraining:
+        set_seed(self.cfg.seed)  # each SAE begins as it would alone
+        name, options, _ = self.combinations[index]
+        sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options)
+        return SAETraining(sae.to(self.cfg.device), self.titles[index], options, self.cfg, total)
+
+    def _finish(
+        self, trainings: list[SAETraining], rows: Rows, progress: Progress, estimate: Estimate
+    ) -> float:
+        """Save weights and recipes, remove the saved states, return the first SAE's loss.
+
+        Raises ValueError if no token counted, or if an SAE has failed.
+        """
+        if not progress.tokens:
+            raise ValueError("no counted token in the rows; use more text or longer rows")
+        used = estimate.compare(progress.seconds)
+        for training in trainings:
+            if not training.failed:
+                training.mode(False)
+                unit_norm_decoder(training.sae)
+                distributed.from_main(partial(self._save, training, rows, progress, used))
         if distributed.main():
             shutil.rmtree(self.states, ignore_errors=True)
-        if any(run.failed for run in runs):
-            raise ValueError(
-                "; ".join(run.failed for run in runs if run.failed)
-                + "; lower --lr (the other SAEs are saved)"
-            )
-        return at.finals[runs[0].title]["loss"]
+        failures = [training.failed for training in trainings if training.failed]
+        if failures:
+            raise ValueError(f"{'; '.join(failures)}; lower --lr (the other SAEs are saved)")
+        return progress.finals[trainings[0].title]["loss"]
 
     def _save(
-        self,
-        run: SAETraining,
-        final: dict[str, Any],
-        rows: Rows,
-        tokens: int,
-        used: dict[str, float],
+        self, training: SAETraining, rows: Rows, progress: Progress, used: dict[str, float]
     ) -> None:
-        cfg = self.cfg
+        cfg, sae = self.cfg, training.sae
+        final = progress.finals[training.title]
         recipe = {
-            "model": run.sae.name,
-            "config": run.sae.config,
-            "sites": run.sae.sites(),
-            "options": self._settings() | run.options,
+            "model": sae.name,
+            "config": sae.config,
+            "sites": sae.sites(),
+            "options": self._settings() | training.options,
             "model_path": str(cfg.model_path),
             "data_path": str(cfg.data_path),
             "data_fingerprint": rows.fingerprint,
-            "tokens": tokens,
+            "tokens": progress.tokens,
             "seed": cfg.seed,
             "device": cfg.device,
             "final": final,
             "estimate": used,
             **checkpoint.environment(),
         }
-        path = checkpoint.save(run.sae, recipe, self.folder, run.title)
-        shown = {k: v for k, v in final.items() if isinstance(v, float)}
-        print(f"saved {path}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items() if k != "lr"))
+        path = checkpoint.save(sae, recipe, self.folder, training.title)
+        shown = {name: v for name, v in final.items() if isinstance(v, float) and name != "lr"}
+        print(f"saved {path}  " + "  ".join(f"{name} {v:.4g}" for name, v in shown.items()))

@@ -455,7 +455,7 @@ def test_a_fault_read_late_has_changed_nothing_and_names_its_step(optimizer, mon
             hidden[4][7, 5] = float("inf")
         run.step(LocalBatch(hidden, torch.arange(20), 20, 0), step, False)
     check()
-    assert run.failed_at == 3 and "not finite at step 3" in run.failed
+    assert run.failed_step == 3 and "not finite at step 3" in run.failed
     assert all(torch.equal(a, b) for a, b in zip(before, sae.parameters(), strict=True))
 
 

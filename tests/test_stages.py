@@ -126,7 +126,7 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(text, tmp_path, ca
     before = path.stat().st_mtime_ns
     assert train(text, tmp_path) == loss
     assert "already trained" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"trained otherwise \(.*lr"):
+    with pytest.raises(ValueError, match=r"trained with other options \(.*lr"):
         train(text, tmp_path, "--lr", "0.5")
     assert path.stat().st_mtime_ns == before
 
