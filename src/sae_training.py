@@ -161,6 +161,7 @@ class SAETraining:
         # 1 from the first loss or gradient that is not finite. It stays on the device, as do the
         # numbers of the steps, until check() reads it.
         self.found_inf = torch.zeros((), device=sae.tokens_since_fired.device)
+        # (step, names of the loss terms, [gradient norm, terms, L0])
         self.unread: list[tuple[int, list[str], Tensor]] = []
         for optimizer in self.optimizers:
             optimizer.found_inf = self.found_inf
@@ -332,14 +333,14 @@ class SAETraining:
         finite = torch.isfinite(loss) & torch.isfinite(norm)  # the same in every process
         self.found_inf.masked_fill_(~finite, 1)
         self.unread.append((step, list(terms), torch.cat([norm[None], values])))
-        for changing in (*self.optimizers, *self.schedules):
-            changing.step()
+        for stepper in (*self.optimizers, *self.schedules):
+            stepper.step()
         if step % self.normalise_every == 0:
             unit_norm_decoder(self.sae, self.found_inf == 0)
         info = batch.info()
         self.sae.after_step(out, (step + 1) / self.total, info)
-        named = {"loss": loss} | dict(zip([*terms, "L0"], values, strict=True))
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in named.items()}
+        reported = {"loss": loss} | dict(zip([*terms, "L0"], values, strict=True))
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in reported.items()}
         self.count += 1
         self.last = (out, info) if report_due else None
 
@@ -356,12 +357,13 @@ class SAETraining:
         if self.found_inf and not self.failed:
             first_bad = next(row for row in self.unread if not row[2].isfinite().all())
             self.failed_step, names, values = first_bad
-            term_values = values[1 : len(names) + 1]
-            what = "gradient" if term_values.sum().isfinite() else "loss"
-            pairs = zip(names, values[1:].tolist(), strict=False)
-            terms = ", ".join(f"{name} {value:.4g}" for name, value in pairs)
-            where = f"{self.title}: {what} is not finite at step {self.failed_step}"
-            self.failed = f"{where} ({terms})"
+            loss_terms = values[1 : len(names) + 1]
+            what = "gradient" if loss_terms.sum().isfinite() else "loss"
+            pairs = zip(names, loss_terms.tolist(), strict=True)
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in pairs)
+            self.failed = (
+                f"{self.title}: {what} is not finite at step {self.failed_step} ({listed})"
+            )
         self.unread.clear()
 
     def report(self) -> dict[str, Any]:

@@ -212,11 +212,7 @@ class TrainingLoop:
         signals.is_deferred = True
         self.log_file = open_log(self.run_folder / LOG_NAME, progress.log_bytes, set(self.titles))
         self.bar = tqdm(
-            total=self.total,
-            initial=progress.step,
-            desc="training",
-            unit=" steps",
-            mininterval=1,
+            total=self.total, initial=progress.step, desc="training", unit=" steps", mininterval=1
         )
         with self.log_file, self.bar:
             for step in range(progress.step, self.total):
@@ -258,6 +254,7 @@ class TrainingLoop:
         self.progress.tokens += batch_tokens
 
     def _after_step(self, active: list[SAETraining], report_due: bool, signals: Signals) -> None:
+        # `received` stays as it is: a signal may come while the processes agree.
         number, save_due = distributed.all_max_ints(signals.received, self._is_save_due())
         save = self.progress.step < self.total and (number or save_due)
         # On CUDA, reading what failed would wait for the step to end.
@@ -271,7 +268,7 @@ class TrainingLoop:
         self._mark_saved()
         if number:
             command = "the same command"
-            if self.cfg.resume == "never":
+            if self.cfg.resume == "never":  # which would refuse the state
                 command += " without --resume never"
             done = f"step {self.progress.step} of {self.total} is saved in {path}"
             raise Interrupted(number, f"{done}; {command} continues")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from src import checkpoint, files, lm
+from src import checkpoint, distributed, files, lm
 from src.config import interval, parse, run_stage
 from src.files import DEMO_LM
+from src.interrupt import Interrupted
 from src.model import build
 from src.sae_training import LocalBatch, SAETraining
 from src.trainer import Trainer
@@ -135,6 +136,20 @@ def test_a_signal_lets_the_step_end_saves_and_says_so_in_the_exit_code(
     train(text)
     train(text, out="straight")
     assert_same_results(text, "straight", "out")
+
+
+def test_a_signal_while_the_processes_agree_is_kept_for_the_next_step(text, monkeypatch):
+    agree, steps = distributed.all_max_ints, []
+
+    def signalled_agree(*numbers):
+        steps.append(numbers)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agree(*numbers)
+
+    monkeypatch.setattr(distributed, "all_max_ints", signalled_agree)
+    with pytest.raises(Interrupted, match="step 6 of 10 is saved"):
+        train(text)
 
 
 SIGNALLED_TWICE = """
