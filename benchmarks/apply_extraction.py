@@ -14,11 +14,11 @@ import time
 import torch
 
 from src import hooks, lm
-from src.applier import SAMPLE, Applier, ContextCollector, parts
+from src.applier import EVENTS_PER_CONTEXT, Applier, split_batch, token_text
 from src.config import parse
 from src.data import open_rows
 from src.draws import random_integers
-from src.events import Table
+from src.events import SAMPLE_SIZE, ContextCollector
 from src.sae import BatchInfo
 from src.sparse import active, dense
 
@@ -76,7 +76,7 @@ class Loop:
             return strength[near, latent][same_row].tolist()
 
         if value > 0:
-            self.keep(self.sample[latent], SAMPLE, draw, row, position, context)
+            self.keep(self.sample[latent], SAMPLE_SIZE, draw, row, position, context)
         if value > self.threshold:
             heap = self.top[latent].setdefault(group, [])
             self.keep(heap, self.per_token, value, row, position, context)
@@ -84,7 +84,7 @@ class Loop:
 
 def check(collector, loop, size):
     """Assert that counts, maxima, samples and best contexts are the same."""
-    assert collector.density.tolist() == loop.density
+    assert collector.fired.tolist() == loop.density
     assert collector.maximum.tolist() == loop.maximum
     for latent in range(len(loop.density)):
         top = sorted((entry for heap in loop.top[latent].values() for entry in heap), reverse=True)
@@ -128,13 +128,12 @@ def compare(argv=None):
     applier = Applier(parse("apply", argv))
     cfg, sae = applier.cfg, applier.sae
     applier.tokenizer, applier.language_model = hooks.open_language_model(cfg, [sae])
-    rows, applier.text = open_rows(cfg, applier.tokenizer), applier._token_text()
+    rows, applier.text = open_rows(cfg, applier.tokenizer), token_text(applier.tokenizer)
     watch.seconds["loading"] = time.perf_counter() - started
 
     threshold = 0.22 * sae.hidden_size**0.5 if cfg.act_threshold is None else cfg.act_threshold
-    top = Table(sae.latent_size, 3 * cfg.top_n, cfg.max_per_token)
-    sample = Table(sae.latent_size, SAMPLE)
-    collector = ContextCollector(sae, rows, cfg.context_length, top, sample, cfg.seed)
+    n_top = EVENTS_PER_CONTEXT * cfg.top_n
+    collector = ContextCollector(sae, rows, cfg.context_length, n_top, cfg.max_per_token, cfg.seed)
     sizes = (sae.latent_size, cfg.context_length, cfg.seed, threshold, cfg.max_per_token)
     loops = {"lean loop": Loop(True, *sizes), "published loop": Loop(False, *sizes)}
     groups = torch.tensor(applier.text.group)
@@ -150,7 +149,7 @@ def compare(argv=None):
 
     for batch in rows.batches(cfg.batch_size):
         states = watch.time("language model", functools.partial(read, batch))
-        for part, hidden in parts(batch, states, sae):
+        for part, hidden in split_batch(batch, states, sae):
             out = watch.time("encode", functools.partial(encode, part, hidden))
             code = sae.strength(out)
             watch.time("tables", functools.partial(extract, part, out))
@@ -160,12 +159,12 @@ def compare(argv=None):
     # reading them merges the events that wait
     watch.time("tables", lambda: (collector.top.kept, collector.sample.kept))
     for loop in loops.values():
-        check(collector, loop, 3 * cfg.top_n)
+        check(collector, loop, n_top)
     options = (threshold, cfg.context_length, cfg.max_per_token, cfg.lines)
     watch.time("apply, whole", lambda: applier.get_context(*options))
     n_activations = sum(loops["lean loop"].density)
-    print(f"{collector.tokens} tokens, {n_activations} activations, threshold {threshold:.3g}")
-    return report(watch.seconds, collector.tokens, loops)
+    print(f"{collector.n_tokens} tokens, {n_activations} activations, threshold {threshold:.3g}")
+    return report(watch.seconds, collector.n_tokens, loops)
 
 
 def report(seconds, tokens, loops):

@@ -1,14 +1,35 @@
-"""The strongest activations of every latent, kept on the device in bounded memory.
+"""Where each latent is active: its best events, a sample of the others, and the text around them.
 
-E events, F latents, W tokens in a window.
+All of it is collected on the device in bounded memory. B rows, S positions per row, N counted
+tokens, L sites, E events or active latents, F latents, V token ids, W tokens in a window.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from src.data import Batch, Rows
+from src.draws import random_integers, random_subset
+from src.sae import SAE, SAEOutput
+from src.sparse import active, bag_bounds
+
+SAMPLE_SIZE = 64  # activations of each latent drawn uniformly: its histogram, its quantiles
+POOL_WINDOWS = 256  # windows drawn once for all latents, from which negatives are taken
+NEGATIVES = 12  # windows without the latent that each latent gets
+ROUTING_TOKENS = 200  # tokens whose router weights are shown
+ROWS_IN_MEMORY = 4096
+SUMS = ("n_tokens", "n_codes", "fired_at_site", "codes_at_site")  # of a ContextCollector
+
+
+Pieces = tuple[str, ...]  # the texts of the tokens of a window
 
 
 class Events(NamedTuple):
@@ -79,15 +100,14 @@ class Table:
         self._kept: Events | None = None
         self._waiting: list[Events] = []
 
-    def candidates(self, latent: Tensor, group: Tensor, score: Tensor) -> Tensor:
+    def candidates(self, latent: Tensor, group: Tensor, score: Tensor, allowed: Tensor) -> Tensor:
         """Return the indices of the new events that may be kept: those above their latent's floor.
 
-        If they are many, only the best of them are returned.
+        allowed: bool [E]. Of many events only the best are returned.
         """
-        if self.floor is None:
-            index = torch.arange(len(latent), device=latent.device)
-        else:
-            index = (score > self.floor[latent]).nonzero()[:, 0]
+        if self.floor is not None:
+            allowed = allowed & (score > self.floor[latent])
+        index = allowed.nonzero()[:, 0]
         if len(index) <= self.n_latents * self.per_latent // 4:
             return index
         return index[self._best(latent[index], group[index], score[index])]
@@ -103,6 +123,13 @@ class Table:
         """The kept events by latent, then by falling score; None before the first event."""
         self._merge()
         return self._kept
+
+    def by_latent(self) -> Iterator[Events]:
+        """Yield the kept events of each latent in turn, on the CPU; there must be at least one."""
+        bounds = bag_bounds(self.kept.latent, self.n_latents).tolist()
+        events = [part.cpu() for part in self.kept]
+        for first, end in pairwise(bounds):
+            yield Events(*(part[first:end] for part in events))
 
     def merge(self, others: list[Events]) -> None:
         """Add the events that tables over other rows of the text kept.
@@ -133,3 +160,283 @@ class Table:
 
     def _best(self, latent: Tensor, group: Tensor, score: Tensor) -> Tensor:
         return best(latent, group, score, self.per_group, self.per_latent)
+
+
+def counted_documents(batch: Batch, index: int) -> np.ndarray:
+    """Return each token's document in one row of a batch, -1 where no token counts. int64 [S]"""
+    return batch.document[index].masked_fill(~batch.mask[index], -1).cpu().numpy()
+
+
+def window_bounds(documents: np.ndarray, center: int, reach: int) -> tuple[int, int]:
+    """Return (first, end) of the window that reaches so many tokens to each side of a token.
+
+    It is cut where the token's document ends, and before tokens that do not count.
+    """
+    first = max(0, center - reach)
+    end = min(len(documents), center + reach + 1)
+    outside = first + (documents[first:end] != documents[center]).nonzero()[0]
+    before = outside[outside < center]
+    after = outside[outside > center]
+    return int(before.max(initial=first - 1)) + 1, int(after.min(initial=end))
+
+
+class Windows:
+    """The text around tokens. The rows that were read last stay in memory."""
+
+    def __init__(self, rows: Rows, reach: int) -> None:
+        self.rows = rows
+        self.reach = reach  # tokens on each side of the centre
+        self._read = lru_cache(ROWS_IN_MEMORY)(self._read_row)
+
+    def _read_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = self.rows.batch([row])
+        return batch.input_ids[0].numpy(), counted_documents(batch, 0)
+
+    def around(self, row: int, position: int) -> tuple[list[int], int, int]:
+        """Return (token ids, position of the first, document) of the window around a token."""
+        ids, documents = self._read(row)
+        first, end = window_bounds(documents, position, self.reach)
+        return ids[first:end].tolist(), first, int(documents[position])
+
+
+def values_around(key: Tensor, value: Tensor, length: int, index: Tensor, reach: int) -> Tensor:
+    """Return the values of a latent around some of its entries, 0 where it is not active.
+
+    key: a number k * length + position for each entry of a code, where k differs between latents,
+    sites and rows. The entries around an entry are then its neighbours in the order of keys, and
+    no dense code is needed. [E], [E], index [n] -> float16 [n, 2 reach + 1]
+    """
+    around = torch.zeros(len(index), 2 * reach + 1, dtype=torch.float16, device=key.device)
+    if not len(index):
+        return around
+    ordered, order = key.sort()
+    center = key[index]
+    position = center % length
+    to_the_right = (length - 1 - position).clamp_max(reach)
+    first = torch.searchsorted(ordered, center - position.clamp_max(reach))
+    end = torch.searchsorted(ordered, center + to_the_right, right=True)
+    count = end - first
+    # all neighbours of the first window, then all of the second ...
+    window = torch.repeat_interleave(torch.arange(len(index), device=key.device), count)
+    window_start = count.cumsum(0) - count
+    neighbour = torch.arange(len(window), device=key.device) + (first - window_start)[window]
+    offset = ordered[neighbour] - center[window]
+    around[window, offset + reach] = value[order[neighbour]].half()
+    return around
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchActivations:
+    """The active latents of a batch, one entry each, in the order of its codes."""
+
+    batch: Batch
+    codes_per_token: int  # 1, or one for each site
+    latent: Tensor  # int64 [E]
+    value: Tensor  # strength [E]
+    token: Tensor  # index among the counted tokens, int64 [E]
+    slot: Tensor  # index of the code among those of its token, int64 [E]
+    site: Tensor  # index into the SAE's sites; -1 if the code belongs to all of them [E]
+    group: Tensor  # token class [E]
+
+    def draws(self, n_latents: int, seed: int) -> Tensor:
+        """Return a random number for each entry, whatever the batching. float32 [E]"""
+        code = self.batch.token_keys()[self.token] * self.codes_per_token + self.slot
+        draws = random_integers(code * n_latents + self.latent, seed, 2**24)
+        return draws.float()  # float32 holds these exactly
+
+    def around(self, index: Tensor, reach: int) -> Tensor:
+        """Return the latent's strength at each token around some entries. [n, 2 reach + 1]"""
+        mask = self.batch.mask
+        series = self.latent * self.codes_per_token + self.slot
+        position = mask.flatten().nonzero()[:, 0][self.token]
+        key = series * mask.numel() + position
+        return values_around(key, self.value, mask.shape[1], index, reach)
+
+    def events(self, index: Tensor, score: Tensor, weight: Tensor, around: Tensor) -> Events:
+        """Return some entries as events. score: of all entries [E]; weight: of tokens [N]."""
+        row, position = self.batch.mask.nonzero(as_tuple=True)
+        token = self.token[index]
+        return Events(
+            latent=self.latent[index],
+            value=self.value[index],
+            group=self.group[index],
+            row=self.batch.row[row[token]],
+            position=position[token],
+            site=self.site[index],
+            weight=weight[token],
+            score=score[index],
+            around=around,
+        )
+
+
+class RoutingSample(NamedTuple):
+    """The router's weights at the first counted tokens of a row."""
+
+    row: int
+    ids: Tensor  # token ids, int64 [n]
+    weights: Tensor  # [n,L]
+
+
+class PoolWindow(NamedTuple):
+    """A window drawn for all latents."""
+
+    ids: list[int]  # token ids; none if its row was not read
+    active: Tensor  # which latents are active in it, bool [F]
+
+
+class ContextCollector:
+    """Counts, the best events, a sample and a pool of windows, from one pass over the text.
+
+    Its size does not depend on the length of the text.
+    """
+
+    def __init__(
+        self, sae: SAE, rows: Rows, reach: int, n_top: int, max_per_token: int, seed: int
+    ) -> None:
+        """Keep n_top events of a latent, and of those max_per_token of one token class."""
+        size, n_sites = sae.latent_size, len(sae.sites())
+        device = next(sae.parameters()).device
+        self.seed = seed
+        self.windows = Windows(rows, reach)
+        self.top = Table(size, n_top, max_per_token)
+        self.sample = Table(size, SAMPLE_SIZE)
+        self.n_tokens = 0
+        self.n_codes = 0
+        self.maximum = torch.zeros(size, device=device)
+        self.fired_at_site = torch.zeros(size, n_sites, dtype=torch.long, device=device)
+        self.codes_at_site = torch.zeros(n_sites, dtype=torch.long, device=device)
+        self.routing: RoutingSample | None = None
+        n_windows = min(POOL_WINDOWS, len(rows))
+        pool_rows = random_subset(torch.tensor([seed]), seed, len(rows), n_windows)[0]
+        self.pool_index = {row: index for index, row in enumerate(pool_rows.sort().values.tolist())}
+        self.pool = [PoolWindow([], torch.zeros(size, dtype=torch.bool))] * n_windows
+
+    @property
+    def fired(self) -> Tensor:
+        """In how many codes each latent is active. int64 [F]"""
+        return self.fired_at_site.sum(1)
+
+    @property
+    def largest(self) -> float:
+        """The largest activation."""
+        return float(self.maximum.max())
+
+    def update(
+        self, batch: Batch, sae: SAE, out: SAEOutput, groups: Tensor, threshold: float
+    ) -> None:
+        """Take in the output for a batch in which at least one token counts.
+
+        groups: token class of each token id [V]. threshold: the best events exceed it.
+        """
+        n_tokens = int(batch.mask.sum())
+        sites = sae.code_sites(out)
+        codes_per_token = len(sites) // n_tokens
+        code, latent, value = active(sae.strength(out))
+        token = code // codes_per_token
+        activations = BatchActivations(
+            batch=batch,
+            codes_per_token=codes_per_token,
+            latent=latent,
+            value=value,
+            token=token,
+            slot=code % codes_per_token,
+            site=sites[code],
+            group=groups[batch.input_ids[batch.mask]][token],
+        )
+        self.n_tokens += n_tokens
+        self._count(activations, sites)
+        weights = sae.site_weights(out)
+        if weights is None:
+            self._add_events(activations, torch.ones(n_tokens, device=latent.device), threshold)
+        else:
+            self._add_events(activations, weights.max(-1).values, threshold)
+            self._sample_routing(batch, weights)
+        self._fill_pool(activations)
+
+    def _count(self, activations: BatchActivations, sites: Tensor) -> None:
+        """sites: site index of each code [codes]. Codes of all sites count at the first."""
+        n_latents, n_sites = self.fired_at_site.shape
+        latent = activations.latent
+        cell = latent * n_sites + activations.site.clamp_min(0)
+        counts = torch.bincount(cell, minlength=n_latents * n_sites)
+        self.fired_at_site += counts.view(n_latents, n_sites)
+        self.codes_at_site += torch.bincount(sites.clamp_min(0), minlength=n_sites)
+        self.n_codes += len(sites)
+        self.maximum.scatter_reduce_(0, latent, activations.value.to(self.maximum.dtype), "amax")
+
+    def _sample_routing(self, batch: Batch, weights: Tensor) -> None:
+        if self.routing is None:
+            ids = batch.input_ids[0][batch.mask[0]][:ROUTING_TOKENS].cpu()
+            self.routing = RoutingSample(int(batch.row[0]), ids, weights[: len(ids)].cpu())
+
+    def _add_events(self, new: BatchActivations, weight: Tensor, threshold: float) -> None:
+        """Offer new activations to both tables. weight: router weight of each token [N]."""
+        draws = new.draws(self.top.n_latents, self.seed)
+        top = self.top.candidates(new.latent, new.group, new.value, new.value > threshold)
+        sample = self.sample.candidates(new.latent, new.group, draws, new.value > 0)
+        # one call for both, because it sorts all entries
+        around = new.around(torch.cat([top, sample]), self.windows.reach)
+        self.top.add(new.events(top, new.value, weight, around[: len(top)]))
+        self.sample.add(new.events(sample, draws, weight, around[len(top) :]))
+
+    def _fill_pool(self, activations: BatchActivations) -> None:
+        batch = activations.batch
+        for index, row in enumerate(batch.row.tolist()):
+            if row in self.pool_index and batch.mask[index].any():
+                self.pool[self.pool_index[row]] = self._pool_window(activations, index, row)
+
+    def _pool_window(self, activations: BatchActivations, index: int, row: int) -> PoolWindow:
+        """Return the window around a token that is drawn from one row of the batch."""
+        batch, latent = activations.batch, activations.latent
+        counted = batch.mask[index].nonzero()[:, 0]
+        draw = int(random_integers(torch.tensor([row]), self.seed, len(counted)))
+        documents = counted_documents(batch, index)
+        first, end = window_bounds(documents, int(counted[draw]), self.windows.reach)
+        # from positions to counted tokens of the batch, from these to entries
+        token = torch.searchsorted(counted, counted.new_tensor([first, end]))
+        token += batch.mask[:index].sum()
+        first_entry, end_entry = torch.searchsorted(activations.token, token).tolist()
+        is_active = torch.zeros(self.top.n_latents, dtype=torch.bool, device=latent.device)
+        is_active[latent[first_entry:end_entry]] = True
+        return PoolWindow(batch.input_ids[index, first:end].tolist(), is_active.cpu())
+
+    def state(self) -> dict[str, Any]:
+        """Return what merge() takes."""
+        names = (*SUMS, "maximum", "pool", "routing")
+        tables = {"top": self.top.kept, "sample": self.sample.kept}
+        return {name: getattr(self, name) for name in names} | tables
+
+    def merge(self, others: list[dict[str, Any]]) -> None:
+        """Add the states of collectors that have read other rows."""
+        for name in ("top", "sample"):
+            events = [other[name] for other in others if other[name] is not None]
+            getattr(self, name).merge(events)
+        for other in others:
+            for name in SUMS:
+                setattr(self, name, getattr(self, name) + other[name])
+            self.maximum = torch.maximum(self.maximum, other["maximum"])
+            pairs = zip(self.pool, other["pool"], strict=True)
+            self.pool = [window if window.ids else other_window for window, other_window in pairs]
+        samples = [self.routing, *(other["routing"] for other in others)]
+        samples = [sample for sample in samples if sample is not None]
+        self.routing = min(samples, key=lambda sample: sample.row, default=None)
+
+    @cached_property
+    def _silent(self) -> np.ndarray:
+        """Whether each latent is silent in a window that was read. bool [windows,F]
+
+        It must not be asked for before all batches are in.
+        """
+        return np.stack([~window.active.numpy() & bool(window.ids) for window in self.pool])
+
+    def negatives(self, latent: int, texts: list[Pieces], shown: set[Pieces]) -> list[int]:
+        """Return the numbers of up to NEGATIVES windows of the pool in which a latent is silent.
+
+        They are drawn for each latent anew. A window is left out if its text, of `texts`, is among
+        those shown: a latent may be active in only one of two windows with the same text, because
+        of what comes before them.
+        """
+        silent = self._silent[:, latent].nonzero()[0].tolist()
+        silent = [number for number in silent if texts[number] not in shown]
+        draws = random_integers(torch.tensor(silent, dtype=torch.long), self.seed, 2**24, latent)
+        return [silent[index] for index in draws.argsort().tolist()[:NEGATIVES]]

@@ -426,7 +426,8 @@ def test_tables_over_parts_of_a_text_hold_what_one_table_over_all_of_it_would():
     def table_of(parts):
         table = Table(6, 9, 2)
         for events in parts:
-            chosen = table.candidates(events.latent, events.group, events.score)
+            allowed = events.score >= 0  # all of them
+            chosen = table.candidates(events.latent, events.group, events.score, allowed)
             table.add(events.take(chosen))
         return table
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from src import hooks, lm, utils
-from src.applier import Applier, ContextCollector
+from src.applier import Applier
 from src.config import parse, run_stage
 from src.data import open_rows
+from src.events import ContextCollector, PoolWindow
 from src.files import DEMO_LM, load_json
 from src.model import build
 from src.sae import BatchInfo
@@ -144,10 +145,12 @@ def test_effects_are_measured_and_negatives_are_windows_without_the_latent(train
 
 
 def test_no_negative_shows_a_text_of_the_contexts():
-    seen = object.__new__(ContextCollector)
+    collector = object.__new__(ContextCollector)
+    collector.seed = 0
     off, on = torch.tensor([False]), torch.tensor([True])
-    seen.seed, seen.windows = 0, [([1], off), ([2], off), ([3], on), ([], off)]
-    assert seen.without(0, [("a",), ("b",), ("c",), ()], {("a",)}) == [1]
+    windows = [([1], off), ([2], off), ([3], on), ([], off)]
+    collector.pool = [PoolWindow(*window) for window in windows]
+    assert collector.negatives(0, [("a",), ("b",), ("c",), ()], {("a",)}) == [1]
 
 
 def steered(trained, tmp_path, name, *more):
