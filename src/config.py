@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from src import config_file, zoo
+from src import config_file, metric_table, zoo
 from src.files import DEMO_LM, parse_json, printable, redacted
 
 # ------------------------------------------------------------------------------ types of options
@@ -82,7 +82,6 @@ class Option(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------- the table
-METRICS = "NormMSE KLDiv FVU L0 Dead Density DeltaCE Recovered Shrinkage Routing all".split()
 OPTIONS: dict[str, Option] = {
     # language model, text and results
     "model_path": Option(
@@ -477,8 +476,8 @@ OPTIONS: dict[str, Option] = {
         "evaluation",
         str,
         ["NormMSE"],
-        f"What to measure: {', '.join(METRICS)}.",
-        choices=" ".join(METRICS),
+        f"What to measure: {', '.join(metric_table.NAMES)}, or all of them.",
+        choices=" ".join([*metric_table.NAMES, "all"]),
         many=True,
     ),
     "route_patch": Option(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import files, hub, model
+from src import files, hub, metric_table, model
 from src.sae import SAE, STANDARD_NAMES, StandardForm
 
 LENS_CONFIG = "cfg.json"
@@ -32,8 +32,6 @@ HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
 )
 DEMO_LM_NAME = str(files.DEMO_LM.relative_to(files.ROOT))
-CARD_METRICS = ("NormMSE", "FVU", "L0", "Dead", "KLDiv", "DeltaCE")
-CARD_METRICS += ("Recovered_zero", "Recovered_mean")
 
 Writers = dict[str, Callable[[Any], Any]]  # {file name: function that writes to an open file}
 
@@ -416,7 +414,7 @@ def _card_facts(sae: SAE, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "sites (1 = output of the first block)": ", ".join(map(str, sae.sites())),
         "hidden size": sae.hidden_size,
         "latents": sae.latent_size,
-        "active latents a token (k)": getattr(sae, "k", None),
+        "active latents a token (k)": sae.k,
         "input": standardised if sae.input_norm == "token" else "raw states",
         "training text": recipe.get("data_name"),
         "training tokens": recipe.get("tokens"),
@@ -436,7 +434,7 @@ def _card_results(evaluation: Mapping[str, Any]) -> list[str]:
     held_out = " held-out" if split == "eval" else ""
     lines = [f"On {evaluation.get('tokens')}{held_out} tokens (`{split}` split):", ""]
     lines += ["| metric | value | unit |", "|---|---|---|"]
-    for name in CARD_METRICS:
+    for name in metric_table.shown_in(metric_table.CARD):
         value = evaluation.get(name)
         if isinstance(value, float):
             lines += [f"| {name} | {value:.4g} | {_cell(units.get(name, ''))} |"]

@@ -1,11 +1,14 @@
-"""What is measured, as objects with update, merge and compute: sums over counted tokens, divided once.
+"""What an evaluation measures: objects that take in batches, merge, and compute numbers.
+
+They keep sums over counted tokens, which are divided once. metric_table.py lists the metrics.
 
 N tokens, D hidden, F latents, L sites, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,59 +16,56 @@ from torch import Tensor
 
 from src import device, router
 from src.ops import squared_errors
-from src.sparse import SparseCode, firings
+from src.sae import SAEOutput
 
 CHUNK_TOKENS = 4096  # tokens in float64 at one time
-UNITS = {
-    "NormMSE": "share of squared norm",
-    "FVU": "share of variance",
-    "L0": "latents a token",
-    "Dead": "share of latents",
-    "Density": "share of tokens",
-    "KLDiv": "nats a token",
-    "KLDiv_seq": "nats a sequence",
-    "DeltaCE": "nats a token",
-    "Recovered_zero": "share",
-    "Recovered_mean": "share",
-    "Shrinkage": "1 = none",
-}
 
 
 def token_kl(logits_original: Tensor, logits_reconstruct: Tensor) -> Tensor:
-    """KL(original || reconstruct) of each token, in nats. [...,V] -> [...]"""
-    p, q = logits_original.float().log_softmax(-1), logits_reconstruct.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """Return KL(original || reconstruct) of each token, in nats. [...,V] -> [...]"""
+    log_p = logits_original.float().log_softmax(-1)
+    log_q = logits_reconstruct.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def KLDiv(logits_original: Tensor, logits_reconstruct: Tensor) -> Tensor:
-    """Mean over tokens of KL(original || reconstruct), in nats."""
+    """Return the mean over tokens of KL(original || reconstruct), in nats."""
     return token_kl(logits_original, logits_reconstruct).mean()
 
 
 class Prediction:
-    """What the language model predicts at some positions, for others to be compared with. Logits [N,V], targets int64 [N]."""
+    """What the language model predicts at some positions, to compare other predictions with.
+
+    Logits [N,V], targets int64 [N].
+    """
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        self.logits, self.targets, self.fast = logits.float(), targets, device.kernels(logits)
-        if self.fast:  # keeps nothing but the logits
-            _, self.ce = self.fast.compare(self.logits, self.logits, targets)
+        self.logits = logits.float()
+        self.targets = targets
+        self.kernels = device.kernels(logits)
+        if self.kernels:  # the kernel keeps nothing but the logits
+            _, self.ce = self.kernels.compare(self.logits, self.logits, targets)
         else:
             self.log_p = self.logits.log_softmax(-1)
-            self.p, self.ce = self.log_p.exp(), self._ce(self.log_p)
+            self.p = self.log_p.exp()
+            self.ce = self._ce(self.log_p)
 
     def _ce(self, log_q: Tensor) -> Tensor:
         return -log_q.gather(-1, self.targets[:, None])[:, 0]
 
     def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(KL(this || other), cross-entropy of the other) of each token, in nats [N]."""
-        if self.fast:
-            return self.fast.compare(self.logits, logits.float(), self.targets)
+        """Return (KL(this || other), cross-entropy of the other) of each token, in nats. [N]"""
+        if self.kernels:
+            return self.kernels.compare(self.logits, logits.float(), self.targets)
         log_q = logits.float().log_softmax(-1)
         return (self.p * (self.log_p - log_q)).sum(-1), self._ce(log_q)
 
 
 class Sum:
-    """A sum of float64 tensors that keeps the error of each addition (Knuth's two-sum): neither their order nor who adds changes its value."""
+    """A sum of float64 tensors that keeps the error of each addition (Knuth's two-sum).
+
+    Its value depends neither on the order of the additions nor on which process makes them.
+    """
 
     def __init__(self) -> None:
         self.high: Tensor | float = 0.0
@@ -86,155 +86,183 @@ class Sum:
 
 
 class Measure:
-    """Counts and sums that can be added to those of another part of the same data."""
+    """Counts and sums over a part of the data. They can be merged with those of another part."""
 
     def merge(self, other: Measure) -> None:
-        for name, mine in vars(self).items():
-            theirs = getattr(other, name)
-            if isinstance(mine, Sum | Measure):
-                mine.merge(theirs)
+        for name, local in vars(self).items():
+            added = getattr(other, name)
+            if isinstance(local, Sum | Measure):
+                local.merge(added)
             else:
-                setattr(self, name, mine + theirs)
+                setattr(self, name, local + added)
 
 
 class Mean(Measure):
     """Sum over tokens / number of tokens; a vector where each token has one."""
 
     def __init__(self) -> None:
-        self.total, self.count = Sum(), 0
+        self.total = Sum()
+        self.count = 0
 
     def update(self, values: Tensor) -> None:
-        """values [N] or [N,L]"""
+        """Take in the values of N tokens. [N] or [N,L]"""
         self.total.add(values.double().sum(0))
         self.count += len(values)
 
     def compute(self) -> Any:
+        """Return a number or a list; None without tokens."""
         if not self.count:
             return None
-        result = torch.as_tensor(self.total.value()) / self.count
-        return result.tolist()
+        return (torch.as_tensor(self.total.value()) / self.count).tolist()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ------------------------------------------------------------------------------------- of the code
 
 
 class Reconstruction(Measure):
-    """NormMSE, FVU and Shrinkage of (target, x_hat), per site where there are several."""
+    """NormMSE, FVU and Shrinkage of a reconstruction, per site where there are several."""
 
     def __init__(self) -> None:
-        self.norm_mse, self.n = Mean(), 0
-        self.error, self.first, self.second, self.cross, self.hat = (Sum() for _ in range(5))
+        self.norm_mse = Mean()
+        self.count = 0
+        self.error = Sum()
+        self.target = Sum()
+        self.target_square = Sum()
+        self.product = Sum()
+        self.x_hat_square = Sum()
 
-    def update(self, target: Tensor, x_hat: Tensor) -> None:
-        """[N,D] or [N,L,D]"""
-        self.norm_mse.update(squared_errors(target, x_hat))
-        self.n += len(target)
-        for x, y in zip(target.split(CHUNK_TOKENS), x_hat.split(CHUNK_TOKENS), strict=True):
-            x, y = x.double(), y.double()
-            self.error.add((x - y).square().sum((0, -1)))
-            self.first.add(x.sum(0))
-            self.second.add(x.square().sum((0, -1)))
-            self.cross.add((x * y).sum((0, -1)))
-            self.hat.add(y.square().sum((0, -1)))
+    def update(self, out: SAEOutput) -> None:
+        self.norm_mse.update(squared_errors(out.target, out.x_hat))
+        self.count += len(out.target)
+        chunks = zip(out.target.split(CHUNK_TOKENS), out.x_hat.split(CHUNK_TOKENS), strict=True)
+        for x, x_hat in chunks:
+            x = x.double()
+            x_hat = x_hat.double()
+            self.error.add((x - x_hat).square().sum((0, -1)))
+            self.target.add(x.sum(0))
+            self.target_square.add(x.square().sum((0, -1)))
+            self.product.add((x * x_hat).sum((0, -1)))
+            self.x_hat_square.add(x_hat.square().sum((0, -1)))
 
     def compute(self) -> dict[str, Any]:
-        """FVU: error over variance around the data mean. Shrinkage: E|x_hat|^2 / E<x_hat, x>, below 1 where norms are too small."""
-        variance = self.second.value() - self.first.value().square().sum(-1) / self.n
-        shrinkage = (
-            self.hat.value() / self.cross.value().clamp_min(1e-300)
-        ).tolist()  # an SAE that gives only zeros has 0, not 0/0
-        found = {
+        """Return the means over the sites, and the values per site if there are several.
+
+        FVU is the error over the variance around the data mean. Shrinkage is
+        E|x_hat|^2 / E<x_hat, x>; it is below 1 where norms are too small.
+        """
+        variance = self.target_square.value() - self.target.value().square().sum(-1) / self.count
+        # An SAE that gives only zeros has shrinkage 0, not 0 / 0.
+        product = self.product.value().clamp_min(1e-300)
+        values = {
             "NormMSE": self.norm_mse.compute(),
             "FVU": (self.error.value() / variance).tolist(),
-            "Shrinkage": shrinkage,
+            "Shrinkage": (self.x_hat_square.value() / product).tolist(),
         }
         result: dict[str, Any] = {}
-        for name, value in found.items():
-            result[name] = sum(value) / len(value) if isinstance(value, list) else value
+        for name, value in values.items():
             if isinstance(value, list):
+                result[name] = _mean(value)
                 result[f"{name}_per_site"] = value
+            else:
+                result[name] = value
         return result
 
 
 class Activity(Measure):
-    """L0, share of latents that never fire, and the histogram of firing rates."""
+    """L0, the share of latents that never fire, and the histogram of firing rates."""
 
     EDGES = [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
     def __init__(self) -> None:
-        self.fired, self.n = 0, 0
+        self.fired: Tensor | int = 0
+        self.n_codes = 0
 
-    def update(self, code: Tensor | SparseCode) -> None:
-        """[N,F] or [N,L,F]; every (token, site) is a sample."""
-        self.fired = self.fired + firings(code)
-        self.n += code.shape[:-1].numel()
+    def update(self, out: SAEOutput) -> None:
+        """Every code is a sample; some models have one for every (token, site)."""
+        self.fired = self.fired + out.fired
+        self.n_codes += out.n_codes
 
     def compute(self) -> dict[str, Any]:
-        density = self.fired.double() / self.n
-        counts = [
-            int(((density > low) & (density <= high)).sum())
-            for low, high in zip(self.EDGES, self.EDGES[1:], strict=False)
-        ]
+        density = self.fired.double() / self.n_codes
+        counts = [int((density == 0).sum())]
+        for low, high in zip(self.EDGES, self.EDGES[1:], strict=False):
+            counts.append(int(((density > low) & (density <= high)).sum()))
         return {
             "L0": float(density.sum()),
             "Dead": float((density == 0).double().mean()),
             "Density": float(density.median()),
-            "Density_histogram": {
-                "edges": self.EDGES,
-                "latents": [int((density == 0).sum()), *counts],
-            },
+            "Density_histogram": {"edges": self.EDGES, "latents": counts},
             "Density_over_1_percent": float((density > 0.01).double().mean()),
             "Density_over_10_percent": float((density > 0.1).double().mean()),
         }
 
 
+CODE_MEASURES = (Reconstruction, Activity)  # what every evaluation updates with every SAEOutput
+
+
+# ----------------------------------------------------------------------------------- of the router
+
+
 class Routing(Measure):
-    """What the router does: share and mean p per site, entropies, error per site, regret against the best site, what a token says about its site."""
+    """What the router does: shares, entropies, errors, regret, information of tokens on sites."""
 
     def __init__(self) -> None:
-        self.chosen, self.p, self.p_max, self.p_entropy, self.error, self.regret, self.best = (
-            Mean() for _ in range(7)
-        )
-        self.at_site = Sum()
-        self.counts, self.shuffled = (torch.zeros(0, dtype=torch.long) for _ in range(2))
+        self.chosen = Mean()
+        self.p = Mean()
+        self.p_max = Mean()
+        self.p_entropy = Mean()
+        self.errors = Mean()
+        self.regret = Mean()
+        self.is_best = Mean()
+        self.error_at_site = Sum()
+        # Tokens in each cell (token id, site), flat; they grow with the largest id.
+        self.counts = torch.zeros(0, dtype=torch.long)
+        self.shuffled_counts = torch.zeros(0, dtype=torch.long)
 
     def update(self, weights: Tensor, errors: Tensor, routed: Tensor, token_ids: Tensor) -> None:
-        """weights [N,L] of the router; errors [N,L] NormMSE of each site's state as it is; routed [N] of what was coded (p x); token_ids [N]"""
-        site, n_sites = weights.argmax(-1), weights.shape[-1]
+        """Take in a batch.
+
+        weights [N,L] of the router; errors [N,L], NormMSE of each site's state at scale 1;
+        routed [N], NormMSE of what was coded, scale included; token_ids int64 [N].
+        """
+        site = weights.argmax(-1)
+        n_sites = weights.shape[-1]
         one_hot = F.one_hot(site, n_sites).double()
+        self.chosen.update(one_hot)
         self.p.update(weights)
         self.p_max.update(weights.max(-1).values)
         self.p_entropy.update(router.entropy(weights))
-        self.error.update(errors)
+        self.errors.update(errors)
         self.regret.update(router.regret(site, errors))
-        self.best.update((site == errors.argmin(-1)).double())
-        self.at_site.add((one_hot * routed[:, None]).sum(0))
-        others = router.shuffled(
-            site, torch.arange(len(site), device=site.device), int(token_ids.sum())
-        )  # seeded by the batch alone
-        self.chosen.update(one_hot)
-        self.counts = self._counted(self.counts, token_ids * n_sites + site)
-        self.shuffled = self._counted(self.shuffled, token_ids * n_sites + others)
+        self.is_best.update((site == errors.argmin(-1)).double())
+        self.error_at_site.add((one_hot * routed[:, None]).sum(0))
+        # The seed depends on the batch alone, so that any number of processes agrees.
+        keys = torch.arange(len(site), device=site.device)
+        shuffled_site = router.shuffled(site, keys, int(token_ids.sum()))
+        first_cell = token_ids * n_sites
+        self.counts = _count_cells(self.counts, first_cell + site)
+        self.shuffled_counts = _count_cells(self.shuffled_counts, first_cell + shuffled_site)
 
     def merge(self, other: Measure) -> None:
-        for name in ("counts", "shuffled"):
-            mine, theirs = getattr(self, name), getattr(other, name).to(getattr(self, name).device)
-            size = max(len(mine), len(theirs))
-            setattr(self, name, F.pad(mine, (0, size - len(mine))))
-            setattr(other, name, F.pad(theirs, (0, size - len(theirs))))
+        for name in ("counts", "shuffled_counts"):
+            local = getattr(self, name)
+            added = getattr(other, name).to(local.device)
+            size = max(len(local), len(added))
+            setattr(self, name, F.pad(local, (0, size - len(local))))
+            setattr(other, name, F.pad(added, (0, size - len(added))))
         super().merge(other)
-
-    @staticmethod
-    def _counted(counts: Tensor, cells: Tensor) -> Tensor:
-        added = torch.bincount(cells, minlength=len(counts)).cpu()
-        added[: len(counts)] += counts
-        return added
-
-    def _information(self, counts: Tensor, n_sites: int) -> float:
-        return router.information(F.pad(counts, (0, -len(counts) % n_sites)).view(-1, n_sites))
 
     def compute(self) -> dict[str, Any]:
         share = torch.tensor(self.chosen.compute(), dtype=torch.float64)
-        per_site = [
-            float(e / n) if n > 0 else None
-            for e, n in zip(self.at_site.value(), share * self.chosen.count, strict=True)
+        n_sites = len(share)
+        tokens_at_site = share * self.chosen.count
+        error_at_site = [
+            float(error / tokens) if tokens > 0 else None
+            for error, tokens in zip(self.error_at_site.value(), tokens_at_site, strict=True)
         ]
         return {
             "share": share.tolist(),
@@ -242,12 +270,97 @@ class Routing(Measure):
             "p_max": self.p_max.compute(),
             "p_entropy": self.p_entropy.compute(),
             "share_entropy": float(router.entropy(share)),
-            "NormMSE_of_routed": per_site,
-            # nats; the estimate is too high by what it finds where the sites are shuffled over the tokens
-            "site_token_information": self._information(self.counts, len(share)),
-            "site_token_information_shuffled": self._information(self.shuffled, len(share)),
-            # from here on at scale 1, where sites compare with each other; not the error of p x that the headline reports
-            "NormMSE_unscaled_if_all_went_there": self.error.compute(),
+            "NormMSE_of_routed": error_at_site,
+            # In nats. The estimate is biased upwards by about its value for shuffled sites.
+            "site_token_information": _information(self.counts, n_sites),
+            "site_token_information_shuffled": _information(self.shuffled_counts, n_sites),
+            # At scale 1, where sites compare with each other. NormMSE is that of the scaled state.
+            "NormMSE_unscaled_if_all_went_there": self.errors.compute(),
             "regret_unscaled": self.regret.compute(),
-            "agrees_with_best_site_unscaled": self.best.compute(),
+            "agrees_with_best_site_unscaled": self.is_best.compute(),
         }
+
+
+def _count_cells(counts: Tensor, cells: Tensor) -> Tensor:
+    """Return the counts [C] with a batch of cells [N] added; longer if a cell is new."""
+    total = torch.bincount(cells, minlength=len(counts)).cpu()
+    total[: len(counts)] += counts
+    return total
+
+
+def _information(counts: Tensor, n_sites: int) -> float:
+    """Return the mutual information of token and site, from the flat counts."""
+    padded = F.pad(counts, (0, -len(counts) % n_sites))
+    return router.information(padded.view(-1, n_sites))
+
+
+# -------------------------------------------------------------------- of the patched language model
+
+
+class Run(NamedTuple):
+    """A run of the language model that measures an SAE."""
+
+    index: int  # of the patches among those that SAE.patches yields
+    ablation: str = ""  # what replaces the states; "": the reconstruction
+
+
+class RunMeasure(Measure):
+    """KL, cross-entropy and the clean model's cross-entropy of one run, in nats."""
+
+    def __init__(self) -> None:
+        self.kl = Mean()
+        self.ce = Mean()
+        self.clean_ce = Mean()
+
+    def ce_increase(self) -> float:
+        return self.ce.compute() - self.clean_ce.compute()
+
+
+class PatchedRuns(Measure):
+    """The runs of the language model that measure one SAE.
+
+    Sites that the SAE patches one by one have a run each; the metrics are means over these runs.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[Run, RunMeasure] = {}
+
+    def update(self, run: Run, kl: Tensor, ce: Tensor, clean_ce: Tensor) -> None:
+        """Take in the values of the predictions of one run, in nats. [N]"""
+        measure = self.runs.setdefault(run, RunMeasure())
+        measure.kl.update(kl)
+        measure.ce.update(ce)
+        measure.clean_ce.update(clean_ce)
+
+    def merge(self, other: Measure) -> None:
+        for run, measure in other.runs.items():
+            self.runs.setdefault(run, RunMeasure()).merge(measure)
+
+    def has_predictions(self) -> bool:
+        return bool(self.runs)
+
+    def compute(self, n_rows: int) -> dict[str, Any]:
+        """Return the metrics in nats; KLDiv_seq is per row.
+
+        Recovered is the share of the increase of cross-entropy under ablation that the SAE avoids.
+        """
+        by_ablation: dict[str, list[RunMeasure]] = {}
+        # Sums over the sites take them in their order, whatever else was evaluated.
+        for run in sorted(self.runs, key=lambda run: run.index):
+            by_ablation.setdefault(run.ablation, []).append(self.runs[run])
+        patched = by_ablation.pop("")
+        kl = [run.kl.compute() for run in patched]
+        delta = [run.ce_increase() for run in patched]
+        result: dict[str, Any] = {
+            "KLDiv": _mean(kl),
+            "KLDiv_seq": _mean(kl) * patched[0].kl.count / n_rows,
+            "DeltaCE": _mean(delta),
+            "CE_clean": patched[0].clean_ce.compute(),
+        }
+        if len(patched) > 1:
+            result |= {"KLDiv_per_site": kl, "DeltaCE_per_site": delta}
+        for kind, ablated in by_ablation.items():
+            increase = sum(run.ce_increase() for run in ablated)
+            result[f"Recovered_{kind}"] = 1 - sum(delta) / increase
+            result[f"KLDiv_{kind}_ablation"] = _mean([run.kl.compute() for run in ablated])
+        return result

@@ -19,6 +19,7 @@ from typing import Any
 
 from src.config import small_parser
 from src.files import ROOT, is_stale_result, load_json, newest, save_text
+from src.metric_table import PAGE, columns
 
 ASSETS = ROOT / "assets" / "page"  # page.html is the frame of page.css, page.js and the data
 HISTOGRAM_BINS = 12
@@ -67,15 +68,8 @@ LABEL = {
     "detection": dict | None,
     "fuzzing": dict | None,
 }
-EVALUATION = {
-    "title": str | None,
-    "L0": NUMBER | None,
-    "NormMSE": NUMBER | None,
-    "FVU": NUMBER | None,
-    "KLDiv": NUMBER | None,
-    "Recovered_mean": NUMBER | None,
-    "Dead": NUMBER | None,
-}
+METRICS = columns(PAGE)
+EVALUATION = {"title": str | None} | dict.fromkeys(METRICS, NUMBER | None)
 
 
 # ------------------------------------------------------------------------------- checks of the data
@@ -266,6 +260,7 @@ def page(
         ],
         "routing": contexts.get("routing"),
         "evaluation": evaluation,
+        "metrics": METRICS,
         "picture": f"data:image/png;base64,{encoded_picture}" if picture else None,
         "words": list(writer.words),
     }

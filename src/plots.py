@@ -15,19 +15,16 @@ from typing import Any
 
 from src.config import small_parser
 from src.files import load_json, parse_json, save_text, text_records
+from src.metric_table import METRICS, SCALE, TABLE, columns
 
 Result = dict[str, Any]  # the JSON of one evaluation
 
-COLUMNS = ("L0", "NormMSE", "FVU", "KLDiv", "DeltaCE", "Recovered_mean", "Dead")
+COLUMNS = columns(TABLE)
 SPEED, SPEED_TITLE = "step_tokens_per_s", "training step, tokens/s"
 SWEPT = re.compile(r"_(target_l0|l1_coeff)[\d.e+-]+(?=_|$)")
 L0_TOLERANCE = 0.1  # an L0 farther than this share from the row's own k is starred
 L0_LABEL = "L0, active latents a token"
 DENSITY_TICKS = ("never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1")
-SCALE = (
-    "NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, "
-    "above 0.8 failed. KLDiv: nats per real token."
-)
 STAR = (
     "\\* L0 is more than 10 % off the common k: not comparable at this row. A Crosscoder's code "
     "has read later sites too, so its KL is no causal comparison. KL follows the depth of the "
@@ -89,11 +86,8 @@ def table(results: list[Result]) -> str:
     An L0 that is more than 10 % off the row's own k, or off the one k of the table, is starred.
     """
     with_speed = any(result.get(SPEED) for result in results)
-    columns = [*COLUMNS, *([SPEED_TITLE] if with_speed else [])]
-    lines = [
-        "| SAE | sites | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
+    headings = ["SAE", "sites", *COLUMNS, *([SPEED_TITLE] if with_speed else [])]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     all_k = {result["k"] for result in results if result.get("k")}
     common_k = all_k.pop() if len(all_k) == 1 else None
     if common_k:
@@ -113,7 +107,7 @@ def _cells(result: Result, target_l0: float | None, with_speed: bool) -> list[st
     sites = result["sites"]
     numbers = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in COLUMNS]
     if target_l0 and abs(result["L0"] / target_l0 - 1) > L0_TOLERANCE:
-        numbers[0] += " *"
+        numbers[COLUMNS.index("L0")] += " *"
     if with_speed:
         numbers.append(f"{result[SPEED]:,}" if result.get(SPEED) else "-")
     site_range = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]}"
@@ -157,20 +151,24 @@ def _site_colours(count: int) -> Any:
 
 
 def picture(results: list[Result], path: Path) -> None:
-    """Draw NormMSE and KL against L0, routing shares and firing rates."""
-    figure, ((mse, kl), (share, density)) = pyplot().subplots(
-        2, 2, figsize=(13, 9), constrained_layout=True
-    )
+    """Draw the metrics that have a panel against L0, then routing shares and firing rates."""
+    drawn = [metric for metric in METRICS if metric.panel]
+    rows = math.ceil(len(drawn) / 2) + 1
+    figure, axes = pyplot().subplots(rows, 2, figsize=(13, 4.5 * rows), constrained_layout=True)
+    metric_axes = list(axes[:-1].flat)
+    share, density = axes[-1]
     result_families = families(results)
     styles = {
         name: {"color": f"C{i % 10}", "marker": "osD^vP"[i // 10]}
         for i, name in enumerate(result_families)
     }
-    _draw_frontiers(mse, result_families, styles, "NormMSE", "NormMSE")
-    _draw_frontiers(kl, result_families, styles, "KLDiv", "KL, nats a token")
+    for metric, axis in zip(drawn, metric_axes, strict=False):
+        _draw_frontiers(axis, result_families, styles, metric.key, metric.panel)
+    for axis in metric_axes[len(drawn) :]:
+        axis.remove()
     _draw_routing(share, [result for result in results if "Routing" in result])
     _draw_densities(density, result_families, styles)
-    handles, labels = mse.get_legend_handles_labels()
+    handles, labels = metric_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, path)
 

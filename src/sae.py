@@ -207,6 +207,7 @@ class SAE(nn.Module):
     architecture = ""  # of the standard form
     input_norm = "token"  # each token's state is standardised; "none": it is taken as it is
     evaluation_options: tuple[str, ...] = ()  # attributes that an evaluation may change
+    k: int | None = None  # latents that the trained rule keeps; None: no fixed number
 
     def __init__(self, hidden_size: int, latent_size: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
@@ -484,8 +485,7 @@ class Dictionary(SAE):
             if name in state:
                 tensor = state[name]
                 tensors[standard_name] = tensor.T if tensor.dim() == 2 else tensor
-        k = getattr(self, "k", None)
-        form = StandardForm(self.architecture, tensors, self.encode, k)
+        form = StandardForm(self.architecture, tensors, self.encode, self.k)
         return {site: form for site in self.sites()}
 
     def decoders(self):

@@ -31,7 +31,7 @@ from src.files import DEMO_LM
 from src.metrics import Reconstruction
 from src.model import build
 from src.ops import kth_largest
-from src.sae import BatchInfo
+from src.sae import BatchInfo, SAEOutput
 from src.sae_training import LocalBatch, SAETraining, make_optimizer
 from src.trainer import Trainer
 
@@ -394,7 +394,7 @@ def test_sums_do_not_depend_on_their_order_or_on_who_adds():
     def measured(batches):
         metric = Reconstruction()
         for target, x_hat in batches:
-            metric.update(target, x_hat)
+            metric.update(SAEOutput(target, None, x_hat))
         return metric
 
     expected = measured(batches).compute()

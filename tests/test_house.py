@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.stem: path for path in sorted((ROOT / "src").glob("*.py"))}
 # A file imports only files of lower floors. The entries at the root are floor 6 too.
 FLOORS = (
-    "zoo files contexts draws config_file hub",
+    "zoo files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt",
     "sae reference",
     "model data lm metrics config",
@@ -111,7 +111,8 @@ def test_help_of_a_module_is_quick(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["src.config", "src.interpreter", "src.contexts", "src.page", "src.plots"]
+    "module",
+    ["src.config", "src.interpreter", "src.contexts", "src.metric_table", "src.page", "src.plots"],
 )
 def test_modules_without_tensors_do_not_import_torch(module):
     done, _ = run_python("-c", f"import sys, {module}; assert 'torch' not in sys.modules")

@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from src import checkpoint, files, formats, hooks, lm, page, plots, utils
+from src import checkpoint, files, formats, hooks, lm, metric_table, page, plots, utils
 from src.applier import Applier
 from src.config import OPTIONS, parse, run_stage
 from src.data import Rows
@@ -16,6 +17,7 @@ from src.evaluator import Evaluator
 from src.files import DEMO_LM
 from src.metrics import KLDiv, Mean, Reconstruction
 from src.model import build
+from src.sae import SAEOutput
 from src.sae_training import LinearWarmupLR
 from src.trainer import Trainer
 from src.zoo import ZOO
@@ -55,20 +57,6 @@ def metric_lines(tmp_path, run_name):
     return [json.loads(line) for line in path.open()]
 
 
-METRICS = [
-    "NormMSE",
-    "FVU",
-    "L0",
-    "Dead",
-    "Density",
-    "KLDiv",
-    "DeltaCE",
-    "Recovered_zero",
-    "Recovered_mean",
-    "Shrinkage",
-]
-
-
 def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, capsys):
     train(text, tmp_path, "--model", *ZOO)
     paths = [str(sae_path(tmp_path, f"{name}_text")) for name in ZOO]
@@ -76,8 +64,10 @@ def test_every_model_trains_and_is_evaluated_with_every_metric(text, tmp_path, c
     eval_folder = tmp_path / "out" / "eval"
     for name in ZOO:
         result = results[f"{name}_text"]
-        for metric in METRICS:
-            assert math.isfinite(result[metric]), (name, metric)
+        for metric in metric_table.METRICS:
+            if metric.unit:
+                assert math.isfinite(result[metric.key]), (name, metric.key)
+                assert result["units"][metric.key] == metric.unit
         assert result["KLDiv"] > 0
         assert (eval_folder / f"{name}_text.json").exists()
     top_k, crosscoder = results["TopK_text"], results["Crosscoder_text"]
@@ -143,6 +133,41 @@ def test_one_metric_of_one_checkpoint_is_a_number(text, tmp_path):
     train(text, tmp_path)
     for metric in ("NormMSE", "Recovered", "Dead"):
         assert isinstance(evaluate(tmp_path, "--metric", metric), float)
+
+
+def test_a_metric_of_the_code_is_shown_and_does_not_patch_the_language_model(
+    text, tmp_path, monkeypatch, capsys
+):
+    train(text, tmp_path)
+    monkeypatch.setattr(hooks, "patched_states", None)
+    assert evaluate(tmp_path, "--metric", "L0") == 4
+    heading, row = capsys.readouterr().out.splitlines()[-3:-1]
+    shown = dict(zip(heading.split(), row.split()[1:], strict=True))
+    assert shown["L0"] == "4.0000" and "KLDiv" not in shown
+
+
+ADD_A_METRIC = """
+from src import metric_table as table
+new = table.Metric("New", "New_mean", table.CODE, "share", table.EVERYWHERE, 9, panel="new")
+table.METRICS += (new,)
+table.NAMES += ("New",)
+from src import config, page, plots
+assert config.parse("evaluate", ["--metric", "New"]).metric == ["New"]
+assert table.headline("New") == "New_mean"
+assert table.shown_in(table.CONSOLE)[-1] == table.shown_in(table.CARD)[-1] == "New_mean"
+assert page.METRICS[-1] == "New_mean"
+result = {"title": "a", "sites": [3], "NormMSE": 0.5, "L0": 4.0, "New_mean": 0.25}
+assert plots.table([result]).endswith("| 0.2500 |")
+histogram = {"Density_histogram": {"latents": [1] * 7}}
+plots.picture([result | histogram], pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_row_of_the_metric_table_is_enough_to_ask_for_a_metric_and_to_show_it(tmp_path):
+    code = "import pathlib, sys" + ADD_A_METRIC
+    picture = tmp_path / "picture.png"
+    subprocess.run([sys.executable, "-c", code, str(picture)], cwd=files.ROOT, check=True)
+    assert picture.exists()
 
 
 def test_results_of_a_previously_trained_sae_are_not_shown_for_the_new_one(
@@ -329,20 +354,23 @@ def test_kl_agrees_with_values_computed_by_hand():
     assert KLDiv(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(4 / 3))
 
 
+def reconstruction_metrics(*pairs):
+    """The metrics of (target, x_hat), taken in one pair at a time."""
+    measure = Reconstruction()
+    for target, x_hat in pairs:
+        measure.update(SAEOutput(target, None, x_hat))
+    return measure.compute()
+
+
 def test_reconstruction_metrics_agree_with_values_computed_by_hand():
     x = torch.randn(100, 6) + 3
     for factor, mse in ((0.0, 1.0), (0.5, 0.25), (1.0, 0.0)):
-        measure = Reconstruction()
-        measure.update(x[:30], factor * x[:30])
-        measure.update(x[30:], factor * x[30:])
-        assert measure.compute()["NormMSE"] == pytest.approx(mse)
-    assert Reconstruction().n == 0 and Mean().compute() is None
-    measure = Reconstruction()
-    measure.update(x, x.mean(0).expand_as(x))
-    assert measure.compute()["FVU"] == pytest.approx(1.0, abs=1e-5)
-    measure = Reconstruction()
-    measure.update(x, 0.8 * x)
-    assert measure.compute()["Shrinkage"] == pytest.approx(0.8, abs=1e-5)
+        result = reconstruction_metrics((x[:30], factor * x[:30]), (x[30:], factor * x[30:]))
+        assert result["NormMSE"] == pytest.approx(mse)
+    mean = x.mean(0).expand_as(x)
+    assert reconstruction_metrics((x, mean))["FVU"] == pytest.approx(1.0, abs=1e-5)
+    assert reconstruction_metrics((x, 0.8 * x))["Shrinkage"] == pytest.approx(0.8, abs=1e-5)
+    assert Mean().compute() is None
 
 
 def test_documented_training_and_evaluation_flags_exist():

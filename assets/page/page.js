@@ -9,7 +9,6 @@ const listBox = byId('list');
 const query = byId('query');
 const siteChoice = byId('site');
 const QUARTERS = ['strongest quarter', 'second quarter', 'third quarter', 'weakest quarter'];
-const COLUMNS = ['L0', 'NormMSE', 'FVU', 'KLDiv', 'Recovered_mean', 'Dead'];
 const HELP = 'Choose a feature from the list; the arrow keys or j and k step through it, '
   + '/ goes to the search.';
 
@@ -281,8 +280,8 @@ function routerMap() {
 function evaluationTable() {
   if (!data.evaluation.length) return [];
   const rows = data.evaluation.map(
-    result => [result.title, ...COLUMNS.map(column => formatNumber(result[column]))]);
-  return [element('h3', 'Evaluation'), table(['SAE', ...COLUMNS], rows)];
+    result => [result.title, ...data.metrics.map(key => formatNumber(result[key]))]);
+  return [element('h3', 'Evaluation'), table(['SAE', ...data.metrics], rows)];
 }
 
 function comparisonPicture() {
