@@ -177,8 +177,6 @@ def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(
     trained, tmp_path, name, monkeypatch
 ):
     steerer, _ = steered(trained, tmp_path, name, "--set", "3=9")
-    if steerer.sae.name == "RandomK":
-        pytest.skip("its latents are drawn per position of a batch, not of a text")
     next_logits = lm.next_logits
     cached = []
 
