@@ -5,6 +5,7 @@ Uses the standard library only and knows nothing of models or data.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import gzip
@@ -14,8 +15,10 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,11 +40,14 @@ EXPORT_DIR = "export"
 SECRETS = (
     "OPENAI_API_KEY",
     "AZURE_OPENAI_API_KEY",
+    "AZURE_OPENAI_AD_TOKEN",
+    "OPENAI_ADMIN_KEY",
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
     "WANDB_API_KEY",
 )
 SHORTEST_SECRET = 6  # characters; shorter values are placeholders and occur inside words
+TEMPORARY = ".tmp"  # end of the names of files that are being written
 LONGEST_NAME = 120  # bytes of a file name; file systems allow 255, suffixes need some
 
 
@@ -93,11 +99,31 @@ def data_name(path: str | os.PathLike) -> str:
 
 
 def redacted(text: str, *secrets: str | None) -> str:
-    """Replace the given secrets and those of the environment in a text by `[key]`."""
+    """Replace the given secrets and those of the environment in a text by `[key]`.
+
+    Every form in which an error or a server may quote them is replaced: their parts between white
+    space, and each part as Python, JSON, an address and a Basic header spell it.
+    """
+    forms: set[str] = set()
     for secret in (*secrets, *map(os.environ.get, SECRETS)):
-        if secret and len(secret) >= SHORTEST_SECRET:
-            text = text.replace(secret, "[key]")
+        forms.update(*map(_spellings, [secret, *secret.split()] if secret else []))
+    for form in sorted(forms, key=len, reverse=True):
+        if len(form) >= SHORTEST_SECRET:
+            text = text.replace(form, "[key]")
     return text
+
+
+def _spellings(secret: str) -> set[str]:
+    encoded = secret.encode("utf-8", "replace")
+    return {
+        secret,
+        repr(secret)[1:-1],
+        ascii(secret)[1:-1],
+        json.dumps(secret)[1:-1],
+        urllib.parse.quote(secret, safe=""),
+        base64.b64encode(encoded).decode(),
+        encoded.hex(),
+    }
 
 
 def printable(text: str) -> str:
@@ -136,6 +162,39 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+class Unfailing:
+    """A stream for words that nobody has to read.
+
+    A terminal that is gone, a closed pipe or a full disk must not end the work that is reported.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, work: Callable[..., Any], *values: Any) -> Any:
+        try:
+            return work(*values)
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            # What is left in its buffer would fail again when the process ends.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def say(text: str) -> None:
+    """Print a line that may quote files and servers. It never fails."""
+    print(printable(text), file=Unfailing(sys.stdout), flush=True)
+
+
 # ------------------------------------------------------------------------------- single files
 
 
@@ -153,9 +212,8 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent
-    )
+    remove_leftovers(path.parent, path.name)
+    handle, temporary = _temporary_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -168,6 +226,42 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _temporary_prefix(name: str) -> str:
+    return f".{name[:40]}."
+
+
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    """(handle, name) of a new temporary file, which carries the kernel's lock of this process."""
+    while True:
+        handle, name = tempfile.mkstemp(
+            prefix=_temporary_prefix(path.name), suffix=TEMPORARY, dir=path.parent
+        )
+        _kernel_lock(handle)
+        # Another process may have taken it for a leftover before it was locked.
+        if os.path.exists(name):
+            return handle, name
+        os.close(handle)
+
+
+def remove_leftovers(folder: str | os.PathLike, name: str = "") -> None:
+    """Remove the temporary files of killed writers: of one file, or of all files in a folder.
+
+    The kernel's lock on a temporary file ends with its writer. Where the file system has no locks
+    nothing is removed.
+    """
+    prefix = _temporary_prefix(name) if name else "."
+    for path in Path(folder).iterdir():
+        if not (path.name.startswith(prefix) and path.name.endswith(TEMPORARY)):
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _kernel_lock(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def save_text(text: str, path: str | os.PathLike) -> Path:
@@ -187,12 +281,16 @@ def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Pat
     return write_atomic(path, lambda file: file.write(content))
 
 
-def load_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file, also a compressed one (`.gz`). Raises Unusable for a damaged file."""
-    open_file = gzip.open if str(path).endswith(".gz") else open
+def load_json(path: str | os.PathLike, content: bytes | None = None) -> Any:
+    """Read a JSON file, also a compressed one (`.gz`). Raises Unusable for a damaged file.
+
+    content: the bytes of the file, if they were read before.
+    """
+    content = Path(path).read_bytes() if content is None else content
     try:
-        with open_file(path, "rt", encoding="utf-8") as file:
-            return parse_json(file.read())
+        if str(path).endswith(".gz"):
+            content = gzip.decompress(content)
+        return parse_json(content.decode("utf-8"))
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise Unusable(f"{path} is not readable JSON ({error})") from error
 
@@ -239,8 +337,13 @@ def newest(folder: str | os.PathLike, pattern: str) -> Path | None:
 
     Names of users in the pattern must go through glob.escape or safe_name.
     """
-    matches = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
-    return matches[-1] if matches else None
+    times = {}
+    for path in Path(folder).glob(pattern):
+        # A killed writer leaves a hidden temporary file; another process may remove a file.
+        with contextlib.suppress(FileNotFoundError):
+            if not path.name.startswith("."):
+                times[path] = path.stat().st_mtime
+    return max(times, key=times.__getitem__, default=None)
 
 
 # ------------------------------------------------------------------------- folders with a manifest
@@ -422,7 +525,7 @@ def locked(
             file.truncate(0)
 
 
-def _kernel_lock(file: TextIO) -> bool | None:
+def _kernel_lock(file: TextIO | int) -> bool | None:
     """Try to lock a file: True if it is ours, False if another process has it, None if unknown."""
     import fcntl
 

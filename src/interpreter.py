@@ -6,17 +6,19 @@ Contexts are data: marks in them were broken up when they were written, and are 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import random
 import re
+import signal
+import sys
 import threading
-import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +27,10 @@ from tqdm import tqdm
 
 from src import files
 from src.contexts import CLOSE, OPEN, marked
+from src.endpoint import ANSWER_CHARS, NO_USAGE, Answer, Endpoint, Failed, read_key, sum_usage
 
 BY_RULE = "heuristic"  # the engine that asks no language model
+BY_RULE_MARK = "[by rule]"  # begins the explanations of that engine
 PRICES = {  # USD per million tokens: prompt, answer
     "gpt-4o": (2.5, 10.0),
     "gpt-4o-mini": (0.15, 0.6),
@@ -35,11 +39,11 @@ PRICES = {  # USD per million tokens: prompt, answer
 }
 PROMPT_CONTEXTS = 20  # contexts in one prompt
 CONTEXT_CHARS = 2000  # of a context, on each side of a mark
-ANSWER_CHARS = 10_000  # of an answer, from its end: a model that thinks aloud answers there
 EXPLANATION_CHARS = 1000
-ERROR_CHARS = 300
+TEST_CHARS = 2 * CONTEXT_CHARS  # of a text in a test
+WORD_CHARS = 200  # before a mark, in which the rules look for a word
+LATENT_DIGITS = 18
 ANSWER_TOKENS = 80  # of a usual answer, for the estimate of a dry run
-MAX_PAUSE = 120  # seconds a server may ask to wait; the client itself would not wait longer
 
 SYSTEM = (
     "You study which texts switch on one latent of a sparse autoencoder. "
@@ -77,7 +81,6 @@ TESTS = {
     "fuzzing": f"Some tokens of each numbered text stand between {OPEN} and {CLOSE}: "
     "in some texts those the latent is active on, in others not.",
 }
-NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "requests": 0}
 
 Context = Mapping[str, Any]  # activation, context (its text with marks), token_class
 Entry = dict[str, Any]  # "contexts": list of Context; perhaps "sample" and "negatives"
@@ -106,11 +109,15 @@ def read_entries(data: Any, path: Path) -> dict[str, Entry]:
     usable = {}
     for latent, entry in table.items():
         contexts = _contexts_of(entry)
-        if contexts and str(latent).isdecimal():
+        if contexts and re.fullmatch(rf"[0-9]{{1,{LATENT_DIGITS}}}", latent):
             contexts.sort(key=lambda context: -context["activation"])
-            usable[str(latent)] = entry | {"contexts": contexts}
+            usable[latent] = entry | {
+                "contexts": contexts,
+                "sample": [text for text in _list(entry, "sample") if _is_sample(text)],
+                "negatives": [i for i in _list(entry, "negatives") if _is_index(i)],
+            }
     if len(usable) < len(table):
-        print(
+        files.say(
             f"{path}: {len(table) - len(usable)} of {len(table)} entries are passed over, because "
             "their name is no number of a latent or they hold no usable context"
         )
@@ -140,19 +147,46 @@ def _contexts_of(entry: Entry) -> list[dict[str, Any]]:
             for context in contexts
             if isinstance(context.get("context"), str) and _is_number(context.get("activation"))
         ]
-    pairs = zip(entry.get("activations", []), entry.get("tokens", []), strict=False)
+    pairs = zip(_list(entry, "activations"), _list(entry, "tokens"), strict=False)
     return [
         {"activation": activation, "context": "".join(tokens), "token_class": ""}
         for activation, tokens in pairs
-        if _is_number(activation)
-        and isinstance(tokens, list)
-        and all(isinstance(token, str) for token in tokens)
+        if _is_number(activation) and _is_texts(tokens)
     ]
 
 
 def _is_number(value: Any) -> bool:
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and abs(value) < float("inf")
+    return is_real and abs(value) <= sys.float_info.max
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _list(table: Mapping[str, Any], key: str) -> list[Any]:
+    value = table.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _is_window(value: Any) -> bool:
+    """Whether a value is a window of text, as the "negatives" of a file are."""
+    return isinstance(value, dict) and _is_texts(value.get("tokens"))
+
+
+def _is_sample(value: Any) -> bool:
+    """Whether a value is a window with its active tokens, as the "sample" of an entry is."""
+    if not _is_window(value):
+        return False
+    pairs = value.get("token_activations")
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and pair for pair in pairs):
+        return False
+    indices = [*(pair[0] for pair in pairs), value.get("position")]
+    return all(_is_index(index) and index < len(value["tokens"]) for index in indices)
 
 
 def choose_contexts(contexts: Sequence[Context], n: int = PROMPT_CONTEXTS) -> list[Context]:
@@ -197,8 +231,10 @@ def _by_token_class(contexts: Sequence[Context]) -> dict[str, list[Context]]:
 
 def parse_answer(text: str) -> dict[str, Any] | None:
     """Return {category, score, polysemantic, explanation} from JSON or prose, or None."""
-    text = text[-ANSWER_CHARS:]
-    fields = _fields_from_json(text) or _fields_from_prose(text)
+    text = _after_thoughts(text)
+    fields = _fields_from_json(text)
+    if not fields and not is_cut(text):
+        fields = _fields_from_prose(text)
     # A whole number from 1 to 5, perhaps as "4.0" or "4/5", not a part of another number.
     score_text = str(fields.get("score", "")).split("/")[0]
     score = re.search(r"(?<![\d.-])[1-5](?:\.0+)?(?![\d.]*\d)", score_text)
@@ -217,17 +253,71 @@ def parse_answer(text: str) -> dict[str, Any] | None:
     }
 
 
+def _after_thoughts(text: str) -> str:
+    """The end of an answer after its last </think>; '' if the thoughts do not end."""
+    thoughts, end, answer = text.rpartition("</think>")
+    return "" if not end and "<think>" in text else answer[-ANSWER_CHARS:]
+
+
+def holds_answer(text: str) -> bool:
+    """Whether a text holds a whole JSON object of an answer."""
+    return bool(_fields_from_json(_after_thoughts(text)))
+
+
+def is_cut(text: str) -> bool:
+    """Whether an answer holds the beginning of a JSON object or list without its end."""
+    text = _after_thoughts(text)
+    opening = max(text.rfind("{"), text.rfind("["))
+    closing = max(text.rfind("}"), text.rfind("]"))
+    return opening > closing and bool(re.match(r"""[{\[]\s*["'\d]""", text[opening:]))
+
+
 def _fields_from_json(text: str) -> dict[str, Any]:
-    """The first JSON object in the text that looks like an answer, or {}."""
-    decoder = json.JSONDecoder()
+    """The last object in the text that looks like an answer, or {}. Its keys are lower case."""
+    last: dict[str, Any] = {}
+    stop = 0
     for brace in re.finditer(r"\{", text):
-        try:
-            candidate, _ = decoder.raw_decode(text, brace.start())
-        except (ValueError, RecursionError):
+        if brace.start() < stop:  # inside the object before
             continue
-        if isinstance(candidate, dict) and {"score", "explanation"} & set(candidate):
-            return {str(key).lower(): value for key, value in candidate.items()}
-    return {}
+        value, end = _object_at(text, brace.start())
+        if isinstance(value, dict) and {"score", "explanation"} & set(map(_lower, value)):
+            last, stop = {_lower(key): item for key, item in value.items()}, end
+    return last
+
+
+def _lower(key: Any) -> str:
+    return str(key).lower()
+
+
+def _object_at(text: str, start: int) -> tuple[Any, int]:
+    """(value, its end) of the object that begins there, or (None, start).
+
+    Raw line breaks in strings, a comma before the closing brace, and the quotes and words of
+    Python are read too.
+    """
+    # strict=False lets control characters stand in strings.
+    decoder = json.JSONDecoder(strict=False)
+    try:
+        return decoder.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        flat = re.compile(r"\{[^{}]*\}").match(text, start)
+    if flat is None:
+        return None, start
+    try:
+        repaired = re.sub(r",(?=\s*\}$)", "", flat.group())
+        return decoder.decode(repaired), flat.end()
+    except (ValueError, RecursionError):
+        return _python_object(flat.group()), flat.end()
+
+
+def _python_object(text: str) -> Any:
+    """The value of a dict display, or None. A raw line break in a string counts as a space."""
+    words = {"true": "True", "false": "False", "null": "None"}
+    text = re.sub(r"(?<=:)(\s*)(true|false|null)\b", lambda m: m[1] + words[m[2]], text)
+    try:
+        return ast.literal_eval(re.sub(r"\s*\n\s*", " ", text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return None
 
 
 def _fields_from_prose(text: str) -> dict[str, Any]:
@@ -246,10 +336,13 @@ def _category(text: str) -> str:
 
 
 def parse_labels(text: str, n: int) -> list[bool] | None:
-    """Return n yes/no answers from a JSON list of 0/1 or booleans, or None."""
-    match = re.search(r"\[[^\[\]]*\]", text[-ANSWER_CHARS:])
-    words = re.findall(r"true|false|0|1", match.group().lower()) if match else []
-    return [word in ("1", "true") for word in words] if len(words) == n else None
+    """Return the n yes/no answers of the last JSON list of 0/1 or booleans that has n, or None."""
+    lists = re.findall(r"\[[^\[\]]*\]", _after_thoughts(text))
+    for items in reversed(lists):
+        words = re.findall(r"\b(?:true|false|0|1)\b", items.lower())
+        if len(words) == n:
+            return [word in ("1", "true") for word in words]
+    return None
 
 
 def balanced_accuracy(truth: Sequence[bool], answers: Sequence[bool]) -> float | None:
@@ -277,7 +370,7 @@ def label_by_rule(entry: Entry) -> dict[str, Any]:
         "category": "undiscernible" if undiscernible else "low-level",
         "score": score,
         "polysemantic": undiscernible,
-        "explanation": f"[by rule] {explanation}",
+        "explanation": f"{BY_RULE_MARK} {explanation}"[:EXPLANATION_CHARS],
     }
 
 
@@ -322,7 +415,9 @@ def _character_kind(classes: Sequence[str]) -> str | None:
 
 def _word_before(contexts: Sequence[Context]) -> tuple[str, int]:
     """The most frequent word before the active token, and in how many contexts it is there."""
-    words = [re.search(rf"(\w+)\W*{OPEN}", context["context"]) for context in contexts]
+    # A long token would make the search quadratic: only the end of the text before the mark counts.
+    texts = [context["context"].partition(OPEN)[0][-WORD_CHARS:] for context in contexts]
+    words = [re.search(r"(\w+)\W*$", text) for text in texts]
     counts = Counter(word.group(1).lower() for word in words if word)
     return counts.most_common(1)[0] if counts else ("", 0)
 
@@ -343,7 +438,7 @@ def _detection_texts(entry: Entry, pool: Sequence[Context]) -> list[TestText]:
     active = entry.get("sample", [])
     silent = [pool[i] for i in entry.get("negatives", []) if i < len(pool)][: len(active)]
     return [
-        TestText("".join(context["tokens"]), is_active, context["tokens"])
+        TestText("".join(_bounded(context["tokens"])), is_active, context["tokens"])
         for contexts, is_active in ((active, True), (silent, False))
         for context in contexts
     ]
@@ -359,8 +454,16 @@ def _fuzzing_texts(entry: Entry, draw: random.Random) -> list[TestText]:
         wrong = i % 2 == 1 and len(off) >= len(on)
         chosen = draw.sample(off, len(on)) if wrong else on
         shown = [tokens[index] for index in chosen]
-        texts.append(TestText(marked(tokens, chosen), not wrong, shown))
+        texts.append(TestText(marked(_bounded(tokens), chosen), not wrong, shown))
     return texts
+
+
+def _bounded(tokens: Sequence[str]) -> Sequence[str]:
+    """The tokens of a window, each cut short if together they are too long for a prompt."""
+    if sum(map(len, tokens)) <= TEST_CHARS:
+        return tokens
+    length = TEST_CHARS // len(tokens)
+    return [token[:length] for token in tokens]
 
 
 def _test_prompt(kind: str, explanation: str, texts: Sequence[TestText]) -> str:
@@ -382,16 +485,17 @@ def _test_prompt(kind: str, explanation: str, texts: Sequence[TestText]) -> str:
 
 
 class AnswerLog:
-    """A JSONL file with one line for each answered feature.
+    """A JSONL file with the answers of all runs, one line for each.
 
-    A line is on disk before its thread asks about another feature, so that a killed run loses
-    nothing that was paid for. Only lines of the same question count: the same contexts, engine,
-    tests and seed.
+    A line is on disk before its thread asks another question, so that a killed run loses nothing
+    that was paid for. The last line of a feature counts, and only lines of the same question: the
+    same contexts, engine and seed.
     """
 
-    def __init__(self, path: Path, question: str) -> None:
+    def __init__(self, path: Path, question: str, *earlier_forms: str) -> None:
         self.path = path
         self.question = question
+        self.accepted = {question, *earlier_forms}
         self.records: dict[str, Record] = {}  # {latent: record}
         self.failed_usage: dict[str, dict[str, int]] = {}  # {latent: usage of failed attempts}
         if path.exists():
@@ -403,12 +507,12 @@ class AnswerLog:
             record = files.parse_json(line)
         except ValueError:  # cut short when a run was killed
             return
-        if not isinstance(record, dict) or record.get("mark") != self.question:
+        if not _is_record(record) or record["mark"] not in self.accepted:
             return
-        if record.get("status") == "failed":  # it is asked again
-            self.failed_usage[record["latent"]] = record["usage"]
-        else:
+        if record["status"] != "failed":
             self.records[record["latent"]] = record
+        elif record["latent"] not in self.records:  # it is asked again
+            self.failed_usage[record["latent"]] = record["usage"]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -419,10 +523,111 @@ class AnswerLog:
             yield
 
     def append(self, record: Record) -> None:
+        record = record | {"mark": self.question}
         self.records[record["latent"]] = record
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line holds what this program writes: anyone may have edited the file."""
+    if not isinstance(record, dict) or not isinstance(record.get("usage"), dict):
+        return False
+    texts = [record.get(key) for key in ("latent", "status", "mark")]
+    numbers = [record["usage"].get(key) for key in NO_USAGE]
+    if record.get("status") == "ok":
+        texts.append(record.get("explanation"))
+        numbers.append(record.get("score"))
+    return all(isinstance(text, str) for text in texts) and all(map(_is_index, numbers))
+
+
+# ------------------------------------------------------------------------------ the labels' file
+
+
+def merge_labels(
+    old: Mapping[str, Any], new: Mapping[str, Record], contexts_sum: str, is_newer: bool
+) -> tuple[dict[str, Record], dict[str, Record]]:
+    """(labels of these contexts, labels of others) of the file so far and of a run.
+
+    A label is replaced only by one that is worth as much. is_newer: the file was written after
+    the contexts; it decides about labels that do not name their contexts.
+    """
+    merged: dict[str, Record] = {}
+    others: dict[str, Record] = {}
+    default = contexts_sum if is_newer else ""
+    for latent, label in old.items():
+        if _is_label(label):
+            is_same = label.get("contexts_sum", default) == contexts_sum
+            (merged if is_same else others)[latent] = label
+    for latent, label in new.items():
+        if latent not in merged or _worth(label) >= _worth(merged[latent]):
+            merged[latent] = label
+    numbered = sorted(merged, key=lambda latent: (len(latent), latent))
+    return {latent: merged[latent] for latent in numbered}, others
+
+
+def _worth(label: Record) -> int:
+    """3 for a label that was paid for, 2 for one by rule, 1 for an answer that is none, else 0."""
+    if not isinstance(label.get("score"), int):
+        return int(label.get("status") != "failed")
+    by_rule = str(label.get("explanation")).startswith(BY_RULE_MARK)
+    return 2 if by_rule else 3
+
+
+def _is_label(label: Any) -> bool:
+    """Whether an entry of a labels' file has what the summary reads."""
+    if not isinstance(label, dict) or not isinstance(label.get("usage", NO_USAGE), dict):
+        return False
+    tests = [label[kind] for kind in TESTS if label.get(kind)]
+    numbers = [label.get("score"), *(_accuracy(test) for test in tests)]
+    return all(number is None or _is_number(number) for number in numbers)
+
+
+def _accuracy(test: Any) -> Any:
+    return test.get("balanced_accuracy") if isinstance(test, dict) else "none"
+
+
+def _usage(label: Record) -> dict[str, int]:
+    counts = label.get("usage", NO_USAGE)
+    return {key: counts[key] if _is_index(counts.get(key)) else 0 for key in NO_USAGE}
+
+
+# ------------------------------------------------------------------------------ signals
+
+
+class Stopped(KeyboardInterrupt):
+    """Ended by a signal. Exit code 130 for SIGINT, 143 for the others."""
+
+    def __init__(self, number: int, text: str = "") -> None:
+        super().__init__(*([text] if text else []))
+        self.number = number
+        self.exit_code = 130 if number == signal.SIGINT else 143
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM, SIGHUP and those of batch systems raise Stopped, once.
+
+    A second signal ends the process at once. Signals that were ignored before, as under nohup,
+    stay ignored. Threads other than the main one cannot handle signals.
+    """
+    before: dict[int, Any] = {}
+
+    def stop(number: int, _frame: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------ the stage
@@ -432,6 +637,7 @@ class Job(NamedTuple):
     """What one run asks about."""
 
     path: Path  # the contexts file
+    content: bytes  # of that file: its sum and its contexts are of the same moment
     entries: dict[str, Entry]
     pool: list[Context]  # windows of text; an entry's "negatives" are indices into it
     latents: list[str]  # those to ask about, in order
@@ -447,7 +653,7 @@ class Interpreter:
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
         self.engine = cfg.engine
-        self.key = self._key()
+        self.key = read_key(cfg)
         offline = self.engine == BY_RULE or getattr(cfg, "dry_run", False)
         if not offline and not self.key:
             if not cfg.api_base:
@@ -460,25 +666,10 @@ class Interpreter:
             raise ValueError(
                 f"--budget_usd: the price of {self.engine} is not known; use --budget_tokens"
             )
-        self.usage = dict(NO_USAGE)  # of this process; each record holds its own share
-        self.thread = threading.local()  # .usage: of the feature the thread works on
+        self.endpoint = Endpoint(cfg, self.key)
         self.lock = threading.Lock()
-        self.next_request_time = 0.0
-        self.request_form = 0  # index of the first form of request that the server may accept
         self.stop_reason = ""
-
-    def _key(self) -> str | None:
-        cfg = self.cfg
-        if getattr(cfg, "api_key", None):
-            if "api_key" in getattr(cfg, "typed", set()) - getattr(cfg, "from_file", set()):
-                print(
-                    "warning: --api_key is visible to every user of this machine; "
-                    "prefer OPENAI_API_KEY or --api_key_file"
-                )
-            return cfg.api_key
-        if getattr(cfg, "api_key_file", None):
-            return Path(cfg.api_key_file).read_text(encoding="utf-8").strip()
-        return os.environ.get("OPENAI_API_KEY") or os.environ.get("AZURE_OPENAI_API_KEY")
+        self.failed_tests: dict[str, str] = {}  # {latent: why its label was not tested}
 
     def calculate_cost(self, input_tokens: int, output_tokens: int) -> float | None:
         """Return USD, or None for an engine whose price is not known."""
@@ -495,71 +686,19 @@ class Interpreter:
         ]
         return TASK + "\nContexts, with activation:\n" + "\n".join(lines)
 
-    # ----------------------------------------------------------------------------- the endpoint
-
     def client(self, max_retry: int = 3) -> Any:
         """Return the API client: openai's, or Azure's if --api_type or the address asks for it."""
-        import openai
-
-        cfg = self.cfg
-        common = {"api_key": self.key, "max_retries": max_retry, "timeout": cfg.timeout}
-        azure_address = cfg.api_base and "azure.com" in cfg.api_base
-        if cfg.api_type == "azure" or (cfg.api_type == "auto" and azure_address):
-            return openai.AzureOpenAI(
-                azure_endpoint=cfg.api_base,
-                api_version=cfg.api_version or "2024-02-15-preview",
-                **common,
-            )
-        return openai.OpenAI(base_url=cfg.api_base, **common)
+        return self.endpoint.client(max_retry)
 
     def chat_completion(self, client: Any, prompt: str, max_retry: int = 3) -> str:
-        """Return the text of one answer. The client itself retries timeouts, 429 and 5xx."""
-        return self._ask(client.with_options(max_retries=max_retry), prompt, None)[0]
-
-    def _ask(
-        self, client: Any, prompt: str, schema: Mapping[str, Any] | None
-    ) -> tuple[str, str | None]:
-        """(text, refusal). Servers differ in what they accept: after a 400 the next plainer form
-        of the request is tried, and remembered if it is accepted."""
-        import openai
-
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
-        forms = _request_forms(schema)
-        for index in range(self.request_form, len(forms)):
-            self._wait_for_turn()
-            try:
-                response = client.chat.completions.create(
-                    model=self.engine, messages=messages, seed=self.cfg.seed, **forms[index]
-                )
-                break
-            except openai.BadRequestError:
-                if index == len(forms) - 1:
-                    raise
-        usage = _usage_of(response)
-        self.thread.usage = _sum([getattr(self.thread, "usage", NO_USAGE), usage])
-        with self.lock:
-            self.request_form = max(self.request_form, index)
-            self.usage = _sum([self.usage, usage])
-        if not response.choices:
-            return "", None
-        message = response.choices[0].message
-        refusal = self._storable(getattr(message, "refusal", None))
-        return self._storable(message.content), refusal or None
-
-    def _wait_for_turn(self) -> None:
-        """Keep to --requests_per_minute."""
-        if not self.cfg.requests_per_minute:
-            return
-        with self.lock:
-            now = time.monotonic()
-            turn = max(now, self.next_request_time)
-            self.next_request_time = turn + 60 / self.cfg.requests_per_minute
-        time.sleep(max(0.0, turn - now))
+        """Return the text of one answer. Timeouts, 429 and 5xx are retried. Raises Failed."""
+        return self.endpoint.ask(client, (SYSTEM, prompt), max_retry=max_retry).text
 
     def _over_budget(self) -> str:
         """The option whose budget is used up, or ''."""
         cfg = self.cfg
-        n_prompt, n_answer = self.usage["prompt_tokens"], self.usage["completion_tokens"]
+        usage = self.endpoint.usage
+        n_prompt, n_answer = usage["prompt_tokens"], usage["completion_tokens"]
         if cfg.budget_tokens and n_prompt + n_answer >= cfg.budget_tokens:
             return f"--budget_tokens {cfg.budget_tokens} used up"
         cost = self.calculate_cost(n_prompt, n_answer)
@@ -569,30 +708,45 @@ class Interpreter:
 
     # -------------------------------------------------------------------------------- one feature
 
-    def _feature(self, client: Any, latent: str, job: Job) -> Record:
-        """The record of one feature: status ok, unparsable, refused or failed."""
+    def _label(self, client: Any, latent: str, job: Job) -> Record:
+        """The record of one feature without tests: status ok, unparsable or refused."""
         entry = job.entries[latent]
         record: Record = {"latent": latent, "status": "ok", "raw": None}
         if self.engine == BY_RULE:
             answer: dict[str, Any] | None = label_by_rule(entry)
         else:
             prompt = self.construct_prompt(_by_token_class(entry["contexts"]))
-            text, refusal = self._ask(client, prompt, SCHEMA)
+            text, refusal = self._ask(client, prompt, SCHEMA, holds_answer)
             record["raw"] = refusal or text
             answer = None if refusal else parse_answer(text)
             if answer is None:
                 record["status"] = "refused" if refusal else "unparsable"
+                if not refusal and is_cut(text):
+                    raise Failed(f"the answer is cut: {text[-80:]!r}")
         record |= answer or dict.fromkeys(ANSWER_FIELDS)
-        record |= {"description": record["explanation"], "similarity_score": record["score"]}
-        for kind in self.cfg.score or []:
-            record[kind] = self._test(kind, client, record, job) if answer else None
-        return record
+        return record | {"description": record["explanation"], "similarity_score": record["score"]}
+
+    def _ask(
+        self,
+        client: Any,
+        prompt: str,
+        schema: Mapping[str, Any] | None,
+        is_complete: Callable[[str], bool],
+    ) -> Answer:
+        try:
+            return self.endpoint.ask(client, (SYSTEM, prompt), schema, is_complete)
+        except Failed as failure:
+            if not failure.refused:
+                raise
+            return Answer("", self.endpoint.error_text(failure))
 
     def _test(self, kind: str, client: Any, record: Record, job: Job) -> dict[str, Any] | None:
         """Balanced accuracy of an explanation on contexts that were not shown when it was made.
 
         Returns None if there are no such contexts, or none that are false.
         """
+        if record["score"] is None:
+            return None
         latent = record["latent"]
         entry = job.entries[latent]
         draw = random.Random(f"{self.cfg.seed}/{latent}/{kind}")
@@ -612,47 +766,63 @@ class Interpreter:
             ]
         else:
             prompt = _test_prompt(kind, record["explanation"], texts)
-            answers = parse_labels(self._ask(client, prompt, None)[0], len(texts))
+
+            def holds_labels(text: str) -> bool:
+                return parse_labels(text, len(texts)) is not None
+
+            text, refusal = self._ask(client, prompt, None, holds_labels)
+            answers = parse_labels(text, len(texts))
+            if answers is None and not refusal and is_cut(text):
+                raise Failed(f"the answer is cut: {text[-80:]!r}")
         accuracy = None if answers is None else balanced_accuracy(truth, answers)
         return {"balanced_accuracy": accuracy, "n": len(texts)}
 
-    def _record_or_failure(self, work: Callable[[], Record], latent: str) -> Record | None:
-        """work(), or a record of its failure.
-
-        An error that no retry mends sets stop_reason, so that nothing more is asked; None then.
-        """
-        if self.engine == BY_RULE:
-            return work()
-        import openai
-
-        refused = (
-            openai.AuthenticationError,
-            openai.PermissionDeniedError,
-            openai.NotFoundError,
-        )
+    def _answer(self, client: Any, latent: str, job: Job, log: AnswerLog) -> None:
+        """Ask what is not known of one feature and log it, unless there is a reason to stop."""
+        self.stop_reason = self.stop_reason or self._over_budget()
+        if self.stop_reason:
+            return
+        record = log.records.get(latent)
+        # Failed attempts of earlier runs were paid for too.
+        paid = record["usage"] if record else log.failed_usage.get(latent, NO_USAGE)
+        self.endpoint.thread.usage = paid
+        step = "label"
         try:
-            return work()
-        except (
-            Exception
-        ) as error:  # servers answer in shapes on which the client fails in many ways
-            message = self._error_text(error)
-            if isinstance(error, refused) or _asks_for_long_pause(error):
-                self.stop_reason = message
-                return None
-            record: Record = {"latent": latent, "status": "failed", "error": message}
-            empty = (*ANSWER_FIELDS, "description", "similarity_score", "raw")
-            return record | dict.fromkeys(empty)
+            if record is None:
+                record = self._label(client, latent, job)
+                if self.cfg.score:  # a test that fails or is killed must not cost the label
+                    self._log(log, record)
+            for step in self._missing_tests(record):
+                record = record | {step: self._test(step, client, record, job)}
+        except Exception as error:  # servers answer in shapes on which a client fails in many ways
+            if self.engine == BY_RULE:
+                raise
+            self._fail(error, log, latent, record, step)
+        else:
+            self._log(log, record)
 
-    def _error_text(self, error: Exception) -> str:
-        # The cause of a connection error says why there is no connection.
-        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-        return self._storable(f"{type(error).__name__}: {error}{cause}")[:ERROR_CHARS]
+    def _log(self, log: AnswerLog, record: Record) -> None:
+        with self.lock:
+            log.append(record | {"usage": self.endpoint.thread.usage})
 
-    def _storable(self, text: Any) -> str:
-        """The end of a server's text, without keys and without unpaired surrogates."""
-        text = text if isinstance(text, str) else ""
-        text = files.redacted(text.encode("utf-8", "replace").decode(), self.key)
-        return re.sub(r"sk-[\w*-]{8,}", "[key]", text)[-ANSWER_CHARS:]
+    def _missing_tests(self, record: Record | None) -> list[str]:
+        return [kind for kind in self.cfg.score or [] if record is None or kind not in record]
+
+    def _fail(
+        self, error: Exception, log: AnswerLog, latent: str, record: Record | None, step: str
+    ) -> None:
+        """Log a failure. One that no retry mends sets stop_reason, so that nothing more is asked."""
+        message = self.endpoint.error_text(error)
+        stops = isinstance(error, Failed) and error.stops
+        if stops:
+            self.stop_reason = message
+        if record is not None:
+            self.failed_tests[latent] = f"{step}: {message}"
+            self._log(log, record)
+        elif not stops and not self.endpoint.stopped.is_set():
+            empty = dict.fromkeys((*ANSWER_FIELDS, "description", "similarity_score", "raw"))
+            failed = {"latent": latent, "status": "failed", "error": message}
+            self._log(log, failed | empty)
 
     # ------------------------------------------------------------------------------- all features
 
@@ -664,35 +834,42 @@ class Interpreter:
     ) -> tuple[float | None, float | None, float | None]:
         """Return the mean score of all, of the low-level and of the high-level features.
 
-        A mean is None if nothing was scored. Raises Incomplete if some features have no answer.
+        They are of all labels in the file, of this run and of earlier ones. A mean is None if
+        nothing was scored. Raises Incomplete if some features have no answer.
         """
         job = self._job(data_path, sample_latents, output_path)
         if self.cfg.dry_run:
             return self._dry_run(job)
         job.out.parent.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(job.out.parent)
         with files.locked(job.out.parent, f".{job.out.stem}.lock", "give another --output_dir"):
-            log = AnswerLog(job.out.with_suffix(".jsonl"), self._question(job.path))
-            left = [latent for latent in job.latents if latent not in log.records]
+            questions = self._question(job, []), self._question(job, self.cfg.score or [])
+            log = AnswerLog(job.out.with_suffix(".jsonl"), *questions)
+            left = [latent for latent in job.latents if self._is_left(log.records.get(latent))]
             total = len(job.latents)
             if len(left) < total:
-                print(f"{total - len(left)} of {total} features were answered before ({log.path})")
+                n_known = total - len(left)
+                files.say(f"{n_known} of {total} features were answered before ({log.path})")
             self._ask_all(left, job, log)
-            results = {
-                latent: log.records[latent] for latent in job.latents if latent in log.records
-            }
-            summary = self._summary(results, job)
-            self._write(results, summary, job.out)
-        self._check_complete(results, job)
+            summary = self._write(log.records, job)
+        self._check_complete(log.records, job)
         return summary["average_score"], summary["low_level_score"], summary["high_level_score"]
+
+    def _is_left(self, record: Record | None) -> bool:
+        return record is None or record["status"] == "failed" or bool(self._missing_tests(record))
 
     def _job(
         self, data_path: str | None, sample_latents: int | None, output_path: str | None
     ) -> Job:
         cfg = self.cfg
         path = Path(data_path or self._contexts_file())
-        data = files.load_json(path)
+        content = path.read_bytes()
+        data = files.load_json(path, content)
         entries = read_entries(data, path)
-        pool = data.get("negatives", [])
+        # An entry names its negatives by their place, so that a damaged one has to keep its own.
+        pool = [
+            window if _is_window(window) else {"tokens": []} for window in _list(data, "negatives")
+        ]
 
         def by_number(latent: str) -> tuple[int, str]:
             return len(latent), latent
@@ -703,7 +880,7 @@ class Interpreter:
             latents = sorted(random.Random(cfg.seed).sample(latents, count), key=by_number)
         title = re.sub(r"_contexts$", "", re.sub(r"\.json(\.gz)?$", "", path.name))
         default = Path(cfg.output_dir) / files.INTERPRET_DIR / f"interp_{title}.json"
-        return Job(path, entries, pool, latents, Path(output_path or default))
+        return Job(path, content, entries, pool, latents, Path(output_path or default))
 
     def _contexts_file(self) -> Path:
         if self.cfg.contexts:
@@ -714,7 +891,8 @@ class Interpreter:
         newest = files.newest(folder, "*_contexts.json*")
         if newest is None:
             raise ValueError(f"no contexts in {folder}; run apply.py first, or name a file")
-        print(f"interpreting {newest}")
+        files.remove_leftovers(folder)
+        files.say(f"interpreting {newest}")
         return newest
 
     def _dry_run(self, job: Job) -> tuple[None, None, None]:
@@ -726,98 +904,118 @@ class Interpreter:
         n_tokens = sum(len(text) for text in prompts.values()) // 4  # four characters a token
         cost = self.calculate_cost(n_tokens, ANSWER_TOKENS * len(prompts))
         price = f", about ${cost:.2f}" if cost is not None else ""
-        print(f"{len(prompts)} prompts, about {n_tokens:,} tokens{price}: {path}; nothing was sent")
+        files.say(
+            f"{len(prompts)} prompts, about {n_tokens:,} tokens{price}: {path}; nothing was sent"
+        )
         return None, None, None
 
-    def _question(self, path: Path) -> str:
-        """A digest of the contexts and of every setting that changes an answer."""
-        settings = [self.engine, sorted(self.cfg.score or []), self.cfg.seed]
-        content = json.dumps(settings).encode() + path.read_bytes()
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
+    def _question(self, job: Job, tests: Sequence[str]) -> str:
+        """A digest of the contexts and of every setting that changes an answer.
+
+        Earlier versions counted the tests to the question; their answers are still taken.
+        """
+        settings = [self.engine, sorted(tests), self.cfg.seed]
+        return _digest(json.dumps(settings).encode() + job.content)
 
     def _ask_all(self, latents: Sequence[str], job: Job, log: AnswerLog) -> None:
         client = None if self.engine == BY_RULE else self.client()
-        with (
-            log.opened(),
-            tqdm(total=len(latents), desc="interpreting", unit=" features", mininterval=1) as bar,
-        ):
-
-            def work(latent: str) -> None:
-                self._answer(client, latent, job, log, bar)
-
+        bar = tqdm(
+            total=len(latents),
+            desc="interpreting",
+            unit=" features",
+            mininterval=1,
+            # A write that fails inside tqdm would leave its lock taken.
+            file=files.Unfailing(sys.stderr),
+        )
+        with log.opened(), bar:
             executor = ThreadPoolExecutor(max(1, self.cfg.concurrency))
             try:
-                for future in [executor.submit(work, latent) for latent in latents]:
-                    future.result()
-            except KeyboardInterrupt:
+                with stopped_by_signals():
+                    asked = [
+                        executor.submit(self._answer, client, latent, job, log)
+                        for latent in latents
+                    ]
+                    for future in as_completed(asked):
+                        future.result()
+                        bar.update()
+            except KeyboardInterrupt as stop:
                 self.stop_reason = "interrupted"
+                self.endpoint.stopped.set()
                 # Requests on their way are paid for: their answers are waited for and kept.
                 executor.shutdown(wait=True, cancel_futures=True)
-                raise KeyboardInterrupt(
+                raise Stopped(
+                    getattr(stop, "number", signal.SIGINT),
                     f"{len(log.records)} features are kept in {log.path}; "
-                    "run the same command to continue"
+                    "run the same command to continue",
                 ) from None
             finally:
                 executor.shutdown(wait=True, cancel_futures=True)
 
-    def _answer(self, client: Any, latent: str, job: Job, log: AnswerLog, bar: tqdm) -> None:
-        """Ask about one feature and log its record, unless there is a reason to stop."""
-        self.stop_reason = self.stop_reason or self._over_budget()
-        if self.stop_reason:
-            return
-        # Failed attempts of earlier runs were paid for too.
-        self.thread.usage = log.failed_usage.get(latent, NO_USAGE)
-        record = self._record_or_failure(lambda: self._feature(client, latent, job), latent)
-        with self.lock:
-            if record is not None:
-                log.append(record | {"mark": log.question, "usage": self.thread.usage})
-            bar.update()
-
-    def _write(self, results: dict[str, Record], summary: dict[str, Any], out: Path) -> None:
-        labels = {
+    def _write(self, records: Mapping[str, Record], job: Job) -> dict[str, Any]:
+        """Merge the answers into the labels' file and write its summary, which is returned."""
+        contexts_sum = _digest(job.content)
+        origin = {"engine": self.engine, "contexts_sum": contexts_sum}
+        new = {
             latent: {key: value for key, value in record.items() if key not in ("latent", "mark")}
-            for latent, record in results.items()
+            | origin
+            for latent, record in records.items()
+            if latent in job.entries
         }
-        files.save_json(labels, out)
-        files.save_json(summary, out.with_suffix(".summary.json"))
+        old, is_newer = _labels_before(job)
+        labels, others = merge_labels(old, new, contexts_sum, is_newer)
+        if max(map(_worth, others.values()), default=0) == 3:
+            # They were paid for, but the contexts they describe are not these.
+            name = f"{job.out.stem}.{_digest(json.dumps(others).encode())}.json"
+            files.say(f"labels of other contexts are kept in {name}")
+            files.save_json(others, job.out.with_name(name))
+        files.save_json(labels, job.out)
+        summary = self._summary(labels, job)
+        files.save_json(summary, job.out.with_suffix(".summary.json"))
         mean = summary["average_score"]
-        print(f"{len(results)} features in {out}" + (f"; mean score {mean:.2f}" if mean else ""))
+        files.say(f"{len(labels)} features in {job.out}" + (f"; mean score {mean:.2f}" if mean else ""))
+        n_kept = sum(latent not in new or labels[latent] is not new[latent] for latent in labels)
+        if n_kept:
+            files.say(f"{n_kept} of them are kept from earlier runs")
+        return summary
 
-    def _check_complete(self, results: dict[str, Record], job: Job) -> None:
-        failed = [record for record in results.values() if record["status"] == "failed"]
-        n_left = len(job.latents) - len(results) + len(failed)
-        if n_left:
-            reason = self.stop_reason or failed[0]["error"]
+    def _check_complete(self, records: Mapping[str, Record], job: Job) -> None:
+        left = [latent for latent in job.latents if self._is_left(records.get(latent))]
+        if left:
+            record = records.get(left[0], {})
+            error = self.failed_tests.get(left[0]) or record.get("error")
             raise Incomplete(
-                f"{n_left} of {len(job.latents)} features are not answered ({reason}); "
-                "run the same command to continue"
+                f"{len(left)} of {len(job.latents)} features are not answered "
+                f"({self.stop_reason or error}); run the same command to continue"
             )
 
-    def _summary(self, results: dict[str, Record], job: Job) -> dict[str, Any]:
-        records = list(results.values())
-        usage = _sum([record["usage"] for record in records])
-        scored = [record for record in records if record["score"] is not None]
+    def _summary(self, labels: Mapping[str, Record], job: Job) -> dict[str, Any]:
+        records = list(labels.values())
+        usage = sum_usage([_usage(record) for record in records])
+        scored = [record for record in records if record.get("score") is not None]
         low_level, high_level = (
-            [record for record in records if record["category"] == f"{level}-level"]
+            [record for record in records if record.get("category") == f"{level}-level"]
             for level in ("low", "high")
         )
         summary: dict[str, Any] = {
             "engine": self.engine,
             "contexts": str(job.path),
             "seed": self.cfg.seed,
-            "features_asked": len(job.latents),
+            "features_asked": len(labels.keys() | set(job.latents)),
             "features_scored": len(scored),
             "average_score": _mean([record["score"] for record in scored]),
             "low_level_features": len(low_level),
             "low_level_score": _mean([record["score"] for record in low_level]),
             "high_level_features": len(high_level),
             "high_level_score": _mean([record["score"] for record in high_level]),
-            "status": dict(Counter(record["status"] for record in records)),
+            "status": dict(Counter(str(record.get("status")) for record in records)),
             **usage,
             "cost": self.calculate_cost(usage["prompt_tokens"], usage["completion_tokens"]),
         }
+        engines = Counter(str(record.get("engine")) for record in records)
+        if len(engines) > 1:
+            summary["engines"] = dict(engines)
         for kind in TESTS:
-            tests = [record[kind]["balanced_accuracy"] for record in records if record.get(kind)]
+            tests = [_accuracy(record[kind]) for record in records if record.get(kind)]
             accuracies = [accuracy for accuracy in tests if accuracy is not None]
             if accuracies:
                 summary[f"{kind}_balanced_accuracy"] = _mean(accuracies)
@@ -825,43 +1023,18 @@ class Interpreter:
         return summary
 
 
-def _request_forms(schema: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The options of a request, from the strictest form to the plainest."""
-    structured = {}
-    if schema:
-        json_schema = {"name": "answer", "strict": True, "schema": schema}
-        structured["response_format"] = {"type": "json_schema", "json_schema": json_schema}
-    return [
-        {"temperature": 0, "max_completion_tokens": 1000, **structured},
-        {"max_completion_tokens": 4000, **structured},
-        {"temperature": 0, "max_tokens": 1000},
-        {},
-    ]
+def _labels_before(job: Job) -> tuple[dict[str, Any], bool]:
+    """(the labels in the file so far, whether they are newer than the contexts)."""
+    try:
+        labels = files.load_json(job.out)
+        is_newer = job.out.stat().st_mtime >= job.path.stat().st_mtime
+    except (OSError, files.Unusable):  # the log still holds every answer
+        return {}, False
+    return labels if isinstance(labels, dict) else {}, is_newer
 
 
-def _usage_of(response: Any) -> dict[str, int]:
-    """One request and the tokens that the server counted. The client checks no types."""
-    usage = NO_USAGE | {"requests": 1}
-    for key in ("prompt_tokens", "completion_tokens"):
-        count = getattr(response.usage, key, 0)
-        if isinstance(count, int) and count > 0:
-            usage[key] = count
-    return usage
-
-
-def _asks_for_long_pause(error: Exception) -> bool:
-    """Whether a server says that no money is left, or wants a pause longer than MAX_PAUSE."""
-    import openai
-
-    if not isinstance(error, openai.RateLimitError):
-        return False
-    pause = error.response.headers.get("retry-after", "")
-    too_long = pause.isdecimal() and int(pause) > MAX_PAUSE
-    return too_long or error.code == "insufficient_quota"
-
-
-def _sum(usages: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    return {key: sum(usage[key] for usage in usages) for key in NO_USAGE}
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _mean(values: Sequence[float]) -> float | None:
