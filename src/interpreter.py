@@ -436,7 +436,8 @@ class TestText(NamedTuple):
 def _detection_texts(entry: Entry, pool: Sequence[Context]) -> list[TestText]:
     """Texts that switch the latent on, and as many in which it is silent."""
     active = entry.get("sample", [])
-    silent = [pool[i] for i in entry.get("negatives", []) if i < len(pool)][: len(active)]
+    negatives = [i for i in entry.get("negatives", []) if i < len(pool) and pool[i]["tokens"]]
+    silent = [pool[i] for i in negatives[: len(active)]]
     return [
         TestText("".join(_bounded(context["tokens"])), is_active, context["tokens"])
         for contexts, is_active in ((active, True), (silent, False))
@@ -620,7 +621,13 @@ def stopped_by_signals() -> Iterator[None]:
         raise Stopped(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGUSR1,
+            signal.SIGXCPU,
+        ):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, stop)
     try:
@@ -972,7 +979,9 @@ class Interpreter:
         summary = self._summary(labels, job)
         files.save_json(summary, job.out.with_suffix(".summary.json"))
         mean = summary["average_score"]
-        files.say(f"{len(labels)} features in {job.out}" + (f"; mean score {mean:.2f}" if mean else ""))
+        files.say(
+            f"{len(labels)} features in {job.out}" + (f"; mean score {mean:.2f}" if mean else "")
+        )
         n_kept = sum(latent not in new or labels[latent] is not new[latent] for latent in labels)
         if n_kept:
             files.say(f"{n_kept} of them are kept from earlier runs")

@@ -349,7 +349,7 @@ def test_what_failed_attempts_cost_stays_counted(contexts, tmp_path, serve):
     server.plan = lambda name, n: (200, GOOD if name != "test" else "[1, 0, 1, 0, 1, 0, 1, 0]")
     code, _, summary = ask(contexts, tmp_path, server, *more)
     assert code == 0
-    assert tokens_of(summary) == server.billed == 4 * ANSWER_TOKENS
+    assert tokens_of(summary) == server.billed == 2 * ANSWER_TOKENS  # the label was kept
 
 
 def test_the_azure_form_has_its_address_version_and_key(contexts, tmp_path, serve, monkeypatch):
