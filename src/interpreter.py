@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import signal
 import sys
 import threading
 from argparse import Namespace
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from src import files
 from src.contexts import CLOSE, OPEN, marked
 from src.endpoint import ANSWER_CHARS, NO_USAGE, Answer, Endpoint, Failed, read_key, sum_usage
+from src.interrupt import Interrupted, Signals
 
 BY_RULE = "heuristic"  # the engine that asks no language model
 BY_RULE_MARK = "[by rule]"  # begins the explanations of that engine
@@ -594,49 +594,6 @@ def _usage(label: Record) -> dict[str, int]:
     return {key: counts[key] if _is_index(counts.get(key)) else 0 for key in NO_USAGE}
 
 
-# ------------------------------------------------------------------------------ signals
-
-
-class Stopped(KeyboardInterrupt):
-    """Ended by a signal. Exit code 130 for SIGINT, 143 for the others."""
-
-    def __init__(self, number: int, text: str = "") -> None:
-        super().__init__(*([text] if text else []))
-        self.number = number
-        self.exit_code = 130 if number == signal.SIGINT else 143
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM, SIGHUP and those of batch systems raise Stopped, once.
-
-    A second signal ends the process at once. Signals that were ignored before, as under nohup,
-    stay ignored. Threads other than the main one cannot handle signals.
-    """
-    before: dict[int, Any] = {}
-
-    def stop(number: int, _frame: Any) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-            signal.SIGHUP,
-            signal.SIGUSR1,
-            signal.SIGXCPU,
-        ):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ------------------------------------------------------------------------------ the stage
 
 
@@ -937,7 +894,7 @@ class Interpreter:
         with log.opened(), bar:
             executor = ThreadPoolExecutor(max(1, self.cfg.concurrency))
             try:
-                with stopped_by_signals():
+                with Signals() as signals:
                     asked = [
                         executor.submit(self._answer, client, latent, job, log)
                         for latent in latents
@@ -945,13 +902,13 @@ class Interpreter:
                     for future in as_completed(asked):
                         future.result()
                         bar.update()
-            except KeyboardInterrupt as stop:
+            except KeyboardInterrupt:
                 self.stop_reason = "interrupted"
                 self.endpoint.stopped.set()
                 # Requests on their way are paid for: their answers are waited for and kept.
                 executor.shutdown(wait=True, cancel_futures=True)
-                raise Stopped(
-                    getattr(stop, "number", signal.SIGINT),
+                raise Interrupted(
+                    signals.received,
                     f"{len(log.records)} features are kept in {log.path}; "
                     "run the same command to continue",
                 ) from None

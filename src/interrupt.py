@@ -1,4 +1,4 @@
-"""Signals that end a training: the first lets a step end and save, the second ends at once."""
+"""Signals that end a stage: the first lets it save, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import signal
 import threading
 from typing import Any
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A terminal that closes sends SIGHUP; batch systems send the others.
+HANDLED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,13 +26,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Handlers of SIGTERM, SIGINT and SIGUSR1, as a context.
+    """Handlers of the signals in HANDLED, as a context.
 
-    The first signal raises Interrupted, or is only recorded in `received` once `is_deferred` is
-    set. The second signal ends the process at once.
+    The first signal raises Interrupted(message), or is only recorded in `received` once
+    `is_deferred` is set. The second signal ends the process at once. Signals that are ignored, as
+    SIGHUP is under nohup, stay ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = "nothing was trained yet") -> None:
+        self.message = message
         self.received = 0  # number of the signal
         self.is_deferred = False
         self.previous: dict[int, Any] = {}
@@ -32,7 +42,9 @@ class Signals:
     def __enter__(self) -> Signals:
         # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+            for number in HANDLED:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -40,8 +52,8 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: Any) -> None:
-        for handled in HANDLED:
+        for handled in self.previous:
             signal.signal(handled, signal.SIG_DFL)
         self.received = number
         if not self.is_deferred:
-            raise Interrupted(number, "nothing was trained yet")
+            raise Interrupted(number, self.message)

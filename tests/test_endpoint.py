@@ -453,7 +453,7 @@ def wait_for_requests(server, n):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
 def test_a_signal_keeps_the_answers_under_way(tmp_path, server, number):
     def slow(body, n):
         time.sleep(1)
