@@ -29,8 +29,8 @@ class Signals:
     """Handlers of the signals in HANDLED, as a context.
 
     The first signal raises Interrupted(message), or is only recorded in `received` once
-    `is_deferred` is set. The second signal ends the process at once. Signals that are ignored, as
-    SIGHUP is under nohup, stay ignored.
+    `is_deferred` is set. The second signal ends the process at once. SIGHUP stays ignored under
+    nohup.
     """
 
     def __init__(self, message: str = "nothing was trained yet") -> None:
@@ -43,7 +43,7 @@ class Signals:
         # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in HANDLED:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self.previous[number] = signal.signal(number, self._handle)
         return self
 
