@@ -86,7 +86,7 @@ def token_text(tokenizer: Any) -> TokenText:
 
 
 def columns(contexts: list[Context]) -> Entry:
-    """Return the contexts as lists of their fields, and their sentences by token class."""
+    """Return each field of the contexts as a list, and their sentences by token class."""
     entry: Entry = {"activations": [context["activation"] for context in contexts]}
     for name in COLUMNS:
         entry[name] = [context[name] for context in contexts]
@@ -98,7 +98,7 @@ def columns(contexts: list[Context]) -> Entry:
 
 
 class Applier:
-    """`get_context()` writes contexts/<sae>_contexts.json. It loads the language model."""
+    """Finds the contexts of one SAE's latents. The first get_context() loads the language model."""
 
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
@@ -181,7 +181,10 @@ class Applier:
         options: ContextOptions,
         output_path: str | Path | None,
     ) -> tuple[int, Path]:
-        """Return the value of get_context(). others: states of the other processes' collectors."""
+        """Write the JSON and return what get_context() returns.
+
+        others: states of the other processes' collectors.
+        """
         collector.merge(others)
         if not collector.n_tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
@@ -306,7 +309,7 @@ class Applier:
     def _context(
         self, event: Events, pieces: list[str], position: int, around: Tensor, document: int
     ) -> Context:
-        """Describe one event. position: its index in the window; around: strengths [W]."""
+        """Describe an event. position: its token's index in the window; around: strengths [W]."""
         site = int(event.site)
         active = around.nonzero()[:, 0].tolist()
         return {
@@ -359,9 +362,10 @@ class Applier:
             ]
 
     def _add_effects(self, entries: dict[str, Entry], top: Table, rows: Rows) -> None:
-        """For the latents of largest activation: what happens when they are removed.
+        """Measure what the removal of a latent does at its best events.
 
-        That is the KL at their best events, and the tokens that lose and gain most.
+        Only the latents of largest activation are removed. An entry gets the KL and the tokens
+        that lose and gain most probability.
         """
         strongest = sorted(entries, key=lambda latent: -entries[latent]["max_activation"])
         strongest = strongest[: self.cfg.effect]
@@ -400,7 +404,7 @@ class Applier:
     def _header(
         self, collector: ContextCollector, rows: Rows, n_latents: int, options: ContextOptions
     ) -> dict[str, Any]:
-        """Return what the JSON says of the whole run."""
+        """Return the fields of the JSON that describe the whole run."""
         cfg, sae = self.cfg, self.sae
         header = {
             "model": sae.name,

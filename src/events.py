@@ -216,7 +216,7 @@ def values_around(key: Tensor, value: Tensor, length: int, index: Tensor, reach:
     first = torch.searchsorted(ordered, center - position.clamp_max(reach))
     end = torch.searchsorted(ordered, center + to_the_right, right=True)
     count = end - first
-    # all neighbours of the first window, then all of the second ...
+    # The neighbours of all windows lie in one list, one window after the other.
     window = torch.repeat_interleave(torch.arange(len(index), device=key.device), count)
     window_start = count.cumsum(0) - count
     neighbour = torch.arange(len(window), device=key.device) + (first - window_start)[window]
@@ -278,7 +278,7 @@ class RoutingSample(NamedTuple):
 
 
 class PoolWindow(NamedTuple):
-    """A window drawn for all latents."""
+    """A window that is drawn once for all latents."""
 
     ids: list[int]  # token ids; none if its row was not read
     active: Tensor  # which latents are active in it, bool [F]
@@ -354,7 +354,10 @@ class ContextCollector:
         self._fill_pool(activations)
 
     def _count(self, activations: BatchActivations, sites: Tensor) -> None:
-        """sites: site index of each code [codes]. Codes of all sites count at the first."""
+        """Update counts and maxima. sites: site index of each code [codes].
+
+        A code that belongs to all sites counts at the first.
+        """
         n_latents, n_sites = self.fired_at_site.shape
         latent = activations.latent
         cell = latent * n_sites + activations.site.clamp_min(0)
@@ -370,11 +373,11 @@ class ContextCollector:
             self.routing = RoutingSample(int(batch.row[0]), ids, weights[: len(ids)].cpu())
 
     def _add_events(self, new: BatchActivations, weight: Tensor, threshold: float) -> None:
-        """Offer new activations to both tables. weight: router weight of each token [N]."""
+        """Offer new activations to both tables. weight: largest router weight of a token [N]."""
         draws = new.draws(self.top.n_latents, self.seed)
         top = self.top.candidates(new.latent, new.group, new.value, new.value > threshold)
         sample = self.sample.candidates(new.latent, new.group, draws, new.value > 0)
-        # one call for both, because it sorts all entries
+        # One call serves both tables, because it sorts all entries.
         around = new.around(torch.cat([top, sample]), self.windows.reach)
         self.top.add(new.events(top, new.value, weight, around[: len(top)]))
         self.sample.add(new.events(sample, draws, weight, around[len(top) :]))
@@ -392,10 +395,10 @@ class ContextCollector:
         draw = int(random_integers(torch.tensor([row]), self.seed, len(counted)))
         documents = counted_documents(batch, index)
         first, end = window_bounds(documents, int(counted[draw]), self.windows.reach)
-        # from positions to counted tokens of the batch, from these to entries
-        token = torch.searchsorted(counted, counted.new_tensor([first, end]))
-        token += batch.mask[:index].sum()
-        first_entry, end_entry = torch.searchsorted(activations.token, token).tolist()
+        # Bounds as positions become bounds among counted tokens, and then among entries.
+        token_bounds = torch.searchsorted(counted, counted.new_tensor([first, end]))
+        token_bounds += batch.mask[:index].sum()
+        first_entry, end_entry = torch.searchsorted(activations.token, token_bounds).tolist()
         is_active = torch.zeros(self.top.n_latents, dtype=torch.bool, device=latent.device)
         is_active[latent[first_entry:end_entry]] = True
         return PoolWindow(batch.input_ids[index, first:end].tolist(), is_active.cpu())
