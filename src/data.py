@@ -46,6 +46,8 @@ from src.sources import (
 PIECE_CHARS = 2**20  # characters tokenised in one call: each takes about 150 bytes of memory
 MAX_PIECES = 256  # pieces tokenised in one call at most
 HUB_TOKENS = 100_000_000  # default limit for data sets of the hub: some of them do not end
+NOT_SPECIAL = "\ufdd0"  # no character; inside what looks like a special token and is text
+CHAT_RULE = 2  # of how conversations become tokens; part of the key of cached tokens
 ABANDONED_SECONDS = 30 * 86_400  # unfinished caches without a change for so long are removed
 
 
@@ -78,9 +80,20 @@ class Batch(NamedTuple):
 # ---------------------------------------------------------------------------------------- tokens
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """{id: text} of the special tokens.
+
+    Tokens with a role, such as EOS, are named in one list. Others, such as the turn markers of
+    Llama 3, are only marked as special among the added tokens.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    tokens = {token: entry.content for token, entry in added.items() if entry.special}
+    return tokens | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
 def special_token_table(tokenizer: Any) -> Tensor:
     """bool [V]: True at the ids of special tokens; the last entry, False, serves all larger ids."""
-    ids = tokenizer.all_special_ids
+    ids = list(special_tokens(tokenizer))
     table = torch.zeros(max(ids, default=-1) + 2, dtype=torch.bool)
     table[ids] = True
     return table
@@ -108,14 +121,36 @@ def tokenizer_hash(tokenizer: Any) -> str:
     else:
         text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     text += str(tokenizer.all_special_ids)
-    text += str(getattr(tokenizer, "chat_template", None) or "")
+    chat_template = getattr(tokenizer, "chat_template", None)
+    if chat_template:
+        text += f"{chat_template}{CHAT_RULE}"
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def chat_renderer(tokenizer: Any) -> Callable[[list], str]:
-    """A function that renders a conversation in the tokenizer's chat template.
+def _special_pattern(tokenizer: Any) -> re.Pattern:
+    """Matches the special tokens in a text, the longest first."""
+    names = sorted(filter(None, special_tokens(tokenizer).values()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
-    It raises DataError if the tokenizer has none, TypeError if the template refuses the turns.
+
+def _with_marks(turns: list, tokenizer: Any) -> list:
+    """The turns with NOT_SPECIAL inside each special token that a user has written."""
+    pattern = _special_pattern(tokenizer)
+
+    def marked(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        value = value.replace(NOT_SPECIAL, "")
+        return pattern.sub(lambda match: match[0][:1] + NOT_SPECIAL + match[0][1:], value)
+
+    return [{key: marked(value) for key, value in turn.items()} for turn in turns]
+
+
+def chat_renderer(tokenizer: Any, **options: Any) -> Callable[[list], str]:
+    """A function that renders a conversation in the tokenizer's chat template, for encode_chat.
+
+    The function raises DataError if the tokenizer has no template, TypeError if the template
+    refuses the turns. options: arguments of apply_chat_template.
     """
 
     def render(turns: list) -> str:
@@ -125,12 +160,39 @@ def chat_renderer(tokenizer: Any) -> Callable[[list], str]:
                 "model that has one (-Instruct, -chat), or name a key of plain text with --text_key"
             )
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            turns = _with_marks(turns, tokenizer)
+            return tokenizer.apply_chat_template(turns, tokenize=False, **options)
         except Exception as error:  # a template may raise any error for turns it does not expect
             raise TypeError(str(error)) from error
-        return text.removeprefix(tokenizer.bos_token or "")  # every row begins with it
 
     return render
+
+
+def encode_texts(tokenizer: Any, texts: list[str], parse_special: bool = False) -> list[list[int]]:
+    """Token ids of each text. "<|end_of_text|>" in it is text, unless parse_special is set."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    if getattr(tokenizer, "is_fast", False):
+        options["split_special_tokens"] = not parse_special
+    return tokenizer(texts, **options)["input_ids"]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, in which special tokens are text."""
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_chat(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text of chat_renderer: the template's special tokens, and users' text."""
+    if NOT_SPECIAL not in text:
+        return encode_texts(tokenizer, [text], parse_special=True)[0]
+    ids = []
+    start = 0
+    # The stretches between the special tokens of the template are plain text.
+    for match in _special_pattern(tokenizer).finditer(text):
+        ids += encode_text(tokenizer, text[start : match.start()].replace(NOT_SPECIAL, ""))
+        ids += encode_texts(tokenizer, [match[0]], parse_special=True)[0]
+        start = match.end()
+    return ids + encode_text(tokenizer, text[start:].replace(NOT_SPECIAL, ""))
 
 
 class Piece(NamedTuple):
@@ -174,13 +236,13 @@ def _piece_batches(texts: Iterator[str], words: int | None) -> Iterator[list[Pie
 
 def _encode(pieces: list[Piece], tokenizer: Any) -> list[list[int]]:
     """Token ids of each piece."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     ids: list[list[int]] = []
     for is_chat, group in groupby(pieces, key=lambda piece: piece.is_chat):
-        # "<|end_of_text|>" in a plain text is text; in a conversation the template put it there.
-        if getattr(tokenizer, "is_fast", False):
-            options["split_special_tokens"] = not is_chat
-        ids += tokenizer([piece.text for piece in group], **options)["input_ids"]
+        texts = [piece.text for piece in group]
+        if is_chat and any(NOT_SPECIAL in text for text in texts):
+            ids += [encode_chat(tokenizer, text) for text in texts]
+        else:
+            ids += encode_texts(tokenizer, texts, parse_special=is_chat)
     return ids
 
 
@@ -390,6 +452,8 @@ def _build_cache(options: StreamOptions, key: list, work: Path, folder: Path) ->
             f"the token cache in {folder.parent} does not fit ({error.strerror}); "
             "make room or set DATA_DIR"
         ) from error
+    if report.parts_left_out:
+        print(f"{source}: left out {report.parts_left_out} parts of conversations that are no text")
     if report.bad:
         print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
     save_json({"key": key} | vars(report), unfinished / "report.json")
@@ -510,6 +574,16 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return self.n_rows
 
+    def _stretch(self, row: int) -> tuple[int, int]:
+        """(start, stop) of the tokens of a row, without a BOS that would follow that of the row."""
+        start, stop = int(self.cuts[row]), int(self.cuts[row + 1])
+        if start < stop and self.tokens[start] in self.prefix:
+            # A chat template begins a conversation with BOS. Elsewhere the same id may be EOS.
+            document = np.searchsorted(self.documents, start)
+            if document < len(self.documents) and self.documents[document] == start:
+                start += 1
+        return start, stop
+
     def batch(self, rows: np.ndarray | list[int]) -> Batch:
         """The rows with these numbers, as a Batch."""
         shape = (len(rows), self.max_length)
@@ -517,7 +591,7 @@ class Rows(Dataset):
         index = np.full(shape, -1, dtype=np.int64)  # in the stream; -1 at BOS and padding
         offset = len(self.prefix)
         for i, row in enumerate(rows):
-            start, stop = int(self.cuts[row]), int(self.cuts[row + 1])
+            start, stop = self._stretch(row)
             columns = slice(offset, offset + stop - start)
             ids[i, :offset] = self.prefix
             ids[i, columns] = self.tokens[start:stop]
@@ -554,7 +628,8 @@ class Rows(Dataset):
             raise IndexError(index)
         row = index % len(self)
         attention_mask = torch.zeros(self.max_length, dtype=torch.long)
-        attention_mask[: len(self.prefix) + int(self.cuts[row + 1] - self.cuts[row])] = 1
+        start, stop = self._stretch(row)
+        attention_mask[: len(self.prefix) + stop - start] = 1
         return self.batch([row]).input_ids[0], attention_mask
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src import checkpoint, config, demo, files, hooks
-from src.data import Batch, count_mask, special_token_table
+from src.data import Batch, count_mask, encode_text, special_token_table
 from src.ops import squared_errors
 from src.sparse import dense
 
@@ -95,7 +95,7 @@ class Reader:
 
     def _batch(self, text: str) -> Batch:
         """Return the tokens of a text, from the begin-of-text token on if there is one. [1,S]"""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = encode_text(self.tokenizer, text)
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
         input_ids = torch.tensor([ids], dtype=torch.long)

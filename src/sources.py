@@ -177,12 +177,13 @@ class Report:
         self.bad: Counter[str] = Counter()
         self.first_bad = ""
         self.first_damaged = ""
+        self.parts_left_out = 0  # of conversations: images and the like
         self.keys = ""  # of the first record that lacks the text key
 
     def state(self) -> dict[str, Any]:
         """What was counted so far, as JSON."""
-        names = ("documents", "lines", "bad", "first_bad", "first_damaged", "keys")
-        return {name: getattr(self, name) for name in names}
+        names = "documents lines bad first_bad first_damaged parts_left_out keys"
+        return {name: getattr(self, name) for name in names.split()}
 
     def restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"bad": Counter(state["bad"])})
@@ -244,7 +245,7 @@ def _text_of(
     text = record[key]
     if isinstance(text, list) and render is not None:
         try:
-            text = Chat(render(_turns(text)))
+            text = Chat(render(_turns(text, report)))
         except (KeyError, TypeError, AttributeError):
             return report.skip("not a conversation", place)
     if not isinstance(text, str):
@@ -256,7 +257,7 @@ def _text_of(
     return Chat(clean) if isinstance(text, Chat) else clean
 
 
-def _turns(messages: list) -> list[dict[str, str]]:
+def _turns(messages: list, report: Report) -> list[dict[str, str]]:
     """Turns as templates take them: {"role", "content"}. ShareGPT's {"from", "value"} is converted.
 
     Raises KeyError or TypeError if the messages have neither form.
@@ -267,10 +268,22 @@ def _turns(messages: list) -> list[dict[str, str]]:
         if "role" not in turn:
             role = roles.get(turn["from"], turn["from"])
             turn = {"role": role, "content": turn["value"]}
+        if isinstance(turn["content"], list):
+            turn = {**turn, "content": _text_parts(turn["content"], report)}
         turns.append(turn)
-    if not turns or not all(isinstance(turn["content"], str) for turn in turns):
-        raise TypeError("no turns, or turns that are not text")
+    if not all(isinstance(turn["content"], str) for turn in turns):
+        raise TypeError("turns that are not text")
+    if not any(turn["content"].strip() for turn in turns):
+        raise TypeError("no turn with a text")
     return turns
+
+
+def _text_parts(parts: list, report: Report) -> str:
+    """The text of a content that is a list of parts; images and other parts are counted."""
+    texts = [part if isinstance(part, str) else part.get("text") for part in parts]
+    kept = [text for text in texts if isinstance(text, str)]
+    report.parts_left_out += len(texts) - len(kept)
+    return "\n".join(kept)
 
 
 def _parquet_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:

@@ -16,7 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, files, hooks, lm
-from src.data import Batch, count_mask, special_token_table
+from src.data import (
+    Batch,
+    chat_renderer,
+    count_mask,
+    encode_chat,
+    encode_text,
+    special_token_table,
+)
 from src.metrics import token_kl
 from src.sae import Edit
 
@@ -189,14 +196,17 @@ class Steerer:
         """Return the tokens of a prompt, from the begin-of-text token on if there is one. [1,S]"""
         turns = prompt.get("messages")
         if not turns:
-            text = prompt["prompt"]
+            ids = encode_text(self.tokenizer, prompt["prompt"])
         elif self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
+            render = chat_renderer(self.tokenizer, add_generation_prompt=True)
+            try:
+                text = render(turns)
+            except TypeError as error:
+                raise ValueError(f"the chat template refuses a conversation: {error}") from error
+            ids = encode_chat(self.tokenizer, text)
         else:
             text = "\n\n".join(turn["content"] for turn in turns)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+            ids = encode_text(self.tokenizer, text)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos]:  # a chat template may write it
             ids = [bos, *ids]
