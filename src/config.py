@@ -225,6 +225,15 @@ OPTIONS: dict[str, Option] = {
         "depth, plus 1.",
         low=2,
     ),
+    "sites": Option(
+        "sae",
+        int,
+        None,
+        "Sites that a routed model, an MLSAE or a Crosscoder reads, such as 7 11 15 19 23, in "
+        "place of a range.",
+        low=1,
+        many=True,
+    ),
     "l1_coeff": Option(
         "sae",
         float,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import hub
+from src import gguf_file, hub
 from src.device import fast_bfloat16
 from src.files import first_line
 
@@ -72,6 +72,8 @@ def get_language_model(
             "pip install accelerate, or leave the flag out"
         )
     trust = {"trust_remote_code": trust_remote_code}
+    if gguf_file.is_gguf(model_path):
+        model_path = str(gguf_file.as_folder(model_path))
     try:
         tokenizer, model = _load(model_path, pick_dtype(dtype, device), device_map, trust)
     except (

@@ -228,10 +228,11 @@ class MLSAE(TopK):
         *,
         start_layer: int | None = None,
         end_layer: int | None = None,
+        sites: list[int] | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(hidden_size, latent_size, k, **rest)
-        self.routed = routed_sites(n_layers, start_layer, end_layer)
+        self.routed = routed_sites(n_layers, start_layer, end_layer, sites)
 
     def sites(self):
         return self.routed
@@ -433,6 +434,7 @@ class Crosscoder(_L1SAE, SAE):
         *,
         start_layer: int | None = None,
         end_layer: int | None = None,
+        sites: list[int] | None = None,
         l1_coeff: float | None = None,
         l1_mean: bool = False,
         target_l0: float | None = None,
@@ -442,7 +444,7 @@ class Crosscoder(_L1SAE, SAE):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(hidden_size, latent_size, norm_eps)
-        self.routed = routed_sites(n_layers, start_layer, end_layer)
+        self.routed = routed_sites(n_layers, start_layer, end_layer, sites)
         self.n_processed_layers = len(self.routed)
         self.free_norms = free_norms
         self._set_l1(l1_coeff, l1_mean, target_l0, sparsity_warmup)
@@ -556,6 +558,7 @@ class RouteSAE(SAE):
         route_patch: str = "scaled",
         start_layer: int | None = None,
         end_layer: int | None = None,
+        sites: list[int] | None = None,
         router_objective: str = "published",
         router_balance: str = "none",
         router_balance_coef: float | None = None,
@@ -571,7 +574,7 @@ class RouteSAE(SAE):
         if routing not in router.LEARNING_ROUTINGS:
             router_objective, router_balance = "published", "none"
         _check_shares(route_shares, routing, router_objective)
-        self.routed = routed_sites(n_layers, start_layer, end_layer)
+        self.routed = routed_sites(n_layers, start_layer, end_layer, sites)
         self.n_layers = n_layers
         self.start_layer = self.routed[0]
         self.end_layer = self.routed[-1] + 1
@@ -648,8 +651,8 @@ class RouteSAE(SAE):
         if layers == self.n_routed_layers:
             return x
         if layers in (self.n_layers, self.n_layers + 1):
-            first = self.start_layer - (layers == self.n_layers)
-            return x[..., first : first + self.n_routed_layers, :]
+            first = layers == self.n_layers  # the site that the first entry holds
+            return x[..., [site - first for site in self.routed], :]
         expected = f"expected {self.n_routed_layers} routed ones, or all {self.n_layers}"
         raise ValueError(f"{layers} layers; {expected} (+1 with the embedding)")
 

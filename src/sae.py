@@ -173,12 +173,24 @@ STANDARD_NAMES = {  # standard name -> our parameter; matrices are transposed
 
 
 def routed_sites(
-    n_layers: int, start_layer: int | None = None, end_layer: int | None = None
+    n_layers: int,
+    start_layer: int | None = None,
+    end_layer: int | None = None,
+    sites: list[int] | None = None,
 ) -> list[int]:
-    """Return the sites n//4 ... 3n//4 (4 ... 12 of 16); end_layer is exclusive.
+    """Return the sites n//4 ... 3n//4 (4 ... 12 of 16), a range, or the sites that are listed.
 
-    Raises ValueError for a model that is too shallow, or a range outside it.
+    end_layer is exclusive. Raises ValueError for a model that is too shallow, for sites outside
+    it, and for a list beside a range.
     """
+    if sites:
+        if start_layer is not None or end_layer is not None:
+            raise ValueError("--sites and --start_layer, --end_layer exclude each other; give one")
+        listed = sorted(set(sites))
+        if listed[0] < 1 or (n_layers is not None and listed[-1] > n_layers):
+            given = " ".join(map(str, sites))
+            raise ValueError(f"--sites {given}; sites of this model run from 1 to {n_layers}")
+        return listed
     if start_layer is not None and end_layer is not None and not 1 <= start_layer < end_layer:
         given = f"--start_layer {start_layer} --end_layer {end_layer}"
         raise ValueError(f"{given}; sites run from start to before end, and begin at 1")

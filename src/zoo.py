@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 _DICTIONARY = ("unit_encoder", "input_norm")
 _AUXK = ("auxk_coeff", "dead_tokens", "b_pre_init")
 _SPARSE = ("l1_coeff", "target_l0", "sparsity_warmup", "b_pre_init")
-_RANGE = ("start_layer", "end_layer")
+_RANGE = ("start_layer", "end_layer", "sites")
 _ROUTER = (
     "aggre", "routing", "route_patch", "route_scale", "route_shares",
     "router_objective", "router_balance", "router_balance_coef",

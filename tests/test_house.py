@@ -16,7 +16,8 @@ SOURCES = {path.stem: path for path in sorted((ROOT / "src").glob("*.py"))}
 # A file imports only files of lower floors. The entries at the root are floor 6 too.
 FLOORS = (
     "zoo files contexts draws config_file hub metric_table",
-    "device kernels sparse ops router sparsity distributed sources tracking interrupt endpoint",
+    "device kernels sparse ops router sparsity distributed sources tracking interrupt "
+    "endpoint gguf_file",
     "sae reference",
     "model data lm metrics config",
     "hooks checkpoint formats demo events sae_training estimate",
