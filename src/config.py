@@ -7,6 +7,7 @@ Precedence of values: typed > --config file > recipe saved with a checkpoint > r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -17,7 +18,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from src import config_file, metric_table, zoo
-from src.files import DEMO_LM, parse_json, printable, redacted
+from src.files import DEMO_LM, PrintableStream, parse_json, printable, redacted
+
+LARGEST_INTEGER = 2**63 - 1
+LARGEST_FLOAT = 3.4e38  # of float32
 
 # ------------------------------------------------------------------------------ types of options
 
@@ -26,6 +30,8 @@ def assignment(text: str) -> tuple[int, float]:
     """LATENT=VALUE, as in 12=5.0."""
     latent, _, value = text.partition("=")
     try:
+        if abs(float(value)) > LARGEST_FLOAT:
+            raise ValueError("not a float32")
         return int(latent), float(value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not LATENT=VALUE, as in 12=5.0") from error
@@ -66,7 +72,7 @@ class Option(NamedTuple):
     """One row of the table.
 
     group: sections of the command line, see STAGES. low: smallest value. above: a value that it
-    must exceed. many: takes one value or more, kept as a list. count: takes exactly so many.
+    must exceed. high: largest value. many: takes one value or more, kept as a list. count: takes exactly so many.
     choices: accepted values, separated by spaces.
     """
 
@@ -79,6 +85,7 @@ class Option(NamedTuple):
     above: float | None = None
     many: bool = False
     count: int | None = None
+    high: float | None = None
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -362,6 +369,7 @@ OPTIONS: dict[str, Option] = {
         1e-5,
         "Added to the standard deviation when inputs are standardised.",
         above=0,
+        high=1,
     ),
     # training
     "model": Option(
@@ -674,6 +682,7 @@ PRECEDENCE = (
 SHARED_STAGES = ("train", "evaluate", "apply")
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
+NOT_EMPTY = ("model_path", "data_path", "output_dir", "SAE_path", "config", "prompts", "device")
 # What a recipe sets beside the constructor values in the zoo.
 RECIPES: dict[str, dict[str, Any]] = {
     "standard": {"optimizer": "signum", "grad_clip": 1.0, "steps": 1},
@@ -693,6 +702,17 @@ NEUTRAL = frozenset(
     "wandb_project device device_map trust_remote_code typed from_file stage".split()
 )
 SECRET = frozenset({"api_key", "api_key_file"})
+# Options that a recipe may set, from a checkpoint, an export or the hub: those of the model and
+# its training. Only a person decides what code runs, what is sent to whom, and what is written.
+FROM_RECIPE = (
+    frozenset(
+        name
+        for name, option in OPTIONS.items()
+        if set(option.group.split()) & {"sae", "text", "training", "lm"}
+    )
+    | {"seed", "route_patch"}
+) - NEUTRAL
+PERSON_ONLY = frozenset(OPTIONS) - FROM_RECIPE
 
 
 # --------------------------------------------------------------------------------- command lines
@@ -703,7 +723,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         is_main = os.environ.get("RANK", "0") == "0"
-        line = f"{self.prog}: error: {self.source}{message}; see --help\n"
+        text = " ".join(f"{self.source}{message}".split())
+        line = f"{self.prog}: error: {printable(text)}; see --help\n"
         self.exit(2, line if is_main else None)
 
 
@@ -779,7 +800,7 @@ def parse(stage: str, argv: Sequence[str] | None = None) -> Namespace:
     typed = vars(command_line.parse_args(argv))
     cfg = Namespace(**_defaults(stage))
     try:
-        from_file = _from_file(typed.get("config"), stage, command_line)
+        from_file = _from_file(typed, stage, command_line)
         vars(cfg).update(from_file | typed)
         cfg.typed = set(typed) | set(from_file)
         cfg.from_file = set(from_file) - set(typed)
@@ -803,22 +824,29 @@ def _defaults(stage: str) -> dict[str, Any]:
     return values
 
 
-def _from_file(path: str | None, stage: str, command_line: _Parser) -> dict[str, Any]:
+def _from_file(typed: Mapping[str, Any], stage: str, command_line: _Parser) -> dict[str, Any]:
     """Options of a --config file, parsed as if they were typed; those of other stages are left."""
+    path = typed.get("config")
     if not path:
         return {}
-    options, message = config_file.read(path, stage, OPTIONS)
-    if message:
-        print(message)
+    options, note, is_recipe = config_file.read(path, stage, OPTIONS, FROM_RECIPE)
+    if note:
+        print(printable(note))
+    if is_recipe and "model_path" in options.keys() - typed.keys():
+        _check_code(typed.get("trust_remote_code"), options["model_path"])
     names = {name for name, _ in _options_of(stage)} - {"config"}
     if stage == "interpret":
         # A file for all stages means the text by data_path; here it would mean contexts.
         names -= {"data_path"}
-    words = config_file.words({name: value for name, value in options.items() if name in names})
+    options = {name: value for name, value in options.items() if name in names}
     command_line.source = f"--config {path}: "
+    try:
+        words = config_file.words(options, OPTIONS)
+    except ValueError as error:
+        command_line.error(str(error))
     parsed = vars(command_line.parse_args(words))
     command_line.source = ""
-    return {name: value for name, value in parsed.items() if name in names}
+    return {name: value for name, value in parsed.items() if name in options}
 
 
 # ------------------------------------------------------------------------------------ the checks
@@ -835,6 +863,10 @@ def check(cfg: Namespace) -> None:
         if value is None:
             continue
         values = value if isinstance(value, list | tuple) else [value]
+        if name in NOT_EMPTY and "" in values:
+            raise ValueError(f'--{name} "": the value is empty; leave the option out, or name one')
+        if name in SWEPT:
+            values = list(dict.fromkeys(values))
         if option.many:
             setattr(cfg, name, values)
         if option.type in (int, float):
@@ -855,10 +887,15 @@ def check(cfg: Namespace) -> None:
 def _check_range(name: str, option: Option, number: float) -> None:
     if number != number or abs(number) == float("inf"):
         raise ValueError(f"--{name} {number}: not a finite number")
+    largest = LARGEST_INTEGER if option.type is int else LARGEST_FLOAT
+    if abs(number) > largest:
+        raise ValueError(f"--{name}: a number of this size cannot be used; at most {largest:.3g}")
     if option.low is not None and number < option.low:
         raise ValueError(f"--{name} {number}: must be at least {option.low}")
     if option.above is not None and number <= option.above:
         raise ValueError(f"--{name} {number}: must be above {option.above}")
+    if option.high is not None and number > option.high:
+        raise ValueError(f"--{name} {number}: must be at most {option.high}")
 
 
 def _check_exclusive(cfg: Namespace, *names: str) -> None:
@@ -947,18 +984,28 @@ def unused(cfg: Namespace) -> list[str]:
     return lines
 
 
+def _check_code(trust_remote_code: bool | None, model_path: Any) -> None:
+    """Raise ValueError if code of a language model would run that a recipe chose, no person."""
+    if trust_remote_code:
+        raise ValueError(
+            f"--trust_remote_code would run the code of {model_path}, which the recipe names; "
+            "name the language model yourself with --model_path"
+        )
+
+
 def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
     """Take options that were not typed from a checkpoint's recipe: of model, text and LM.
 
     Its split, its sizes (rows, tokens) and its device stay with the training run.
     """
-    saved = dict(recipe.get("options", {}))
-    saved |= {key: recipe[key] for key in ("model_path", "data_path") if recipe.get(key)}
+    saved = config_file.recipe_options(recipe, FROM_RECIPE)
     for name, value in saved.items():
-        if value is not None and _takes_from_recipe(cfg, name):
+        if _takes_from_recipe(cfg, name):
             if not _has_type(OPTIONS[name], value):
                 message = f"the checkpoint's recipe says {name} {value!r}, which is no valid value"
                 raise ValueError(f"{message}; give --{name}")
+            if name == "model_path":
+                _check_code(getattr(cfg, "trust_remote_code", False), value)
             as_list = OPTIONS[name].many and not isinstance(value, list)
             setattr(cfg, name, [value] if as_list else value)
     check(cfg)
@@ -966,18 +1013,22 @@ def fill_from_recipe(cfg: Namespace, recipe: Mapping[str, Any]) -> Namespace:
 
 
 def _takes_from_recipe(cfg: Namespace, name: str) -> bool:
-    of_the_run = name in NEUTRAL or name in config_file.NOT_INHERITED
     in_environment = os.environ.get(ENVIRONMENT.get(name, ""))
-    is_open = name in OPTIONS and hasattr(cfg, name) and name not in cfg.typed
-    return is_open and not of_the_run and not in_environment
+    is_open = hasattr(cfg, name) and name not in cfg.typed
+    return is_open and name not in config_file.NOT_INHERITED and not in_environment
 
 
 def _has_type(option: Option, value: Any) -> bool:
-    """True where a value read from JSON has the type of the option."""
+    """True where a value read from JSON has the type of the option and is one of its choices."""
     accepted = {int: int, str: str, float: (int, float), boolean: (bool, int)}.get(option.type)
     is_list = isinstance(value, list) and (option.many or option.count)
     values = value if is_list else [value]
-    return accepted is None or all(isinstance(item, accepted) for item in values)
+    if accepted is None:
+        return True
+    if option.type is not boolean and any(isinstance(item, bool) for item in values):
+        return False
+    is_accepted = all(isinstance(item, accepted) for item in values)
+    return is_accepted and (not option.choices or set(values) <= set(option.choices.split()))
 
 
 # ------------------------------------------------------------------------------------- the stages
@@ -995,6 +1046,11 @@ def run_stage(
         if hasattr(stream, "reconfigure"):
             # A terminal without some letter must not end a run.
             stream.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
+        return _run(stage, function, argv)
+
+
+def _run(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] | None) -> int:
     cfg = parse(stage, argv)
     try:
         job = _join_job(cfg)
@@ -1007,13 +1063,23 @@ def run_stage(
         if _ended_first():
             print(f"{stage}.py: interrupted{reason}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
-    except (ValueError, OSError, RuntimeError) as error:
-        # torch.OutOfMemoryError, without an import of torch.
-        out_of_memory = type(error).__name__ == "OutOfMemoryError"
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        out_of_memory = _is_out_of_memory(error)
         if isinstance(error, RuntimeError) and not out_of_memory:
             raise
         _report(cfg, error, "; lower --batch_size, or --max_length" if out_of_memory else "")
         return 2 if out_of_memory else getattr(error, "exit_code", 2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch.OutOfMemoryError, without an import of torch; its CPU allocator raises RuntimeError.
+    message = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in message
+        or "not enough memory" in message
+    )
 
 
 def _join_job(cfg: Namespace) -> ModuleType | None:

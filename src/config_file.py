@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.files import parse_json
 
@@ -19,18 +19,32 @@ OFFICIAL_NAMES = {"lamda": "l1_coeff", "threshold": "act_threshold"}
 OFFICIAL_ONLY = {"language_model", "pipe_data_path", "pipe_project"}
 # Settings of one run or machine. No other stage takes them from the recipe of a training.
 NOT_INHERITED = {"split", "max_samples", "max_tokens", "dtype", "seed", "compile_lm"}
+MAX_FILE_SIZE = 2**20  # bytes; files of options have a few thousand
+YES_OR_NO = {True: "yes", False: "no"}
 
 
-def read(path: str | Path, stage: str, known: Collection[str]) -> tuple[dict[str, Any], str]:
-    """({option: value}, a line on how the file was understood, or "").
+class Content(NamedTuple):
+    """What a file of options says."""
 
-    One file can serve all stages, so options of other stages are included. Raises ValueError for
-    a file that cannot be read and for an unknown option, naming the nearest known one.
+    options: dict[str, Any]
+    note: str  # a line on how the file was understood, or ""
+    is_recipe: bool
+
+
+def read(
+    path: str | Path, stage: str, known: Collection[str], from_recipe: Collection[str]
+) -> Content:
+    """Read a file of options.
+
+    One file can serve all stages, so options of other stages are included. `from_recipe` names
+    the options that a recipe may set. Raises ValueError for a file that cannot be read and for an
+    unknown option, naming the nearest known one.
     """
     path = Path(path)
     content = _load(path)
-    if "format_version" in content:
-        options = _recipe_options(content, path, stage, known)
+    is_recipe = _is_recipe(content)
+    if is_recipe:
+        options = _options_for_stage(recipe_options(content, from_recipe), path, stage)
         note = f"{path}: the recipe of {content.get('title', path.stem)}"
     elif content.keys() & {"lamda", *OFFICIAL_ONLY}:
         options = _official_options(content, stage)
@@ -45,17 +59,20 @@ def read(path: str | Path, stage: str, known: Collection[str]) -> tuple[dict[str
             near = difflib.get_close_matches(key, known, 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--config {path}: there is no option {key!r}{hint}")
-    return {key: value for key, value in options.items() if value is not None}, note
+    options = {key: value for key, value in options.items() if value is not None}
+    return Content(options, note, is_recipe)
 
 
 def _load(path: Path) -> dict[str, Any]:
     """The mapping in a file. Raises ValueError in one line if it holds none."""
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    if path.stat().st_size > MAX_FILE_SIZE:
+        raise ValueError(f"--config {path} is larger than {MAX_FILE_SIZE} bytes")
     try:
+        text = path.read_text(encoding="utf-8")
         content = parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} is not readable ({error})") from error
     if not isinstance(content, dict):
         what = "nothing" if content is None else "no `option: value` lines"
@@ -66,28 +83,49 @@ def _load(path: Path) -> dict[str, Any]:
 def _parse_yaml(text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            # Ten lines of aliases of aliases can stand for billions of values.
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"it has an alias in line {self.peek_event().start_mark.line + 1}")
+            return super().compose_node(parent, index)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _recipe_options(
-    recipe: dict[str, Any], path: Path, stage: str, known: Collection[str]
-) -> dict[str, Any]:
-    """The options of a training. For other stages the weights beside the recipe become SAE_path.
+def _is_recipe(content: Mapping[str, Any]) -> bool:
+    """Whether it is the recipe of a checkpoint: a file that may come from somebody else."""
+    parts = (content.get("config"), content.get("options"))
+    return "format_version" in content or any(isinstance(part, dict) for part in parts)
 
-    Entries that are no options are left out: constructor values, which --recipe sets.
+
+def recipe_options(recipe: Mapping[str, Any], from_recipe: Collection[str]) -> dict[str, Any]:
+    """The options that a recipe decides: those of the training, as far as a recipe may set them.
+
+    Raises ValueError if its options are no mapping.
     """
-    options = dict(recipe.get("options", {}))
-    options |= {key: recipe[key] for key in ("model", "model_path", "data_path") if recipe.get(key)}
-    if stage != "train":
-        for key in (*NOT_INHERITED, "device"):
-            options.pop(key, None)
-        weights = path.with_suffix(".pt")
-        if weights.exists():
-            options["SAE_path"] = str(weights)
-    return {key: value for key, value in options.items() if key in known}
+    options = recipe.get("options", {})
+    if not isinstance(options, dict):
+        raise ValueError("the recipe's options are no mapping")
+    top_level = ("model", "model_path", "data_path")
+    options = options | {key: recipe[key] for key in top_level if recipe.get(key)}
+    return {
+        key: value for key, value in options.items() if key in from_recipe and value is not None
+    }
+
+
+def _options_for_stage(options: dict[str, Any], path: Path, stage: str) -> dict[str, Any]:
+    """A recipe's options for one stage. The weights beside the recipe become SAE_path."""
+    if stage == "train":
+        return options
+    options = {key: value for key, value in options.items() if key not in NOT_INHERITED}
+    weights = path.with_suffix(".pt")
+    if weights.exists():
+        options["SAE_path"] = str(weights)
+    return options
 
 
 def _official_options(content: dict[str, Any], stage: str) -> dict[str, Any]:
@@ -106,18 +144,31 @@ def _official_options(content: dict[str, Any], stage: str) -> dict[str, Any]:
     return options
 
 
-def words(options: dict[str, Any]) -> list[str]:
-    """The same options as words of a command line."""
+def words(options: dict[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """The same options as words of a command line.
+
+    known: {option: its row in config.OPTIONS}. Raises ValueError for a list where one value is
+    expected, and for a value that a command line would take for another option.
+    """
     line: list[str] = []
     for name, value in options.items():
-        texts = [_word(v) for v in (value if isinstance(value, list | tuple) else [value])]
-        line += [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+        is_list = isinstance(value, list | tuple)
+        if is_list and not (known[name].many or known[name].count):
+            raise ValueError(f"{name} takes one value, not a list")
+        texts = [_word(item, known[name].choices) for item in (value if is_list else [value])]
+        if len(texts) == 1:
+            line.append(f"--{name}={texts[0]}")
+        elif any(text.startswith("--") for text in texts):
+            raise ValueError(f"{name} holds a value that begins with '--'")
+        else:
+            line += [f"--{name}", *texts]
     return line
 
 
-def _word(value: Any) -> str:
+def _word(value: Any, choices: str) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, bool):
-        return str(int(value))
+        # YAML reads a bare yes as true.
+        return YES_OR_NO[value] if "yes" in choices.split() else str(int(value))
     return str(value)

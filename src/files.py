@@ -190,6 +190,17 @@ class Unfailing:
         return getattr(self.stream, name)
 
 
+class PrintableStream(Unfailing):
+    """A stream that writes printable() text only. The stages print through one.
+
+    What they print may quote recipes, file names and texts of other people.
+    """
+
+    def write(self, text: str) -> int:
+        super().write(printable(text))
+        return len(text)
+
+
 def say(text: str) -> None:
     """Print a line that may quote files and servers. It never fails."""
     print(printable(text), file=Unfailing(sys.stdout), flush=True)
