@@ -7,6 +7,7 @@ parameters' names and their shapes. Folders in other formats are read by formats
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -17,6 +18,8 @@ import random
 import re
 import shutil
 import subprocess
+import time
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +42,20 @@ RECIPE_TYPES = {
     "title": str,
     "model_path": str,
     "data_path": str,
+    "model_name": str,
+    "data_name": str,
+    "tokens": int,
+    "sites": list,
+    "weights_sum": str,
     "format_version": int,
 }
+LAYER_NUMBERS = ("n_layers", "layer", "start_layer", "end_layer")
+MAX_LAYERS = 10_000  # of a language model; lists of sites are built from what recipes say
+MIXED_ADVICE = (
+    "one of the two was replaced. Put the right one back, train again, or, if you changed the "
+    "weights yourself, remove weights_sum from the recipe"
+)
+READ_ATTEMPTS = 5  # of weights and recipe beside a process that replaces both
 
 
 def environment() -> dict[str, Any]:
@@ -170,25 +185,84 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def save(sae: SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) -> Path:
-    """Write <title>.json, then <title>.pt, each atomically; returns the path of the weights."""
+    """Write <title>.json, then <title>.pt, each atomically; returns the path of the weights.
+
+    The recipe holds the sum of its weights. The recipe of earlier weights stays beside them until
+    both files are replaced: if the process is killed in between, the earlier SAE still loads.
+    """
     path = Path(folder) / f"{files.safe_name(title)}.pt"
+    earlier = _earlier_path(path)
+    with contextlib.suppress(ValueError):  # weights that are none are replaced
+        if (recipe_there := trained_recipe(path)) is not None:
+            files.save_json(recipe_there, earlier)
     weights = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
-    about = {"format_version": FORMAT_VERSION, "title": title}
-    files.save_json(about | dict(recipe), path.with_suffix(".json"))
-    return files.write_atomic(path, lambda file: torch.save(weights, file))
+    about = {"format_version": FORMAT_VERSION, "title": title} | dict(recipe)
+    files.save_json(about | {"weights_sum": _sum_of(weights)}, path.with_suffix(".json"))
+    files.write_atomic(path, lambda file: torch.save(weights, file))
+    earlier.unlink(missing_ok=True)
+    return path
 
 
 def read_recipe(path: str | Path) -> dict[str, Any] | None:
     """The recipe beside a checkpoint, or None if there is none.
 
-    Raises ValueError if this version cannot read it.
+    Raises ValueError if this version cannot read it. It may be the recipe of other weights, see
+    trained_recipe.
     """
     path = Path(path).with_suffix(".json")
     return _checked_recipe(files.load_json(path), path) if path.exists() else None
 
 
+def trained_recipe(path: str | Path) -> dict[str, Any] | None:
+    """The recipe of the weights at path, or None if there are no weights.
+
+    Raises ValueError for weights that have no recipe, or that belong to no recipe beside them:
+    they may be anybody's, and are not replaced unless that was asked for.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    _, recipe = _read_pair(path, "cpu")
+    if recipe is None:
+        raise ValueError(
+            f"{path} has no recipe beside it, so it may be anybody's; "
+            "move it, or give --tag NAME or --overwrite"
+        )
+    return recipe
+
+
+def _earlier_path(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.earlier.json")
+
+
+def _read_pair(path: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """(weights, their recipe or None) of a file.
+
+    Raises ValueError if the recipes beside it belong to other weights.
+    """
+    for attempt in range(READ_ATTEMPTS):
+        weights = _load_weights(path, device)
+        recipe = read_recipe(path)
+        if recipe is None:
+            return weights, None
+        weights_sum = _sum_of(weights)
+        earlier = _earlier_path(path)
+        try:
+            candidates = [recipe]
+            if earlier.exists():
+                candidates.append(_checked_recipe(files.load_json(earlier), earlier))
+        except FileNotFoundError:  # a writer beside this process has just finished
+            continue
+        for candidate in candidates:
+            # Recipes of earlier versions hold no sum.
+            if candidate.get("weights_sum", weights_sum) == weights_sum:
+                return weights, candidate
+        time.sleep(0.1 * attempt)
+    raise ValueError(f"{path} is not what its recipe describes; {MIXED_ADVICE}")
+
+
 def _checked_recipe(recipe: Any, path: Path) -> dict[str, Any]:
-    """The recipe itself. Raises ValueError if it lacks an entry that loading needs."""
+    """The recipe itself. Raises ValueError if it lacks an entry, or an entry cannot be used."""
     if not isinstance(recipe, dict) or not {"model", "config"} <= set(recipe):
         raise ValueError(f"{path} is not the recipe of a checkpoint: it names no model")
     wrong = [
@@ -202,6 +276,13 @@ def _checked_recipe(recipe: Any, path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not the recipe of a checkpoint: {wrong[0]} is missing or of the wrong type"
         )
+    try:
+        for name, value in recipe["config"].items():
+            config.check_value(name, value)
+            if name in LAYER_NUMBERS and value is not None and value > MAX_LAYERS:
+                raise ValueError(f"{name} {value}: no language model has so many blocks")
+    except ValueError as error:
+        raise ValueError(f"{path} is not the recipe of a checkpoint: {error}") from error
     files.safe_name(recipe.get("title", "none"))  # later stages name their files by it
     _check_version(recipe, path)
     return recipe
@@ -223,27 +304,43 @@ def _load_weights(path: Path, device: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; check --SAE_path")
     try:
+        _check_stored(path)
         weights = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds other things than tensors, or is damaged; nothing in it was run"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         reason = files.first_line(error)[:120] if str(error) else "damaged"
         raise ValueError(f"{path} is not a readable checkpoint ({reason})") from error
     is_dict = isinstance(weights, dict) and weights
     if not is_dict or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors")
+    formats.check_tensors(weights, path)
     return weights
+
+
+def _check_stored(path: Path) -> None:
+    """Raise ValueError for a compressed file: a small one can fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError(f"{path} is compressed; torch.save stores weights as they are")
 
 
 def weights_sum(sae: SAE) -> str:
     """Hash of all parameters and buffers. Results carry it, so that they can be told from those
     of another SAE with the same title."""
+    return _sum_of(sae.state_dict())
+
+
+def _sum_of(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(sae.state_dict().items()):
+    for name, value in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        values = value.cpu().float().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -284,12 +381,15 @@ def _derive_recipe(
     if no model fits.
     """
     pattern = re.compile(r"(sae\.)?encoder\..*weight")
-    encoders = [value for key, value in weights.items() if pattern.fullmatch(key)]
+    encoders = [
+        value for key, value in weights.items() if pattern.fullmatch(key) and value.dim() == 2
+    ]
     if not encoders:
         keys = ", ".join(list(weights)[:6])
         raise ValueError(f"{path} holds no encoder (keys: {keys}); no model here has such weights")
     latent_size, hidden_size = encoders[0].shape
-    n_sites = weights["router.weight"].shape[0] if "router.weight" in weights else len(encoders)
+    router = weights.get("router.weight", encoders)
+    n_sites = len(router) if router is encoders or router.dim() else 1
     # n layers are routed at n / 2 + 1 sites: from n / 4 to 3 n / 4.
     n_layers = hints.get("n_layers") or (2 * (n_sites - 1) if n_sites > 1 else 16)
     likely, named_options = _read_file_name(path.stem)
@@ -298,7 +398,8 @@ def _derive_recipe(
     options |= {key: value for key, value in hints.items() if value is not None}
     names = [hints["model"]] if hints.get("model") else [*likely, *zoo.ZOO]
     for name in dict.fromkeys(map(zoo.canonical, names)):
-        candidate = model.build(name, hidden_size, n_layers, options)
+        with torch.device("meta"):
+            candidate = model.build(name, hidden_size, n_layers, options)
         if _shapes(candidate.state_dict()) == _shapes(weights):
             sizes = {"hidden_size": hidden_size, "n_layers": n_layers}
             _report_derived(path, name, candidate.config)
@@ -310,7 +411,8 @@ def _derive_recipe(
 def _report_derived(path: Path, name: str, values: Mapping[str, Any]) -> None:
     # The sizes cannot be wrong: they come from the shapes.
     assumed = [f"{key} {value}" for key, value in values.items() if not key.endswith("_size")]
-    print(f"{path.name}: no recipe beside it; taken for {name} with {', '.join(assumed)}")
+    stated = f"taken for {name} with {', '.join(assumed)}"
+    print(files.printable(f"{path.name}: no recipe beside it; {stated}"))
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -334,16 +436,28 @@ def load(
     if path.is_dir():
         weights, recipe = formats.read_folder(path)
         _checked_recipe(recipe, path)
+        formats.check_tensors(weights, path)
+        if recipe.get("weights_sum") not in (None, _sum_of(weights)):
+            raise ValueError(f"{path}: the weights are not those of the recipe; {MIXED_ADVICE}")
         title = files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
     else:
-        weights = _load_weights(path, device)
-        recipe = read_recipe(path) or _derive_recipe(path, weights, hints or {})
+        weights, recipe = _read_pair(path, device)
+        recipe = recipe or _derive_recipe(path, weights, hints or {})
         title = path.stem
+    _check_shapes(_outline(recipe, path), weights, recipe["model"], path)
     sae = _build(recipe, path)
-    _check_shapes(sae, weights, recipe["model"], path)
     sae.load_state_dict(weights)
     about = {"weights_sum": weights_sum(sae), "title": recipe.get("title", title)}
     return sae.to(device).eval(), recipe | about
+
+
+def _outline(recipe: Mapping[str, Any], path: Path) -> SAE:
+    """The SAE of a recipe without memory for its weights: a recipe may state any size."""
+    try:
+        with torch.device("meta"):
+            return _build(recipe, path)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the sizes of the recipe are impossible ({error})") from error
 
 
 def _build(recipe: Mapping[str, Any], path: Path) -> SAE:
@@ -351,7 +465,7 @@ def _build(recipe: Mapping[str, Any], path: Path) -> SAE:
     hidden_size, n_layers = values.pop("hidden_size"), values.pop("n_layers", None)
     try:
         return model.build(zoo.canonical(recipe["model"]), hidden_size, n_layers, values)
-    except TypeError as error:
+    except (TypeError, OverflowError, ValueError) as error:
         recipe_path = path.with_suffix(".json")
         raise ValueError(
             f"{recipe_path}: no {recipe['model']} can be built from its config ({error})"
@@ -426,4 +540,8 @@ def _check_language_model(cfg: Namespace, recipe: Mapping[str, Any]) -> None:
         )
     if path and cfg.model_path and "model_path" in cfg.typed:
         if Path(path).resolve() != Path(cfg.model_path).resolve():
-            print(f"warning: {recipe['title']} was trained on {path}, not on {cfg.model_path}")
+            print(
+                files.printable(
+                    f"warning: {recipe['title']} was trained on {path}, not on {cfg.model_path}"
+                )
+            )

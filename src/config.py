@@ -884,6 +884,21 @@ def check(cfg: Namespace) -> None:
         _check_routing(cfg)
 
 
+def check_value(name: str, value: Any) -> None:
+    """Raise ValueError for a value of an option, read from JSON, that no stage would accept.
+
+    None, and names that are no options, pass.
+    """
+    option = OPTIONS.get(name)
+    if option is None or value is None:
+        return
+    if not _has_type(option, value):
+        raise ValueError(f"{name} {value!r} is no valid value")
+    if option.type in (int, float):
+        for number in value if isinstance(value, list) else [value]:
+            _check_range(name, option, number)
+
+
 def _check_range(name: str, option: Option, number: float) -> None:
     if number != number or abs(number) == float("inf"):
         raise ValueError(f"--{name} {number}: not a finite number")

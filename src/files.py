@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import errno
+import glob
 import gzip
 import hashlib
 import json
@@ -46,6 +48,7 @@ SECRETS = (
     "HUGGING_FACE_HUB_TOKEN",
     "WANDB_API_KEY",
 )
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 SHORTEST_SECRET = 6  # characters; shorter values are placeholders and occur inside words
 TEMPORARY = ".tmp"  # end of the names of files that are being written
 LONGEST_NAME = 120  # bytes of a file name; file systems allow 255, suffixes need some
@@ -387,12 +390,51 @@ class HashingFile:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Make the names in a folder survive a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def _exchange(path: Path, other: Path) -> bool:
+    """Exchange two names in one step, so that no kill falls in between. False if impossible."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None, use_errno=True)
+        names = os.fsencode(path), os.fsencode(other)
+        result = libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE)
+        return result == 0
+    return False
+
+
+def _replace_folder(work: Path, path: Path) -> None:
+    """Give `path` the content of `work`; a folder that is there is removed afterwards."""
+    old = _old_folder(path)
+    if not path.exists():
+        os.replace(work, path)
+    elif _exchange(work, path):
+        shutil.rmtree(work)
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+        os.replace(work, path)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old_folder(path: Path) -> Path:
+    return path.with_name(f".old-{path.name}")
+
+
+def restore_folder(path: Path) -> None:
+    """Put back a folder whose replacement was killed in between."""
+    old = _old_folder(path)
+    if old.exists() and not path.exists():
+        os.replace(old, path)
 
 
 def _write_hashed(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
@@ -409,6 +451,16 @@ def _write_hashed(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
     return {"size": hashing.size, "sha256": hashing.hash.hexdigest()}
 
 
+def _is_running(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError, OverflowError):
+        return True
+    return True
+
+
 def write_folder(
     path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]], manifest: bool = True
 ) -> Path:
@@ -418,6 +470,10 @@ def write_folder(
     is False) and renames the folder to path. A folder that already exists at path is replaced.
     """
     path = Path(path)
+    restore_folder(path)
+    for leftover in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):
+        if not _is_running(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover, ignore_errors=True)
     work = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -427,10 +483,7 @@ def write_folder(
             listing = json.dumps({"folder": path.name, "files": entries}).encode()
             _write_hashed(work / "manifest.json", lambda file: file.write(listing))
         _sync_folder(work)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(work, path)
-        _sync_folder(path.parent)
+        _replace_folder(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -36,6 +36,33 @@ DEMO_LM_NAME = str(files.DEMO_LM.relative_to(files.ROOT))
 Writers = dict[str, Callable[[Any], Any]]  # {file name: function that writes to an open file}
 
 
+WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensors(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError, naming the tensor, if a state dict cannot be the weights of an SAE."""
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{source} is not a state dict: it has the key {name!r}")
+        if problem := _problem_of(value):
+            raise ValueError(f"{source}: {name} {problem}")
+
+
+def _problem_of(value: Tensor) -> str | None:
+    """Why a tensor cannot hold weights, or None."""
+    if value.layout is not torch.strided or value.is_meta or value.is_nested:
+        return "is no dense tensor"
+    if value.dtype not in WEIGHT_TYPES:
+        return f"holds {value.dtype} values; weights are floating-point numbers"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return f"has the shape {tuple(value.shape)} and fewer values than that"
+    # A scalar may be unset, which is NaN.
+    n_bad = int((~value.float().isfinite()).sum()) if value.dim() else 0
+    if n_bad:
+        return f"has {n_bad} values that are not finite: its training failed, or it is damaged"
+    return None
+
+
 # ------------------------------------------------------------------------------- an SAE of one site
 
 
@@ -206,7 +233,8 @@ def compare(sae: SAE, form: StandardForm, site_sae: SiteSAE, tokens: int = 1024)
             "and SAELens clips them; train with --topk_relu 1"
         )
     tolerance = 1e-4 * expected.amax().clamp_min(1)
-    wrong = float(((expected - latents).abs() > tolerance).any(-1).float().mean())
+    # The negation counts NaN as wrong.
+    wrong = float((~((expected - latents).abs() <= tolerance)).any(-1).float().mean())
     # At a tie, rounding may choose another latent; that must stay rare.
     if wrong > 1e-3:
         raise ValueError(f"the exported form gives other latents on {wrong:.1%} of random states")
@@ -226,6 +254,7 @@ def export(
     folder = Path(output_dir) / files.EXPORT_DIR / kind / files.safe_name(recipe["title"])
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists already; --overwrite replaces it")
+    check_tensors(sae.state_dict(), recipe["title"])
     evaluation = _read_evaluation(Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json", recipe)
     shown = public_recipe(recipe)
     writers, how_to_load = {"saelens": _lens_files, "hf": _hub_files}[kind](sae, shown)
@@ -506,9 +535,11 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    check_tensors(tensors, path)
+    return tensors
 
 
 def _read_lens(

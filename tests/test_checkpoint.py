@@ -1,0 +1,339 @@
+"""Weights and recipes on disk: which pairs load, which files are refused, and what is replaced."""
+
+import json
+import os
+import resource
+import shutil
+import zipfile
+
+import pytest
+import torch
+from test_formats import D, export, random_sae, recipe_of, saelens_folder
+
+from src import checkpoint, files, formats
+from src.model import build
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def save(folder, k=5, seed=0):
+    """Path of a TopK, random by seed."""
+    sae = random_sae("TopK", k=k)
+    with torch.no_grad():
+        sae.encoder.weight.mul_(1 + seed)
+    return checkpoint.save(sae, recipe_of(sae), folder, "TopK_text")
+
+
+def sum_and_k(path):
+    sae, recipe = checkpoint.load(path)
+    return recipe["weights_sum"], sae.k
+
+
+def change(path, **config):
+    recipe = json.loads(path.with_suffix(".json").read_text())
+    recipe["config"] |= config
+    path.with_suffix(".json").write_text(json.dumps(recipe))
+
+
+# ------------------------------------------------------------------------- recipe and weights
+
+
+def test_a_kill_between_recipe_and_weights_leaves_the_earlier_sae(tmp_path, monkeypatch):
+    path = save(tmp_path)
+    before = sum_and_k(path)
+    original = files.write_atomic
+
+    for name in (".TopK_text.earlier.json", "TopK_text.json", "TopK_text.pt"):
+
+        def killed(target, write, name=name):
+            if os.path.basename(target) == name:
+                raise Killed
+            return original(target, write)
+
+        # twice: the second save finds what the first one left
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "write_atomic", killed)
+                with pytest.raises(Killed):
+                    save(tmp_path, k=7, seed=1)
+            assert sum_and_k(path) == before
+            assert checkpoint.trained_recipe(path)["config"]["k"] == 5
+    save(tmp_path, k=7, seed=1)
+    assert sum_and_k(path)[1] == 7 and sum_and_k(path)[0] != before[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["TopK_text.json", "TopK_text.pt"]
+
+
+def test_weights_under_the_recipe_of_others_are_refused(tmp_path):
+    path, other = save(tmp_path / "a"), save(tmp_path / "b", k=7, seed=1)
+    shutil.copy(other.with_suffix(".json"), path.with_suffix(".json"))
+    for read in (checkpoint.load, checkpoint.trained_recipe):
+        with pytest.raises(ValueError, match="is not what its recipe describes"):
+            read(path)
+    recipe = json.loads(path.with_suffix(".json").read_text())
+    del recipe["weights_sum"]  # as earlier versions wrote it
+    path.with_suffix(".json").write_text(json.dumps(recipe))
+    assert checkpoint.load(path)[0].k == 7
+
+
+def test_an_exported_folder_of_two_halves_is_refused(tmp_path):
+    first = export(random_sae("TopK"), tmp_path / "a", "hf")
+    recipe = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps(recipe | {"weights_sum": "0" * 16}))
+    with pytest.raises(ValueError, match="not those of the recipe"):
+        checkpoint.load(first)
+
+
+def test_a_reader_beside_a_writer_gets_pairs(tmp_path):
+    path = save(tmp_path)
+    pairs = {sum_and_k(path)}
+    save(tmp_path, k=7, seed=1)
+    pairs.add(sum_and_k(path))
+    child = os.fork()
+    if not child:
+        for i in range(60):
+            save(tmp_path, *((5, 0) if i % 2 else (7, 1)))
+        os._exit(0)
+    done = 0
+    while not done:
+        assert sum_and_k(path) in pairs
+        done, _ = os.waitpid(child, os.WNOHANG)
+
+
+def test_weights_without_a_recipe_are_not_taken_for_trained(tmp_path):
+    assert checkpoint.trained_recipe(tmp_path / "TopK_text.pt") is None
+    path = tmp_path / "TopK_text.pt"
+    torch.save({"precious": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="may be anybody's.*--overwrite"):
+        checkpoint.trained_recipe(path)
+
+
+# ------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("name", ["os.replace", "shutil.rmtree", "os.fsync", "files._exchange"])
+@pytest.mark.parametrize("has_exchange", [True, False])
+def test_an_export_killed_while_it_replaces_leaves_the_old_or_the_new(
+    tmp_path, monkeypatch, name, has_exchange
+):
+    sae = random_sae("TopK")
+    folder = export(sae, tmp_path, "hf")
+    old = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        sae.encoder.weight.mul_(2)
+    if not has_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    module_name, function = name.split(".")
+    module = {"os": os, "shutil": shutil, "files": files}[module_name]
+    original = getattr(module, function)
+    for killed_call in range(4):
+        for is_done in (False, True):
+            child = os.fork()
+            if not child:
+                calls = []
+
+                def killing(*args, calls=calls, call=killed_call, done=is_done, **options):
+                    calls.append(args)
+                    if len(calls) - 1 != call:
+                        return original(*args, **options)
+                    if done:
+                        original(*args, **options)
+                    os._exit(9)
+
+                setattr(module, function, killing)
+                formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+            files.restore_folder(folder)
+            weights = (folder / "model.safetensors").read_bytes()
+            assert weights == old or checkpoint.load(folder)
+            assert (folder / "README.md").exists() and (folder / "config.json").exists()
+    formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "model.safetensors").read_bytes() != old
+
+
+@pytest.mark.parametrize("kind", ["hf", "saelens"])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, kind):
+    sae = random_sae("TopK")
+    with torch.no_grad():
+        sae.encoder.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="encoder.weight has .* not finite"):
+        export(sae, tmp_path, kind)
+    assert not (tmp_path / "export").exists()
+    if kind == "saelens":
+        with pytest.raises(ValueError, match="gives other latents"):
+            formats.site_saes(sae)
+
+
+# -------------------------------------------------------------------------- weights of others
+
+
+def only(weights, **changed):
+    return weights | changed
+
+
+TENSORS = {
+    "nan": (lambda w: only(w, **{"encoder.weight": w["encoder.weight"] * float("nan")}), "finite"),
+    "inf": (lambda w: only(w, latent_bias=w["latent_bias"] / 0), "latent_bias has .* not finite"),
+    "sparse": (
+        lambda w: only(w, **{"encoder.weight": w["encoder.weight"].to_sparse()}),
+        "encoder.weight is no dense tensor",
+    ),
+    "integer key": (lambda w: w | {1: torch.zeros(2)}, "has the key 1"),
+    "one dimension": (lambda w: {"encoder.weight": torch.zeros(8)}, "missing|is \\(8,\\)"),
+    "expanded": (
+        lambda w: {key: torch.zeros(1).expand(value.shape) for key, value in w.items()},
+        "fewer values than that",
+    ),
+    "meta": (lambda w: {key: value.to("meta") for key, value in w.items()}, "no dense|readable"),
+}
+for dtype in (torch.bool, torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn):
+    TENSORS[str(dtype)] = (
+        lambda w, dtype=dtype: {key: value.to(dtype) for key, value in w.items()},
+        "values; weights are",
+    )
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("has_recipe", [True, False])
+def test_tensors_that_are_no_weights_are_named(tmp_path, kind, has_recipe):
+    path = save(tmp_path)
+    make, reason = TENSORS[kind]
+    torch.save(make(torch.load(path, weights_only=True)), path)
+    if not has_recipe:
+        path.with_suffix(".json").unlink()
+        reason += "|holds no encoder"
+    elif kind == "one dimension":
+        recipe = json.loads(path.with_suffix(".json").read_text())
+        del recipe["weights_sum"]
+        path.with_suffix(".json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=reason) as caught:
+        checkpoint.load(path)
+    assert "TopK_text" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floating_types_load(tmp_path, dtype):
+    path = save(tmp_path)
+    torch.save({k: v.to(dtype) for k, v in torch.load(path).items()}, path)
+    if dtype is not torch.float64:  # rounded, so they are other weights
+        with pytest.raises(ValueError, match="remove weights_sum from the recipe"):
+            checkpoint.load(path)
+        recipe = json.loads(path.with_suffix(".json").read_text())
+        del recipe["weights_sum"]
+        path.with_suffix(".json").write_text(json.dumps(recipe))
+    assert checkpoint.load(path)[0].encoder.weight.dtype == torch.float32
+
+
+def test_nan_and_integers_in_safetensors_are_named(tmp_path):
+    from safetensors.torch import save_file
+
+    hub = export(random_sae("TopK"), tmp_path, "hf") / "model.safetensors"
+    lens = saelens_folder(tmp_path / "lens", "topk") / "sae_weights.safetensors"
+    for path in (hub, lens):
+        tensors = formats._load_safetensors(path)
+        name = next(iter(tensors))
+        for bad in (tensors[name] * float("nan"), tensors[name].to(torch.int8)):
+            save_file(tensors | {name: bad}, path)
+            with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+                checkpoint.load(path.parent)
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    path = save(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, content in entries:
+            archive.writestr(entry.filename, content)
+    with pytest.raises(ValueError, match="is compressed"):
+        checkpoint.load(path)
+
+
+SIZES = [
+    {"latent_size": 3 * 10**7},
+    {"latent_size": 10**9},
+    {"latent_size": 10**30},
+    {"hidden_size": 10**12},
+    {"latent_size": 10**18, "hidden_size": 10**18},
+    {"n_layers": 10**9},
+    {"layer": 10**9},
+    {"norm_eps": float("nan")},
+    {"norm_eps": -1},
+    {"norm_eps": "x"},
+    {"k": 2.5},
+    {"k": True},
+    {"k": [1, 2]},
+    {"layer": 2.5},
+    {"b_pre_init": "zzz"},
+    {"topk_relu": "no"},
+    {"dead_tokens": -5},
+    {"input_norm": [1]},
+]
+ROUTED = [
+    {"n_layers": 10**8},
+    {"end_layer": 10**9, "n_layers": None},
+    {"start_layer": 0},
+    {"end_layer": -3},
+    {"routing": "evil"},
+    {"route_shares": [1e308] * 3},
+    {"aggre": "evil"},
+    {"router_objective": 5},
+]
+
+
+@pytest.mark.parametrize(
+    "name, values", [("TopK", v) for v in SIZES] + [("RouteSAE", v) for v in ROUTED]
+)
+def test_a_recipe_of_impossible_values_is_refused_before_anything_is_built(
+    tmp_path, name, values, monkeypatch
+):
+    sae = random_sae(name)
+    path = checkpoint.save(sae, recipe_of(sae), tmp_path, "x")
+    change(path, **values)
+    built = []
+
+    def recorded(*args):
+        built.append(torch.empty(0).device.type)
+        return build(*args)
+
+    monkeypatch.setattr(checkpoint.model, "build", recorded)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="recipe") as caught:
+        checkpoint.load(path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert "\n" not in str(caught.value) and grown < 200_000  # kB
+    assert set(built) <= {"meta"}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"tokens": "many"}, {"sites": 5}, {"weights_sum": 5}, {"options": {"k": 10**400}}],
+)
+def test_entries_of_another_type_are_one_line(tmp_path, entries):
+    path = save(tmp_path)
+    recipe = json.loads(path.with_suffix(".json").read_text()) | entries
+    path.with_suffix(".json").write_text(json.dumps(recipe))
+    if "options" in entries:
+        return
+    with pytest.raises(ValueError, match="of the wrong type"):
+        checkpoint.load(path)
+
+
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path, monkeypatch):
+    original = os.fsync
+
+    def fsync(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(22, "Invalid argument")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = files.write_folder(tmp_path / "x", {"a": lambda file: file.write(b"1")})
+    files.verify_folder(path)
+
+
+def test_dimensions_are_small():
+    assert D < 100  # the tests above rely on it
