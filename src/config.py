@@ -972,6 +972,12 @@ def model_options(cfg: Namespace, name: str) -> dict[str, Any]:
     return shared | untyped | recipe | typed
 
 
+def short_number(value: float) -> str:
+    """A number for a title: as short as it can be without standing for another number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def learning_rate(cfg: Namespace, name: str) -> float:
     """The typed learning rate, else the default of the optimiser.
 

@@ -422,7 +422,7 @@ class Trainer:
                 yield name, options | chosen, swept
 
     def _title(self, name: str, swept: dict[str, Any]) -> str:
-        values = [f"{key}{value:g}" for key, value in swept.items()]
+        values = [f"{key}{config.short_number(value)}" for key, value in swept.items()]
         parts = [name, files.data_name(self.cfg.data_path), *values]
         if self.cfg.tag:
             parts.append(files.safe_name(self.cfg.tag))
@@ -473,12 +473,12 @@ class Trainer:
         untrained = []
         for i, title in enumerate(self.titles):
             path = self.folder / f"{title}.pt"
-            recipe = None if self.cfg.overwrite else checkpoint.read_recipe(path)
-            if recipe is None or not path.exists():
+            recipe = None if self.cfg.overwrite else checkpoint.trained_recipe(path)
+            if recipe is None:
                 untrained.append(i)
                 continue
             _, options, _ = self.combinations[i]
-            different = differences(recipe["options"], _as_json(self._settings() | options))
+            different = differences(recipe.get("options", {}), _as_json(self._settings() | options))
             if different:
                 raise ValueError(
                     f"{path} was trained with other options "
@@ -493,7 +493,7 @@ class Trainer:
             with files.locked(self.run_folder):
                 shutil.rmtree(self.states)
         recipe = checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")
-        return float(recipe["final"]["loss"])
+        return float(recipe.get("final", {}).get("loss", math.nan))
 
     def _check_options(self, todo: list[int], hidden_size: int, n_layers: int) -> None:
         """Raise ValueError if a model cannot be built."""

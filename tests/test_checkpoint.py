@@ -9,9 +9,12 @@ import zipfile
 import pytest
 import torch
 from test_formats import D, export, random_sae, recipe_of, saelens_folder
+from test_security import train, write_text
 
 from src import checkpoint, files, formats
+from src.config import parse
 from src.model import build
+from src.trainer import Trainer
 
 
 class Killed(BaseException):
@@ -107,6 +110,30 @@ def test_weights_without_a_recipe_are_not_taken_for_trained(tmp_path):
     torch.save({"precious": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="may be anybody's.*--overwrite"):
         checkpoint.trained_recipe(path)
+
+
+def test_a_training_does_not_replace_weights_that_have_no_recipe(tmp_path, capsys):
+    write_text(tmp_path)
+    path = tmp_path / "out" / "SAE_models" / "TopK_t.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"precious": torch.zeros(3)}, path)
+    before = path.read_bytes()
+    code, printed = train(tmp_path, capsys)
+    assert code == 2 and "may be anybody's" in printed and path.read_bytes() == before
+    assert train(tmp_path, capsys, "--overwrite")[0] == 0 and path.read_bytes() != before
+
+
+def test_values_that_differ_in_the_last_digits_have_titles_of_their_own(tmp_path):
+    argv = ["--model", "Vanilla", "--data_path", "t.jsonl", "--output_dir", str(tmp_path)]
+    coefficients = ["0.01000001", "0.01000002", "0.01", "5", "1e-05"]
+    titles = Trainer(parse("train", [*argv, "--l1_coeff", *coefficients])).titles
+    assert len(set(titles)) == 5
+    assert titles[2:] == [
+        "Vanilla_t_l1_coeff0.01",
+        "Vanilla_t_l1_coeff5",
+        "Vanilla_t_l1_coeff1e-05",
+    ]
+    assert Trainer(parse("train", [*argv, "--l1_coeff", "0.01", "1e-2"])).titles == ["Vanilla_t"]
 
 
 # ------------------------------------------------------------------------------- export
