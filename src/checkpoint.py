@@ -258,6 +258,8 @@ def _read_pair(path: Path, device: str) -> tuple[dict[str, Tensor], dict[str, An
             if candidate.get("weights_sum", weights_sum) == weights_sum:
                 return weights, candidate
         time.sleep(0.1 * attempt)
+    # Other shapes are the clearer reason.
+    _check_shapes(_outline(recipe, path), weights, recipe["model"], path)
     raise ValueError(f"{path} is not what its recipe describes; {MIXED_ADVICE}")
 
 
