@@ -1,35 +1,66 @@
 #!/usr/bin/env bash
-# Trains RouteSAE, TopK and RandomK from one pass of the demo LM, then evaluates and compares them.
-# The latents of RouteSAE are read, labelled, steered and put on a page.
+# Trains SAEs from one pass of a language model, then evaluates and compares them. The latents of
+# RouteSAE are read, labelled, steered and put on a page.
+#   quickstart.sh            the built-in demo model: about three minutes after the installation
+#   quickstart.sh smollm2    SmolLM2-135M and real text, without a model hub: about 20 minutes
 # A result that is newer than its inputs is not made again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-python train.py --model RouteSAE TopK RandomK --model_path assets/demo_lm \
-  --max_tokens 500000 --tag quickstart
-name=RouteSAE_demo_quickstart
-results=("$OUTPUT_DIR"/eval/{RouteSAE,TopK,RandomK}_demo_quickstart.json)
-saes=("$OUTPUT_DIR"/SAE_models/{RouteSAE,TopK,RandomK}_demo_quickstart.pt)
+case "${1:-demo}" in
+  demo)
+    tag=quickstart
+    lm=(--model_path assets/demo_lm)
+    train=(--model RouteSAE TopK RandomK --max_tokens 500000)
+    evaluate=(--max_tokens 50000)
+    apply=(--max_tokens 200000 --context_length 24)
+    prompts=("Returns the number of" "If the file does not exist")
+    ;;
+  smollm2)
+    tag=smollm2
+    export DATA_DIR="${DATA_DIR:-data}"
+    bash scripts/download_model.sh smollm2
+    bash scripts/download_data.sh
+    lm=(--model_path "$DATA_DIR/model" --data_path "$DATA_DIR")
+    train=(--model RouteSAE TopK Crosscoder --sites 7 10 13 16 19 22 --layer 7 14 22 --k 32
+      --target_l0 32 --latent_size 4096 --batch_size 16 --max_length 256 --max_tokens 300000)
+    evaluate=(--max_tokens 20000)
+    apply=(--max_tokens 200000 --context_length 24)
+    prompts=("The people of this country" "I went to the market and")
+    ;;
+  *)
+    echo "quickstart.sh: unknown model $1; known are demo and smollm2" >&2
+    exit 2
+    ;;
+esac
+python train.py "${lm[@]}" "${train[@]}" --tag "$tag"
+saes=("$OUTPUT_DIR"/SAE_models/*_"$tag".pt)
+sae=("$OUTPUT_DIR"/SAE_models/RouteSAE_*_"$tag".pt)
+name="$(basename "${sae[0]}" .pt)"
 contexts="$OUTPUT_DIR/contexts/${name}_contexts.json"
 labels="$OUTPUT_DIR/interpret/interp_$name.json"
 newer=0
-for i in 0 1 2; do [ "${results[$i]}" -nt "${saes[$i]}" ] || newer=1; done
+for file in "${saes[@]}"; do
+  [ "$OUTPUT_DIR/eval/$(basename "$file" .pt).json" -nt "$file" ] || newer=1
+done
 if [ $newer = 1 ]; then
-  python evaluate.py --SAE_path "${saes[@]}" --metric all --max_tokens 50000
+  python evaluate.py --SAE_path "${saes[@]}" --metric all "${evaluate[@]}"
 else
-  echo "already evaluated: ${results[*]}"
+  echo "already evaluated: $OUTPUT_DIR/eval/*_$tag.json"
 fi
-if [ "$contexts" -nt "${saes[0]}" ]; then
+if [ "$contexts" -nt "${sae[0]}" ] || [ "$contexts.gz" -nt "${sae[0]}" ]; then
   echo "already applied: $contexts"
 else
-  python apply.py --SAE_path "${saes[0]}" --max_tokens 200000 --context_length 24
+  python apply.py --SAE_path "${sae[0]}" "${apply[@]}"
 fi
+[ -f "$contexts" ] || contexts="$contexts.gz"
 python interpret.py "$contexts" --engine heuristic --score detection fuzzing --sample_latents 0
 # Among the latents whose label passes both tests, pick the one that promotes the most whole words.
 # It is held at three quarters of its largest strength. Above its maximum the text falls apart,
 # because the latent is held on every token.
 pick='
-import json, re, sys
+import gzip, json, re, sys
 
-contexts = json.load(open(sys.argv[1]))["latent_context_map"]
+opened = gzip.open if sys.argv[1].endswith(".gz") else open
+contexts = json.load(opened(sys.argv[1], "rt"))["latent_context_map"]
 labels = json.load(open(sys.argv[2]))
 
 
@@ -56,11 +87,10 @@ print(f"{best}={strength}", labels[best]["description"] + "; promotes", promoted
 picked="$(python -c "$pick" "$contexts" "$labels")"
 held="${picked%% *}"
 echo "steering with latent $picked"
-python steer.py --SAE_path "${saes[0]}" --set "$held" \
-  --prompt "Returns the number of" "If the file does not exist"
-python -m src.plots "$OUTPUT_DIR/eval" "$OUTPUT_DIR/comparison.png" --only quickstart
+python steer.py --SAE_path "${sae[0]}" --set "$held" --prompt "${prompts[@]}"
+python -m src.plots "$OUTPUT_DIR/eval" "$OUTPUT_DIR/comparison.png" --only "$tag"
 python -m src.page "$contexts" "$OUTPUT_DIR/report.html" \
-  --picture "$OUTPUT_DIR/comparison.png" --only quickstart
+  --picture "$OUTPUT_DIR/comparison.png" --only "$tag"
 echo "Open the page above in a browser. To go on, run"
 echo "  bash scripts/evaluate_compare.sh   (all models and controls)"
 echo "  python train.py --help"

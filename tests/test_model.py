@@ -616,3 +616,24 @@ def test_a_crosscoder_finds_shared_and_local_features_and_their_sites():
     norms = sae.decoder_norms()[:, latent_of_local]
     share_at_site = norms[site_of_local, torch.arange(n_local)] / norms.sum(0)
     assert share_at_site.mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["RouteSAE", "MLSAE", "Crosscoder"])
+def test_a_list_of_sites_takes_the_place_of_a_range(name):
+    sae = build(name, D, 30, {"latent_size": 64, "k": 4, "sites": [23, 7, 11, 7]})
+    assert sae.sites() == [7, 11, 23] and sae.config["sites"] == [23, 7, 11, 7]
+    states = {site: torch.randn(6, D) for site in sae.sites()}
+    patched = {site for run in sae.patches(states) for site in run}
+    assert patched <= {7, 11, 23} and patched
+    with pytest.raises(ValueError, match="--sites 31; sites of this model run from 1 to 30"):
+        build(name, D, 30, {"latent_size": 64, "k": 4, "sites": [31]})
+    with pytest.raises(ValueError, match="exclude each other"):
+        build(name, D, 30, {"latent_size": 64, "k": 4, "sites": [7], "start_layer": 4})
+
+
+def test_the_documented_form_takes_its_listed_sites_out_of_all_states():
+    torch.manual_seed(0)
+    sae = build("RouteSAE", D, 12, {"latent_size": 64, "k": 4, "sites": [3, 5, 9]})
+    states = torch.randn(2, 6, 13, D)  # the embedding and all twelve sites
+    for part in (states, states[..., 1:, :]):
+        assert torch.equal(sae(part)[1], sae(states[..., [3, 5, 9], :])[1])
