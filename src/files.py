@@ -101,6 +101,16 @@ def data_name(path: str | os.PathLike) -> str:
     return "data"
 
 
+def contexts_name(path: Path) -> str:
+    """The name that labels share with their contexts file: its own without `_contexts.json`."""
+    return re.sub(r"(_contexts)?(\.json(\.gz)?)?$", "", path.name)
+
+
+def digest(content: bytes) -> str:
+    """The sum by which results name the file that they were made from."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def redacted(text: str, *secrets: str | None) -> str:
     """Replace the given secrets and those of the environment in a text by `[key]`.
 

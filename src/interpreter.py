@@ -7,7 +7,6 @@ Contexts are data: marks in them were broken up when they were written, and are 
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import os
 import random
@@ -842,8 +841,8 @@ class Interpreter:
         count = cfg.sample_latents if sample_latents is None else sample_latents
         if count and count < len(latents):
             latents = sorted(random.Random(cfg.seed).sample(latents, count), key=by_number)
-        title = re.sub(r"_contexts$", "", re.sub(r"\.json(\.gz)?$", "", path.name))
-        default = Path(cfg.output_dir) / files.INTERPRET_DIR / f"interp_{title}.json"
+        name = f"interp_{files.contexts_name(path)}.json"
+        default = Path(cfg.output_dir) / files.INTERPRET_DIR / name
         return Job(path, content, entries, pool, latents, Path(output_path or default))
 
     def _contexts_file(self) -> Path:
@@ -879,7 +878,7 @@ class Interpreter:
         Earlier versions counted the tests to the question; their answers are still taken.
         """
         settings = [self.engine, sorted(tests), self.cfg.seed]
-        return _digest(json.dumps(settings).encode() + job.content)
+        return files.digest(json.dumps(settings).encode() + job.content)
 
     def _ask_all(self, latents: Sequence[str], job: Job, log: AnswerLog) -> None:
         client = None if self.engine == BY_RULE else self.client()
@@ -917,7 +916,7 @@ class Interpreter:
 
     def _write(self, records: Mapping[str, Record], job: Job) -> dict[str, Any]:
         """Merge the answers into the labels' file and write its summary, which is returned."""
-        contexts_sum = _digest(job.content)
+        contexts_sum = files.digest(job.content)
         origin = {"engine": self.engine, "contexts_sum": contexts_sum}
         new = {
             latent: {key: value for key, value in record.items() if key not in ("latent", "mark")}
@@ -929,7 +928,7 @@ class Interpreter:
         labels, others = merge_labels(old, new, contexts_sum, is_newer)
         if max(map(_worth, others.values()), default=0) == 3:
             # They were paid for, but the contexts they describe are not these.
-            name = f"{job.out.stem}.{_digest(json.dumps(others).encode())}.json"
+            name = f"{job.out.stem}.{files.digest(json.dumps(others).encode())}.json"
             files.say(f"labels of other contexts are kept in {name}")
             files.save_json(others, job.out.with_name(name))
         files.save_json(labels, job.out)
@@ -997,10 +996,6 @@ def _labels_before(job: Job) -> tuple[dict[str, Any], bool]:
     except (OSError, files.Unusable):  # the log still holds every answer
         return {}, False
     return labels if isinstance(labels, dict) else {}, is_newer
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _mean(values: Sequence[float]) -> float | None:

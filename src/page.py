@@ -7,7 +7,6 @@ reach it as JSON data and are shown by textContent only, so that hostile text st
 from __future__ import annotations
 
 import base64
-import glob
 import hashlib
 import itertools
 import json
@@ -18,7 +17,18 @@ from string import Template
 from typing import Any
 
 from src.config import small_parser
-from src.files import ROOT, is_stale_result, load_json, newest, save_text
+from src.files import (
+    EVAL_DIR,
+    INTERPRET_DIR,
+    ROOT,
+    contexts_name,
+    digest,
+    is_stale_result,
+    load_json,
+    printable,
+    save_text,
+    say,
+)
 from src.metric_table import PAGE, columns
 
 ASSETS = ROOT / "assets" / "page"  # page.html is the frame of page.css, page.js and the data
@@ -96,6 +106,8 @@ def _check(value: Any, expected: Any, name: str) -> None:
             _check(item, part, name)
     else:
         _require(isinstance(value, expected), f"{name} is missing or of a wrong type")
+        is_huge = isinstance(value, int) and abs(value) > sys.maxsize
+        _require(not is_huge, f"{name} is no number that this program writes")
 
 
 def _check_length(values: Any, length: int, name: str) -> None:
@@ -306,9 +318,10 @@ def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[
         if only not in path.stem:
             continue
         result = load_json(path)
+        _check(result, EVALUATION, str(path))
         title = result.get("title")
         if title == contexts["title"] and is_stale_result(result, contexts):
-            print(
+            say(
                 f"{title}: was evaluated before it was trained anew and is left out; "
                 "run evaluate.py again"
             )
@@ -317,35 +330,61 @@ def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[
     return rows
 
 
+def _labels(path: Path, contexts_path: Path, contexts_sum: str) -> dict[str, Any]:
+    """The labels in a file that belong to these contexts, as far as they name theirs."""
+    if not path.exists():
+        return {}
+    labels = load_json(path)
+    _check(labels, {}, "the labels file")
+    for latent, label in labels.items():
+        _check(label, LABEL, f"the label of latent {latent}")
+    unnamed = [label for label in labels.values() if "contexts_sum" not in label]
+    if unnamed and path.stat().st_mtime < contexts_path.stat().st_mtime:
+        say(
+            f"warning: {path} is older than the contexts; if the SAE was trained anew in "
+            "between, these labels belong to its predecessor: run interpret.py again"
+        )
+    own = {
+        latent: label
+        for latent, label in labels.items()
+        if label.get("contexts_sum", contexts_sum) == contexts_sum
+    }
+    if len(own) < len(labels):
+        say(
+            f"{len(labels) - len(own)} labels in {path} belong to other contexts and are left out; "
+            "run interpret.py again"
+        )
+    return own
+
+
 def main() -> None:
     args = _arguments()
-    contexts = load_json(args.contexts)
+    content = args.contexts.read_bytes()
+    contexts = load_json(args.contexts, content)
     root = args.contexts.resolve().parent.parent
     needed = {"title", "latent_context_map", "sites"}
     if not isinstance(contexts, dict) or not needed <= set(contexts):
         raise ValueError(f"{args.contexts} is no contexts file of apply.py")
-    title = str(contexts["title"])
-    labels = args.labels or newest(root / "interpret", f"interp_{glob.escape(title)}.json")
-    evaluation = _evaluation(args.eval or root / "eval", args.only, contexts)
-    if labels and labels.stat().st_mtime < args.contexts.stat().st_mtime:
-        print(
-            f"warning: {labels} is older than the contexts; if the SAE was trained anew in "
-            "between, these labels belong to its predecessor: run interpret.py again"
-        )
+    # The name of the file, not the title inside it, decides which other file is read.
+    beside = root / INTERPRET_DIR / f"interp_{contexts_name(args.contexts)}.json"
+    if args.labels and not args.labels.exists():
+        raise ValueError(f"--labels {args.labels}: there is no such file")
+    labels = _labels(args.labels or beside, args.contexts, digest(content))
+    evaluation = _evaluation(args.eval or root / EVAL_DIR, args.only, contexts)
     html = page(
         contexts,
-        load_json(labels) if labels else {},
+        labels,
         evaluation,
         args.picture.read_bytes() if args.picture else b"",
         limit=args.features,
     )
     save_text(html, args.report)
-    print(f"page: {args.report.resolve()} ({args.report.stat().st_size / 1e6:.1f} MB)")
+    say(f"page: {args.report.resolve()} ({args.report.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"page: error: {error}", file=sys.stderr)
+        print(f"page: error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None

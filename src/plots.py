@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from src.config import small_parser
-from src.files import load_json, parse_json, save_text, text_records
+from src.files import (
+    load_json,
+    parse_json,
+    printable,
+    save_text,
+    say,
+    text_records,
+    write_atomic,
+)
 from src.metric_table import METRICS, SCALE, TABLE, columns
 
 Result = dict[str, Any]  # the JSON of one evaluation
@@ -37,10 +45,22 @@ STAR = (
 
 def load(folder: Path, only: str = "") -> list[Result]:
     """Return the results of one folder by NormMSE, best first. Raises ValueError if it has none."""
-    results = [load_json(path) for path in sorted(folder.glob("*.json")) if only in path.stem]
-    if not results:
+    paths = [path for path in sorted(folder.glob("*.json")) if only in path.stem]
+    if not paths:
         raise ValueError(f"no evaluation in {folder}; run evaluate.py first")
-    return _by_error(results)
+    return _by_error([_load_result(path) for path in paths])
+
+
+def _load_result(path: Path) -> Result:
+    """The evaluation in a file. Raises ValueError if it lacks what every evaluation has."""
+    result = load_json(path)
+    keys = {"title": str, "NormMSE": int | float, "L0": int | float, "sites": list}
+    is_result = isinstance(result, dict) and all(
+        isinstance(result.get(key), kind) for key, kind in keys.items()
+    )
+    if not is_result or not result["sites"]:
+        raise ValueError(f"{path} is no result of evaluate.py; remove it or use --only NAME")
+    return result
 
 
 def _by_error(results: list[Result]) -> list[Result]:
@@ -141,8 +161,8 @@ def pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    kind = path.suffix.removeprefix(".") or "png"
+    write_atomic(path, lambda file: figure.savefig(file, dpi=110, format=kind))
     pyplot().close(figure)
 
 
@@ -231,7 +251,9 @@ def load_courses(path: Path) -> dict[str, Course]:
             line = parse_json(text)
         except ValueError:  # it was being written when the process was killed
             continue
-        courses.setdefault(line["sae"], []).append(line)
+        if not isinstance(line, dict) or not {"sae", "tokens", "loss", "L0"} <= line.keys():
+            raise ValueError(f"{path} is no metrics.jsonl of a training")
+        courses.setdefault(str(line["sae"]), []).append(line)
     if not courses:
         raise ValueError(f"{path} has no line yet")
     return courses
@@ -321,15 +343,15 @@ def main() -> None:
     else:
         results = load(args.folder, args.only)
         picture(results, args.picture)
-        print(table(results))
+        say(table(results))
         if args.table:
             save_text(_document(results, args.picture.name), args.table)
-    print(f"picture: {args.picture}")
+    say(f"picture: {args.picture}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"plots: error: {error}", file=sys.stderr)
+        print(f"plots: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from src.files import ROOT
+from src.files import ROOT, digest
 from src.page import page
 from tests.browser import CHROMIUM, Browser
 
@@ -245,6 +245,13 @@ def test_keys_step_permalinks_open_search_and_order_apply(tmp_path, browser, thr
     assert browser.run("document.getElementById('site').options.length") == 3
 
 
+@pytest.mark.parametrize("anchor", ["#%", "#%E0%A4%A", "#__proto__"])
+def test_addresses_of_no_feature_say_so(browser, show, anchor):
+    show(hostile_page(), anchor)
+    assert f"No feature {anchor[1:]}" in browser.run(VIEW_TEXT)
+    assert not browser.errors
+
+
 # ------------------------------------------------------------------------------- command line
 
 
@@ -266,3 +273,69 @@ def test_a_file_that_is_no_contexts_file_is_one_line(tmp_path, name, content, me
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not report.exists()
+
+
+# The page's files on disk: contexts, and labels and evaluations beside them.
+
+
+def run_page(tmp_path, contexts, *, name="c", labels=None, evaluation=None):
+    for folder in ("contexts", "interpret", "eval"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    path = tmp_path / "contexts" / f"{name}_contexts.json"
+    path.write_text(json.dumps(contexts))
+    if labels is not None:
+        (tmp_path / "interpret" / f"interp_{name}.json").write_text(json.dumps(labels))
+    if evaluation is not None:
+        (tmp_path / "eval" / "e.json").write_text(json.dumps(evaluation))
+    report = tmp_path / "page.html"
+    command = [sys.executable, "-m", "src.page", str(path), str(report)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    html = report.read_text() if report.exists() else ""
+    return done, html, digest(path.read_bytes())
+
+
+def test_labels_of_other_contexts_are_left_out(tmp_path):
+    label = {"description": "a word", "contexts_sum": "0" * 16}
+    done, html, contexts_sum = run_page(tmp_path, hostile_contexts(), labels={"7": label})
+    assert done.returncode == 0
+    assert "belong to other contexts and are left out" in done.stdout
+    assert "a word" not in html
+    label["contexts_sum"] = contexts_sum
+    done, html, _ = run_page(tmp_path, hostile_contexts(), labels={"7": label})
+    assert "left out" not in done.stdout
+    assert "a word" in html
+
+
+def test_a_title_in_a_contexts_file_leads_to_no_other_file(tmp_path):
+    contexts = hostile_contexts()
+    for folder in ("secret", "interpret/interp_"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "secret" / "s.json").write_text('{"7": {"description": "a secret label"}}')
+    for title in ("/../../secret/s", "**", "\x1b]0;owned\x07"):
+        contexts["title"] = title
+        done, html, _ = run_page(tmp_path, contexts, evaluation={"title": title})
+        assert done.returncode == 0, done.stderr
+        assert "a secret label" not in html
+        assert "\x1b" not in done.stdout + done.stderr
+
+
+ODD_FILES = [
+    {"contexts": {"title": ["a"]}},
+    {"contexts": {"tokens": 10**400}},
+    {"contexts": {"latent_context_map": [1]}},
+    {"labels": [1]},
+    {"labels": {"7": "x"}},
+    {"labels": {"7": {"score": 10**400}}},
+    {"evaluation": [1]},
+    {"evaluation": "x"},
+]
+
+
+@pytest.mark.parametrize("change", ODD_FILES)
+def test_files_of_other_shapes_are_one_line(tmp_path, change):
+    contexts = hostile_contexts() | change.get("contexts", {})
+    files_beside = {"labels": change.get("labels"), "evaluation": change.get("evaluation")}
+    done, html, _ = run_page(tmp_path, contexts, **files_beside)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert not html

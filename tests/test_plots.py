@@ -70,6 +70,48 @@ def test_a_run_without_lines_is_one_clear_error(tmp_path):
         plots.load_courses(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.parametrize("line", ["[1]", '{"a": 1}', "5"])
+def test_lines_of_another_kind_are_one_clear_error(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is no metrics.jsonl of a training"):
+        plots.load_courses(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"title": "x", "NormMSE": "low"}', '"text"'])
+def test_a_file_that_is_no_evaluation_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x.json is no result of evaluate.py"):
+        plots.load(tmp_path)
+
+
+def test_a_picture_replaces_a_planted_link_and_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, metrics_lines())))
+    courses = plots.load_courses(path)
+    precious, picture = tmp_path / "precious", tmp_path / "course.png"
+    precious.write_text("precious")
+    picture.symlink_to(precious)
+    plots.run_picture(courses, picture)
+    assert precious.read_text() == "precious"
+    assert not picture.is_symlink()
+    before = picture.read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    def fail_halfway(_figure, file, **_):
+        file.write(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail_halfway)
+    with pytest.raises(OSError, match="full"):
+        plots.run_picture(courses, picture)
+    assert picture.read_bytes() == before
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "course.png",
+        "metrics.jsonl",
+        "precious",
+    ]
+
+
 def evaluation(title, l0, error, k=None):
     model = title.split("_")[0]
     return {"title": title, "L0": l0, "NormMSE": error, "k": k, "sites": [12], "model": model}

@@ -307,8 +307,16 @@ function showOverview() {
 
 // ---------------------------------------------------------------------------------- navigation
 
+function addressedFeature() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {  // a lone "%" is no encoded character
+    return location.hash.slice(1);
+  }
+}
+
 function openAddress() {
-  const id = decodeURIComponent(location.hash.slice(1));
+  const id = addressedFeature();
   if (id) showFeature(id);
   else showOverview();
 }
