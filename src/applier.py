@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm
 from src.contexts import TokenText, sentence
-from src.data import Batch, Rows, open_rows
+from src.data import Batch, Rows
 from src.events import ContextCollector, Events, Pieces, RoutingSample, Table, Windows
 from src.metrics import token_kl
 from src.sae import SAE
@@ -141,7 +141,7 @@ class Applier:
         if self.language_model is None:
             self.tokenizer, self.language_model = hooks.open_language_model(cfg, [self.sae])
         lm.check_length(self.language_model, cfg.max_length)
-        rows = distributed.main_first(lambda: open_rows(cfg, self.tokenizer))
+        rows = demo.open_rows(cfg, self.tokenizer)
         self.text = token_text(self.tokenizer)
         options = ContextOptions(threshold, max_length, max_per_token, lines)
         collector = self._collect(rows, options)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src import config, files, formats, model, zoo
+from src import config, files, formats, lm, model, zoo
 from src.device import pick_device
 from src.sae import SAE
 
@@ -529,6 +529,9 @@ def open_all(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
     for recipe in recipes:
         _check_language_model(cfg, recipe)
     config.fill_from_recipe(cfg, recipes[0])
+    sizes = lm.sizes_by_config(cfg.model_path or str(files.DEMO_LM), cfg.trust_remote_code)
+    for sae, _ in opened if sizes else []:
+        sae.check_language_model(*sizes)
     return opened
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src import distributed
+from src import data, distributed
 from src.files import DEMO_LM, data_dir, save_json, save_text
 from src.sources import SPLIT_NAMES, SPLITS, in_split
 
@@ -93,6 +93,10 @@ def _documents() -> Iterator[tuple[str, Path, str]]:
                 yield package, file, document
 
 
+def text_folder() -> Path:
+    return data_dir() / "demo"
+
+
 def build_corpus() -> Path:
     """Writes train/eval/apply.jsonl ({"text", "source"}) to <data>/demo, once; returns the folder.
 
@@ -100,7 +104,7 @@ def build_corpus() -> Path:
     torch and numpy repeat theirs hundreds of times. Then the hash of a document gives its split, so
     no text is in two splits.
     """
-    folder = data_dir() / "demo"
+    folder = text_folder()
     if (folder / "about.json").exists():
         return folder
     splits: dict[str, list[str]] = {name: [] for name in SPLIT_NAMES}
@@ -119,7 +123,10 @@ def build_corpus() -> Path:
 
 
 def use_demo_defaults(cfg: Any) -> None:
-    """Fills in the demo model and text, if no flag, environment or download names others."""
+    """Fills in the demo model and text, if no flag, environment or download names others.
+
+    The text itself is made by open_rows, after all that can be checked without it.
+    """
     messages = []
     if hasattr(cfg, "model_path") and not cfg.model_path:
         cfg.model_path = str(DEMO_LM)
@@ -127,7 +134,19 @@ def use_demo_defaults(cfg: Any) -> None:
             "language model: the built-in demo LM (set MODEL_PATH or --model_path for another)"
         )
     if hasattr(cfg, "data_path") and not cfg.data_path:
-        cfg.data_path = str(distributed.main_first(build_corpus))
+        cfg.data_path = str(text_folder())
         messages.append("text: the built-in demo text (set DATA_PATH or --data_path for another)")
     if messages:
         print("; ".join(messages))
+
+
+def make_text(cfg: Any) -> None:
+    """Make the demo's text if a stage reads it and it does not exist."""
+    if Path(cfg.data_path) == text_folder():
+        distributed.main_first(build_corpus)
+
+
+def open_rows(cfg: Any, tokenizer: Any) -> data.Rows:
+    """The rows of a stage, of the demo's text or of another."""
+    make_text(cfg)
+    return distributed.main_first(lambda: data.open_rows(cfg, tokenizer))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm, metric_table, metrics
-from src.data import Batch, Rows, open_rows
+from src.data import Batch, Rows
 from src.ops import squared_errors
 from src.sae import SAE, BatchInfo, Patch, SAEOutput
 
@@ -212,7 +212,7 @@ class Evaluator:
                 subject.title += f"_{value}"
         for name in ("infer_k", "theta"):
             if getattr(cfg, name) is not None:
-                subject.title += f"_{name}{getattr(cfg, name):g}"
+                subject.title += f"_{name}{config.short_number(getattr(cfg, name))}"
 
     def _check_titles(self) -> None:
         """Raise ValueError if two SAEs have one title: it names the file of the result."""
@@ -237,7 +237,7 @@ class Evaluator:
         saes = [subject.sae for subject in self.subjects]
         tokenizer, model = hooks.open_language_model(cfg, saes)
         lm.check_length(model, cfg.max_length)
-        rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
+        rows = demo.open_rows(cfg, tokenizer)
         sites = sorted({site for sae in saes for site in sae.sites()})
         n_batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
         passes = n_batches * (1 + self.with_patches * len(saes))

@@ -28,13 +28,7 @@ def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module
     width = lm.text_config(model).hidden_size
     depth = len(lm.blocks(model))
     for sae in saes:
-        last = max(sae.sites())
-        if sae.hidden_size != width or last > depth:
-            sizes = f"hidden size {sae.hidden_size}, sites up to {last}"
-            raise ValueError(
-                f"this {sae.name} ({sizes}) does not fit the language model "
-                f"(hidden size {width}, {depth} blocks)"
-            )
+        sae.check_language_model(width, depth)
     return tokenizer, model
 
 

@@ -94,6 +94,24 @@ def get_language_model(
     return tokenizer, model if in_place else model.to(device)
 
 
+def sizes_by_config(model_path: str, trust_remote_code: bool) -> tuple[int, int] | None:
+    """(hidden size, number of blocks) as the configuration says, without the weights.
+
+    None if it cannot be read or does not say: loading the model then tells why.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            model_path, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    config = config.get_text_config()
+    sizes = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
 def _load(
     model_path: str, dtype: torch.dtype | str, device_map: Any, trust: dict[str, bool]
 ) -> tuple[Any, nn.Module]:

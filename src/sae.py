@@ -243,6 +243,16 @@ class SAE(nn.Module):
         """Return the residual-stream sites that it reads."""
         raise NotImplementedError
 
+    def check_language_model(self, width: int, depth: int) -> None:
+        """Raise ValueError if it cannot read a language model of these sizes."""
+        last = max(self.sites())
+        if self.hidden_size != width or last > depth:
+            sizes = f"hidden size {self.hidden_size}, sites up to {last}"
+            raise ValueError(
+                f"this {self.name} ({sizes}) does not fit the language model "
+                f"(hidden size {width}, {depth} blocks)"
+            )
+
     def standardise(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x, mean, std) of raw states, with h = x std + mean.
 

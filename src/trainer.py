@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, lm, model
-from src.data import Rows, open_rows
+from src.data import Rows
 from src.device import pick_device
 from src.estimate import Estimate
 from src.interrupt import Interrupted, Signals
@@ -452,8 +452,7 @@ class Trainer:
         todo = distributed.from_main(self._untrained)
         if not todo:
             return self._earlier_loss()
-        # Before the language model is loaded; a size that is not known yet is taken as large.
-        self._check_options(todo, self.cfg.hidden_size or 2**20, self.cfg.n_layers or 2**10)
+        self._check_before_loading(todo)
         run_folders = self._run_folders()
         distributed.from_main(lambda: _probe([self.folder, *run_folders]))
         with contextlib.ExitStack() as stack, Signals() as signals:
@@ -494,6 +493,17 @@ class Trainer:
                 shutil.rmtree(self.states)
         recipe = checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")
         return float(recipe.get("final", {}).get("loss", math.nan))
+
+    def _check_before_loading(self, todo: list[int]) -> None:
+        """Raise ValueError if a model cannot be built for what the language model's config says."""
+        cfg = self.cfg
+        sizes = lm.sizes_by_config(cfg.model_path, cfg.trust_remote_code)
+        if sizes is None:
+            # A size that is not known yet is taken as large.
+            self._check_options(todo, cfg.hidden_size or 2**20, cfg.n_layers or 2**10)
+            return
+        self._check_sizes(*sizes)
+        self._check_options(todo, *sizes)
 
     def _check_options(self, todo: list[int], hidden_size: int, n_layers: int) -> None:
         """Raise ValueError if a model cannot be built."""
@@ -574,7 +584,7 @@ class Trainer:
         sizes = self._sizes(language_model)
         self._check_options(todo, **sizes)  # before a long text is tokenised
         lm.check_length(language_model, cfg.max_length)
-        rows = distributed.main_first(lambda: open_rows(cfg, tokenizer))
+        rows = demo.open_rows(cfg, tokenizer)
         total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
         trainings = [self._build(i, sizes, total) for i in todo]
         local_rows = distributed.share(min(cfg.batch_size, len(rows)))
@@ -598,13 +608,17 @@ class Trainer:
             "hidden_size": lm.text_config(language_model).hidden_size,
             "n_layers": len(lm.blocks(language_model)),
         }
-        for name, size in sizes.items():
+        self._check_sizes(**sizes)
+        return sizes
+
+    def _check_sizes(self, hidden_size: int, n_layers: int) -> None:
+        """Raise ValueError if a flag gives another size than the language model has."""
+        for name, size in (("hidden_size", hidden_size), ("n_layers", n_layers)):
             flag = getattr(self.cfg, name)
             if flag not in (None, size):
                 raise ValueError(
                     f"--{name} {flag}, but the language model has {size}; leave the flag out"
                 )
-        return sizes
 
     def _build(self, index: int, sizes: dict[str, int], total: int) -> SAETraining:
         set_seed(self.cfg.seed)  # each SAE begins as it would alone

@@ -321,7 +321,7 @@ def test_bad_options_end_with_one_clear_line(text, tmp_path, capsys, more, messa
 
 
 def test_a_site_that_does_not_exist_is_refused_before_the_text_is_read(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("src.trainer.open_rows", lambda *_: pytest.fail("text read"))
+    monkeypatch.setattr("src.demo.open_rows", lambda *_: pytest.fail("text read"))
     with pytest.raises(ValueError, match="layer 17 of a 16-block model"):
         train(text, tmp_path, "--layer", "17")
 
