@@ -27,6 +27,12 @@ LENS_WEIGHTS = "sae_weights.safetensors"
 HUB_CONFIG = "config.json"
 HUB_WEIGHTS = "model.safetensors"
 LENS_EPS = 1e-5  # what SAELens adds to the standard deviation; it has no option for it
+# TransformerLens changes the weights of a language model so that no state has a mean. It does so
+# only where layers normalise by the mean; in families with RMSNorm it leaves them.
+CENTRED = "center_writing_weights"
+RMS_FAMILIES = re.compile(
+    r"llama|mistral|mixtral|gemma|qwen|olmo-2|yi-|deepseek|smollm|baichuan|internlm", re.I
+)
 LENS_VERSION = "6.54.12"  # of the layout written here; older layouts are read too
 HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
@@ -331,7 +337,7 @@ LENS_ROUNDED = (
 
 def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Writers, list[str]]:
     """(files of a folder for SAELens, lines of the card on how to load it)."""
-    norm = {"none": "none", "token": "layer_norm"}[sae.input_norm]
+    norm = "layer_norm" if sae.input_norm == "token" else "none"
     if norm == "layer_norm" and sae.norm_eps != LENS_EPS:
         raise ValueError(
             f"it standardises with norm_eps {sae.norm_eps:g}, SAELens with {LENS_EPS:g}, and the "
@@ -342,6 +348,8 @@ def _lens_files(sae: SAE, recipe: dict[str, Any]) -> tuple[Writers, list[str]]:
     for site_sae in by_site.values():
         folder = site_sae.cfg.hook_name
         config = _lens_config(site_sae, norm, recipe, sae.name)
+        if sae.input_norm == "mean":
+            config["metadata"]["model_from_pretrained_kwargs"] = {CENTRED: True}
         writers[f"{folder}/{LENS_CONFIG}"] = _json(config)
         writers[f"{folder}/{LENS_WEIGHTS}"] = _safetensors(site_sae)
     first = next(iter(by_site.values()))
@@ -436,7 +444,11 @@ def card(
 
 def _card_facts(sae: SAE, recipe: Mapping[str, Any]) -> dict[str, Any]:
     options = recipe.get("options", {})
-    standardised = f"each token standardised, eps {sae.norm_eps:g}"
+    inputs = {
+        "token": f"each token standardised, eps {sae.norm_eps:g}",
+        "mean": "each token without its mean",
+        "none": "raw states",
+    }
     return {
         "model": sae.name,
         "language model": recipe.get("model_name"),
@@ -444,7 +456,7 @@ def _card_facts(sae: SAE, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "hidden size": sae.hidden_size,
         "latents": sae.latent_size,
         "active latents a token (k)": sae.k,
-        "input": standardised if sae.input_norm == "token" else "raw states",
+        "input": inputs[sae.input_norm],
         "training text": recipe.get("data_name"),
         "training tokens": recipe.get("tokens"),
         "tokens a row": options.get("max_length"),
@@ -546,11 +558,17 @@ def _read_lens(
     tensors: dict[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict, recipe) of an SAE of SAELens. Raises ValueError if no model here equals it."""
-    about = config.get("metadata") or config  # before version 6 there was only one level
+    if not isinstance(config, dict):
+        raise ValueError(f"its {LENS_CONFIG} holds no options")
+    metadata = config.get("metadata")
+    # Before version 6 there was only one level.
+    about = metadata if isinstance(metadata, dict) and metadata else config
     architecture, k = _lens_architecture(config)
     name = _model_of(architecture)
-    input_norm = _lens_input_norm(config)
-    site = site_of(about.get("hook_name") or about.get("hook_point") or "")
+    input_norm = _lens_input_norm(config, about)
+    site = site_of(str(about.get("hook_name") or about.get("hook_point") or ""))
+    tensors = _without_scaling(tensors)
+    _check_lens_shapes(tensors)
     weights = _state_dict(_folded(tensors, config, architecture))
     latent_size, hidden_size = weights["encoder.weight"].shape
     values = {
@@ -565,7 +583,7 @@ def _read_lens(
         values |= {"k": k, "topk_relu": True}
     recipe = {"model": name, "config": values, "options": {}}
     language_model = about.get("model_name")
-    if language_model and HUB_NAME.fullmatch(language_model):
+    if isinstance(language_model, str) and HUB_NAME.fullmatch(language_model):
         recipe["model_path"] = language_model
     return weights, recipe
 
@@ -575,10 +593,11 @@ def _lens_architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
     architecture, k = config.get("architecture") or "standard", config.get("k")
     activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
     if activation == "topk":
-        architecture, k = "topk", (config.get("activation_fn_kwargs") or {}).get("k")
+        arguments = config.get("activation_fn_kwargs")
+        architecture, k = "topk", arguments.get("k") if isinstance(arguments, dict) else None
     elif activation != "relu":
         raise ValueError(f"its activation is {activation!r}")
-    if architecture == "topk" and not isinstance(k, int):
+    if architecture == "topk" and (not isinstance(k, int) or isinstance(k, bool)):
         raise ValueError("it does not say k")
     return architecture, k
 
@@ -592,7 +611,7 @@ def _model_of(architecture: str) -> str:
     raise ValueError(f"its architecture is {architecture!r}; known are {', '.join(known)}")
 
 
-def _lens_input_norm(config: Mapping[str, Any]) -> str:
+def _lens_input_norm(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """The input_norm of the same meaning. Raises ValueError for other changes of the input."""
     norm = config.get("normalize_activations") or "none"
     if norm not in ("none", "layer_norm"):
@@ -600,10 +619,35 @@ def _lens_input_norm(config: Mapping[str, Any]) -> str:
             f"its inputs are scaled by {norm!r}; known are none, layer_norm "
             "(fold_activation_norm_scaling_factor makes it none)"
         )
-    reshapes = config.get("reshape_activations", "none") != "none"
-    if reshapes or config.get("finetuning_scaling_factor"):
-        raise ValueError("it reshapes or rescales what it reads")
-    return "none" if norm == "none" else "token"
+    if config.get("reshape_activations", "none") != "none":
+        raise ValueError("it reshapes what it reads")
+    if norm == "layer_norm":
+        return "token"  # which subtracts the mean too
+    options = about.get("model_from_pretrained_kwargs")
+    is_centred = isinstance(options, dict) and bool(options.get(CENTRED))
+    has_rms_norm = RMS_FAMILIES.search(str(about.get("model_name")))
+    return "mean" if is_centred and not has_rms_norm else "none"
+
+
+def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without a factor of the latents, which must be 1. Raises ValueError otherwise."""
+    rest = dict(tensors)
+    factor = rest.pop("scaling_factor", None)
+    if factor is not None and not bool((factor == 1).all()):
+        raise ValueError("it rescales its latents by a scaling_factor other than 1")
+    return rest
+
+
+def _check_lens_shapes(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors whose shapes do not go together."""
+    encoder = tensors.get("W_enc")
+    if encoder is None or encoder.dim() != 2:
+        raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
+    width, n_latents = encoder.shape
+    expected = {"W_enc": (width, n_latents), "W_dec": (n_latents, width), "b_dec": (width,)}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected.get(name, (n_latents,)):
+            raise ValueError(f"its {name} has the shape {tuple(tensor.shape)}")
 
 
 def _folded(

@@ -217,7 +217,8 @@ class SAE(nn.Module):
     """Base class of all SAEs. Trainer, evaluator, applier and steerer use only this interface."""
 
     architecture = ""  # of the standard form
-    input_norm = "token"  # each token's state is standardised; "none": it is taken as it is
+    # Each token's state is standardised; "mean": its mean is subtracted; "none": as it is.
+    input_norm = "token"
     evaluation_options: tuple[str, ...] = ()  # attributes that an evaluation may change
     k: int | None = None  # latents that the trained rule keeps; None: no fixed number
 
@@ -261,6 +262,10 @@ class SAE(nn.Module):
         if self.input_norm == "none":
             h = h.float()
             return h, torch.zeros_like(h[..., :1]), torch.ones_like(h[..., :1])
+        if self.input_norm == "mean":
+            h = h.float()
+            mean = h.mean(-1, keepdim=True)
+            return h - mean, mean, torch.ones_like(mean)
         x, mean, std = pre_process(h, self.norm_eps)
         return x, mean, std + self.norm_eps  # exactly what x has to be multiplied by
 
@@ -269,7 +274,7 @@ class SAE(nn.Module):
         states = [hidden[site] for site in self.sites()]
         if self.input_norm == "token":
             return stack_standardised(states, self.norm_eps)
-        return torch.stack(states, dim=-2).float()
+        return torch.stack([self.standardise(h)[0] for h in states], dim=-2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the reconstruction of a dense code."""
@@ -438,8 +443,8 @@ class Dictionary(SAE):
         input_norm: str = "token",
     ) -> None:
         super().__init__(hidden_size, latent_size, norm_eps)
-        if input_norm not in ("token", "none"):
-            raise ValueError(f"input_norm {input_norm!r}; known are token, none")
+        if input_norm not in ("token", "mean", "none"):
+            raise ValueError(f"input_norm {input_norm!r}; known are token, mean, none")
         if n_layers is not None and not 1 <= layer <= n_layers:
             where = f"layer {layer} of a {n_layers}-block model"
             raise ValueError(f"{where}; sites run from 1 to {n_layers}")

@@ -290,6 +290,89 @@ def test_saelens_folders_that_no_model_holds_are_refused_with_the_reason(
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("level", ["config", "metadata"])
+@pytest.mark.parametrize(
+    "language_model, is_centred",
+    [("gpt2-small", True), ("org/pythia-70m", True), ("meta-llama/Llama-3.2-1B", False)],
+)
+def test_saes_of_centred_states_read_states_without_their_mean(
+    tmp_path, level, language_model, is_centred
+):
+    folder = saelens_folder(tmp_path / "sae", "standard")
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    config = read_json(folder / "cfg.json")
+    config["metadata"]["model_name"] = language_model
+    if level == "metadata":
+        config["metadata"] |= kwargs
+    else:
+        config |= config.pop("metadata") | kwargs
+    (folder / "cfg.json").write_text(json.dumps(config))
+    sae, recipe = checkpoint.load(folder)
+    h = torch.randn(300, D) + 2
+    mean = h.mean(-1, keepdim=True) if is_centred else torch.zeros(300, 1)
+    expected = saelens_latents(folder, h - mean)
+    assert torch.allclose(sae.autoencode(sae.gather({6: h})).latents, expected, atol=1e-4)
+    (patch,) = sae.patches({6: h})
+    w = load_file(folder / "sae_weights.safetensors")
+    x_hat = expected @ w["W_dec"] + w["b_dec"] + mean
+    assert torch.allclose(patch[6](h), x_hat, atol=1e-4)
+    exported = formats.export(sae, recipe, tmp_path, "saelens") / "blocks.5.hook_resid_post"
+    written = read_json(exported / "cfg.json")["metadata"]
+    assert ("model_from_pretrained_kwargs" in written) == is_centred
+    again, _ = checkpoint.load(exported)
+    assert again.input_norm == sae.input_norm == ("mean" if is_centred else "none")
+    hub, _ = checkpoint.load(formats.export(sae, recipe, tmp_path, "hf"))
+    assert hub.input_norm == sae.input_norm
+
+
+def test_a_scaling_factor_of_ones_is_nothing_and_another_is_refused(tmp_path):
+    for factor, flag in ((1.0, True), (1.0, False), (1.5, True), (1.5, False)):
+        name = f"{factor}{flag}"
+        folder = saelens_folder(tmp_path / name, "standard", finetuning_scaling_factor=flag)
+        path = folder / "sae_weights.safetensors"
+        save_file(load_file(path) | {"scaling_factor": torch.full((F,), factor)}, path)
+        if factor == 1:
+            checkpoint.load(folder)
+        else:
+            with pytest.raises(ValueError, match="scaling_factor other than 1"):
+                checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metadata": [1], "hook_name": 5},
+        {"metadata": {"hook_name": ["x"]}},
+        {"architecture": 5},
+        {"architecture": ["topk"]},
+        {"activation_fn": "topk", "activation_fn_kwargs": [1]},
+        {"activation_fn": "topk", "activation_fn_kwargs": {"k": True}},
+        {"normalize_activations": ["x"]},
+        {"reshape_activations": 7},
+    ],
+)
+def test_values_of_other_types_in_a_saelens_folder_are_one_line(tmp_path, change):
+    folder = saelens_folder(tmp_path / "sae", "standard")
+    config = read_json(folder / "cfg.json")
+    (folder / "cfg.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match="cannot be held exactly here"):
+        checkpoint.load(folder)
+    (folder / "cfg.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no options"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+def test_saelens_tensors_of_other_shapes_are_named(tmp_path, name):
+    folder = saelens_folder(tmp_path / "sae", "standard")
+    path = folder / "sae_weights.safetensors"
+    for shape in ((3,), (D, F, 1), (F + 1, D)):
+        tensors = load_file(path) | {name: torch.zeros(shape)}
+        save_file(tensors, folder / "other.safetensors")
+        with pytest.raises(ValueError, match="its .* has the shape|its tensors are"):
+            formats._read_lens(tensors, read_json(folder / "cfg.json"))
+
+
 def test_folders_written_by_saelens_before_version_6_load(tmp_path):
     folder = saelens_folder(tmp_path / "sae", "standard")
     config = {
