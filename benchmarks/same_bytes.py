@@ -1,10 +1,11 @@
-"""The net under a refactor: every model trained, evaluated, applied and steered on the demo LM, written as files to compare.
+"""The net under a refactor: results of every model on the demo LM, written as files to compare.
 
     python -m benchmarks.same_bytes /tmp/before                         # at the old commit
     python -m benchmarks.same_bytes /tmp/after --against /tmp/before    # at the new one
 
-Both recipes of every model, and the routing controls, train for 20 steps on one thread of a CPU. A second run of the same
-code gives the same bytes; what names a time, a commit or a package version is left out.
+Both recipes of every model, and the routing controls, train for 20 steps on one thread of a CPU,
+then they are evaluated, applied and steered. A second run of the same code gives the same bytes.
+What names a time, a commit or a package version is left out.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {
-    "git_commit", "versions", "threads", "tokens_per_s", "step_tokens_per_s", "estimate", "output_dir", "data_path",
+    "git_commit", "versions", "threads", "tokens_per_s", "step_tokens_per_s", "estimate",
+    "output_dir", "data_path",
     "SAE_path", "sae_path", "data_fingerprint", "created", "date", "seconds",
 }  # fmt: skip
 WORDS = (
@@ -182,9 +184,9 @@ def main() -> None:
         _, different, _ = filecmp.cmpfiles(
             given.out, given.against, sorted(ours & theirs), shallow=False
         )
-        print(
-            f"{len(ours & theirs) - len(different)} files equal; different: {different}; missing: {sorted(ours ^ theirs)}"
-        )
+        equal = len(ours & theirs) - len(different)
+        missing = sorted(ours ^ theirs)
+        print(f"{equal} files equal; different: {different}; missing: {missing}")
         sys.exit(bool(different or ours ^ theirs))
 
 

@@ -72,7 +72,8 @@ class Option(NamedTuple):
     """One row of the table.
 
     group: sections of the command line, see STAGES. low: smallest value. above: a value that it
-    must exceed. high: largest value. many: takes one value or more, kept as a list. count: takes exactly so many.
+    must exceed. high: largest value. many: takes one value or more, kept as a list.
+    count: takes exactly so many.
     choices: accepted values, separated by spaces.
     """
 

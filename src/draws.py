@@ -1,4 +1,4 @@
-"""Random draws that depend on a key and a seed alone, so that batching and sharing change nothing."""
+"""Random draws that depend on a key and a seed alone, so that batching changes nothing."""
 
 from __future__ import annotations
 

@@ -774,7 +774,7 @@ class Interpreter:
     def _fail(
         self, error: Exception, log: AnswerLog, latent: str, record: Record | None, step: str
     ) -> None:
-        """Log a failure. One that no retry mends sets stop_reason, so that nothing more is asked."""
+        """Log a failure. One that no retry mends sets stop_reason, and nothing more is asked."""
         message = self.endpoint.error_text(error)
         stops = isinstance(error, Failed) and error.stops
         if stops:

@@ -54,7 +54,7 @@ def stack_standardised(states: list[Tensor], eps: float) -> Tensor:
 
 @torch.no_grad()
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
-    """Return the point with the smallest mean distance to the rows of x (Weiszfeld). [N,D] -> [D]"""
+    """Return the point of least mean distance to the rows of x (Weiszfeld). [N,D] -> [D]"""
     guess = x.mean(0)
     for _ in range(iterations):
         weight = 1 / (x - guess).norm(dim=1).clamp_min(1e-8)

@@ -153,7 +153,8 @@ class StandardForm(NamedTuple):
     """
 
     architecture: str  # "standard", "topk" (negative values clipped), "jumprelu" or "gated"
-    # W_enc [D,F], W_dec [F,D], b_dec [D]; by architecture b_enc, threshold, b_gate, b_mag, r_mag [F]
+    # W_enc [D,F], W_dec [F,D], b_dec [D]; by architecture also b_enc, threshold, b_gate, b_mag,
+    # r_mag [F]
     tensors: dict[str, Tensor]
     code: Callable[[Tensor], Tensor]  # the SAE's own code of a standardised state [N,D] -> [N,F]
     k: int | None = None

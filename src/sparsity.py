@@ -1,4 +1,4 @@
-"""The sparsity coefficient of models that are trained with a penalty: its warm-up and its control."""
+"""The coefficient of a sparsity penalty: its warm-up and its control."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ ALLOWED_SKIPS = {
     r"a C library without mallinfo2": "only glibc 2.33 and later reports its free memory",
     r"this CPU has no fast bfloat16": "the bfloat16 path is taken by no tensor here",
     r"triton is not installed": "Triton exists for Linux alone",
-    r"bash tests/interop/run.sh makes the environment": "other libraries have their own environment",
-    r"bash tests/interop/run.sh": "other libraries have their own environment",
+    r"bash tests/interop/run.sh makes the environment": "they have their own environment",
+    r"bash tests/interop/run.sh": "they have their own environment",
 }
 if os.name != "posix" or not shutil.which("apt-get") or os.geteuid() != 0:
     ALLOWED_SKIPS["no chromium is installed"] = "scripts/test.sh can install it on Debian alone"

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 )
 def test_only_listed_skips_are_accepted(tmp_path, reason, code):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    test = f"import pytest\n\ndef test_it():\n    pytest.skip({reason!r})\n\ndef test_two():\n    pass\n"
+    skipped = f"def test_skipped():\n    pytest.skip({reason!r})\n"
+    test = f"import pytest\n\n{skipped}\ndef test_passed():\n    pass\n"
     (tmp_path / "test_skip.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

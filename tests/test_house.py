@@ -84,6 +84,29 @@ def test_a_stage_names_no_model(stage):
     assert not re.search(rf"\b({models})\b", SOURCES[stage].read_text())
 
 
+SHAPE_QUESTIONS = (
+    r"hasattr\((self\.|\w+\.)?sae",
+    r"isinstance\((self\.|\w+\.)?sae,",
+    r"\.latents\.dim\(\)",
+    r"(out|output|clean)\.weights is (not )?None",
+)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "reader", "events", "estimate", "hooks"])
+def test_a_stage_asks_an_sae_through_its_interface(stage):
+    source = SOURCES[stage].read_text()
+    found = [
+        match.group() for question in SHAPE_QUESTIONS for match in re.finditer(question, source)
+    ]
+    assert not found, f"{stage}.py asks for an SAE's shape; add a method to src/sae.py"
+
+
+@pytest.mark.parametrize("name", ["sae", "model", "router", "sparsity", "ops", "reference"])
+def test_the_science_does_not_know_of_processes(name):
+    modules = set(imported_modules(ast.parse(SOURCES[name].read_text())))
+    assert not modules & {"src.distributed", "torch.distributed"}
+
+
 def run_python(*command):
     """(the finished process, its CPU seconds)"""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
