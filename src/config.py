@@ -167,7 +167,7 @@ OPTIONS: dict[str, Option] = {
         "text",
         str,
         "pack",
-        "How documents become rows. pack fills every row; words cuts pieces of max_length "
+        "How documents become rows. 'pack' fills every row; 'words' makes pieces of max_length "
         "words, as the published code does.",
         choices="pack words",
     ),
@@ -213,8 +213,8 @@ OPTIONS: dict[str, Option] = {
         "sae export",
         int,
         None,
-        "Site of models that read one site. Several values train one SAE each. Default: "
-        "three quarters of the depth.",
+        "Site of models that read one site; site n is the output of block n, counted from 1. "
+        "Several values train one SAE each. Default: three quarters of the depth.",
         low=1,
         many=True,
     ),
@@ -247,19 +247,23 @@ OPTIONS: dict[str, Option] = {
         float,
         None,
         "Coefficient of the L1 penalty, for JumpReLU of the L0 penalty. Several values "
-        "train one SAE each. Default: chosen for the model.",
+        "train one SAE each. Default: 0.1/sqrt(hidden size); JumpReLU 0.001.",
         low=0,
         many=True,
     ),
     "threshold": Option(
-        "sae", float, None, "Initial threshold of JumpReLU. Default: chosen for the width.", above=0
+        "sae",
+        float,
+        None,
+        "Initial threshold of JumpReLU. Default: 0.5 sqrt(l1_coeff hidden_size).",
+        above=0,
     ),
     "bandwidth": Option(
         "sae",
         float,
         None,
-        "Width of the window in which JumpReLU's threshold gets a gradient. Default: chosen "
-        "for the width.",
+        "Width of the window in which JumpReLU's threshold gets a gradient. Default: "
+        "0.001 sqrt(hidden size), at least 0.05.",
         above=0,
     ),
     "target_l0": Option(
@@ -308,15 +312,18 @@ OPTIONS: dict[str, Option] = {
         "sae",
         str,
         None,
-        "What gives the router its gradient (docs/routing.md). Default: expected; published "
-        "with --recipe published.",
+        "What gives the router its gradient (docs/routing.md): 'published' the reconstruction, "
+        "'expected' the error of every site, 'advantage' that error relative to the site's mean, "
+        "'ste' a straight-through choice, 'frozen' nothing. Default: expected; published with "
+        "--recipe published.",
         choices="published expected advantage ste frozen",
     ),
     "router_balance": Option(
         "sae",
         str,
         None,
-        "What keeps the load of the sites even. Default: switch; none with --recipe published.",
+        "What keeps the sites' shares of tokens even: 'switch' a loss, 'bias' a bias of each "
+        "site's logit. Default: switch; none with --recipe published.",
         choices="none switch bias",
     ),
     "router_balance_coef": Option(
@@ -392,8 +399,8 @@ OPTIONS: dict[str, Option] = {
         "training",
         str,
         None,
-        "signum is a schedule-free sign of the gradient. Default: signum; adam with "
-        "--recipe published.",
+        "'signum' makes steps of equal size along the sign of the gradient, without a decay. "
+        "Default: signum; adam with --recipe published.",
         choices="signum adam",
     ),
     "lr": Option(
@@ -418,8 +425,8 @@ OPTIONS: dict[str, Option] = {
         "training",
         int,
         None,
-        "Set decoder columns to unit norm every so many steps. Default: 1; 100 with "
-        "--recipe published.",
+        "Set decoder columns to unit norm every so many steps (this is not the length of the "
+        "run). Default: 1; 100 with --recipe published.",
         low=1,
     ),
     "tag": Option("training", str, None, "Text added to the names of the results. Default: none."),
@@ -435,7 +442,7 @@ OPTIONS: dict[str, Option] = {
         "training",
         str,
         "auto",
-        "auto continues an unfinished run; never starts again, together with --overwrite.",
+        "'auto' continues an unfinished run. 'never' with --overwrite starts at step 0.",
         choices="auto never",
     ),
     "deterministic": Option(
