@@ -12,6 +12,7 @@ import errno
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -50,6 +51,7 @@ SECRETS = (
 )
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 SHORTEST_SECRET = 6  # characters; shorter values are placeholders and occur inside words
+MAX_PACKING = 200  # times that gzip may make a JSON file smaller; usual are 5 to 50
 TEMPORARY = ".tmp"  # end of the names of files that are being written
 LONGEST_NAME = 120  # bytes of a file name; file systems allow 255, suffixes need some
 
@@ -313,10 +315,20 @@ def load_json(path: str | os.PathLike, content: bytes | None = None) -> Any:
     content = Path(path).read_bytes() if content is None else content
     try:
         if str(path).endswith(".gz"):
-            content = gzip.decompress(content)
+            content = _unpacked(content)
         return parse_json(content.decode("utf-8"))
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise Unusable(f"{path} is not readable JSON ({error})") from error
+
+
+def _unpacked(content: bytes) -> bytes:
+    """The content of a gzip file. Raises ValueError where it is larger than any JSON packs."""
+    limit = MAX_PACKING * len(content) + 2**24
+    with gzip.open(io.BytesIO(content)) as file:
+        unpacked = file.read(limit + 1)
+    if len(unpacked) > limit:
+        raise ValueError(f"it unpacks to more than {limit:,} bytes")
+    return unpacked
 
 
 def open_to_append(path: str | os.PathLike, mode: str = "a", **options: Any) -> Any:

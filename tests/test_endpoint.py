@@ -133,6 +133,7 @@ def statuses(labels):
     [
         f'<think>draft: {{"score": 1, "explanation": "draft"}} but no</think>\n{GOOD}',
         f'A first idea: {{"score": 1, "explanation": "draft"}}. Better: {GOOD}',
+        f'[THINK]{{"score": 1, "explanation": "draft"}}[/THINK]{GOOD}',
         GOOD[:-1] + ",\n}",
         GOOD.replace('"', "'"),
         GOOD.replace('"', "'").replace("false", "False"),
@@ -377,6 +378,13 @@ def test_rules_are_quick_on_a_long_token(tmp_path):
     assert len(labels_of(tmp_path)["1"]["explanation"]) <= 1000
 
 
+def test_a_packed_contexts_file_that_unpacks_without_end_is_refused(tmp_path, capsys):
+    path = tmp_path / "S_contexts.json.gz"
+    path.write_bytes(gzip.compress(b" " * 10**8))
+    assert interpret(path, "--engine", "heuristic", "--output_dir", tmp_path / "out") == 3
+    assert "unpacks to more than" in capsys.readouterr().err
+
+
 def test_counts_beyond_reason_are_not_counted(tmp_path, server):
     for count in (10**400, True, 1.5e300, -1):
         body = reply(GOOD)[1]
@@ -508,6 +516,9 @@ def test_labels_are_not_replaced_by_less(tmp_path, server, capsys):
     interpret(*command(tmp_path, server, "--engine", "other", "--sample_latents", "2"))
     engines = [label["engine"] for label in labels_of(tmp_path).values()]
     assert sorted(engines) == ["m"] * 6 + ["other"] * 2
+    summary = json.loads((tmp_path / "out/interpret/interp_S.summary.json").read_text())
+    assert summary["engines"] == {"m": 6, "other": 2}
+    assert summary["cost"] is None
 
 
 def test_labels_belong_to_the_contexts_they_were_made_from(tmp_path, server, capsys):
