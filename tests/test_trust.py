@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from test_security import run
 
 from src import checkpoint, config, files, formats
 from src.files import DEMO_LM
+from src.interpreter import Interpreter
 from src.model import build
 
 HOSTILE = {
@@ -123,6 +125,31 @@ def test_a_value_in_a_file_cannot_become_another_option(tmp_path, capsys, option
     with pytest.raises(SystemExit):
         config.parse("train", ["--config", str(path)])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_contexts_file_decides_no_option(tmp_path):
+    contexts = [{"activation": 9.0 - i, "context": f"the <fox> {i}"} for i in range(8)]
+    entries = {"3": {"contexts": {"fox": contexts}}}
+    content = {"title": "TopK_x", "options": HOSTILE, "latent_context_map": entries}
+    path = tmp_path / "TopK_x_contexts.json"
+    path.write_text(json.dumps(HOSTILE | content))
+    argv = [str(path), "--output_dir", str(tmp_path / "out"), "--engine", "heuristic"]
+    cfg = config.parse("interpret", argv)
+    before = dict(vars(cfg))
+    Interpreter(cfg).run()
+    assert vars(cfg) == before
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and p != path]
+    assert written and all(p.is_relative_to(tmp_path / "out" / "interpret") for p in written)
+
+
+def test_every_line_of_the_page_on_security_names_tests_that_exist():
+    page = (files.ROOT / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\|.*\|$", page, re.M)
+    names = re.findall(r"\b(test_\w+)\.(test_\w+)", page)
+    assert len(names) > len(rows) / 2
+    for module, name in names:
+        source = (files.ROOT / "tests" / f"{module}.py").read_text()
+        assert f"def {name}(" in source, name
 
 
 # -------------------------------------------------------------------------------- files of options
