@@ -49,6 +49,7 @@ RECIPE_TYPES = {
     "weights_sum": str,
     "format_version": int,
 }
+FINAL_NUMBERS = ("loss", "tokens_per_s", "step_tokens_per_s")  # what later stages read of `final`
 LAYER_NUMBERS = ("n_layers", "layer", "start_layer", "end_layer")
 MAX_LAYERS = 10_000  # of a language model; lists of sites are built from what recipes say
 MIXED_ADVICE = (
@@ -272,6 +273,8 @@ def _checked_recipe(recipe: Any, path: Path) -> dict[str, Any]:
         for key, kind in RECIPE_TYPES.items()
         if key in recipe and not isinstance(recipe[key], kind)
     ]
+    final = recipe.get("final", {})
+    wrong += [f"final {key}" for key in FINAL_NUMBERS if not _is_number(final, key)]
     if not wrong and not isinstance(recipe["config"].get("hidden_size"), int):
         wrong = ["its hidden_size"]
     if wrong:
@@ -288,6 +291,11 @@ def _checked_recipe(recipe: Any, path: Path) -> dict[str, Any]:
     files.safe_name(recipe.get("title", "none"))  # later stages name their files by it
     _check_version(recipe, path)
     return recipe
+
+
+def _is_number(values: Any, key: str) -> bool:
+    value = values.get(key, 0) if isinstance(values, dict) else 0
+    return value is None or isinstance(value, int | float)
 
 
 def newest(output_dir: str | Path) -> Path:
