@@ -452,8 +452,9 @@ def load(
         title = files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
     else:
         weights, recipe = _read_pair(path, device)
-        recipe = recipe or _derive_recipe(path, weights, hints or {})
         title = path.stem
+        files.safe_name(title)  # results are named by it, minutes later
+        recipe = recipe or _derive_recipe(path, weights, hints or {})
     _check_shapes(_outline(recipe, path), weights, recipe["model"], path)
     sae = _build(recipe, path)
     sae.load_state_dict(weights)
