@@ -199,7 +199,8 @@ def save(sae: SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) ->
     weights = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
     about = {"format_version": FORMAT_VERSION, "title": title} | dict(recipe)
     files.save_json(about | {"weights_sum": _sum_of(weights)}, path.with_suffix(".json"))
-    files.write_atomic(path, lambda file: torch.save(weights, file))
+    write = functools.partial(torch.save, weights)
+    files.write_atomic(path, functools.partial(files.save_through, write))
     earlier.unlink(missing_ok=True)
     return path
 

@@ -22,6 +22,7 @@ from src.files import DEMO_LM, PrintableStream, parse_json, printable, redacted
 
 LARGEST_INTEGER = 2**63 - 1
 LARGEST_FLOAT = 3.4e38  # of float32
+LOWEST_TEMPERATURE = 1e-4  # a smaller one takes logits beyond float32
 
 # ------------------------------------------------------------------------------ types of options
 
@@ -882,6 +883,10 @@ def check(cfg: Namespace) -> None:
                 _check_range(name, option, number)
     if getattr(cfg, "betas", None) and max(cfg.betas) >= 1:
         raise ValueError(f"--betas {' '.join(map(str, cfg.betas))}: each must be below 1")
+    temperature = getattr(cfg, "temperature", 0)
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        advice = f"must be 0, or at least {LOWEST_TEMPERATURE:g}"
+        raise ValueError(f"--temperature {temperature}: {advice}; 0 takes the most likely token")
     if (getattr(cfg, "quantile", None) or 0) >= 1:
         raise ValueError(f"--quantile {cfg.quantile}: must be below 1")
     if getattr(cfg, "model", None):

@@ -248,10 +248,30 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
         # mkstemp gives 0600, which would lock out the other members of a group on a cluster.
         os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        _name_file(error, path)
         raise
     return path
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Add the path to an error of writing, such as that of a full disk, which names no file."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
+
+
+def save_through(save: Callable[[Any], Any], file: BinaryIO) -> HashingFile:
+    """Call save(file) for a function that hides why a write failed, such as torch.save.
+
+    Raises the OSError itself; returns the file with its size and sum.
+    """
+    hashing = HashingFile(file)
+    try:
+        save(hashing)
+    except RuntimeError as error:
+        raise (hashing.error or error) from error
+    return hashing
 
 
 def _temporary_prefix(name: str) -> str:
@@ -462,14 +482,14 @@ def restore_folder(path: Path) -> None:
 def _write_hashed(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
     """Call write(file) for a new file; returns its size and SHA-256 as the manifest lists them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        hashing = HashingFile(file)
-        try:
-            write(hashing)
-        except RuntimeError as error:
-            raise (hashing.error or error) from error
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            hashing = save_through(write, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        _name_file(error, path)
+        raise
     return {"size": hashing.size, "sha256": hashing.hash.hexdigest()}
 
 

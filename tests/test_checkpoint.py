@@ -1,9 +1,11 @@
 """Weights and recipes on disk: which pairs load, which files are refused, and what is replaced."""
 
+import functools
 import json
 import os
 import resource
 import shutil
+import signal
 import zipfile
 
 import pytest
@@ -365,3 +367,34 @@ def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", fsync)
     path = files.write_folder(tmp_path / "x", {"a": lambda file: file.write(b"1")})
     files.verify_folder(path)
+
+
+@pytest.mark.parametrize("what", ["weights", "folder", "json"])
+def test_a_disk_that_is_full_is_named_with_its_file_and_keeps_the_old_result(tmp_path, what):
+    path = save(tmp_path)
+    before = sum_and_k(path)
+    export(random_sae("TopK"), tmp_path, "hf")
+    child = os.fork()
+    if not child:  # its files may not grow beyond a few bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        message = ""
+        try:
+            if what == "weights":
+                sae = random_sae("TopK", k=7)
+                weights = sae.state_dict()
+                write = functools.partial(torch.save, weights)
+                files.write_atomic(path, functools.partial(files.save_through, write))
+            elif what == "folder":
+                sae = random_sae("TopK")
+                formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+            else:
+                files.save_json({"a": "x" * 5000}, tmp_path / "big.json")
+        except OSError as error:
+            message = str(error)
+        names = {"weights": "TopK_text.pt", "folder": "model.safetensors", "json": "big.json"}
+        os._exit(0 if "File too large" in message and names[what] in message else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert sum_and_k(path) == before
+    assert checkpoint.load(tmp_path / "export" / "hf" / "TopK_text")
+    assert not list(tmp_path.rglob(".t*")) and not list(tmp_path.rglob(".T*.tmp"))

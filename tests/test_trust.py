@@ -227,6 +227,14 @@ def test_values_that_no_computation_can_use_are_one_line(capsys, argv):
     assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("value", ["1e-300", "1e300", "-1", "nan"])
+def test_a_temperature_beyond_float32_is_refused(capsys, value):
+    with pytest.raises(SystemExit):
+        config.parse("steer", ["--temperature", value])
+    assert "--temperature" in capsys.readouterr().err
+    assert config.parse("steer", ["--temperature", "0.0001"]).temperature == 1e-4
+
+
 def test_a_steering_value_beyond_float32_is_refused(capsys):
     with pytest.raises(SystemExit):
         config.parse("steer", ["--set", "1=1e39"])
