@@ -7,7 +7,6 @@ Precedence of values: typed > --config file > recipe saved with a checkpoint > r
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import traceback
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from src import config_file, metric_table, zoo
-from src.files import DEMO_LM, PrintableStream, parse_json, printable, redacted
+from src.files import DEMO_LM, parse_json, printable, printable_output, redacted
 
 LARGEST_INTEGER = 2**63 - 1
 LARGEST_FLOAT = 3.4e38  # of float32
@@ -1080,7 +1079,7 @@ def run_stage(
         if hasattr(stream, "reconfigure"):
             # A terminal without some letter must not end a run.
             stream.reconfigure(errors="backslashreplace")
-    with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
+    with printable_output():
         return _run(stage, function, argv)
 
 

@@ -216,6 +216,13 @@ class PrintableStream(Unfailing):
         return len(text)
 
 
+@contextlib.contextmanager
+def printable_output() -> Iterator[None]:
+    """Let everything that is printed inside go through a PrintableStream. Also a decorator."""
+    with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
+        yield
+
+
 def say(text: str) -> None:
     """Print a line that may quote files and servers. It never fails."""
     print(printable(text), file=Unfailing(sys.stdout), flush=True)

@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from src.files import printable, printable_output
+
 # Other formats of weights that are fetched as safetensors.
 RARELY_NEEDED = ("original/*", "*.gguf", "*.onnx", "onnx/*", "*.msgpack", "*.h5")
 
@@ -94,6 +96,7 @@ def download(name: str, folder: str | os.PathLike) -> Path:
     return Path(path)
 
 
+@printable_output()
 def main() -> int:
     from src.config import small_parser
 
@@ -104,7 +107,7 @@ def main() -> int:
     try:
         print(f"{args.name} is in {download(args.name, args.folder)}")
     except ValueError as error:
-        print(f"download_model: error: {error}", file=sys.stderr)
+        print(f"download_model: error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -26,6 +26,7 @@ from src.files import (
     is_stale_result,
     load_json,
     printable,
+    printable_output,
     save_text,
     say,
 )
@@ -357,6 +358,7 @@ def _labels(path: Path, contexts_path: Path, contexts_sum: str) -> dict[str, Any
     return own
 
 
+@printable_output()
 def main() -> None:
     args = _arguments()
     content = args.contexts.read_bytes()

@@ -18,6 +18,7 @@ from src.files import (
     load_json,
     parse_json,
     printable,
+    printable_output,
     save_text,
     say,
     text_records,
@@ -328,6 +329,7 @@ def _draw_site_shares(axis: Any, title: str, course: Course) -> None:
 # --------------------------------------------------------------------------------- the command line
 
 
+@printable_output()
 def main() -> None:
     parser = small_parser("src.plots", __doc__)
     add = parser.add_argument

@@ -25,7 +25,16 @@ import zstandard
 from tqdm import tqdm
 
 from src import hub
-from src.files import data_dir, first_line, load_json, locked, parse_json, save_json
+from src.files import (
+    data_dir,
+    first_line,
+    load_json,
+    locked,
+    parse_json,
+    printable,
+    printable_output,
+    save_json,
+)
 
 SPLITS = {"train": (0.0, 0.7), "eval": (0.7, 0.8), "apply": (0.8, 1.0), "all": (0.0, 1.0)}
 SPLIT_NAMES = ("train", "eval", "apply")
@@ -605,6 +614,7 @@ def _refuse_to_replace(source: str, folder: Path) -> None:
         raise DataError(f"{source} lies in the folder to write, {folder}; name another folder")
 
 
+@printable_output()
 def main() -> int:
     from src.config import small_parser
 
@@ -619,7 +629,7 @@ def main() -> int:
     try:
         counts = write_splits(args.source, args.folder, int(args.max_mb * 1e6), args.text_key)
     except (ValueError, OSError) as error:
-        print(f"download_data: error: {error}", file=sys.stderr)
+        print(f"download_data: error: {printable(str(error))}", file=sys.stderr)
         return 3
     summary = ", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items())
     print(summary, f"in {args.folder}")

@@ -32,6 +32,7 @@ SAME_FLOOR = {
     ("checkpoint", "formats"),
     ("estimate", "hooks"),
     ("config_file", "files"),
+    ("hub", "files"),
 }
 ENTRIES = ("train.py", "evaluate.py", "apply.py", "interpret.py", "steer.py", "export.py")
 STAGES = ("sae_training", "trainer", "evaluator", "applier", "interpreter", "steerer")

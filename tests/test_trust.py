@@ -1,15 +1,17 @@
 """What files of other people may decide: recipes, exports, hub folders and files of options."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import torch
 from test_security import run
 
-from src import checkpoint, config, files, formats
+from src import checkpoint, config, files, formats, hub, page, plots, sources
 from src.files import DEMO_LM
 from src.interpreter import Interpreter
 from src.model import build
@@ -299,6 +301,26 @@ def test_what_a_recipe_or_a_name_holds_is_spelt_out(tmp_path, capsys, place):
         argv += ["--config", other]
     _, printed = run("evaluate", capsys, *argv)
     assert "\x1b" not in printed and "\x07" not in printed and "\\x1b" in printed
+
+
+def test_programs_beside_the_stages_print_no_control_characters(tmp_path, capsys, monkeypatch):
+    bad = f"x{ESCAPE}"
+    (tmp_path / "eval").mkdir()
+    result = {"title": bad, "NormMSE": 0.5, "sites": [1], "L0": 2.0, "tokens": 5}
+    (tmp_path / "eval" / "a.json").write_text(json.dumps(result))
+    (tmp_path / "c.json").write_text("[1]")
+    programs = [
+        (hub, ["hub", bad, bad]),
+        (plots, ["plots", str(tmp_path / "eval"), str(tmp_path / "p.png")]),
+        (page, ["page", str(tmp_path / "c.json"), str(tmp_path / bad)]),
+        (sources, ["sources", str(tmp_path / bad), str(tmp_path / "data")]),
+    ]
+    for module, argv in programs:
+        monkeypatch.setattr(sys, "argv", argv)
+        with contextlib.suppress(SystemExit, ValueError, OSError, LookupError):
+            module.main()
+        printed = capsys.readouterr()
+        assert "\x1b" not in printed.out + printed.err, module
 
 
 def test_a_name_that_is_not_utf8_ends_no_run(tmp_path, capsys):
