@@ -4,7 +4,7 @@ _root="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)"
 export PROJECT_ROOT="${PROJECT_ROOT:-$_root}"
 export DATA_DIR="${DATA_DIR:-$_root/data}"
 export OUTPUT_DIR="${OUTPUT_DIR:-$_root/outputs}"
-export HF_HOME="${HF_HOME:-$HOME/.cache/huggingface}"
+export HF_HOME="${HF_HOME:-${HOME:-$_root}/.cache/huggingface}"
 if [ -z "${MODEL_PATH:-}" ] && [ -f "$DATA_DIR/model/config.json" ]; then
   export MODEL_PATH="$DATA_DIR/model"
 fi

@@ -205,7 +205,7 @@ class TrainingLoop:
     def run(self, signals: Signals) -> None:
         """Make the steps that are left. Raises Interrupted after a signal, with the state saved."""
         progress = self.progress
-        start_time = time.time() - progress.seconds
+        start_time = time.monotonic() - progress.seconds
         self._mark_saved()
         # Within a step a process waits 45 s for the others, which may still be reading states.
         distributed.from_main(lambda: None)
@@ -223,7 +223,7 @@ class TrainingLoop:
                 self._step(step, active, report_due)
                 self.bar.update()
                 progress.step = step + 1
-                progress.seconds = time.time() - start_time
+                progress.seconds = time.monotonic() - start_time
                 self._after_step(active, report_due, signals)
         if self.wandb is not None:
             self.wandb.finish()

@@ -1,11 +1,14 @@
 """Weights and recipes on disk: which pairs load, which files are refused, and what is replaced."""
 
 import functools
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import time
 import zipfile
 
 import pytest
@@ -398,3 +401,31 @@ def test_a_disk_that_is_full_is_named_with_its_file_and_keeps_the_old_result(tmp
     assert sum_and_k(path) == before
     assert checkpoint.load(tmp_path / "export" / "hf" / "TopK_text")
     assert not list(tmp_path.rglob(".t*")) and not list(tmp_path.rglob(".T*.tmp"))
+
+
+def test_a_clock_that_goes_back_changes_no_figure(tmp_path, capsys, monkeypatch):
+    write_text(tmp_path)
+    start = time.time()
+    elapsed = itertools.count(0, 3600)
+    monkeypatch.setattr(time, "time", lambda: start - next(elapsed))
+    assert train(tmp_path, capsys)[0] == 0
+    recipe = checkpoint.read_recipe(tmp_path / "out" / "SAE_models" / "TopK_t.pt")
+    assert recipe["estimate"]["seconds_used"] >= 0
+    assert 0 < recipe["final"]["tokens_per_s"] < 1e8
+
+
+def test_scripts_need_no_home():
+    command = "set -eu; . scripts/env_setup.sh; echo $HF_HOME"
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("HOME", "HF_HOME")
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=files.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip().endswith("/.cache/huggingface"), done.stderr
+
+
+def test_a_dangling_link_among_checkpoints_is_passed_over(tmp_path):
+    path = save(tmp_path / "SAE_models")
+    (path.parent / "old.pt").symlink_to(tmp_path / "nowhere")
+    assert checkpoint.newest(tmp_path) == path
