@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src import config, files, formats, lm, model, zoo
+from src import config, distributed, files, formats, lm, model, zoo
 from src.device import pick_device
 from src.sae import SAE
 
@@ -516,6 +516,7 @@ def open_saes(cfg: Namespace) -> list[tuple[SAE, dict[str, Any]]]:
     hints = {key: getattr(cfg, key, None) for key in HINTS if key in cfg.typed}
     hints = {key: value[0] if isinstance(value, list) else value for key, value in hints.items()}
     opened = [load(path, cfg.device, hints) for path in dict.fromkeys(cfg.SAE_path)]
+    distributed.require_same({"SAEs of the sums": [recipe["weights_sum"] for _, recipe in opened]})
     if all("format_version" in recipe for _, recipe in opened):
         for key in sorted(hints.keys() - CHANGEABLE):
             advice = "; --infer_k is what you may want" if key == "k" else ""

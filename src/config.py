@@ -721,6 +721,11 @@ FROM_RECIPE = (
     | {"seed", "route_patch"}
 ) - NEUTRAL
 PERSON_ONLY = frozenset(OPTIONS) - FROM_RECIPE
+# Options in which the processes of a job may differ: places on their machines, and devices. The
+# language models and texts are compared by content, once they are loaded.
+OF_EACH_PROCESS = frozenset(
+    "output_dir model_path data_path SAE_path config debug device device_map".split()
+)
 
 
 # --------------------------------------------------------------------------------- command lines
@@ -1131,6 +1136,8 @@ def _join_job(cfg: Namespace) -> ModuleType | None:
     from src import distributed
 
     cfg.device = distributed.start(cfg.device)
+    shared = OPTIONS.keys() & vars(cfg).keys() - OF_EACH_PROCESS
+    distributed.require_same({f"--{name}": getattr(cfg, name) for name in sorted(shared)})
     return distributed
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src import data, distributed
+from src import data, distributed, identity
 from src.files import DEMO_LM, data_dir, save_json, save_text
 from src.sources import SPLIT_NAMES, SPLITS, in_split
 
@@ -147,6 +147,12 @@ def make_text(cfg: Any) -> None:
 
 
 def open_rows(cfg: Any, tokenizer: Any) -> data.Rows:
-    """The rows of a stage, of the demo's text or of another."""
+    """The rows of a stage, of the demo's text or of another.
+
+    Raises ValueError if another process reads another text.
+    """
     make_text(cfg)
-    return distributed.main_first(lambda: data.open_rows(cfg, tokenizer))
+    rows = distributed.main_first(lambda: data.open_rows(cfg, tokenizer))
+    if distributed.world() > 1:
+        distributed.require_same({"a text of the sum": identity.of_tokens(rows.tokens)})
+    return rows

@@ -231,6 +231,25 @@ def from_main(function: Callable[[], T]) -> T:
     return value
 
 
+def require_same(values: dict[str, Any]) -> None:
+    """Raise ValueError in every process if one of them has other values than the main one.
+
+    Processes that differ would train on without a word, towards the weights of neither.
+    """
+    if world() == 1:
+        return
+    gathered: list[Any] = [None] * world()
+    with _reported():
+        dist.all_gather_object(gathered, values)
+    for number, other in enumerate(gathered):
+        for name, value in gathered[0].items():
+            if other.get(name) != value:
+                raise ValueError(
+                    f"process {number} of {world()} has {name} {other.get(name)}, the main one "
+                    f"{value}; give all processes the same options, language model and text"
+                )
+
+
 def main_first(function: Callable[[], T]) -> T:
     """Call the function in every process, in the main one first: the others find what it cached."""
     values: list[T] = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src import lm
+from src import distributed, identity, lm
 from src.data import Batch
 from src.sae import SAE, BatchInfo, Edit, Patch
 
@@ -20,11 +20,13 @@ from src.sae import SAE, BatchInfo, Edit, Patch
 def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module]:
     """Return (tokenizer, language model) of a stage.
 
-    Raises ValueError if one of the SAEs does not fit the language model.
+    Raises ValueError if one of the SAEs does not fit the language model, or if another process has
+    loaded other weights.
     """
     tokenizer, model = lm.get_language_model(
         cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code, cfg.device_map
     )
+    distributed.require_same({"language model": identity.of_language_model(model)})
     width = lm.text_config(model).hidden_size
     depth = len(lm.blocks(model))
     for sae in saes:

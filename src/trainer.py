@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import io
 import itertools
 import json
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, distributed, files, hooks, lm, model
+from src import checkpoint, config, demo, distributed, files, hooks, identity, lm, model
 from src.data import Rows
 from src.device import pick_device
 from src.estimate import Estimate
@@ -43,6 +43,10 @@ MIN_SPACING = 10
 LOG_NAME = "metrics.jsonl"
 STATES_NAME = "state"
 MAX_DIFFERENCES = 4  # in a message
+# Steps after which L0 is within 5 % of --target_l0 (measured on the demo LM; after 250 within 20 %),
+# and how far from it L0 may end without a warning.
+CONTROL_STEPS = 500
+L0_TOLERANCE = 0.1
 
 
 def set_seed(seed: int) -> None:
@@ -94,10 +98,10 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
 # -------------------------------------------------------------------------------- metrics.jsonl
 
 
-def _title_in(line: bytes) -> Any:
+def _title_in(line: bytes) -> str | None:
     """Return the title of the SAE that a line is about, None for a damaged line."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
-        return files.parse_json(line.decode("utf-8")).get("sae")
+        return str(files.parse_json(line.decode("utf-8")).get("sae"))
     return None
 
 
@@ -177,19 +181,19 @@ class TrainingLoop:
             f"{len(rows)} rows of {cfg.max_length} tokens, {self.total} steps; "
             f"sites {self.sites}; {', '.join(self.titles)}"
         )
-        self.text_sum = self._text_sum()
-
-    def _text_sum(self) -> str:
-        text_sum = hashlib.sha256(np.ascontiguousarray(self.rows.tokens)).hexdigest()
-        if distributed.from_main(lambda: text_sum) != text_sum:
-            raise ValueError(
-                f"this process and the main one read different texts from {self.cfg.data_path}; "
-                "copy the text to this machine again"
-            )
-        return text_sum
+        self.text_sum = identity.of_tokens(rows.tokens)
 
     def restore(self, path: Path, meta: dict[str, Any]) -> None:
-        """Continue from a saved state. Raises ValueError if it belongs to another text."""
+        """Continue from a saved state. Raises ValueError for another language model or text."""
+        difference = identity.language_model_difference(
+            meta.get("language_model"), self.requested["language_model"]
+        )
+        if difference:
+            raise ValueError(
+                f"the language model is not the one with which the run in {self.run_folder} was "
+                f"stopped: {difference}; give the same one (--model_path, --dtype), or --tag NAME "
+                "for another run"
+            )
         if (meta["text_sum"], meta["rows"]) != (self.text_sum, len(self.rows)):
             raise ValueError(
                 f"the text is not the one on which the run in {self.run_folder} was stopped "
@@ -389,6 +393,15 @@ def _update(training: SAETraining, batch: LocalBatch, step: int, report_due: boo
         raise ValueError(f"{training.title}: out of memory at step {step} {advice}") from error
 
 
+def _warn_of_missed_l0(training: SAETraining, l0: float) -> None:
+    target = training.options.get("target_l0")
+    if target and abs(l0 / target - 1) > L0_TOLERANCE:
+        print(
+            f"warning: {training.title} ends at L0 {l0:.4g}, its --target_l0 is {target:g}; "
+            "train for more steps"
+        )
+
+
 # ----------------------------------------------------------------------------------------- the run
 
 
@@ -426,10 +439,15 @@ class Trainer:
         parts = [name, files.data_name(self.cfg.data_path), *values]
         if self.cfg.tag:
             parts.append(files.safe_name(self.cfg.tag))
-        return "_".join(parts)
+        return files.safe_name("_".join(parts))
 
     def _run_folder(self, name: str) -> Path:
         return Path(self.cfg.output_dir) / files.RUN_DIR / files.safe_name(name)
+
+    @functools.cached_property
+    def text_digest(self) -> str | None:
+        """Hash of the text's files; it takes up to a second."""
+        return identity.of_text(self.cfg.data_path, self.cfg.split)
 
     def _settings(self) -> dict[str, Any]:
         """Return the options that are the same for all SAEs of the run."""
@@ -472,6 +490,8 @@ class Trainer:
         untrained = []
         for i, title in enumerate(self.titles):
             path = self.folder / f"{title}.pt"
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder; move it, or give --tag NAME")
             recipe = None if self.cfg.overwrite else checkpoint.trained_recipe(path)
             if recipe is None:
                 untrained.append(i)
@@ -483,16 +503,47 @@ class Trainer:
                     f"{path} was trained with other options "
                     f"({'; '.join(different[:MAX_DIFFERENCES])}); give --tag NAME or --overwrite"
                 )
+            text_digest = recipe.get("text_digest")
+            if text_digest and self.text_digest not in (None, text_digest):
+                raise ValueError(
+                    f"{path} was trained on another text: {self.cfg.data_path} has changed since; "
+                    "give --tag NAME or --overwrite"
+                )
             print(f"{title}: already trained ({path})")
         return untrained
 
     def _earlier_loss(self) -> float:
         """Return the loss in the first SAE's recipe; remove states that nobody needs now."""
         if distributed.main() and self.states.exists():
-            with files.locked(self.run_folder):
-                shutil.rmtree(self.states)
+            self._remove_own_states()
         recipe = checkpoint.read_recipe(self.folder / f"{self.titles[0]}.pt")
         return float(recipe.get("final", {}).get("loss", math.nan))
+
+    def _remove_own_states(self) -> None:
+        """Remove the states of this run, which has its results; those of another one stay."""
+        with files.locked(self.run_folder):
+            try:
+                saved = checkpoint.find_state(self.states)
+            except ValueError as error:  # nobody knows whose they are
+                print(f"warning: {self.states} is left as it is: {error}")
+                return
+            if saved is None or self._is_finished(saved[1]):
+                shutil.rmtree(self.states)
+                return
+        print(
+            f"warning: {self.run_folder} holds another unfinished run, stopped at step "
+            f"{saved[1]['step']}; it is left as it is (the command that began it continues it)"
+        )
+
+    def _is_finished(self, meta: dict[str, Any]) -> bool:
+        """Return whether the earlier results are what the run of a saved state would give."""
+        requested = self._requested()
+        if any(meta[key] != requested[key] for key in ("options", "runs")):
+            return False
+        recipes = [checkpoint.read_recipe(self.folder / f"{title}.pt") for title in self.titles]
+        keys = ("language_model", "text_digest")
+        # Earlier versions recorded neither.
+        return all(meta.get(key) in (None, r.get(key)) for key in keys for r in recipes)
 
     def _check_before_loading(self, todo: list[int]) -> None:
         """Raise ValueError if a model cannot be built for what the language model's config says."""
@@ -541,7 +592,10 @@ class Trainer:
 
     def _compare_options(self, meta: dict[str, Any]) -> None:
         requested = self._requested()
-        different = differences(meta["options"], requested["options"], "--")
+        wanted = requested["options"]
+        if "language_model" in meta:  # what --dtype auto meant is compared with it
+            wanted = {key: value for key, value in wanted.items() if key != "dtype"}
+        different = differences(meta["options"], wanted, "--")
         for title, options in requested["runs"].items():
             different += differences(meta["runs"].get(title, options), options, f"{title}: ")
         if different:
@@ -585,15 +639,25 @@ class Trainer:
         self._check_options(todo, **sizes)  # before a long text is tokenised
         lm.check_length(language_model, cfg.max_length)
         rows = demo.open_rows(cfg, tokenizer)
+        self.identities = {
+            "language_model": identity.of_language_model(language_model),
+            "text_digest": distributed.from_main(
+                lambda: identity.of_text(cfg.data_path, cfg.split)
+            ),
+        }
+        requested = self._requested() | self.identities
         total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
         trainings = [self._build(i, sizes, total) for i in todo]
+        if total < CONTROL_STEPS and any(t.options.get("target_l0") for t in trainings):
+            print(
+                f"warning: --target_l0 takes about {CONTROL_STEPS} steps, this run has {total}; "
+                "L0 may end far from it. Use more text, a smaller --batch_size or more --num_epochs"
+            )
         local_rows = distributed.share(min(cfg.batch_size, len(rows)))
         lm.compile_if_it_pays(cfg, language_model, local_rows.stop - local_rows.start, total)
         saes = [training.sae for training in trainings]
         estimate = Estimate(cfg, saes, language_model, rows, total, self.run_folder)
-        loop = TrainingLoop(
-            cfg, trainings, rows, language_model, self.run_folder, self._requested()
-        )
+        loop = TrainingLoop(cfg, trainings, rows, language_model, self.run_folder, requested)
         if saved is not None:
             loop.restore(*saved)
         if cfg.use_wandb and distributed.main():
@@ -641,6 +705,7 @@ class Trainer:
                 training.mode(False)
                 unit_norm_decoder(training.sae)
                 distributed.from_main(partial(self._save, training, rows, progress, used))
+                _warn_of_missed_l0(training, progress.finals[training.title]["L0"])
         if distributed.main():
             shutil.rmtree(self.states, ignore_errors=True)
         failures = [training.failed for training in trainings if training.failed]
@@ -661,6 +726,7 @@ class Trainer:
             "model_path": str(cfg.model_path),
             "data_path": str(cfg.data_path),
             "data_fingerprint": rows.fingerprint,
+            **self.identities,
             "tokens": progress.tokens,
             "seed": cfg.seed,
             "device": cfg.device,

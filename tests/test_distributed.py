@@ -174,14 +174,18 @@ def child(number, world, port, stage, argv, hook, folder):
     sys.exit(run_stage(stage, lambda cfg: stage_class(cfg).run(), argv))
 
 
-def together(server, world, stage, argv, folder, hook=None):
-    """(exit codes of `world` processes, the error lines that they printed)"""
+def together(server, world, stage, argv, folder, hook=None, more=()):
+    """(exit codes of `world` processes, the error lines that they printed)
+
+    more: options that the last process has beside those of all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # torchrun holds such a store for its processes.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []
     for number in range(world):
-        args = (number, world, store.port, stage, argv, hook, folder)
+        own_argv = [*argv, *(more if number == world - 1 else ())]
+        args = (number, world, store.port, stage, own_argv, hook, folder)
         processes.append(server.Process(target=child, args=args))
         processes[-1].start()
     deadline = time.monotonic() + 59
@@ -305,6 +309,41 @@ def test_an_error_is_said_once_and_processes_that_come_late_are_waited_for(serve
     assert codes == [0, 0], errors
 
 
+def test_processes_with_other_options_weights_or_text_are_refused_at_the_start(
+    server, tiny, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    model_path, data_path = tiny
+    shutil.copytree(model_path, tmp_path / "lm")
+    language_model = AutoModelForCausalLM.from_pretrained(model_path)
+    with torch.no_grad():
+        for parameter in language_model.parameters():
+            parameter.mul_(1.5)
+    language_model.save_pretrained(tmp_path / "lm")
+    other_text = tmp_path / "other" / "text.jsonl"
+    other_text.parent.mkdir()
+    other_text.write_text(data_path.read_text().replace("Return", "Reduce"))
+    different = {
+        "--lr": "0.5",
+        "--seed": "7",
+        "--k": "8",
+        "--layer": "3",
+        "--batch_size": "4",
+        "--model": "RouteSAE",
+        "--model_path": str(tmp_path / "lm"),
+        "--data_path": str(other_text),
+    }
+    messages = {"--model_path": "language model", "--data_path": "a text of the sum"}
+    for option, value in different.items():
+        out = tmp_path / option
+        argv = arguments(tiny, out)
+        codes, errors = together(server, 2, "train", argv, out, more=[option, value])
+        assert codes == [2, 2] and len(errors) == 1, (option, codes, errors)
+        assert f"process 1 of 2 has {messages.get(option, option)}" in errors[0], errors
+        assert not list(out.glob("SAE_models/*")) and not list(out.rglob("step-*")), option
+
+
 def test_evaluation_and_contexts_of_two_processes_are_those_of_one_to_the_last_digit(
     server, tiny, tmp_path, alone
 ):
@@ -315,6 +354,10 @@ def test_evaluation_and_contexts_of_two_processes_are_those_of_one_to_the_last_d
     text += ["--max_samples", "14", "--device", "cpu", "--dtype", "float32"]
     evaluation = [*saes("TopK", "RouteSAE", "BatchTopK", "MLSAE"), "--metric", "all"]
     application = ["--lines", "1", "--act_threshold", "0", "--top_n", "3"]
+    argv = [*saes("TopK"), "--output_dir", str(tmp_path / "x"), *text]
+    for stage, more in (("evaluate", saes("MLSAE")), ("apply", ["--lines", "7"])):
+        codes, errors = together(server, 2, stage, argv, tmp_path / stage, more=more)
+        assert codes == [2, 2] and "process 1 of 2 has" in errors[0], (codes, errors)
     for world in (1, 2):
         out = tmp_path / str(world)
         argv = [*evaluation, "--output_dir", str(out), *text]

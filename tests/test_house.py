@@ -18,7 +18,7 @@ FLOORS = (
     "zoo files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt "
     "endpoint gguf_file",
-    "sae reference",
+    "sae reference identity",
     "model data lm metrics config",
     "hooks checkpoint formats demo events sae_training estimate",
     "trainer evaluator applier interpreter steerer reader page plots",

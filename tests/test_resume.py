@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src import checkpoint, distributed, files, lm
 from src.config import interval, parse, run_stage
 from src.files import DEMO_LM
-from src.interrupt import Interrupted
+from src.interrupt import HANDLED, Interrupted
 from src.model import build
 from src.sae_training import LocalBatch, SAETraining
 from src.trainer import Trainer
@@ -121,9 +123,7 @@ def test_every_model_killed_at_a_step_ends_with_the_weights_and_lines_of_an_unin
     assert not (home_of(text) / "lock").read_text()
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]
-)
+@pytest.mark.parametrize("number, code", [(n, 130 if n == signal.SIGINT else 143) for n in HANDLED])
 def test_a_signal_lets_the_step_end_saves_and_says_so_in_the_exit_code(
     text, monkeypatch, capsys, number, code
 ):
@@ -150,6 +150,11 @@ def test_a_signal_while_the_processes_agree_is_kept_for_the_next_step(text, monk
     monkeypatch.setattr(distributed, "all_max_ints", signalled_agree)
     with pytest.raises(Interrupted, match="step 6 of 10 is saved"):
         train(text)
+
+
+def test_signals_of_terminals_and_batch_systems_are_handled():
+    names = {number.name for number in HANDLED}
+    assert names >= {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
 
 
 SIGNALLED_TWICE = """
@@ -215,6 +220,129 @@ def test_resume_never_with_overwrite_starts_again_and_threads_are_warned_of(
     assert "continued with 77" in capsys.readouterr().out
     train(text, "--resume", "never", "--overwrite")
     assert "continuing" not in capsys.readouterr().out
+
+
+def other_language_model(folder, factor):
+    """The demo's language model with its weights multiplied."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_LM)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_run_is_not_continued_with_other_weights_or_another_format_of_the_language_model(
+    text, monkeypatch, capsys
+):
+    folder = text.parent / "lm"
+    path = ["--model_path", str(folder)]
+    other_language_model(folder, 1.0)
+    train(text, *path, out="straight")
+    train_until_killed(text, monkeypatch, 5, "--save_every", "2", *path)
+    other_language_model(folder, 1.5)
+    with pytest.raises(ValueError, match="the language model is not the one .* other values"):
+        train(text, *path)
+    other_language_model(folder, 1.0)
+    with pytest.raises(ValueError, match="were float32 then and are bfloat16 now; .*--dtype"):
+        train(text, *path, "--dtype", "bfloat16")
+    with monkeypatch.context() as patch:  # as where auto means another format
+        patch.setattr(lm, "fast_bfloat16", lambda: True)
+        with pytest.raises(ValueError, match="were float32 then and are bfloat16 now"):
+            train(text, *path, "--dtype", "auto")
+    monkeypatch.setattr(lm, "fast_bfloat16", lambda: False)
+    train(text, *path, "--dtype", "auto")
+    assert "continuing at step 4" in capsys.readouterr().out
+    assert_same_results(text, "straight", "out")
+    recipe = checkpoint.read_recipe(text.parent / "out" / "SAE_models" / "TopK_text_t.pt")
+    assert recipe["language_model"]["dtype"] == "float32"
+
+
+def test_a_finished_run_on_a_text_that_has_changed_since_is_not_already_trained(text, capsys):
+    train(text)
+    content = text.read_text()
+    text.write_text(content)  # another modification time, the same text
+    train(text)
+    assert "already trained" in capsys.readouterr().out
+    text.write_text(content.replace("Return", "Reduce"))
+    with pytest.raises(ValueError, match="was trained on another text.*give --tag NAME or"):
+        train(text)
+    train(text, "--overwrite")
+    train(text)
+
+
+@pytest.mark.parametrize("other", [["--seed", "7"], ["--model", "Gated"], []])
+def test_states_of_another_unfinished_run_are_left_alone(text, monkeypatch, capsys, other):
+    train(text)
+    content = text.read_text()
+    if not other:  # the same options, another text
+        text.write_text(content.replace("Return", "Reduce"))
+    train_until_killed(text, monkeypatch, 5, "--save_every", "2", "--overwrite", *other)
+    saved = (home_of(text) / "state" / "step-00000004").stat().st_ino
+    text.write_text(content)
+    train(text)
+    said = capsys.readouterr().out
+    assert "already trained" in said and "another unfinished run, stopped at step 4" in said
+    assert (home_of(text) / "state" / "step-00000004").stat().st_ino == saved
+    if other:
+        train(text, "--overwrite", *other)
+        assert "continuing at step 4" in capsys.readouterr().out
+
+
+def test_a_finished_run_removes_its_own_states_and_leaves_damaged_ones(text, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("src.trainer._warn_of_missed_l0", lambda *_: kill())
+        with pytest.raises(Killed):
+            train(text, "--save_every", "4")
+    states = home_of(text) / "state"
+    assert len(checkpoint.states(states)) == 2
+    shutil.copytree(states, states.with_name("copy"))
+    for path in checkpoint.states(states):
+        (path / "meta.json").write_text("{}")
+    train(text)
+    assert states.exists() and "is left as it is" in capsys.readouterr().out
+    shutil.rmtree(states)
+    states.with_name("copy").rename(states)
+    train(text)
+    assert not states.exists()
+
+
+def test_values_that_differ_late_and_long_names_keep_an_sae_each(text):
+    values = ["--model", "Vanilla", "--l1_coeff", "0.01000001", "0.01000002", "0.5"]
+    train(text, *values)
+    names = {path.stem for path in (text.parent / "out" / "SAE_models").glob("*.pt")}
+    numbers = {name.split("l1_coeff")[1] for name in names}
+    assert numbers == {"0.01000001_t", "0.01000002_t", "0.5_t"}
+    long = ["--tag", "x" * 119]
+    train(text, *long)
+    (path,) = (text.parent / "out" / "SAE_models").glob("TopK*.pt")
+    written = path.stat().st_mtime_ns
+    train(text, *long)
+    assert path.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="trained with other options"):
+        train(text, *long, "--seed", "7")
+
+
+def test_odd_lines_of_a_report_end_no_training(text):
+    train(text)
+    log = home_of(text) / "metrics.jsonl"
+    lines = [b'{"sae": ["a"]}', b'{"sae": {}}', b"[1]", b"\xff", b"", b"null", b"1" * 5000]
+    log.write_bytes(b"\n".join([*lines, b'{"sae": "other"}']) + b"\nhalf a li")
+    train(text, "--overwrite")
+    kept = log.read_bytes().split(b"\n")
+    assert kept[: len(lines) + 1] == [*lines, b'{"sae": "other"}']
+    assert json.loads(kept[len(lines) + 1])["sae"] == "TopK_text_t"
+
+
+def test_a_run_too_short_for_its_target_l0_is_warned_of_before_and_after(text, capsys):
+    train(text, "--model", "Vanilla", "TopK", "--target_l0", "8")
+    said = capsys.readouterr().out
+    assert "--target_l0 takes about 500 steps, this run has 10" in said
+    assert re.search(r"Vanilla_text_t ends at L0 \S+, its --target_l0 is 8", said)
+    assert "TopK_text_t ends" not in said
+    train(text, "--tag", "u")
+    assert "target_l0" not in capsys.readouterr().out
 
 
 def flip_a_bit(path):
