@@ -19,6 +19,8 @@ from torch import Tensor
 
 # Largest k for which candidates are ranked by comparing every pair; the cost grows with its square.
 MAX_RANKED_K = 128
+SMALLEST_INT = tl.constexpr(-(2**31))
+LARGEST_INT = tl.constexpr(2**31 - 1)
 
 
 def _on_device_of_first(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,18 +46,26 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 def _sort_keys(values, index, width):
     """int32 keys that are ordered like values[index]; the smallest int32 beyond the row's end."""
     inside = index < width
-    bits = tl.load(values + index, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    value = tl.load(values + index, mask=inside, other=0.0)
+    bits = value.to(tl.int32, bitcast=True)
     # The bits of negative floats grow with their magnitude: flip all but the sign.
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(inside, keys, -2147483648)
+    keys = tl.where(bits < 0, bits ^ LARGEST_INT, bits)
+    return tl.where(inside, keys, SMALLEST_INT)
+
+
+@triton.jit
+def _count_true(mask):
+    return tl.sum(mask.to(tl.int32))
 
 
 @triton.jit
 def _true_before(mask):
-    """For each element of a [R,C] mask: how many True precede it in memory."""
+    """For each True of a [R,C] mask: how many other True precede it in memory."""
     ones = mask.to(tl.int32)
     row_sum = tl.sum(ones, 1)
-    return (tl.cumsum(row_sum, 0) - row_sum)[:, None] + tl.cumsum(ones, 1) - 1
+    in_earlier_rows = tl.cumsum(row_sum, 0) - row_sum
+    up_to_itself = tl.cumsum(ones, 1)
+    return in_earlier_rows[:, None] + up_to_itself - 1
 
 
 @triton.jit
@@ -65,7 +75,10 @@ def _count_keys(values, tile, width, bound, strict: tl.constexpr, TILE: tl.const
     for start in range(0, width, TILE):
         index = start + tile
         keys = _sort_keys(values, index, width)
-        reached = (keys > bound) if strict else (keys >= bound) & (index < width)
+        if strict:
+            reached = keys > bound
+        else:
+            reached = (keys >= bound) & (index < width)
         counts += tl.sum(reached.to(tl.int32), 0)
     return tl.sum(counts)
 
@@ -78,61 +91,92 @@ def _candidate_bound(values, tile, width, k: tl.constexpr, TILE: tl.constexpr):
     find it. Each histogram divides one bin of the previous one, until few more than k are above.
     """
     LANES: tl.constexpr = tile.shape[1]
-    best = tl.full((LANES,), -2147483648, tl.int32)
+    best = tl.full((LANES,), SMALLEST_INT, tl.int32)
     for start in range(0, width, TILE):
-        best = tl.maximum(best, tl.max(_sort_keys(values, start + tile, width), 0))
-    low, high = tl.min(best, 0), tl.max(best, 0)
+        keys = _sort_keys(values, start + tile, width)
+        best = tl.maximum(best, tl.max(keys, 0))
+    low = tl.min(best, 0)
+    high = tl.max(best, 0)
     reached = LANES
+    # One histogram is too coarse where a trained SAE leaves lanes without a positive value: with
+    # one alone 29 % of a RouteSAE's rows took the slow way, with 1.5 to 1.7 none (docs/LOG.md).
     while (reached > k + k // 4) & (low < high):
         # The span of two int32 needs int64.
         origin = low.to(tl.int64)
-        scale = 255 / (high.to(tl.int64) - origin).to(tl.float32)
+        span = (high.to(tl.int64) - origin).to(tl.float32)
+        scale = 255 / span
         clamped = tl.minimum(tl.maximum(best, low), high)
         offset = (clamped.to(tl.int64) - origin).to(tl.float32)
         bin = (offset * scale).to(tl.int32)
-        from_above = tl.cumsum(tl.histogram(bin, 256), 0, reverse=True)
-        kth_bin = tl.sum((from_above >= k).to(tl.int32)) - 1
-        high = tl.max(tl.where((bin <= kth_bin) & (best <= high), best, -2147483648), 0)
-        low = tl.min(tl.where((bin >= kth_bin) & (best >= low), best, 2147483647), 0)
-        reached = tl.sum((best >= low).to(tl.int32))
+        in_bin = tl.histogram(bin, 256)
+        from_above = tl.cumsum(in_bin, 0, reverse=True)
+        kth_bin = _count_true(from_above >= k) - 1
+        not_above = (bin <= kth_bin) & (best <= high)
+        not_below = (bin >= kth_bin) & (best >= low)
+        high = tl.max(tl.where(not_above, best, SMALLEST_INT), 0)
+        low = tl.min(tl.where(not_below, best, LARGEST_INT), 0)
+        reached = _count_true(best >= low)
     return low
 
 
 @triton.jit
 def _collect_candidates(
-    values, candidates, counter, tile, width, bound, ROOM: tl.constexpr, TILE: tl.constexpr
+    values,
+    candidates,
+    counter,
+    tile,
+    width,
+    bound,
+    ROOM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Write the indices whose key reaches `bound`, in any order, as far as ROOM; count them all."""
     counts = tl.zeros((tile.shape[1],), tl.int32)
     for start in range(0, width, TILE):
         index = start + tile
-        candidate = (_sort_keys(values, index, width) >= bound) & (index < width)
-        slot = tl.atomic_add(
-            counter + tl.zeros_like(index), 1, mask=candidate, sem="relaxed", scope="cta"
-        )
+        keys = _sort_keys(values, index, width)
+        candidate = (keys >= bound) & (index < width)
+        # Only this program adds to its row's counter, so the order that CUDA gives is free.
+        counters = counter + tl.zeros_like(index)
+        slot = tl.atomic_add(counters, 1, mask=candidate, sem="relaxed", scope="cta")
         tl.store(candidates + slot, index, mask=candidate & (slot < ROOM))
         counts += tl.sum(candidate.to(tl.int32), 0)
     return tl.sum(counts)
 
 
 @triton.jit
+def _load_candidates(values, candidates, slot, count, width):
+    """(index, key) of candidates. An empty slot has an index beyond the row: no key is lower."""
+    index = tl.load(candidates + slot, mask=slot < count, other=LARGEST_INT)
+    return index, _sort_keys(values, index, width)
+
+
+@triton.jit
 def _write_best_candidates(
-    values, out, candidates, count, width, k: tl.constexpr, ROOM: tl.constexpr
+    values,
+    out,
+    candidates,
+    count,
+    width,
+    k: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
     """Write the k best candidates to `out`, each at its rank: the number of better candidates."""
     slot = tl.arange(0, ROOM)
     lane = tl.arange(0, 32)
-    # Empty slots get an index beyond the row, whose key is below all others.
-    index = tl.load(candidates + slot, mask=slot < count, other=2147483647)
-    key = _sort_keys(values, index, width)
+    index, key = _load_candidates(values, candidates, slot, count, width)
+    index_column = index[:, None]
+    key_column = key[:, None]
     rank = tl.zeros((ROOM,), tl.int32)
     for start in range(0, count, 32):
-        other = tl.load(candidates + start + lane, mask=start + lane < count, other=2147483647)
-        other_key = _sort_keys(values, other, width)
-        larger = other_key[None, :] > key[:, None]
-        earlier_tie = (other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None])
-        rank += tl.sum((larger | earlier_tie).to(tl.int32), 1)
-    tl.store(out + rank, index.to(tl.int64), mask=(slot < count) & (rank < k))
+        other, other_key = _load_candidates(values, candidates, start + lane, count, width)
+        earlier = other[None, :] < index_column
+        tied = other_key[None, :] == key_column
+        larger = other_key[None, :] > key_column
+        better = larger | (tied & earlier)
+        rank += tl.sum(better.to(tl.int32), 1)
+    kept = (slot < count) & (rank < k)
+    tl.store(out + rank, index.to(tl.int64), mask=kept)
 
 
 @triton.jit
@@ -141,7 +185,8 @@ def _kth_largest_key(values, tile, width, k: tl.constexpr, TILE: tl.constexpr):
 
     The bits of the bound are set from the sign down.
     """
-    bound, bit = -2147483648, 31
+    bound = SMALLEST_INT
+    bit = 31
     reached = width
     while (bit >= 0) & (reached != k):
         higher = tl.where(bit == 31, 0, bound + (1 << bit))
@@ -153,18 +198,29 @@ def _kth_largest_key(values, tile, width, k: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _write_from_bound(values, out, tile, width, bound, k: tl.constexpr, TILE: tl.constexpr):
+def _write_from_bound(
+    values,
+    out,
+    tile,
+    width,
+    bound,
+    k: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Write all indices with a key above `bound`, and the first of those equal to it, up to k."""
-    above = _count_keys(values, tile, width, bound, True, TILE)
-    written, equals = 0, 0
+    ties_to_keep = k - _count_keys(values, tile, width, bound, True, TILE)
+    written = 0
+    ties = 0
     for start in range(0, width, TILE):
         index = start + tile
         key = _sort_keys(values, index, width)
-        equal = (key == bound) & (index < width)
-        kept = (key > bound) | (equal & (equals + _true_before(equal) < k - above))
-        tl.store(out + written + _true_before(kept), index.to(tl.int64), mask=kept)
-        written += tl.sum(kept.to(tl.int32))
-        equals += tl.sum(equal.to(tl.int32))
+        tied = (key == bound) & (index < width)
+        tie_number = ties + _true_before(tied)
+        kept = (key > bound) | (tied & (tie_number < ties_to_keep))
+        position = written + _true_before(kept)
+        tl.store(out + position, index.to(tl.int64), mask=kept)
+        written += _count_true(kept)
+        ties += _count_true(tied)
 
 
 @triton.jit
@@ -184,7 +240,9 @@ def _topk_indices(
     row = tl.program_id(0).to(tl.int64)
     values += row * stride
     out += row * k
-    tile = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    tile_row = tl.arange(0, ROWS)
+    lane = tl.arange(0, LANES)
+    tile = tile_row[:, None] * LANES + lane[None, :]
     TILE: tl.constexpr = ROWS * LANES
     done = False
     if ROOM:
@@ -211,18 +269,23 @@ def topk_indices(values: Tensor, k: int) -> Tensor:
     """
     values = _contiguous_rows(values)
     n, width = values.shape
+    device = values.device
     lanes = max(512, triton.next_power_of_2(8 * k))
     room = 0
     if k <= MAX_RANKED_K and 2 * lanes <= width:
+        # Candidates take 1.7 ms for 32,704 x 16,384 values and k 64, the bits of a bound 5.1 ms,
+        # torch.topk 6.2 ms, on an H200 (docs/LOG.md).
         room = max(64, triton.next_power_of_2(2 * k))
     else:
         lanes = 512
-    out = torch.empty(n, k, dtype=torch.long, device=values.device)
-    candidates = torch.empty(n, room, dtype=torch.int32, device=values.device)
-    counters = torch.zeros(n, dtype=torch.int32, device=values.device)
+    out = torch.empty(n, k, dtype=torch.long, device=device)
+    candidates = torch.empty(n, room, dtype=torch.int32, device=device)
+    counters = torch.zeros(n, dtype=torch.int32, device=device)
     if n:
-        sizes = (width, values.stride(0), k, 1024 // lanes, lanes, room)
-        _topk_indices[(n,)](values, out, candidates, counters, *sizes, num_warps=4)
+        tensors = (values, out, candidates, counters)
+        tile_rows = 1024 // lanes
+        sizes = (width, values.stride(0), k, tile_rows, lanes, room)
+        _topk_indices[(n,)](*tensors, *sizes, num_warps=4)
     return out
 
 
@@ -234,10 +297,13 @@ def _standardise(states, out, width, stride, out_stride, eps, BLOCK: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    h = tl.load(states + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(inside, h - tl.sum(h) / width, 0.0)
-    std = tl.sqrt(tl.sum(centred * centred) / (width - 1))
-    tl.store(out + row * out_stride + column, centred / (std + eps), mask=inside)
+    h = tl.load(states + row * stride + column, mask=inside, other=0.0)
+    h = h.to(tl.float32)
+    mean = tl.sum(h) / width
+    centred = tl.where(inside, h - mean, 0.0)
+    variance = tl.sum(centred * centred) / (width - 1)
+    x = centred / (tl.sqrt(variance) + eps)
+    tl.store(out + row * out_stride + column, x, mask=inside)
 
 
 @_on_device_of_first
@@ -261,56 +327,84 @@ def standardise(states: Tensor, eps: float, out: Tensor) -> None:
 def _load_table_rows(table, row, valid, stride, column, width):
     """float32 table[row], zeros where an entry or a column is not valid. [ENTRIES,BLOCK]"""
     mask = valid[:, None] & (column < width)[None, :]
-    rows = tl.load(table + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    address = table + row[:, None] * stride + column[None, :]
+    rows = tl.load(address, mask=mask, other=0.0)
     return rows.to(tl.float32)
 
 
 @triton.jit
 def _bag_sums(
-    values, latent, bounds, table, out, width, stride, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
+    values,
+    latent,
+    bounds,
+    table,
+    out,
+    width,
+    stride,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program per bag. The entries are taken ENTRIES at a time."""
     bag = tl.program_id(0).to(tl.int64)
-    first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
-    column, offset = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
+    first = tl.load(bounds + bag)
+    end = tl.load(bounds + bag + 1)
+    column = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(first, end, ENTRIES):
-        entry = start + offset
+        entry = start + tl.arange(0, ENTRIES)
         valid = entry < end
         value = tl.load(values + entry, mask=valid, other=0.0)
         row = tl.load(latent + entry, mask=valid, other=0)
-        total += tl.sum(
-            value[:, None] * _load_table_rows(table, row, valid, stride, column, width), 0
-        )
+        rows = _load_table_rows(table, row, valid, stride, column, width)
+        total += tl.sum(value[:, None] * rows, 0)
     tl.store(out + bag * width + column, total, mask=column < width)
 
 
 @triton.jit
 def _bag_dots(
-    grad, latent, bounds, table, out, width, stride, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
+    grad,
+    latent,
+    bounds,
+    table,
+    out,
+    width,
+    stride,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program per bag. The entries are taken ENTRIES at a time."""
     bag = tl.program_id(0).to(tl.int64)
-    first, end = tl.load(bounds + bag), tl.load(bounds + bag + 1)
-    column, offset = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
-    bag_grad = tl.load(grad + bag * width + column, mask=column < width, other=0.0).to(tl.float32)
+    first = tl.load(bounds + bag)
+    end = tl.load(bounds + bag + 1)
+    column = tl.arange(0, BLOCK)
+    bag_grad = tl.load(grad + bag * width + column, mask=column < width, other=0.0)
+    bag_grad = bag_grad.to(tl.float32)
     for start in range(first, end, ENTRIES):
-        entry = start + offset
+        entry = start + tl.arange(0, ENTRIES)
         valid = entry < end
         row = tl.load(latent + entry, mask=valid, other=0)
         rows = _load_table_rows(table, row, valid, stride, column, width)
-        tl.store(out + entry, tl.sum(bag_grad[None, :] * rows, 1), mask=valid)
+        dots = tl.sum(bag_grad[None, :] * rows, 1)
+        tl.store(out + entry, dots, mask=valid)
 
 
 def _launch_bags(
-    kernel: Any, operand: Tensor, latent: Tensor, bounds: Tensor, table: Tensor, out: Tensor
+    kernel: Any,
+    operand: Tensor,
+    latent: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    out: Tensor,
 ) -> None:
     """Run _bag_sums or _bag_dots, one program per bag."""
     table = _contiguous_rows(table)
-    block = triton.next_power_of_2(table.shape[1])
+    width = table.shape[1]
+    block = triton.next_power_of_2(width)
     warps = min(8, max(1, block // 512))
-    sizes = (table.shape[1], table.stride(0), 4, block)
-    kernel[(len(bounds) - 1,)](operand, latent, bounds, table, out, *sizes, num_warps=warps)
+    n_bags = len(bounds) - 1
+    tensors = (operand, latent, bounds, table, out)
+    sizes = (width, table.stride(0), 4, block)
+    kernel[(n_bags,)](*tensors, *sizes, num_warps=warps)
 
 
 @_on_device_of_first
@@ -343,26 +437,45 @@ def bag_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Ten
 @triton.jit
 def _sign_step(y, z, grad, stop, share, y_step, lr, count, BLOCK: tl.constexpr):
     if tl.load(stop) == 0:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        index = start + tl.arange(0, BLOCK)
         inside = index < count
         g = tl.load(grad + index, mask=inside)
         old_y = tl.load(y + index, mask=inside)
         old_z = tl.load(z + index, mask=inside)
         sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
-        tl.store(y + index, old_y + share * (old_z - old_y) - y_step * sign, mask=inside)
-        tl.store(z + index, old_z - lr * sign, mask=inside)
+        new_y = old_y + share * (old_z - old_y) - y_step * sign
+        new_z = old_z - lr * sign
+        tl.store(y + index, new_y, mask=inside)
+        tl.store(z + index, new_z, mask=inside)
 
 
 @_on_device_of_first
 def sign_step(
-    y: Tensor, z: Tensor, grad: Tensor, share: float, y_step: float, lr: float, stop: Tensor
+    y: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    share: float,
+    y_step: float,
+    lr: float,
+    stop: Tensor,
 ) -> None:
     """ops.sign_step_ of contiguous float32 tensors, in one pass over memory."""
-    grid = (triton.cdiv(y.numel(), 2048),)
-    _sign_step[grid](y, z, grad, stop, share, y_step, lr, y.numel(), 2048, num_warps=8)
+    count = y.numel()
+    block = 2048
+    grid = (triton.cdiv(count, block),)
+    steps = (share, y_step, lr)
+    _sign_step[grid](y, z, grad, stop, *steps, count, block, num_warps=8)
 
 
 # ------------------------------------------------------------------------ comparison of logits
+
+
+@triton.jit
+def _load_logits(logits, index, width):
+    """float32 logits; minus infinity beyond the row's end, where exponentials are then 0."""
+    loaded = tl.load(logits + index, mask=index < width, other=-float("inf"))
+    return loaded.to(tl.float32)
 
 
 @triton.jit
@@ -378,26 +491,29 @@ def _compare(logits, others, targets, divergence, loss, width, BLOCK: tl.constex
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     others += row * width
-    column = tl.arange(0, BLOCK)
-    highest, other_highest = -float("inf"), -float("inf")
-    total, other_total = 0.0, 0.0
+    highest = -float("inf")
+    other_highest = -float("inf")
+    total = 0.0
+    other_total = 0.0
     # Sum of exp(logit) (logit - other logit).
     weighted_diff = 0.0
     for start in range(0, width, BLOCK):
-        index = start + column
-        inside = index < width
-        a = tl.load(logits + index, mask=inside, other=-float("inf")).to(tl.float32)
-        b = tl.load(others + index, mask=inside, other=-float("inf")).to(tl.float32)
+        index = start + tl.arange(0, BLOCK)
+        a = _load_logits(logits, index, width)
+        b = _load_logits(others, index, width)
         highest, rescale, weight = _exponentials(highest, a)
         other_highest, other_rescale, other_weight = _exponentials(other_highest, b)
         total = total * rescale + tl.sum(weight)
         other_total = other_total * other_rescale + tl.sum(other_weight)
-        diff = tl.where(inside, weight * (a - b), 0.0)
+        diff = tl.where(index < width, weight * (a - b), 0.0)
         weighted_diff = weighted_diff * rescale + tl.sum(diff)
     log_ratio = tl.log(tl.div_rn(total, other_total))
-    tl.store(divergence + row, weighted_diff / total - (highest - other_highest) - log_ratio)
-    target_logit = tl.load(others + tl.load(targets + row)).to(tl.float32)
-    tl.store(loss + row, other_highest + tl.log(other_total) - target_logit)
+    kl = weighted_diff / total - (highest - other_highest) - log_ratio
+    tl.store(divergence + row, kl)
+    target = tl.load(targets + row)
+    target_logit = tl.load(others + target).to(tl.float32)
+    cross_entropy = other_highest + tl.log(other_total) - target_logit
+    tl.store(loss + row, cross_entropy)
 
 
 @_on_device_of_first
@@ -410,6 +526,7 @@ def compare(logits: Tensor, others: Tensor, targets: Tensor) -> tuple[Tensor, Te
     divergence = torch.empty(n, device=logits.device)
     loss = torch.empty_like(divergence)
     if n:
+        # One pass: .33 ms for 1,024 x 128,256 logits where PyTorch takes 2.16 (docs/LOG.md).
         rows = (logits.contiguous(), others.contiguous(), targets)
         _compare[(n,)](*rows, divergence, loss, width, 4096, num_warps=8)
     return divergence, loss
