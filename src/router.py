@@ -56,40 +56,40 @@ def check_choice(name: str, value: object, known: tuple) -> None:
 
 def one_hot(site: Tensor, weights: Tensor) -> Tensor:
     """Return sites [N] as rows of zeros and a one, in the form of weights [N,L]."""
-    return F.one_hot(site, weights.shape[-1]).to(weights.dtype)
+    n_sites = weights.shape[-1]
+    return F.one_hot(site, n_sites).to(weights.dtype)
+
+
+def one_hot_argmax(weights: Tensor) -> Tensor:
+    """Return 1 at the largest of each row of weights [N,L] and 0 elsewhere."""
+    return one_hot(weights.argmax(-1), weights)
 
 
 def normalised(shares: Tensor, n_sites: int) -> Tensor:
     """Return shares [L] that add up to 1, in float64. Raises ValueError for another number."""
     if len(shares) != n_sites:
         raise ValueError(f"route_shares has {len(shares)} numbers for {n_sites} routed sites")
-    return shares.double() / shares.double().sum()
-
-
-def sample_sites(keys: Tensor, seed: int, n_sites: int, shares: Tensor | None = None) -> Tensor:
-    """Draw a site index for each key, uniformly or with these shares [L]. int64 [N] -> [N]
-
-    It is a function of (key, seed) alone.
-    """
-    if shares is None:
-        return random_integers(keys, seed, n_sites)
-    ends = (normalised(shares, n_sites).cumsum(0) * FINE).round().long()[:-1]
-    return torch.searchsorted(ends, random_integers(keys, seed, FINE), right=True)
+    shares = shares.double()
+    return shares / shares.sum()
 
 
 def shuffled(site: Tensor, keys: Tensor, seed: int) -> Tensor:
     """Return the same sites dealt to other tokens, so that the shares stay. [N] -> [N]"""
-    return site[random_integers(keys, seed, 2**62).argsort()]
+    order = random_integers(keys, seed, 2**62).argsort()
+    return site[order]
 
 
 def logit_shifts(logits: Tensor, shares: Tensor, rounds: int = 300) -> Tensor:
     """Return what to add to each logit so that the argmax has these shares. [N,L], [L] -> [L]"""
     wanted = normalised(shares, logits.shape[-1])
     shift = torch.zeros_like(logits[0])
-    least = 1 / len(logits)
-    for i in range(rounds):  # steps shrink: a share jumps where many tokens are about to change
-        ratio = (wanted + least) / (load(logits + shift) + least)
-        shift += (1 - i / rounds) * SHIFT_STEP * ratio.log().to(shift.dtype)
+    one_token = 1 / len(logits)
+    for i in range(rounds):
+        share = load(logits + shift)
+        ratio = (wanted + one_token) / (share + one_token)
+        # Steps shrink, because a share jumps where many tokens are about to change their site.
+        step = (1 - i / rounds) * SHIFT_STEP
+        shift += step * ratio.log().to(shift.dtype)
     return shift
 
 
@@ -121,7 +121,8 @@ def straight_through(weights: Tensor) -> Tensor:
 
     d / d a_j = p_j (g_j - sum_l p_l g_l), with g_l = <d loss / d routed state, x_l>.
     """
-    return one_hot(weights.argmax(-1), weights) + (weights - weights.detach())
+    zero_with_gradient = weights - weights.detach()
+    return one_hot_argmax(weights) + zero_with_gradient
 
 
 def switch_loss(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tensor:
@@ -130,7 +131,8 @@ def switch_loss(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tenso
     load [L], the share of tokens of each site, is a constant:
     d / d a_j = L p_j (load_j - sum_l p_l load_l) for each token, over N.
     """
-    return weights.shape[-1] * mean((load * weights).sum(-1))
+    n_sites = weights.shape[-1]
+    return n_sites * mean((load * weights).sum(-1))
 
 
 # ------------------------------------------------------------------------------------ measures
@@ -138,30 +140,40 @@ def switch_loss(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tenso
 
 def load(weights: Tensor, mean: Mean = lambda rows: rows.mean(0)) -> Tensor:
     """Return the share of tokens that choose each site. [N,L] -> [L]"""
-    return mean(one_hot(weights.argmax(-1), weights).flatten(0, -2))
+    return mean(one_hot_argmax(weights).flatten(0, -2))
 
 
 def entropy(shares: Tensor) -> Tensor:
     """Return the entropy of distributions over sites, 1 for a uniform one. [...,L] -> [...]"""
-    if shares.shape[-1] == 1:
+    n_sites = shares.shape[-1]
+    if n_sites == 1:
         return torch.zeros_like(shares[..., 0])
-    return torch.special.entr(shares).sum(-1) / torch.tensor(float(shares.shape[-1])).log()
+    largest = torch.tensor(float(n_sites)).log()
+    return torch.special.entr(shares).sum(-1) / largest
 
 
 def regret(site: Tensor, errors: Tensor) -> Tensor:
     """Return the error at the chosen site minus the error at the best. [N], [N,L] -> [N]"""
-    return errors.gather(-1, site[..., None])[..., 0] - errors.min(-1).values
+    chosen = errors.gather(-1, site[..., None])[..., 0]
+    best = errors.min(-1).values
+    return chosen - best
 
 
 def information(counts: Tensor) -> float:
     """Return the mutual information, in nats, of row and column of a table of counts [V,L]."""
     joint = counts.double() / counts.sum()
-    rows = torch.special.entr(joint.sum(1)).sum()
-    columns = torch.special.entr(joint.sum(0)).sum()
-    return float(columns + rows - torch.special.entr(joint).sum())
+    of_rows = torch.special.entr(joint.sum(1)).sum()
+    of_columns = torch.special.entr(joint.sum(0)).sum()
+    of_both = torch.special.entr(joint).sum()
+    return float(of_columns + of_rows - of_both)
 
 
-def summary(weights: Tensor, errors: Tensor, sampled: Tensor, mean: Mean) -> dict[str, Tensor]:
+def summary(
+    weights: Tensor,
+    errors: Tensor,
+    sampled: Tensor,
+    mean: Mean,
+) -> dict[str, Tensor]:
     """Return what is logged of the routing of some tokens.
 
     Of weights [N,L]: the share of tokens and the mean p of each site, the largest p, and the
@@ -242,23 +254,27 @@ class Router(nn.Module):
         aggre = self.aggre if aggre is None else aggre
         check_choice("aggre", aggre, AGGREGATIONS)
         pooled = x.sum(-2) if aggre == "sum" else x.mean(-2)
-        return (F.linear(pooled, self.weight) + self.load_bias).softmax(-1)
+        logits = F.linear(pooled, self.weight) + self.load_bias
+        return logits.softmax(-1)
 
     def sample(self, keys: Tensor, seed: int) -> Tensor:
-        """Draw a site index for each key, with the shares where they are given. [N] -> [N]"""
-        shares = None if self.shares is None else self.shares.to(keys.device)
-        return sample_sites(keys, seed, self.n_sites, shares)
+        """Draw a site index for each key, uniformly or with the shares. int64 [N] -> [N]
+
+        It is a function of (key, seed) alone.
+        """
+        if self.shares is None:
+            return random_integers(keys, seed, self.n_sites)
+        shares = normalised(self.shares.to(keys.device), self.n_sites)
+        ends = (shares.cumsum(0) * FINE).round().long()
+        drawn = random_integers(keys, seed, FINE)
+        return torch.searchsorted(ends[:-1], drawn, right=True)
 
     def error_loss(self, weights: Tensor, errors: Tensor, count: int, average: Mean) -> Tensor:
         """Return the objective over sampled tokens; `count` is their number in the whole batch.
 
         weights, errors [n,L]. Also updates the running mean of each site's error.
         """
-        mean_error = average(errors)
-        new = (1 - ERROR_MEMORY) * mean_error
-        new = torch.where(self.site_error.isnan(), mean_error, ERROR_MEMORY * self.site_error + new)
-        # a slice of the batch may have no sampled token
-        self.site_error.copy_(torch.where(mean_error.isnan(), self.site_error, new))
+        self._update_site_error(average(errors))
 
         def mean(values: Tensor) -> Tensor:
             return values.sum() / count
@@ -267,11 +283,20 @@ class Router(nn.Module):
             return advantage_loss(weights, errors, self.site_error, mean)
         return expected_error_loss(weights, errors, mean)
 
+    def _update_site_error(self, mean_error: Tensor) -> None:
+        """Take the mean error of each site in a batch into the running mean. [L]"""
+        old = self.site_error
+        decayed = ERROR_MEMORY * old + (1 - ERROR_MEMORY) * mean_error
+        new = torch.where(old.isnan(), mean_error, decayed)
+        # A slice of the batch may have no sampled token; its mean is nan.
+        old.copy_(torch.where(mean_error.isnan(), old, new))
+
     def balance_loss(self, weights: Tensor, mean: Mean, average: Mean) -> Tensor | None:
         """Return the weighted switch loss; None if the load is balanced in another way."""
         if self.balance != "switch" or not self.balance_coefficient:
             return None
-        return self.balance_coefficient * switch_loss(weights, load(weights, average), mean)
+        share = load(weights, average)
+        return self.balance_coefficient * switch_loss(weights, share, mean)
 
     @torch.no_grad()
     def fit_shares(self, x: Tensor) -> None:

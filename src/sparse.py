@@ -5,7 +5,6 @@ N tokens, D hidden, F latents, E entries (active latents of all tokens).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,10 +18,11 @@ from src import device
 CHUNK_NUMBERS = {"cuda": 2**27}
 CHUNK_NUMBERS_ELSEWHERE = 2**21
 MIN_CHUNK_TOKENS = 256  # products of fewer tokens are slow
-# Use row sums for everything if F / k is at least this. Measured on a CPU
-# (benchmarks/sparse_code.py), extrapolated on CUDA.
+# Use row sums for everything if F / k is at least this. On a CPU they take 15 ms in place of 67 at
+# 128 and 8.1 in place of 10.2 at 8 (benchmarks/sparse_code.py). On CUDA it is extrapolated.
 SPARSE_FROM = {"cpu": 8, "cuda": 1200}
-# Use the kernels for everything but the gradients of weights if F / k is at least this.
+# Use the kernels for everything but the gradients of weights if F / k is at least this. At 256 they
+# take 1.3 ms to decode in place of 2.8 on an H200 (docs/LOG.md).
 ROWS_FROM = 128
 
 
@@ -40,11 +40,15 @@ class SparseCode(NamedTuple):
     @staticmethod
     def cat(codes: list[SparseCode]) -> SparseCode:
         """Return the codes of consecutive tokens as one."""
-        starts = [0, *itertools.accumulate(code.shape.numel() for code in codes)]
-        index = [code.flat_index + start for code, start in zip(codes, starts, strict=False)]
-        rows = sum(code.shape[0] for code in codes)
-        shape = torch.Size([rows, *codes[0].shape[1:]])
-        return SparseCode(torch.cat([code.values for code in codes]), torch.cat(index), shape)
+        index = []
+        start = 0
+        for code in codes:
+            index.append(code.flat_index + start)
+            start += code.shape.numel()
+        values = torch.cat([code.values for code in codes])
+        n_tokens = sum(code.shape[0] for code in codes)
+        shape = torch.Size([n_tokens, *codes[0].shape[1:]])
+        return SparseCode(values, torch.cat(index), shape)
 
 
 def cat_codes(codes: list[Tensor] | list[SparseCode]) -> Tensor | SparseCode:
@@ -80,15 +84,22 @@ def active(code: Tensor | SparseCode) -> tuple[Tensor, Tensor, Tensor]:
 def firings(code: Tensor | SparseCode) -> Tensor:
     """Count in how many codes each latent is not 0. [...,F] -> int64 [F]"""
     if isinstance(code, SparseCode):
-        latent = code.flat_index.remainder(code.shape[-1])
-        counts = torch.zeros(code.shape[-1], dtype=torch.long, device=latent.device)
-        # bincount would wait for the device
+        size = code.shape[-1]
+        latent = code.flat_index.remainder(size)
+        counts = latent.new_zeros(size)
+        # bincount would wait for the device.
         return counts.scatter_add_(0, latent, torch.ones_like(latent))
-    # int32 first: a sum in int64 takes four times as long on a CPU
-    return (code != 0).flatten(0, -2).sum(0, dtype=torch.int32).long()
+    is_active = (code != 0).flatten(0, -2)
+    # int32 first, because a sum in int64 takes four times as long on a CPU.
+    return is_active.sum(0, dtype=torch.int32).long()
 
 
-def weighted_embedding_bag(values: Tensor, index: Tensor, bounds: Tensor, table: Tensor) -> Tensor:
+def weighted_embedding_bag(
+    values: Tensor,
+    index: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+) -> Tensor:
     """Sum values[e] table[index[e]] over the entries e of each bag.
 
     Bag n holds the entries bounds[n] ... bounds[n+1]-1. [E], [E], [N+1], [F,D] -> [N,D]
@@ -152,7 +163,8 @@ def sparse_autoencode(
 
     Gradients reach x and the weights through x_hat alone.
     """
-    x_hat, values, index = _SparseAutoencode.apply(x.flatten(0, -2), *weights, selection)
+    rows = x.flatten(0, -2)
+    x_hat, values, index = _SparseAutoencode.apply(rows, *weights, selection)
     shape = torch.Size([*x.shape[:-1], len(weights.encoder)])
     return SparseCode(values, index, shape), x_hat.view_as(x)
 
@@ -165,7 +177,9 @@ def decode_form(ratio: float, x: Tensor) -> str:
     """
     if ratio >= SPARSE_FROM.get(x.device.type, torch.inf):
         return "sums"
-    return "rows" if ratio >= ROWS_FROM and device.kernels(x) else "products"
+    if ratio >= ROWS_FROM and device.kernels(x):
+        return "rows"
+    return "products"
 
 
 def bag_bounds(index: Tensor, count: int, size: int = 1) -> Tensor:
@@ -173,7 +187,7 @@ def bag_bounds(index: Tensor, count: int, size: int = 1) -> Tensor:
 
     Run i holds the entries in [i size, (i+1) size). [E] -> [count+1]
     """
-    starts = torch.arange(0, (count + 1) * size, size, device=index.device)
+    starts = size * torch.arange(count + 1, device=index.device)
     return torch.searchsorted(index, starts)
 
 
@@ -190,8 +204,7 @@ class _SparseAutoencode(Function):
         ctx.form = decode_form(size / max(1, selection.k), x)
         decoder = device.to_matmul_dtype(decoder)
         if ctx.form == "products":
-            shape = torch.Size([len(x), size])
-            code = SparseCode(values.to(decoder.dtype), index, shape).dense()
+            code = _dense_rows(values.to(decoder.dtype), index, len(x), size)
             x_hat = device.matmul(code, decoder.T).add_(pre_bias)
             ctx.save_for_backward(*factors, decoder, code, index)
         else:
@@ -209,17 +222,27 @@ class _SparseAutoencode(Function):
         if grad is None:
             return (None,) * 6
         backward = _backward_products if ctx.form == "products" else _backward_rows
+        input_too = ctx.needs_input_grad[0]
         by_x, by_encoder, by_bias, by_decoder = backward(
-            grad, *ctx.saved_tensors, ctx.needs_input_grad[0], ctx.form == "sums"
+            grad, *ctx.saved_tensors, input_too, ctx.form == "sums"
         )
-        # tokens are summed first: a vector times the encoder instead of a product
+        # Tokens are summed first: a vector times the encoder instead of a product of matrices, so
+        # that a step takes five products in place of six.
         encoder = ctx.saved_tensors[1].to(by_bias.dtype)
         by_pre_bias = grad.sum(0) - by_bias @ encoder
         return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None
 
 
+def _dense_rows(values: Tensor, index: Tensor, n_tokens: int, size: int) -> Tensor:
+    """Return the dense code [N,F] of these entries."""
+    return SparseCode(values, index, torch.Size([n_tokens, size])).dense()
+
+
 def _select(
-    centred: Tensor, encoder: Tensor, latent_bias: Tensor, selection: Selection
+    centred: Tensor,
+    encoder: Tensor,
+    latent_bias: Tensor,
+    selection: Selection,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Return (values [E], flat indices [E], the encoder product's factors for the gradients)."""
     size = len(encoder)
@@ -230,22 +253,29 @@ def _select(
         left, right = device.affine_factors(centred, encoder, latent_bias)
         bias = None
         factors = left[:, :width], right[:, :width]
-    elif selection.per_token and device.uses_bf16_on_cpu(centred):  # gradients stay exact
-        left, right, bias = centred.bfloat16(), encoder.bfloat16(), latent_bias.bfloat16()
-    chunk = max(1, len(centred))
-    if selection.per_token:
-        numbers = CHUNK_NUMBERS.get(centred.device.type, CHUNK_NUMBERS_ELSEWHERE)
-        chunk = max(MIN_CHUNK_TOKENS, numbers // size)
-    values, index = [], []
-    for start in range(0, max(1, len(centred)), chunk):
+    elif selection.per_token and device.uses_bf16_on_cpu(centred):
+        # Gradients keep the float32 factors. A TopK update: 35.1 ms in place of 41.4 (docs/LOG.md).
+        left, right, bias = (factor.bfloat16() for factor in (centred, encoder, latent_bias))
+    n_tokens = max(1, len(centred))
+    chunk = _chunk_tokens(centred, size) if selection.per_token else n_tokens
+    values = []
+    index = []
+    for start in range(0, n_tokens, chunk):
         tokens = slice(start, start + chunk)
         pre_acts = device.matmul(left[tokens], right.T)
         if bias is not None:
             pre_acts.add_(bias)
         chosen = selection.choose(pre_acts, tokens)
+        kept = pre_acts.view(-1)[chosen]
         index.append(chosen + start * size)
-        values.append(pre_acts.view(-1)[chosen].to(latent_bias.dtype))
+        values.append(kept.to(latent_bias.dtype))
     return torch.cat(values), torch.cat(index), factors
+
+
+def _chunk_tokens(x: Tensor, size: int) -> int:
+    """Return how many tokens are encoded at one time."""
+    numbers = CHUNK_NUMBERS.get(x.device.type, CHUNK_NUMBERS_ELSEWHERE)
+    return max(MIN_CHUNK_TOKENS, numbers // size)
 
 
 def _backward_products(grad, centred, encoder, decoder, code, index, input_too, _):
@@ -255,32 +285,46 @@ def _backward_products(grad, centred, encoder, decoder, code, index, input_too, 
     by_value = by_latent.view(-1)[index]
     by_latent.zero_().view(-1)[index] = by_value
     by_x = device.matmul(by_latent, encoder) if input_too else None
-    return by_x, *_encoder_gradients(by_latent, centred), device.matmul(grad.T, code)
+    by_encoder, by_bias = _encoder_gradients(by_latent, centred)
+    by_decoder = device.matmul(grad.T, code)
+    return by_x, by_encoder, by_bias, by_decoder
 
 
 def _encoder_gradients(by_latent, centred):
     """Return the gradients of the encoder and of its bias."""
     dtype = torch.promote_types(by_latent.dtype, torch.float32)
-    return device.matmul(by_latent.T, centred), by_latent.sum(0, dtype=dtype)
+    by_encoder = device.matmul(by_latent.T, centred)
+    by_bias = by_latent.sum(0, dtype=dtype)
+    return by_encoder, by_bias
 
 
 def _backward_rows(
-    grad, centred, encoder, columns, values, index, latent, bounds, input_too, weights_too
+    grad,
+    centred,
+    encoder,
+    columns,
+    values,
+    index,
+    latent,
+    bounds,
+    input_too,
+    weights_too,
 ):
     """The same gradients by the rows of active latents; those of weights only if weights_too."""
     size = len(encoder)
     grad = grad.contiguous()
     by_value = bag_dots(grad, latent, bounds, columns)
     by_x = weighted_embedding_bag(by_value, latent, bounds, encoder) if input_too else None
-    if not weights_too:  # one dense code after the other in the same memory
+    if not weights_too:
         factor = grad.to(centred.dtype)
-        shape = torch.Size([len(grad), size])
-        code = SparseCode(values.to(factor.dtype), index, shape).dense()
+        code = _dense_rows(values.to(factor.dtype), index, len(grad), size)
         by_decoder = device.matmul(factor.T, code)
+        # The gradient of the code takes the code's memory: both are 0 at the same places.
         code.view(-1)[index] = by_value.to(code.dtype)
-        return by_x, *_encoder_gradients(code, centred), by_decoder
+        by_encoder, by_bias = _encoder_gradients(code, centred)
+        return by_x, by_encoder, by_bias, by_decoder
     latent_sorted, order = latent.sort(stable=True)
-    token = index.div(size, rounding_mode="floor")[order]
+    token = index[order].div(size, rounding_mode="floor")
     ends = bag_bounds(latent_sorted, size)
     by_decoder = weighted_embedding_bag(values[order], token, ends, grad).T
     by_encoder = weighted_embedding_bag(by_value[order], token, ends, centred)
