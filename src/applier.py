@@ -169,6 +169,7 @@ class Applier:
                 continue
             states = lm.read_sites(self.language_model, batch.input_ids, sae.sites())
             for part, hidden in split_batch(batch, states, sae):
+                hooks.check_finite(hidden, self.language_model)
                 out = sae.autoencode(sae.gather(hidden), hooks.batch_info(cfg, part))
                 collector.update(part, sae, out, groups, options.threshold)
         return collector

@@ -286,6 +286,7 @@ class Evaluator:
         patched = PatchedBatch(model, batch, sites, ablations) if self.with_patches else None
         states = patched.states if patched else lm.read_sites(model, batch.input_ids, sites)
         hidden = {site: state[batch.mask].float() for site, state in states.items()}
+        hooks.check_finite(hidden, model)
         info = hooks.batch_info(self.cfg, batch)
         for subject in self.subjects:
             out = subject.sae.autoencode(subject.sae.gather(hidden), info)
@@ -335,8 +336,13 @@ class Evaluator:
     def _check_counts(self, n_tokens: int) -> None:
         """Raise ValueError if there was nothing to measure."""
         predicts = all(subject.patched_runs.has_predictions() for subject in self.subjects)
-        if n_tokens and (predicts or not self.with_patches):
+        if n_tokens > 1 and (predicts or not self.with_patches):
             return
+        if n_tokens == 1:
+            raise ValueError(
+                "only one token counts in the evaluation rows, and one has no variance to compare "
+                "errors with; use more text"
+            )
         missing = "prediction between counted tokens" if n_tokens else "counted token"
         raise ValueError(
             f"no {missing} in the evaluation rows (--max_length {self.cfg.max_length}); "

@@ -16,6 +16,8 @@ from src import distributed, identity, lm
 from src.data import Batch
 from src.sae import SAE, BatchInfo, Edit, Patch
 
+CHECKED_TOKENS = 64  # of a row, whose logits are compared with the model's own
+
 
 def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module]:
     """Return (tokenizer, language model) of a stage.
@@ -27,6 +29,7 @@ def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module
         cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code, cfg.device_map
     )
     distributed.require_same({"language model": identity.of_language_model(model)})
+    lm.check_family(model)
     width = lm.text_config(model).hidden_size
     depth = len(lm.blocks(model))
     for sae in saes:
@@ -111,6 +114,30 @@ def patched_states(
         return lm.final_states(model, batch.input_ids)
 
 
+def check_finite(states: Mapping[Any, Tensor], model: nn.Module) -> None:
+    """Raise ValueError that names the first site whose states {site: [...,D]} are not finite."""
+    for site, hidden in states.items():
+        if not bool(hidden.isfinite().all()):
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            other = "bfloat16" if dtype == "float16" else "float32"
+            raise ValueError(
+                f"the states at site {site} are not finite: {type(model).__name__} overflows in "
+                f"{dtype}; try --dtype {other}"
+            )
+
+
+def _check_logits(model: nn.Module, batch: Batch) -> None:
+    """Raise ValueError if logits made from the final states differ from the model's own."""
+    ids = batch.input_ids[:, :CHECKED_TOKENS]
+    logits = lm.logits_of(model, lm.final_states(model, ids)[0])
+    error = lm.logits_error(model, ids, logits)
+    if error > lm.logits_tolerance(model):
+        raise ValueError(
+            f"self-check failed: logits made from the last states of {type(model).__name__} differ "
+            f"from its own by {error:.1%} of the largest"
+        )
+
+
 def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> bool:
     """Check that patching works at every site; return True once that is checked.
 
@@ -124,6 +151,10 @@ def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> bool:
     batch = Batch(*(part[row : row + 1] for part in batch))
     states = lm.read_sites(model, batch.input_ids, sites)
     clean = lm.final_states(model, batch.input_ids)
+    last = f"{max(sites)} or after it"
+    for site, hidden in [*states.items(), (last, clean)]:
+        check_finite({site: hidden[batch.mask]}, model)
+    _check_logits(model, batch)
     effect = "the language model's output"
     for site in sites:
         same = {site: lambda h: h}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import math
 import os
 import pickle
 from argparse import Namespace
@@ -29,6 +30,9 @@ from src.files import first_line
 COMPILE_FROM = 200
 # Tokens whose logits exist at one time: 1024 x 128k x 4 bytes = 0.5 GB in float32.
 HEAD_CHUNK = 1024
+PROBE_TOKENS = 8  # with which a model is tried before it is used
+# What the code of a family raises where it is used in a way that it does not know.
+PROBE_ERRORS = (RuntimeError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 
 
 class _StopForward(Exception):
@@ -86,7 +90,8 @@ def get_language_model(
         SafetensorError,
     ) as error:
         raise ValueError(_why_not_loaded(model_path, error)) from error
-    if tokenizer.pad_token is None:
+    embeddings = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= embeddings:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
     # Spread and quantised models are in their place already, and may refuse to be moved.
@@ -152,7 +157,12 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
+    """The part of a model that ends with the final norm, before the head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # Where transformers knows no decoder it returns the whole model, as for Llama 4.
+    while hasattr(decoder, "lm_head") and isinstance(getattr(decoder, "model", None), nn.Module):
+        decoder = decoder.model
+    return decoder
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -284,7 +294,16 @@ def _decode(model: nn.Module, input_ids: Tensor, **kwargs: Any) -> Any:
     device = model.get_input_embeddings().weight.device
     if device.type != "meta":  # on `meta`, accelerate moves them
         input_ids = input_ids.to(device)
-    return model.get_decoder()(input_ids=input_ids, **kwargs)
+    try:
+        return _decoder(model)(input_ids=input_ids, **kwargs)
+    except IndexError as error:
+        rows = model.get_input_embeddings().num_embeddings
+        if int(input_ids.max()) < rows:
+            raise
+        raise ValueError(
+            f"the text has token {int(input_ids.max())}, and the language model has embeddings for "
+            f"{rows} tokens; its tokenizer belongs to another model"
+        ) from error
 
 
 def _collector(
@@ -331,7 +350,17 @@ def final_states(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
-    """Logits in float32 of final states: [N,D] -> [N,V], scaled and soft-capped as by the model."""
+    """Logits in float32 of final states: [N,D] -> [N,V], as the model itself makes them.
+
+    Raises ValueError if that cannot be done for this model.
+    """
+    if _head_is_enough(model):
+        return _head_logits(model, states)
+    return _own_logits(model, states)
+
+
+def _head_logits(model: nn.Module, states: Tensor) -> Tensor:
+    """The product with the head, scaled and soft-capped as by the families that are known."""
     head = model.get_output_embeddings()
     device = head.weight.device
     inputs = states if device.type == "meta" else states.to(device)
@@ -346,6 +375,135 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
+class _DecoderOutput(tuple):
+    """(states,) in the form that models expect of their decoder; every other field is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _own_logits(model: nn.Module, states: Tensor) -> Tensor:
+    """The logits of the model's own forward, whose decoder gives these states. [N,D] -> [N,V]"""
+    decoder = _decoder(model)
+    weight = model.get_input_embeddings().weight
+    device = states.device if weight.device.type == "meta" else weight.device
+    ids = torch.zeros((1, len(states)), dtype=torch.long, device=device)
+    output = _DecoderOutput([states[None].to(device)])
+    original = decoder.__dict__.get("forward")
+    decoder.forward = lambda *_args, **_kwargs: output
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del decoder.forward
+        if original is not None:  # accelerate puts one on the instance
+            decoder.forward = original
+    return logits[0].float().to(states.device)
+
+
+def logits_error(model: nn.Module, input_ids: Tensor, logits: Tensor) -> float:
+    """The largest difference of logits [S,V] from the model's own, as a share of the largest.
+
+    input_ids: [1,S]. It is 0 if the model's logits are not finite, since nothing can be compared.
+    """
+    own = _as_the_model(model, input_ids)
+    if logits.shape != own.shape:
+        return float("inf")
+    largest = float(own.abs().max())
+    if not math.isfinite(largest):
+        return 0.0
+    return float((logits - own).abs().max()) / max(largest, 1e-30)
+
+
+def _as_the_model(model: nn.Module, input_ids: Tensor) -> Tensor:
+    device = model.get_input_embeddings().weight.device
+    ids = input_ids if device.type == "meta" else input_ids.to(device)
+    return model(input_ids=ids, use_cache=False).logits[0].float().to(input_ids.device)
+
+
+def logits_tolerance(model: nn.Module) -> float:
+    """The share by which logits may differ: soft caps are computed in the dtype of the model."""
+    return 1e-4 if model.get_input_embeddings().weight.dtype == torch.float32 else 0.02
+
+
+def _head_is_enough(model: nn.Module) -> bool:
+    """Whether _head_logits are the model's own. Raises ValueError if _own_logits are not either."""
+    if not hasattr(model, "_head_rule"):
+        model._head_rule = _try_heads(model)
+    if isinstance(model._head_rule, str):
+        raise ValueError(model._head_rule)
+    return model._head_rule
+
+
+def _try_heads(model: nn.Module) -> bool | str:
+    """Whether _head_logits (True) or _own_logits (False) are the model's own, else why not.
+
+    It is tried with a few tokens. Some families do more than a product, such as a dense layer and
+    a norm before it, or another scale.
+    """
+    ids = _probe_ids(model)
+    states = final_states(model, ids)[0]
+    reasons = []
+    for is_head, function in ((True, _head_logits), (False, _own_logits)):
+        try:
+            error = logits_error(model, ids, function(model, states))
+        except PROBE_ERRORS as problem:
+            reasons.append(first_line(problem))
+            continue
+        if error <= logits_tolerance(model):
+            return is_head
+        reasons.append(f"a difference of {error:.1%}")
+    return (
+        f"{type(model).__name__}: the logits made from its last states are not its own "
+        f"({'; '.join(reasons)}); this architecture is not supported"
+    )
+
+
+def _probe_ids(model: nn.Module) -> Tensor:
+    return torch.arange(PROBE_TOKENS)[None] % model.get_input_embeddings().num_embeddings
+
+
+@torch.no_grad()
+def check_family(model: nn.Module) -> None:
+    """Check with a few tokens that the blocks of a model can be read and resumed.
+
+    Raises ValueError that names the family and says what is missing.
+    """
+    name = type(model).__name__
+    ids = _probe_ids(model)
+    width = text_config(model).hidden_size
+    try:
+        depth = len(blocks(model))
+        site = max(1, depth - 1)
+        hidden = read_sites(model, ids, [site])[site]
+        final = final_states(model, ids)
+    except PROBE_ERRORS as error:
+        raise ValueError(
+            f"{name}: its blocks cannot be read ({first_line(error)}); "
+            "this architecture is not supported"
+        ) from error
+    expected = (1, PROBE_TOKENS, width)
+    if hidden.shape != expected or final.shape != expected:
+        raise ValueError(
+            f"{name}: the states of its blocks have shape {tuple(hidden.shape)} and its last ones "
+            f"{tuple(final.shape)}, not {expected}; this architecture is not supported"
+        )
+    try:
+        with resumed_at(model, site, hidden):
+            resumed = final_states(model, ids)
+        largest_change = float((resumed - final).abs().max())  # NaN if the states overflow
+        is_same = not largest_change > logits_tolerance(model) * float(final.abs().max())
+        problem = "another result"
+    except (*PROBE_ERRORS, ValueError) as error:
+        is_same, problem = False, first_line(error)
+    if not is_same:
+        raise ValueError(
+            f"{name}: its blocks do not pass one residual stream on: resumed after block {site} it "
+            f"gives {problem}; this architecture is not supported"
+        )
+    if not hasattr(model, "_head_rule"):  # tried now, because later hooks may be in place
+        model._head_rule = _try_heads(model)
+
+
 @contextmanager
 def resumed_at(model: nn.Module, site: int, hidden: Tensor) -> Iterator[None]:
     """Inside, forward passes do not compute the blocks up to `site`: its output is `hidden`.
@@ -354,10 +512,11 @@ def resumed_at(model: nn.Module, site: int, hidden: Tensor) -> Iterator[None]:
     """
     skipped = list(blocks(model))[:site]
     originals = [block.forward for block in skipped]
-    in_tuple = _returns_tuple(model)
+    n_outputs = _outputs_of_a_block(model)
 
     def skip(hidden_states, *_args, **_kwargs):
-        return (hidden_states,) if in_tuple else hidden_states
+        # RWKV and xLSTM unpack what follows the hidden state.
+        return (hidden_states, *[None] * (n_outputs - 1)) if n_outputs else hidden_states
 
     def last(hidden_states, *_args, **_kwargs):
         return skip(hidden.to(hidden_states.device))
@@ -375,15 +534,16 @@ def resumed_at(model: nn.Module, site: int, hidden: Tensor) -> Iterator[None]:
                 block.forward = original
 
 
-def _returns_tuple(model: nn.Module) -> bool:
-    """Whether the blocks of this model return tuples; tried once with one token."""
-    known = getattr(model, "_blocks_return_tuples", None)
+def _outputs_of_a_block(model: nn.Module) -> int:
+    """Of how many the tuple is that a block returns, 0 for a tensor; tried once with one token."""
+    known = getattr(model, "_n_block_outputs", None)
     if known is None:
         outputs: list[Any] = []
         token = torch.zeros((1, 1), dtype=torch.long)
         with torch.no_grad(), hooked(model, {1: outputs.append}, stop=True):
             _decode(model, token, use_cache=False)
-        known = model._blocks_return_tuples = not isinstance(outputs[0], Tensor)
+        known = 0 if isinstance(outputs[0], Tensor) else len(outputs[0])
+        model._n_block_outputs = known
     return known
 
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from src.config import parse
+from src.data import Batch
 from src.files import DEMO_LM
+from src.hooks import self_check
 from src.lm import (
     block_at,
     blocks,
+    check_family,
     check_length,
     compile_blocks,
     final_states,
@@ -91,7 +94,25 @@ def test_a_missing_model_is_one_clear_line():
         get_language_model("/no/such/folder", "cpu")
 
 
-SCALED = {"Cohere": {}, "Granite": {"logits_scaling": 8.0}}
+MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+SCALED = {
+    "Cohere": {},
+    "Granite": {"logits_scaling": 8.0},
+    "HyperCLOVAX": {"logits_scaling": 0.125},
+    "FalconH1": MAMBA
+    | {"lm_head_multiplier": 0.02, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "RecurrentGemma": {"logits_soft_cap": 2.0, "lru_width": 32, "attention_window_size": 16},
+    "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
+    "InklingText": {"head_dim": 8},
+    "Llama4Text": {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+    "Bamba": MAMBA | {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
+    "Rwkv": {"attention_hidden_size": 32},
+    "xLSTM": {"num_heads": 4, "chunk_size": 16, "qk_dim_factor": 0.5, "num_blocks": 6},
+    "Roberta": {"is_decoder": True},
+    "Bert": {"is_decoder": True},
+    "RemBert": {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 16},
+    "Electra": {"is_decoder": True, "embedding_size": 16},
+}
 SIZES = {
     "vocab_size": 96,
     "pad_token_id": 0,
@@ -111,16 +132,77 @@ def test_models_that_scale_their_logits_are_read_and_resumed_exactly(family, ids
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES, **SCALED[family])
     lm = transformers.AutoModelForCausalLM.from_config(config).eval()
-    ids = ids % 96
+    for parameter in lm.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 0.2)
+    ids = ids % 93 + 3
+    check_family(lm)
     with torch.no_grad():
-        expected = lm(ids, output_hidden_states=True)
+        expected = lm(ids, use_cache=False)
     full = final_states(lm, ids)
     logits = logits_of(lm, full.flatten(0, 1))
     assert torch.allclose(logits, expected.logits.flatten(0, 1), atol=1e-5)
     states = read_sites(lm, ids, [2, 5])
-    assert torch.equal(states[5], expected.hidden_states[5])
     with resumed_at(lm, 5, states[5]):
         assert torch.equal(final_states(lm, ids), full)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("XLM", {}, "do not pass one residual stream on"),
+        ("CpmAnt", {"dim_head": 8, "dim_ff": 64}, r"states of its blocks have shape \(1, 40, 32\)"),
+        ("Blenderbot", {}, "no list of 6 decoder blocks in Blenderbot"),
+    ],
+)
+def test_families_that_cannot_be_read_are_refused_by_name(family, options, reason):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=reason) as refusal:
+        check_family(model)
+    assert family in str(refusal.value) and "not supported" in str(refusal.value)
+
+
+def test_logits_that_are_not_the_models_own_are_refused(monkeypatch, ids):
+    _, model = get_language_model(str(DEMO_LM), "cpu", "float32")
+    forward = model.forward
+
+    def doubled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits + 0.01 * output.logits.std()
+        return output
+
+    row = torch.zeros(1, dtype=torch.long)
+    batch = Batch(ids[:1], torch.ones_like(ids[:1], dtype=torch.bool), ids[:1] * 0, row)
+    assert self_check(model, batch, [3])
+    monkeypatch.setattr(model, "forward", doubled)
+    with pytest.raises(ValueError, match="logits made from the last states of Llama.* by 0.[0-9]%"):
+        self_check(model, batch, [3])
+
+
+def test_states_that_overflow_are_named_with_their_site(ids):
+    _, model = get_language_model(str(DEMO_LM), "cpu", "float16")
+    blocks(model)[8].mlp.down_proj.weight.data.fill_(torch.inf)
+    row = torch.zeros(1, dtype=torch.long)
+    batch = Batch(ids[:1], torch.ones_like(ids[:1], dtype=torch.bool), ids[:1] * 0, row)
+    with pytest.raises(ValueError, match="site 9 are not finite: .*float16; try --dtype bfloat16"):
+        self_check(model, batch, [3, 9, 12])
+    with pytest.raises(ValueError, match="site 5 or after it are not finite"):
+        self_check(model, batch, [3, 5])
+
+
+def test_a_padding_token_beyond_the_embeddings_is_replaced(tmp_path):
+    tokenizer, model = get_language_model(str(DEMO_LM), "cpu")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == model.get_input_embeddings().num_embeddings
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer, model = get_language_model(str(tmp_path), "cpu")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    beyond = torch.tensor([[5, model.get_input_embeddings().num_embeddings]])
+    with pytest.raises(ValueError, match="the text has token 4096, .* embeddings for 4096 tokens"):
+        read_sites(model, beyond, [1])
 
 
 def test_spreading_a_model_without_accelerate_is_one_clear_line(monkeypatch):
