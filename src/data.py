@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from src.files import data_dir, load_json, locked, save_json, seal, verify_folder, write_atomic
 from src.sources import (
+    CHUNK,
     SAVE_SECONDS,
     SPLITS,
     Chat,
@@ -300,13 +301,22 @@ class StreamBuilder:
         self.documents = [0]
         self.chunks = [0]
         self.position: dict[str, Any] | None = None
-        path = folder / "progress.json"
-        if path.exists():
-            self._load(load_json(path))
+        self.hash = hashlib.sha256()  # of all tokens
+        if (folder / "progress.json").exists():
+            try:
+                self._load()
+            except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+                print(f"warning: the unfinished token cache is damaged ({error}); tokenising again")
+                shutil.rmtree(folder)
+                folder.mkdir()
+                StreamBuilder.__init__(self, folder)
+                return
         self.file = open(folder / "tokens.bin", "ab")
         self.file.truncate(4 * self.total)
 
-    def _load(self, progress: dict[str, Any]) -> None:
+    def _load(self) -> None:
+        """Raises ValueError if what is there is not what was saved."""
+        progress = load_json(self.folder / "progress.json")
         self.total = progress["total"]
         self.position = progress["position"]
         for name in ("documents", "chunks"):
@@ -315,6 +325,25 @@ class StreamBuilder:
         # A finished cache does not list where the next document would start.
         if len(self.documents) < progress["documents"]:
             self.documents.append(self.total)
+        with open(self.folder / "tokens.bin", "rb") as file:
+            rest = 4 * self.total
+            while block := file.read(min(rest, CHUNK)):
+                self.hash.update(block)
+                rest -= len(block)
+        if rest or self._progress() != progress:
+            raise ValueError("its content is not what was written")
+
+    def _progress(self) -> dict[str, Any]:
+        """What was done so far; `sum` is over all of it."""
+        progress = {
+            "total": self.total,
+            "documents": len(self.documents),
+            "chunks": len(self.chunks),
+            "position": self.position,
+        }
+        digest = self.hash.copy()
+        digest.update(json.dumps([progress, self.documents, self.chunks]).encode())
+        return progress | {"sum": digest.hexdigest()}
 
     def save(self, position: dict[str, Any]) -> None:
         """Saves the tokens first, because on loading those that are not counted are cut off."""
@@ -323,8 +352,7 @@ class StreamBuilder:
         self.position = position
         self.saved_at = time.monotonic()
         self._save_starts()
-        counts = {"total": self.total, "documents": len(self.documents), "chunks": len(self.chunks)}
-        save_json(counts | {"position": position}, self.folder / "progress.json", indent=None)
+        save_json(self._progress(), self.folder / "progress.json", indent=None)
 
     def _save_starts(self) -> None:
         for name in ("documents", "chunks"):
@@ -333,7 +361,9 @@ class StreamBuilder:
             write_atomic(path, lambda file, starts=starts: np.save(file, starts))
 
     def _append(self, ids: list[int], words: int | None) -> None:
-        self.file.write(np.asarray(ids, dtype=np.uint32).tobytes())
+        content = np.asarray(ids, dtype=np.uint32).tobytes()
+        self.file.write(content)
+        self.hash.update(content)
         if words:  # a piece of many tokens takes several rows
             self.chunks += range(self.total + words, self.total + len(ids), words)
             self.chunks.append(self.total + len(ids))
@@ -479,8 +509,11 @@ def _copy_shorter_cache(folder: Path, key: list) -> None:
     *wanted, wanted_limit = json.loads(json.dumps(key))
     shorter = []
     for path in folder.parent.parent.glob("*/progress.json"):
-        report = load_json(path.with_name("report.json"))
-        *other, limit = report["key"]
+        try:
+            report = load_json(path.with_name("report.json"))
+            *other, limit = report["key"]
+        except (ValueError, KeyError, TypeError, OSError):  # its next use reports the damage
+            continue
         if other != wanted or limit is None:
             continue
         if wanted_limit is None or limit < wanted_limit:

@@ -128,6 +128,9 @@ def use_demo_defaults(cfg: Any) -> None:
     The text itself is made by open_rows, after all that can be checked without it.
     """
     messages = []
+    for name in {"model_path", "data_path"} & set(getattr(cfg, "typed", ())):
+        if getattr(cfg, name) == "":  # as from an unset variable of a shell
+            raise ValueError(f'--{name} ""; it is empty. Name one, or leave the option out')
     if hasattr(cfg, "model_path") and not cfg.model_path:
         cfg.model_path = str(DEMO_LM)
         messages.append(

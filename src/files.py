@@ -328,7 +328,10 @@ def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Pat
     Raises ValueError for NaN and infinity.
     """
     text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
-    content = text.encode("utf-8", "replace") + b"\n"
+    try:
+        content = text.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a file name that is not UTF-8; escaped, it is read as it was
+        content = json.dumps(data, indent=indent, allow_nan=False).encode() + b"\n"
     if str(path).endswith(".gz"):
         content = gzip.compress(content, mtime=0)
     return write_atomic(path, lambda file: file.write(content))
@@ -611,16 +614,17 @@ def locked(
 
     Raises ValueError that names the present writer, and gives `advice`, if there is one.
 
-    Two mechanisms are needed. Among the processes of one machine the kernel's lock decides; it
-    ends with its holder, so it never goes stale. Among machines, and on file systems without
-    such locks, the host and process in the file decide.
+    Two mechanisms are needed. Where the kernel's lock reaches every process that can open the
+    file, it decides; it ends with its holder, so it never goes stale. That is so on one machine,
+    whatever host name a container has, and on file systems that one machine mounts, or that pass
+    locks on. Elsewhere the host and process in the file decide.
     """
     path = Path(folder) / name
     with open_to_append(path, "a+", encoding="utf-8") as file:
         has_kernel_lock = _kernel_lock(file)
         owner = _read_owner(file)
-        # A writer of this machine would still hold the kernel's lock.
-        is_stale = has_kernel_lock and owner.get("host") == socket.gethostname()
+        # A writer that the kernel's lock reaches would still hold it.
+        is_stale = has_kernel_lock and (_on_this_machine(owner) or _locks_reach_all(path))
         if has_kernel_lock is False or (owner and not is_stale and _may_be_running(owner)):
             pid, host, since = (owner.get(key, "?") for key in ("pid", "host", "since"))
             raise ValueError(
@@ -636,6 +640,46 @@ def locked(
             # The empty file stays. Were it removed, a process that still has it open and one
             # that makes it anew could both hold a lock.
             file.truncate(0)
+
+
+# File systems that one machine mounts at a time.
+LOCAL_FILE_SYSTEMS = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs overlay ramfs apfs".split())
+
+
+def _boot_id() -> str:
+    """What all containers of a machine share, and what changes when it starts anew; or ""."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _on_this_machine(owner: Mapping[str, Any]) -> bool:
+    if owner.get("host") == socket.gethostname():
+        return True
+    return bool(owner.get("boot")) and owner.get("boot") == _boot_id()
+
+
+def _file_system(path: Path) -> tuple[str, str]:
+    """(type, options) of the file system that a path lies on; ("", "") if it cannot be told."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+    except OSError:
+        return "", ""
+    for line in text_records(mounts):
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == number:
+            kind, _, options = after.split(" ", 2)
+            return kind, options
+    return "", ""
+
+
+def _locks_reach_all(path: Path) -> bool:
+    """Whether a kernel's lock is seen by every machine that can open a file."""
+    kind, options = _file_system(path)
+    return kind in LOCAL_FILE_SYSTEMS or (kind == "nfs4" and "local_lock=none" in options)
 
 
 def _kernel_lock(file: TextIO | int) -> bool | None:
@@ -663,6 +707,7 @@ def _read_owner(file: TextIO) -> dict[str, Any]:
 def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
+        "boot": _boot_id(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": os.environ.get("SLURM_JOB_ID"),
@@ -675,12 +720,13 @@ def _may_be_running(owner: Mapping[str, Any]) -> bool:
     if owner.get("host") != socket.gethostname():
         return not _is_earlier_start_of_this_job(owner)
     try:
-        os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
-        return False
+        pid = int(owner["pid"])
+        os.kill(pid, 0)
     except PermissionError:  # it runs, as another user
         return True
-    return int(owner["pid"]) != os.getpid()
+    except (ProcessLookupError, KeyError, ValueError, TypeError, OverflowError):
+        return False
+    return pid != os.getpid()
 
 
 def _is_earlier_start_of_this_job(owner: Mapping[str, Any]) -> bool:

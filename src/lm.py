@@ -482,7 +482,8 @@ def check_family(model: nn.Module) -> None:
             "this architecture is not supported"
         ) from error
     expected = (1, PROBE_TOKENS, width)
-    if hidden.shape != expected or final.shape != expected:
+    # OPT projects its last states to another width.
+    if hidden.shape != expected or final.shape[:2] != expected[:2]:
         raise ValueError(
             f"{name}: the states of its blocks have shape {tuple(hidden.shape)} and its last ones "
             f"{tuple(final.shape)}, not {expected}; this architecture is not supported"

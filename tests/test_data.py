@@ -3,8 +3,10 @@
 import copy
 import gzip
 import json
+import os
 import resource
 import time
+from pathlib import Path
 from threading import Thread
 
 import datasets
@@ -18,7 +20,7 @@ from transformers import AddedToken, AutoTokenizer
 
 from src import data, sources
 from src.data import OpenWebTextDataset, Rows, count_mask, create_dataloader, special_token_table
-from src.files import DEMO_LM, ROOT, data_name, text_records
+from src.files import DEMO_LM, ROOT, data_name, load_json, save_json, text_records
 from src.sources import DataError, Documents, Report, find_files, write_splits
 
 SPLITS = ("train", "eval", "apply")
@@ -455,6 +457,60 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_with_the_same_rows(
     assert same_rows(rows, prepare())
     caches = [path.name for path in (tmp_path / "cache_root" / "cache").iterdir()]
     assert caches == [rows.fingerprint]
+
+
+DAMAGES = {
+    "progress.json": [b"", b'{"total": 3', b"[1]", b'{"total": 3}'],
+    "documents.npy": [None, b"", b"\x93NUMPY"],
+    "chunks.npy": [None],
+    "tokens.bin": [None, b"", bytes(2000)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, content) for name in DAMAGES for content in DAMAGES[name]]
+)
+def test_what_is_continued_is_checked_and_begun_again_if_it_is_damaged(
+    tmp_path, tokenizer, monkeypatch, capsys, name, content
+):
+    path = write(tmp_path / "a.jsonl", TEXTS * 5)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 700)
+        with pytest.raises(Killed):
+            Rows(path, tokenizer, 16)
+    (work,) = (tmp_path / "cache_root" / "cache").glob(".building-*/made")
+    damaged = work / name
+    assert damaged.stat().st_size > 0
+    if content is None:
+        damaged.unlink()
+    elif name == "tokens.bin" and content:  # as long as before, with other content
+        damaged.write_bytes(content + damaged.read_bytes()[len(content) :])
+    else:
+        damaged.write_bytes(content)
+    capsys.readouterr()
+    rows = Rows(path, tokenizer, 16)
+    printed = capsys.readouterr().out
+    assert "the unfinished token cache is damaged" in printed
+    assert "continuing after" not in printed
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "other"))
+    assert same_rows(rows, Rows(path, tokenizer, 16))
+
+
+def test_a_damaged_report_of_another_cache_ends_nothing(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", TEXTS * 5)
+    short = Rows(path, tokenizer, 16, max_tokens=500)
+    report = tmp_path / "cache_root" / "cache" / short.fingerprint / "report.json"
+    for content in ("", "[1]", "{}", '{"key": 3}'):
+        report.write_text(content)
+        assert len(Rows(path, tokenizer, 16, max_tokens=600 + len(content)))
+
+
+def test_a_name_that_is_not_utf8_is_read_and_kept_in_json(tmp_path, tokenizer):
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jsonl")))
+    assert len(Rows(write(path), tokenizer, 16, "all"))
+    saved = save_json({"data_path": str(path)}, tmp_path / "recipe.json")
+    assert load_json(saved) == {"data_path": str(path)}
+    saved.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("chunking", ["pack", "words"])

@@ -27,6 +27,13 @@ def corpus(tmp_path, monkeypatch):
     return demo.build_corpus()
 
 
+@pytest.mark.parametrize("name", ["model_path", "data_path"])
+def test_an_empty_option_is_not_taken_for_one_left_out(name):
+    cfg = Namespace(model_path="", data_path="", typed={name})
+    with pytest.raises(ValueError, match=f'--{name} ""; it is empty'):
+        demo.use_demo_defaults(cfg)
+
+
 @pytest.fixture(scope="module")
 def make():
     spec = importlib.util.spec_from_file_location("make", DEMO_LM / "make.py")

@@ -443,7 +443,19 @@ def test_two_writers_of_one_folder_are_refused_and_locks_of_the_dead_are_taken_o
         lock.write_text(content)
         with files.locked(tmp_path):
             pass
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "7", "restart": None}))
+    # A container that started anew on this machine has another name, and shares the kernel's locks.
+    lock.write_text(json.dumps({"host": "elsewhere", "boot": files._boot_id(), "pid": 1}))
+    monkeypatch.setattr(files, "_file_system", lambda path: ("lustre", "rw"))
+    with files.locked(tmp_path):
+        pass
+    other = json.dumps({"host": "elsewhere", "pid": 1, "job": "7", "restart": None})
+    for kind, options in (("ext4", "rw"), ("nfs4", "rw,vers=4.2,local_lock=none")):
+        monkeypatch.setattr(files, "_file_system", lambda path, k=kind, o=options: (k, o))
+        lock.write_text(other)
+        with files.locked(tmp_path):
+            pass
+    monkeypatch.setattr(files, "_file_system", lambda path: ("lustre", "rw"))
+    lock.write_text(other)
     with pytest.raises(ValueError, match="process 1 on elsewhere"), files.locked(tmp_path):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "7")
