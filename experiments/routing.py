@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, train_options: list[str]) -> None:
             cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code
         )
         cfg.n_layers = len(lm.blocks(language_model))
-        demo.make_text(cfg)
+        demo.make_text(cfg, whole=True)
         rows = rows_of(cfg, tokenizer, "train", options.tokens)
         routing_runs.train(argv, seed, language_model, rows, cfg.n_layers)
         # The measured rows are drawn from ten times as many, so that they are of many documents.

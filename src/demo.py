@@ -7,20 +7,26 @@ It is read from their source files with `ast`; nothing is imported, and no other
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import json
+import math
+import os
 import re
+import shutil
 import sysconfig
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from src import data, distributed, identity
-from src.files import DEMO_LM, data_dir, save_json, save_text
+from src.files import DEMO_LM, data_dir, load_json, save_json, save_text
 from src.sources import SPLIT_NAMES, SPLITS, in_split
 
 # A fixed list, so that other installed packages never enter the text.
@@ -29,6 +35,9 @@ torch transformers datasets numpy pandas matplotlib sympy networkx mpmath fsspec
 openai pydantic PIL fontTools tqdm anyio click filelock jinja2 packaging pyparsing rich pygments
 typer safetensors setuptools dill
 """.split()
+BLOCK_FILES = 128  # source files that one process reads at a time
+WORKERS = min(8, os.cpu_count() or 1)
+BYTES_PER_TOKEN = 8  # of text made for a limit in tokens; usual tokenizers reach 3 to 5
 
 
 def _documentation_of(node: ast.AST) -> str | None:
@@ -67,6 +76,10 @@ def source_files() -> list[tuple[str, Path]]:
     return sorted((name, file) for name, file in files if "_pytest" not in file.parts)
 
 
+def text_folder() -> Path:
+    return data_dir() / "demo"
+
+
 def _new_paragraphs(text: str, seen: set[bytes]) -> str:
     """The text without the paragraphs that were seen before."""
     paragraphs = []
@@ -79,46 +92,94 @@ def _new_paragraphs(text: str, seen: set[bytes]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _documents() -> Iterator[tuple[str, Path, str]]:
-    """(package, file, documentation) of each source file that has enough of it."""
+def _read_block(files: list[Path]) -> list[list[str]]:
+    """The documentation in each of some source files."""
+    return [_docstrings(str(file)) for file in files]
+
+
+def _block_path(files: list[Path], folder: Path) -> Path:
+    """Where the documentation in these files is kept until the whole text is made."""
+    state = [(str(file), file.stat().st_size) for file in files]
+    return folder / f"{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}.json"
+
+
+def _blocks(files: list[Path], folder: Path) -> Iterator[list[list[str]]]:
+    """The documentation in each file, in blocks, which a later call does not read again."""
+    waiting: deque[tuple[Path, Future | None]] = deque()
+
+    def next_block() -> list[list[str]]:
+        path, future = waiting.popleft()
+        if future is None:
+            return load_json(path)
+        save_json(future.result(), path, indent=None)
+        return future.result()
+
+    # The trees of ast hold no cycles: looking for them takes most of the time.
+    with ProcessPoolExecutor(WORKERS, initializer=gc.disable) as pool:
+        for start in range(0, len(files), BLOCK_FILES):
+            block = files[start : start + BLOCK_FILES]
+            path = _block_path(block, folder)
+            waiting.append((path, None if path.exists() else pool.submit(_read_block, block)))
+            # What is read ahead is lost if the text is long enough before it.
+            if len(waiting) > WORKERS + 1:
+                yield next_block()
+        while waiting:
+            yield next_block()
+
+
+def _documents(folder: Path) -> Iterator[tuple[str, Path, str]]:
+    """(package, file, documentation) of each source file that has enough of it.
+
+    folder: where what was read from the files is kept.
+    """
     files = source_files()
     seen: set[bytes] = set()
-    with ProcessPoolExecutor(2) as pool:
-        found = pool.map(_docstrings, [str(file) for _, file in files], chunksize=64)
-        bar = tqdm(found, "demo text", len(files), unit=" files", mininterval=1)
-        for (package, file), texts in zip(files, bar, strict=True):
+    blocks = _blocks([file for _, file in files], folder)
+    with tqdm(desc="demo text", total=len(files), unit=" files", mininterval=1) as bar:
+        for (package, file), texts in zip(files, chain.from_iterable(blocks), strict=True):
+            bar.update()
             parts = [_new_paragraphs(text, seen) for text in texts]
             document = "\n\n".join(part for part in parts if len(part) > 40)
             if len(document) >= 200:
                 yield package, file, document
 
 
-def text_folder() -> Path:
-    return data_dir() / "demo"
+def build_corpus(split: str = "all", n_bytes: float = math.inf) -> Path:
+    """Makes the text in <data>/demo as far as it is asked for; returns the folder.
 
-
-def build_corpus() -> Path:
-    """Writes train/eval/apply.jsonl ({"text", "source"}) to <data>/demo, once; returns the folder.
+    The files are train, eval and apply.jsonl ({"text", "source"}). The file of `split` gets at
+    least n_bytes if there is so much text. A shorter text is the beginning of the whole one. What
+    an interrupted call has read is not read again.
 
     A document is the documentation of one source file. Paragraphs seen before are dropped, since
     torch and numpy repeat theirs hundreds of times. Then the hash of a document gives its split, so
     no text is in two splits.
     """
     folder = text_folder()
-    if (folder / "about.json").exists():
+    path = folder / f"{split}.jsonl"
+    if (folder / "about.json").exists() or (path.exists() and path.stat().st_size >= n_bytes):
         return folder
     splits: dict[str, list[str]] = {name: [] for name in SPLIT_NAMES}
     characters: Counter[str] = Counter()
-    for package, file, document in _documents():
-        characters[package] += len(document)
-        record = {"text": document, "source": f"{package}/{file.stem}"}
-        split = next(name for name in SPLIT_NAMES if in_split(document, name))
-        splits[split].append(json.dumps(record, ensure_ascii=False))
+    made = 0
+    documents = _documents(folder / "made")
+    with closing(documents):
+        for package, file, document in documents:
+            characters[package] += len(document)
+            record = {"text": document, "source": f"{package}/{file.stem}"}
+            name = next(name for name in SPLIT_NAMES if in_split(document, name))
+            splits[name].append(json.dumps(record, ensure_ascii=False))
+            made += len(document.encode("utf-8", "replace")) if name == split else 0
+            if made >= n_bytes:
+                # The other splits keep their bytes, so that what was made of them stays valid.
+                save_text("\n".join(splits[split]) + "\n", path)
+                return folder
     for name, lines in splits.items():
         save_text("\n".join(lines) + "\n", folder / f"{name}.jsonl")
-    documents = {name: len(lines) for name, lines in splits.items()}
-    about = {"characters": characters, "documents": documents, "split": SPLITS}
+    counts = {name: len(lines) for name, lines in splits.items()}
+    about = {"characters": characters, "documents": counts, "split": SPLITS}
     save_json(about, folder / "about.json")
+    shutil.rmtree(folder / "made")
     return folder
 
 
@@ -143,10 +204,12 @@ def use_demo_defaults(cfg: Any) -> None:
         print("; ".join(messages))
 
 
-def make_text(cfg: Any) -> None:
-    """Make the demo's text if a stage reads it and it does not exist."""
-    if Path(cfg.data_path) == text_folder():
-        distributed.main_first(build_corpus)
+def make_text(cfg: Any, whole: bool = False) -> None:
+    """Make as much of the demo's text as a stage reads, or all of it, if that is its text."""
+    if Path(cfg.data_path).resolve() == text_folder().resolve():
+        limits = [cfg.max_tokens, cfg.max_samples and cfg.max_samples * cfg.max_length]
+        n_tokens = math.inf if whole else min(filter(None, limits), default=math.inf)
+        distributed.main_first(lambda: build_corpus(cfg.split, BYTES_PER_TOKEN * n_tokens))
 
 
 def open_rows(cfg: Any, tokenizer: Any) -> data.Rows:

@@ -53,6 +53,52 @@ def test_repeated_paragraphs_are_dropped_and_each_document_is_in_one_split(corpu
     assert len(texts) == 30
 
 
+def test_a_text_made_in_part_is_the_beginning_of_the_whole(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "again"))
+    monkeypatch.setattr(demo, "BLOCK_FILES", 4)
+    whole = (corpus / "train.jsonl").read_bytes()
+    parts = []
+    for n_bytes in (3000, 2000, 9000):
+        folder = demo.build_corpus("train", n_bytes)
+        parts.append((folder / "train.jsonl").read_bytes())
+        assert n_bytes <= len(parts[-1]) < len(whole) and whole.startswith(parts[-1])
+    assert parts[0] == parts[1] != parts[2]
+    assert not (folder / "eval.jsonl").exists()
+    # What was read is not read again.
+    read = []
+    monkeypatch.setattr(demo, "_block_path", recorded(read, demo._block_path))
+    n_blocks = len(list((folder / "made").iterdir()))
+    demo.build_corpus()
+    assert sum(existed for existed in read) == n_blocks
+    for name in ("train.jsonl", "eval.jsonl", "apply.jsonl", "about.json"):
+        assert (folder / name).read_bytes() == (corpus / name).read_bytes()
+    assert not (folder / "made").exists()
+
+
+def recorded(read, block_path):
+    def path_of(files, folder):
+        path = block_path(files, folder)
+        read.append(path.exists())
+        return path
+
+    return path_of
+
+
+def test_the_demo_text_is_made_as_far_as_a_stage_reads(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(demo, "build_corpus", lambda *request: asked.append(request))
+    cfg = Namespace(data_path=demo.text_folder(), split="apply", max_length=100)
+    for max_tokens, max_samples in ((1000, None), (None, 5), (1000, 5), (None, None)):
+        cfg.max_tokens, cfg.max_samples = max_tokens, max_samples
+        demo.make_text(cfg)
+    demo.make_text(cfg, whole=True)
+    cfg.data_path = tmp_path / "other"
+    demo.make_text(cfg)
+    n_bytes = [8000, 4000, 4000, float("inf"), float("inf")]
+    assert asked == [("apply", n) for n in n_bytes]
+
+
 def test_demo_defaults_fill_only_what_is_missing(corpus, capsys):
     cfg = Namespace(model_path="", data_path=None)
     demo.use_demo_defaults(cfg)
