@@ -124,9 +124,9 @@ class TopK(Dictionary):
         selection = Selection(lambda pre_acts, _: topk_flat_indices(pre_acts, k), k, True, True)
         _, x_hat = sparse.sparse_autoencode(x, self._weights().subset(dead), selection)
         error = (residual - (x_hat - self.pre_bias)).square().sum(-1).view(out.target.shape[:-1])
-        centred = residual - batch.average(residual)
-        variance = batch.average(centred.square().sum(-1)).clamp_min(1e-12)
-        return {"AuxK": self.auxk_coeff * batch.mean(error) / variance}
+        centred = residual - batch.mean_over_processes(residual)
+        variance = batch.mean_over_processes(centred.square().sum(-1)).clamp_min(1e-12)
+        return {"AuxK": self.auxk_coeff * batch.share_of_mean(error) / variance}
 
     def _dead_latents(self) -> Tensor:
         """Return the numbers of the dead latents; none if AuxK is off."""
@@ -156,6 +156,7 @@ class BatchTopK(TopK):
 
     def __init__(self, hidden_size: int, latent_size: int, k: int, **rest: Any) -> None:
         super().__init__(hidden_size, latent_size, k, **(rest | {"topk_relu": True}))
+        # the threshold for inference; its name is that of the key in checkpoints
         self.register_buffer("cut", torch.full((), float("nan")))
 
     def choose(self, pre_acts, token_keys, batch):
@@ -257,7 +258,7 @@ class _PenaltySAE(SAE):
         super().after_step(out, progress, batch)
         mean_l0 = None
         if self.sparsity.target_l0:
-            mean_l0 = batch.average((out.latents != 0).sum(-1))
+            mean_l0 = batch.mean_over_processes((out.latents != 0).sum(-1))
         self.sparsity.update(mean_l0, progress)
 
 
@@ -279,7 +280,7 @@ class _L1SAE(_PenaltySAE):
     def _l1(self, latents: Tensor, norms: Tensor, batch: BatchInfo) -> Tensor:
         """Return the penalty: latents [N,F] weighted by decoder norms [F], or their mean."""
         per_token = latents.mean(-1) if self.l1_mean else latents @ norms
-        return self.sparsity.coefficient() * batch.mean(per_token)
+        return self.sparsity.coefficient() * batch.share_of_mean(per_token)
 
 
 class Vanilla(_L1SAE, Dictionary):
@@ -348,7 +349,7 @@ class Gated(_L1SAE, Dictionary):
         x_hat = linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
         return {
             "L1": self._l1(gate, norms.detach(), batch),
-            "GateAux": batch.mean(squared_errors(out.target, x_hat)),
+            "GateAux": batch.share_of_mean(squared_errors(out.target, x_hat)),
         }
 
 
@@ -408,7 +409,7 @@ class JumpReLU(_PenaltySAE, Dictionary):
     def penalty(self, out, batch=WHOLE_BATCH):
         counted = out.latents if self.l0_post_jump else out.pre_acts
         l0 = Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1)
-        return {"L0_penalty": self.sparsity.coefficient() * batch.mean(l0)}
+        return {"L0_penalty": self.sparsity.coefficient() * batch.share_of_mean(l0)}
 
     @torch.no_grad()
     def after_step(self, out, progress, batch=WHOLE_BATCH):
@@ -532,12 +533,13 @@ class Crosscoder(_L1SAE, SAE):
 
 
 class RouteSAE(SAE):
-    """A router gives each token one of the routed sites; a TopK codes p times its state there.
+    """A router gives each token one of the routed sites; a TopK codes its state there.
 
-    arXiv:2503.08200, eqs 5-12. routing: "hard" takes the argmax, "soft" the mixture. Three are
-    controls. "random" draws a site for each token at scale 1, with route_shares or uniformly.
-    "permuted" deals the hard sites to other tokens of the batch (of a process's part of it), so
-    that the shares stay; "oracle" takes the site with the least error; both keep the token's p.
+    arXiv:2503.08200, eqs 5-12; the paper multiplies the state by the router's p. routing: "hard"
+    takes the argmax, "soft" the mixture. Three are controls. "random" draws a site for each token
+    at scale 1, with route_shares or uniformly. "permuted" deals the hard sites to other tokens of
+    the batch (of a process's part of it), so that the shares stay; "oracle" takes the site with
+    the least error; both keep the token's p.
 
     router_objective, router_balance: see src/router.py. The errors of all sites are measured on
     one token in L. route_scale is what multiplies the state: "p", "one", or "ste" (1, with the
@@ -699,9 +701,9 @@ class RouteSAE(SAE):
     def site_errors(
         self, x: Tensor, scale: Tensor | None = None, batch: BatchInfo = WHOLE_BATCH
     ) -> Tensor:
-        """Return the NormMSE of every site's state, times scale [N], had the token gone there.
+        """Return the NormMSE of a token at each site if it were sent there. [N,L,D] -> [N,L]
 
-        [N,L,D] -> [N,L]
+        The states are multiplied by scale [N].
         """
         x = x if scale is None else x * scale[:, None, None]
         cut = batch.cut_only()
@@ -714,7 +716,11 @@ class RouteSAE(SAE):
     # -------------------------------------------------------------------- training
 
     def _sampled_errors(self, out: SAEOutput, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        """Return (errors, weights), both [n,L], of one token in L."""
+        """Return (errors, weights), both [n,L], of every L-th token.
+
+        Tokens are counted over the whole training, so that any split of a batch into processes
+        and slices samples the same ones.
+        """
         first = (int(self.tokens_seen) - batch.token_offset) % self.n_routed_layers
         sampled = slice(first, None, self.n_routed_layers)
         x = out.inputs.flatten(0, -3)[sampled]
@@ -732,8 +738,12 @@ class RouteSAE(SAE):
             first = int(self.tokens_seen) % self.n_routed_layers
             count = len(range(first, tokens, self.n_routed_layers))  # in the whole batch
             if count:
-                terms["Router"] = self.router.error_loss(weights, errors, count, batch.average)
-        balance = self.router.balance_loss(out.weights, batch.mean, batch.average)
+                terms["Router"] = self.router.error_loss(
+                    weights, errors, count, batch.mean_over_processes
+                )
+        balance = self.router.balance_loss(
+            out.weights, batch.share_of_mean, batch.mean_over_processes
+        )
         return terms if balance is None else terms | {"Balance": balance}
 
     def adam_parameters(self):
@@ -749,13 +759,15 @@ class RouteSAE(SAE):
     def after_step(self, out, progress, batch=WHOLE_BATCH):
         super().after_step(out, progress, batch)
         self.sae.after_step(out, progress, batch)
-        self.router.update_bias(out.weights, batch.average)
+        self.router.update_bias(out.weights, batch.mean_over_processes)
 
     @torch.no_grad()
     def diagnostics(self, out, batch=WHOLE_BATCH):
         """Return router.summary (errors of one token in L) and the router's gradient norm."""
         weights = out.weights.flatten(0, -2)
-        result = router.summary(weights, *self._sampled_errors(out, batch), batch.average)
+        result = router.summary(
+            weights, *self._sampled_errors(out, batch), batch.mean_over_processes
+        )
         grad = self.router.weight.grad
         return result if grad is None else result | {"router_grad": grad.norm()}
 

@@ -62,7 +62,8 @@ def zero_with_slope(threshold: Tensor, slope: Tensor) -> Tensor:
 def jump_relu(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """x 1[x > threshold] (Rajamanoharan et al. 2024b).
 
-    Eq. 11 replaces its derivative with respect to the threshold by -threshold / bandwidth K.
+    Eq. 11 replaces its derivative with respect to the threshold by
+    -(threshold / bandwidth) rectangle.
     """
     slope = threshold * rectangle(x, threshold, bandwidth) / bandwidth
     return x * (x > threshold) - zero_with_slope(threshold, slope)

@@ -2,7 +2,7 @@
 
 N tokens (any leading dimensions), L sites, D hidden. weights [N,L] is the softmax p over logits
 a = W v, where v [D] pools the states of a token's sites. errors [N,L] holds e_l, the NormMSE of
-each site's state had the token gone there, as a constant. The gradient of W is the sum over
+each site's state if the token were sent there, as a constant. The gradient of W is the sum over
 tokens of (d loss / d a) v^T, so each objective is given by its d loss / d a_j. The chosen site i
 is the argmax of p.
 
@@ -32,7 +32,10 @@ from torch import Tensor, nn
 
 from src.draws import random_integers
 
-Mean = Callable[[Tensor], Tensor]  # over the tokens of the whole batch, or a part's share of it
+# What these tokens add to a mean over the whole batch, with gradient (BatchInfo.share_of_mean)
+Mean = Callable[[Tensor], Tensor]
+# The mean over these tokens in all processes, without gradient (BatchInfo.mean_over_processes)
+Average = Callable[[Tensor], Tensor]
 ROUTINGS = ("hard", "soft", "random", "permuted", "oracle")
 LEARNING_ROUTINGS = ("hard", "permuted")  # the others choose no site that could be learned
 OBJECTIVES = ("published", "expected", "advantage", "ste", "frozen")
@@ -138,7 +141,7 @@ def switch_loss(weights: Tensor, load: Tensor, mean: Mean = torch.mean) -> Tenso
 # ------------------------------------------------------------------------------------ measures
 
 
-def load(weights: Tensor, mean: Mean = lambda rows: rows.mean(0)) -> Tensor:
+def load(weights: Tensor, mean: Average = lambda rows: rows.mean(0)) -> Tensor:
     """Return the share of tokens that choose each site. [N,L] -> [L]"""
     return mean(one_hot_argmax(weights).flatten(0, -2))
 
@@ -172,7 +175,7 @@ def summary(
     weights: Tensor,
     errors: Tensor,
     sampled: Tensor,
-    mean: Mean,
+    mean: Average,
 ) -> dict[str, Tensor]:
     """Return what is logged of the routing of some tokens.
 
@@ -269,7 +272,7 @@ class Router(nn.Module):
         drawn = random_integers(keys, seed, FINE)
         return torch.searchsorted(ends[:-1], drawn, right=True)
 
-    def error_loss(self, weights: Tensor, errors: Tensor, count: int, average: Mean) -> Tensor:
+    def error_loss(self, weights: Tensor, errors: Tensor, count: int, average: Average) -> Tensor:
         """Return the objective over sampled tokens; `count` is their number in the whole batch.
 
         weights, errors [n,L]. Also updates the running mean of each site's error.
@@ -291,7 +294,7 @@ class Router(nn.Module):
         # A slice of the batch may have no sampled token; its mean is nan.
         old.copy_(torch.where(mean_error.isnan(), old, new))
 
-    def balance_loss(self, weights: Tensor, mean: Mean, average: Mean) -> Tensor | None:
+    def balance_loss(self, weights: Tensor, mean: Mean, average: Average) -> Tensor | None:
         """Return the weighted switch loss; None if the load is balanced in another way."""
         if self.balance != "switch" or not self.balance_coefficient:
             return None
@@ -305,7 +308,7 @@ class Router(nn.Module):
         self.load_bias.copy_(logit_shifts(logits, self.shares.to(x.device)))
 
     @torch.no_grad()
-    def update_bias(self, weights: Tensor, average: Mean) -> None:
+    def update_bias(self, weights: Tensor, average: Average) -> None:
         """Move each logit's bias against its load, if that is how the load is balanced."""
         if self.balance == "bias":
             excess = 1 / self.n_sites - load(weights, average)

@@ -26,10 +26,13 @@ from src.ops import (
 from src.sparse import SparseCode, cat_codes, dense, firings
 
 Patch = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> its replacement
-Edit = Callable[[Tensor], Tensor]  # dense code in units of strength [...,F] -> the code wanted
+# the strength of a dense code (SAE.strength) [...,F] -> the strength that is wanted
+Edit = Callable[[Tensor], Tensor]
 Reduction = Callable[[Tensor], Tensor]  # over the processes that share a batch
 WARM_START_TOKENS = 8192  # what warm_start looks at
-DEAD_SHARE = 0.1  # a latent is reported dead if it was silent for this share of all tokens
+# A latent is reported dead if it was silent for this share of all tokens. AuxK has a threshold of
+# its own (TopK.dead_threshold).
+REPORTED_DEAD_SHARE = 0.1
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -71,14 +74,17 @@ class BatchInfo:
             return torch.arange(len(flat), device=flat.device)
         return self.token_keys.flatten()
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Return this part's share of the mean over the tokens of the whole batch. [N,...] -> []"""
+    def share_of_mean(self, x: Tensor) -> Tensor:
+        """Return what these tokens add to the mean over the whole batch. [N,...] -> []
+
+        Gradients pass through it.
+        """
         if self.batch_tokens is None:
             return x.mean()
         return x.sum() / (self.batch_tokens * x.shape[1:].numel())
 
-    def average(self, x: Tensor) -> Tensor:
-        """Return the mean over the tokens of all processes, without gradient. [N,...] -> [...]
+    def mean_over_processes(self, x: Tensor) -> Tensor:
+        """Return the mean over these tokens in all processes, without gradient. [N,...] -> [...]
 
         It is nan where there are no tokens.
         """
@@ -209,7 +215,7 @@ def routed_sites(
 def edited_code(
     code: Tensor, strength: Tensor, edit: Edit, to_code: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Apply an edit to a code whose strength is given; what the edit leaves keeps its bits."""
+    """Apply an edit to a code of this strength; entries that it leaves stay bit-identical."""
     wanted = edit(strength)
     return torch.where(wanted == strength, code, to_code(wanted))
 
@@ -297,7 +303,7 @@ class SAE(nn.Module):
 
     def loss(self, out: SAEOutput, batch: BatchInfo = WHOLE_BATCH) -> dict[str, Tensor]:
         """Return the terms that add up to the training loss, over the parts of a batch too."""
-        error = batch.mean(squared_errors(out.target, out.x_hat))
+        error = batch.share_of_mean(squared_errors(out.target, out.x_hat))
         return {"NormMSE": error, **self.penalty(out, batch)}
 
     def decoders(self) -> list[nn.Linear]:
@@ -327,7 +333,7 @@ class SAE(nn.Module):
 
     def dead_fraction(self) -> float:
         """Return the share of latents that did not fire in the last tenth of all tokens seen."""
-        dead = self.tokens_since_fired > DEAD_SHARE * self.tokens_seen
+        dead = self.tokens_since_fired > REPORTED_DEAD_SHARE * self.tokens_seen
         return float(dead.float().mean())
 
     def diagnostics(self, out: SAEOutput, batch: BatchInfo = WHOLE_BATCH) -> dict[str, Any]:

@@ -43,7 +43,7 @@ MIN_SPACING = 10
 LOG_NAME = "metrics.jsonl"
 STATES_NAME = "state"
 MAX_DIFFERENCES = 4  # in a message
-# Steps after which L0 is within 5 % of --target_l0 (measured on the demo LM; after 250 within 20 %),
+# Steps after which L0 is within 5 % of --target_l0 (demo LM; after 250 steps within 20 %),
 # and how far from it L0 may end without a warning.
 CONTROL_STEPS = 500
 L0_TOLERANCE = 0.1
