@@ -10,12 +10,23 @@ _NON_NEGATIVE = 0x7FFFFFFFFFFFFFFF
 
 def _hash63(x: Tensor) -> Tensor:
     """Hash integers to 63 bits (the shape of splitmix64): the same value on every device."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return (x ^ ((x >> 31) & 0x1FFFFFFFF)) & _NON_NEGATIVE
+    x = _xor_shifted(x, 30) * -4658895280553007687
+    x = _xor_shifted(x, 27) * -7723592293110705685
+    return _xor_shifted(x, 31) & _NON_NEGATIVE
 
 
-def random_integers(keys: Tensor, seed: int, high: int | Tensor, draw: int | Tensor = 0) -> Tensor:
+def _xor_shifted(x: Tensor, bits: int) -> Tensor:
+    """Return x ^ (x >> bits) of unsigned integers; int64 would shift in copies of the sign."""
+    unsigned = (1 << (64 - bits)) - 1
+    return x ^ ((x >> bits) & unsigned)
+
+
+def random_integers(
+    keys: Tensor,
+    seed: int,
+    high: int | Tensor,
+    draw: int | Tensor = 0,
+) -> Tensor:
     """Draw one integer in [0, high) for each key: a function of (key, seed, draw) alone.
 
     keys int64 [...]; `high` and `draw` broadcast against it. Returns int64 [...].
@@ -23,7 +34,9 @@ def random_integers(keys: Tensor, seed: int, high: int | Tensor, draw: int | Ten
     half = 1 << 62  # Python's integers do not wrap around, those of int64 do
     seed_offset = seed * 0x9E3779B97F4A7C1 % half
     draw_offset = draw * 0x2545F4914F6CDD1D & half - 1
-    return _hash63(_hash63(_hash63(keys + 1) + seed_offset) + draw_offset) % high
+    x = _hash63(keys + 1)
+    x = _hash63(x + seed_offset)
+    return _hash63(x + draw_offset) % high
 
 
 def random_subset(keys: Tensor, seed: int, n: int, k: int) -> Tensor:
@@ -35,13 +48,16 @@ def random_subset(keys: Tensor, seed: int, n: int, k: int) -> Tensor:
     a chain of pointers to earlier draws; doubling the pointers resolves all chains at once.
     """
     index = torch.arange(k, device=keys.device)
-    drawn = random_integers(keys[:, None], seed, index + (n - k + 1), index)
+    replacement = index + (n - k)
+    drawn = random_integers(keys[:, None], seed, replacement + 1, index)
     ordered, order = drawn.sort(dim=1, stable=True)
     repeats = ordered[:, 1:] == ordered[:, :-1]
-    taken = torch.zeros_like(drawn, dtype=torch.bool).scatter_(1, order[:, 1:], repeats)
+    taken = torch.zeros_like(drawn, dtype=torch.bool)
+    taken.scatter_(1, order[:, 1:], repeats)
     pointer = drawn - (n - k)
-    pointer = torch.where((pointer >= 0) & (pointer < index), pointer, index)
+    is_earlier_draw = (pointer >= 0) & (pointer < index)
+    pointer = torch.where(is_earlier_draw, pointer, index)
     for _ in range((k - 1).bit_length()):
         taken = taken | taken.gather(1, pointer)
         pointer = pointer.gather(1, pointer)
-    return torch.where(taken, index + (n - k), drawn)
+    return torch.where(taken, replacement, drawn)

@@ -72,7 +72,8 @@ def shown_in(place: str) -> list[str]:
 def columns(place: str) -> list[str]:
     """Return the keys shown in a place that compares SAEs, in the order of its columns."""
     rows = [metric for metric in METRICS if place in metric.shown]
-    return [metric.key for metric in sorted(rows, key=lambda metric: metric.column)]
+    rows.sort(key=lambda metric: metric.column)
+    return [metric.key for metric in rows]
 
 
 def units(keys: Container[str]) -> dict[str, str]:

@@ -35,12 +35,15 @@ MAX_AUXK = 512
 
 def standardise(h: Tensor, eps: float = 1e-5) -> Tensor:
     """x = (h - mean(h)) / (std(h) + eps), for each token. [...,D] -> [...,D]"""
-    return (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + eps)
+    mean = h.mean(-1, keepdim=True)
+    std = h.std(-1, keepdim=True)
+    return (h - mean) / (std + eps)
 
 
 def normalised_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """||x - x_hat||^2 / ||x||^2, for each token. [...,D] -> [...]"""
-    return ((x - x_hat) ** 2).sum(-1) / (x**2).sum(-1)
+    error = ((x - x_hat) ** 2).sum(-1)
+    return error / (x**2).sum(-1)
 
 
 def keep_topk(pre_acts: Tensor, k: int) -> Tensor:
@@ -51,7 +54,8 @@ def keep_topk(pre_acts: Tensor, k: int) -> Tensor:
 
 def rectangle(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """K((x - threshold) / bandwidth): 1 within half a bandwidth of the threshold, else 0."""
-    return ((x - threshold).abs() < bandwidth / 2).to(x.dtype)
+    inside = (x - threshold).abs() < bandwidth / 2
+    return inside.to(x.dtype)
 
 
 def zero_with_slope(threshold: Tensor, slope: Tensor) -> Tensor:
@@ -87,7 +91,9 @@ class ReferenceSAE:
     def __init__(self, weights: dict[str, Tensor], options: dict[str, Any]) -> None:
         self.weights = weights
         # RouteSAE keeps the weights of its dictionary under "sae."
-        self.w = {name.removeprefix("sae."): weight for name, weight in weights.items()}
+        self.w = {}
+        for name, weight in weights.items():
+            self.w[name.removeprefix("sae.")] = weight
         self.options = DEFAULTS | options
         self.progress = 0.0  # share of the training that is done
         self.tokens_since_fired = torch.zeros(())  # [F] after the first step
@@ -95,7 +101,8 @@ class ReferenceSAE:
 
     def pre_acts(self, x: Tensor) -> Tensor:
         """W_enc (x - b_pre) + b_latent. [...,D] -> [...,F]"""
-        return (x - self.w["pre_bias"]) @ self.w["encoder.weight"].T + self.w["latent_bias"]
+        centred = x - self.w["pre_bias"]
+        return centred @ self.w["encoder.weight"].T + self.w["latent_bias"]
 
     def decode(self, z: Tensor) -> Tensor:
         """x_hat = W_dec z + b_pre. [...,F] -> [...,D]"""
@@ -120,21 +127,26 @@ class ReferenceSAE:
     def coefficient(self) -> float:
         """The weight of an L1 or L0 penalty, which rises from 0 during the warm-up."""
         warmup = self.options["sparsity_warmup"]
-        return self.options["l1_coeff"] * (min(1.0, self.progress / warmup) if warmup else 1.0)
+        share = min(1.0, self.progress / warmup) if warmup else 1.0
+        return self.options["l1_coeff"] * share
 
     def l1(self, z: Tensor, norms: Tensor) -> Tensor:
         """coefficient sum_f z_f ||W_dec,f||, averaged over tokens (Conerly et al. 2024).
 
         With l1_mean: the mean over latents, without norms.
         """
-        per_token = z.mean(-1) if self.options["l1_mean"] else (z * norms).sum(-1)
+        if self.options["l1_mean"]:
+            per_token = z.mean(-1)
+        else:
+            per_token = (z * norms).sum(-1)
         return self.coefficient() * per_token.mean()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Count for how many tokens each latent was silent."""
         fired = self.z.flatten(0, -2) != 0
-        self.tokens_since_fired = (self.tokens_since_fired + len(fired)) * ~fired.any(0)
+        tokens = self.tokens_since_fired + len(fired)
+        self.tokens_since_fired = tokens * ~fired.any(0)
         self.dead_threshold = self.options["dead_tokens"]
         self.progress = progress
 
@@ -158,10 +170,13 @@ class TopK(ReferenceSAE):
         dead = self.tokens_since_fired > self.dead_threshold
         if not self.options["auxk_coeff"] or not dead.any():
             return {}
-        x, residual = x.flatten(0, -2), (x - x_hat).detach().flatten(0, -2)
+        residual = (x - x_hat).detach().flatten(0, -2)
         k = min(int(dead.sum()), x.shape[-1] // 2, MAX_AUXK)
-        z_dead = F.relu(keep_topk(self.pre_acts(x).masked_fill(~dead, -torch.inf), k))
-        error = ((residual - z_dead @ self.w["decoder.weight"].T) ** 2).sum()
+        pre_acts = self.pre_acts(x.flatten(0, -2))
+        only_dead = pre_acts.masked_fill(~dead, -torch.inf)
+        z_dead = F.relu(keep_topk(only_dead, k))
+        by_dead = z_dead @ self.w["decoder.weight"].T
+        error = ((residual - by_dead) ** 2).sum()
         variance = ((residual - residual.mean(0)) ** 2).sum()
         return {"AuxK": self.options["auxk_coeff"] * error / variance}
 
@@ -171,16 +186,18 @@ class BatchTopK(TopK):
 
     def activate(self, pre_acts, token_keys):
         count = self.options["k"] * len(pre_acts)
-        return F.relu(keep_topk(pre_acts.flatten(), count).view_as(pre_acts))
+        kept = keep_topk(pre_acts.flatten(), count)
+        return F.relu(kept.view_as(pre_acts))
 
 
 class RandomK(TopK):
     """k latents drawn at random for each token: a control."""
 
     def activate(self, pre_acts, token_keys):
-        seed, latent_size = self.options["seed"], pre_acts.shape[-1]
-        chosen = random_subset(token_keys, seed, latent_size, self.options["k"])
-        return pre_acts * torch.zeros_like(pre_acts).scatter(-1, chosen, 1.0)
+        latent_size = pre_acts.shape[-1]
+        chosen = random_subset(token_keys, self.options["seed"], latent_size, self.options["k"])
+        mask = torch.zeros_like(pre_acts).scatter(-1, chosen, 1.0)
+        return pre_acts * mask
 
     def auxk(self, x, x_hat):
         return {}
@@ -198,7 +215,8 @@ class RouteSAE(TopK):
 
     def site_probabilities(self, x: Tensor) -> Tensor:
         """p = softmax(W_router sum_l x_l). [...,L,D] -> [...,L]"""
-        return (x.sum(-2) @ self.w["router.weight"].T).softmax(-1)
+        logits = x.sum(-2) @ self.w["router.weight"].T
+        return logits.softmax(-1)
 
     def route(self, x: Tensor, token_keys: Tensor) -> Tensor:
         """Return sum_l weight_l x_l. [N,L,D] -> [N,D]
@@ -224,7 +242,8 @@ class Vanilla(ReferenceSAE):
 
     def autoencode(self, x, token_keys):
         z = F.relu(self.pre_acts(x))
-        return z, self.decode(z), {"L1": self.l1(z, self.decoder_norms())}
+        l1 = self.l1(z, self.decoder_norms())
+        return z, self.decode(z), {"L1": l1}
 
 
 class Gated(ReferenceSAE):
@@ -237,14 +256,20 @@ class Gated(ReferenceSAE):
     def autoencode(self, x, token_keys):
         w = self.w
         pi = (x - w["pre_bias"]) @ w["encoder.weight"].T
-        z = (pi + w["gate_bias"] > 0) * F.relu(w["r_mag"].exp() * pi + w["mag_bias"])
-        x_hat, norms = self.decode(z), self.decoder_norms()
+        pi_gate = pi + w["gate_bias"]
+        magnitude = F.relu(w["r_mag"].exp() * pi + w["mag_bias"])
+        z = (pi_gate > 0) * magnitude
+        x_hat = self.decode(z)
+        norms = self.decoder_norms()
         if not self.options["gated_aux"]:
             return z, x_hat, {"L1": self.l1(z, norms)}
-        gate = F.relu(pi + w["gate_bias"])
+        gate = F.relu(pi_gate)
         by_gate = gate @ w["decoder.weight"].detach().T + w["pre_bias"].detach()
-        gate_error = normalised_error(x, by_gate).mean()
-        return z, x_hat, {"L1": self.l1(gate, norms.detach()), "GateAux": gate_error}
+        penalties = {
+            "L1": self.l1(gate, norms.detach()),
+            "GateAux": normalised_error(x, by_gate).mean(),
+        }
+        return z, x_hat, penalties
 
 
 class JumpReLU(ReferenceSAE):
@@ -254,12 +279,14 @@ class JumpReLU(ReferenceSAE):
     """
 
     def autoencode(self, x, token_keys):
-        threshold, bandwidth = self.w["threshold"], self.options["bandwidth"]
+        threshold = self.w["threshold"]
+        bandwidth = self.options["bandwidth"]
         pre_acts = self.pre_acts(x)
         z = jump_relu(pre_acts, threshold, bandwidth)
         counted = z if self.options["l0_post_jump"] else pre_acts
         l0 = step(counted, threshold, bandwidth).sum(-1).mean()
-        return z, self.decode(z), {"L0_penalty": self.coefficient() * l0}
+        penalty = self.coefficient() * l0
+        return z, self.decode(z), {"L0_penalty": penalty}
 
     def after_step(self, progress):
         super().after_step(progress)
@@ -277,15 +304,20 @@ class Crosscoder(ReferenceSAE):
         sites = range(x.shape[-2])
         encoders = [self.w[f"encoder.{i}.weight"] for i in sites]
         decoders = [self.w[f"decoder.{i}.weight"] for i in sites]
-        pre_acts = sum(x[:, i] @ encoders[i].T for i in sites) + self.w["latent_bias"]
-        z = F.relu(pre_acts)
-        x_hat = torch.stack([z @ decoder.T for decoder in decoders], dim=-2)
-        x_hat = x_hat + self.w.get("decoder_bias", 0.0)
-        norms = torch.stack([decoder.norm(dim=0) for decoder in decoders]).mean(0)
-        return z, x_hat, {"L1": self.l1(z, norms)}
+        pre_acts = sum(x[:, i] @ encoders[i].T for i in sites)
+        z = F.relu(pre_acts + self.w["latent_bias"])
+        by_site = [z @ decoder.T for decoder in decoders]
+        x_hat = torch.stack(by_site, dim=-2) + self.w.get("decoder_bias", 0.0)
+        norms = torch.stack([decoder.norm(dim=0) for decoder in decoders])
+        return z, x_hat, {"L1": self.l1(z, norms.mean(0))}
 
 
-MODELS = (TopK, BatchTopK, RandomK, MLSAE, RouteSAE, Vanilla, Gated, JumpReLU, Crosscoder)
+MODELS = {
+    cls.__name__: cls
+    for cls in (
+        TopK, BatchTopK, RandomK, MLSAE, RouteSAE, Vanilla, Gated, JumpReLU, Crosscoder
+    )
+}  # fmt: skip
 
 
 def reference_of(sae: nn.Module, options: dict[str, Any]) -> ReferenceSAE:
@@ -293,5 +325,5 @@ def reference_of(sae: nn.Module, options: dict[str, Any]) -> ReferenceSAE:
     weights = {}
     for name, parameter in sae.named_parameters():
         weights[name] = parameter.detach().clone().requires_grad_()
-    (model,) = (cls for cls in MODELS if cls.__name__ == type(sae).__name__)
+    model = MODELS[type(sae).__name__]
     return model(weights, options)
