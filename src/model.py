@@ -18,6 +18,8 @@ from src.draws import random_subset
 from src.ops import (
     Jump_func,
     Step_func,
+    apply_inference_cut,
+    flat_indices,
     kth_largest,
     linear,
     squared_errors,
@@ -100,12 +102,11 @@ class TopK(Dictionary):
         if batch.has_cut:
             return super().autoencode(x, batch)
         keys = batch.keys_of(x.flatten(0, -2))
-        selection = Selection(
-            lambda pre_acts, tokens: self.choose(pre_acts, keys[tokens], batch),
-            self.k,
-            self.topk_relu,
-            self.per_token,
-        )
+
+        def choose(pre_acts, tokens):
+            return self.choose(pre_acts, keys[tokens], batch)
+
+        selection = Selection(choose, self.k, self.topk_relu, self.per_token)
         code, x_hat = sparse.sparse_autoencode(x, self._weights(), selection)
         return SAEOutput(x, code, x_hat)
 
@@ -121,9 +122,16 @@ class TopK(Dictionary):
         x = out.target.flatten(0, -2)
         residual = (out.target - out.x_hat).detach().flatten(0, -2)
         k = min(len(dead), self.hidden_size // 2, MAX_AUXK)
-        selection = Selection(lambda pre_acts, _: topk_flat_indices(pre_acts, k), k, True, True)
+
+        def choose(pre_acts, _tokens):
+            return topk_flat_indices(pre_acts, k)
+
+        selection = Selection(choose, k, clip=True, per_token=True)
+        # Dead latents are coded by their entries too: with 300 of them a step takes 35.9 ms on a
+        # CPU in place of 47.6 (docs/LOG.md).
         _, x_hat = sparse.sparse_autoencode(x, self._weights().subset(dead), selection)
-        error = (residual - (x_hat - self.pre_bias)).square().sum(-1).view(out.target.shape[:-1])
+        by_dead = x_hat - self.pre_bias
+        error = (residual - by_dead).square().sum(-1).view(out.target.shape[:-1])
         centred = residual - batch.mean_over_processes(residual)
         variance = batch.mean_over_processes(centred.square().sum(-1)).clamp_min(1e-12)
         return {"AuxK": self.auxk_coeff * batch.share_of_mean(error) / variance}
@@ -155,15 +163,18 @@ class BatchTopK(TopK):
     per_token = False
 
     def __init__(self, hidden_size: int, latent_size: int, k: int, **rest: Any) -> None:
-        super().__init__(hidden_size, latent_size, k, **(rest | {"topk_relu": True}))
+        rest["topk_relu"] = True
+        super().__init__(hidden_size, latent_size, k, **rest)
         # the threshold for inference; its name is that of the key in checkpoints
         self.register_buffer("cut", torch.full((), float("nan")))
 
     def choose(self, pre_acts, token_keys, batch):
         if not self.training and not self.cut.isnan():
-            return (pre_acts > self.cut).flatten().nonzero()[:, 0]
-        smallest = kth_largest(pre_acts, self.k * len(pre_acts), batch.all_sum)
-        return (pre_acts.float() >= smallest).flatten().nonzero()[:, 0]
+            chosen = pre_acts > self.cut
+        else:
+            count = self.k * len(pre_acts)
+            chosen = pre_acts.float() >= kth_largest(pre_acts, count, batch.all_sum)
+        return chosen.flatten().nonzero()[:, 0]
 
     def to_standard_form(self):
         if self.cut.isnan():
@@ -171,11 +182,10 @@ class BatchTopK(TopK):
                 "this BatchTopK has no threshold for inference; it gets one in training"
             )
         threshold = self.cut.clamp_min(0).expand(self.latent_size)  # negative values are clipped
-        forms = {}
-        for site, form in super().to_standard_form().items():
-            tensors = form.tensors | {"threshold": threshold}
-            forms[site] = form._replace(architecture="jumprelu", tensors=tensors, k=None)
-        return forms
+        (form,) = super().to_standard_form().values()
+        tensors = form.tensors | {"threshold": threshold}
+        form = form._replace(architecture="jumprelu", tensors=tensors, k=None)
+        return {self.layer: form}
 
     @torch.no_grad()
     def after_step(self, out, progress, batch=WHOLE_BATCH):
@@ -187,7 +197,10 @@ class BatchTopK(TopK):
         codes = batch.all_sum(self.tokens_seen.new_full((), out.n_codes))
         share_of_run = codes / self.tokens_seen * progress
         weight = (CUT_RATE * share_of_run).clamp(0.01, 1)
-        self.cut.copy_(smallest if self.cut.isnan() else self.cut.lerp(smallest, weight))
+        if self.cut.isnan():
+            self.cut.copy_(smallest)
+        else:
+            self.cut.lerp_(smallest, weight)
 
 
 class RandomK(TopK):
@@ -197,15 +210,21 @@ class RandomK(TopK):
     """
 
     def __init__(
-        self, hidden_size: int, latent_size: int, k: int, *, seed: int = 42, **rest: Any
+        self,
+        hidden_size: int,
+        latent_size: int,
+        k: int,
+        *,
+        seed: int = 42,
+        **rest: Any,
     ) -> None:
-        super().__init__(hidden_size, latent_size, k, **(rest | {"auxk_coeff": 0.0}))
+        rest["auxk_coeff"] = 0.0
+        super().__init__(hidden_size, latent_size, k, **rest)
         self.seed = seed
 
     def choose(self, pre_acts, token_keys, batch):
         drawn = random_subset(token_keys, self.seed, self.latent_size, self.k)
-        rows = torch.arange(len(pre_acts), device=pre_acts.device)
-        return (drawn + rows[:, None] * self.latent_size).flatten()
+        return flat_indices(drawn, self.latent_size)
 
     cut_latents = Dictionary.cut_latents  # a cut at inference chooses among those drawn
 
@@ -241,7 +260,8 @@ class MLSAE(TopK):
     gather = SAE.gather
 
     def edit_site(self, out, latents):
-        by_site = sparse.dense(self.strength(out))[..., latents].sum((0, 2))
+        strength = sparse.dense(self.strength(out))
+        by_site = strength[..., latents].sum((0, 2))
         return self.routed[int(by_site.argmax())]
 
 
@@ -265,15 +285,20 @@ class _PenaltySAE(SAE):
 class _L1SAE(_PenaltySAE):
     """Base of the models with an L1 penalty on their latents."""
 
-    def _set_l1(
+    def __init__(
         self,
-        l1_coeff: float | None,
-        l1_mean: bool,
-        target_l0: float | None,
-        sparsity_warmup: float,
+        hidden_size: int,
+        latent_size: int,
+        *,
+        l1_coeff: float | None = None,
+        l1_mean: bool = False,
+        target_l0: float | None = None,
+        sparsity_warmup: float = 0.05,
+        **dictionary: Any,
     ) -> None:
+        super().__init__(hidden_size, latent_size, **dictionary)
         if l1_coeff is None:
-            l1_coeff = default_l1_coefficient(self.hidden_size)
+            l1_coeff = default_l1_coefficient(hidden_size)
         self.l1_mean = l1_mean
         self.sparsity = SparsityController(l1_coeff, target_l0=target_l0, warmup=sparsity_warmup)
 
@@ -288,22 +313,9 @@ class Vanilla(_L1SAE, Dictionary):
 
     architecture = "standard"
 
-    def __init__(
-        self,
-        hidden_size: int,
-        latent_size: int,
-        *,
-        l1_coeff: float | None = None,
-        l1_mean: bool = False,
-        target_l0: float | None = None,
-        sparsity_warmup: float = 0.05,
-        **dictionary: Any,
-    ) -> None:
-        super().__init__(hidden_size, latent_size, **dictionary)
-        self._set_l1(l1_coeff, l1_mean, target_l0, sparsity_warmup)
-
     def penalty(self, out, batch=WHOLE_BATCH):
-        return {"L1": self._l1(out.latents, self.decoder.weight.norm(dim=0), batch)}
+        norms = self.decoder.weight.norm(dim=0)
+        return {"L1": self._l1(out.latents, norms, batch)}
 
 
 class Gated(_L1SAE, Dictionary):
@@ -320,15 +332,10 @@ class Gated(_L1SAE, Dictionary):
         hidden_size: int,
         latent_size: int,
         *,
-        l1_coeff: float | None = None,
-        l1_mean: bool = False,
         gated_aux: bool = True,
-        target_l0: float | None = None,
-        sparsity_warmup: float = 0.05,
-        **dictionary: Any,
+        **rest: Any,
     ) -> None:
-        super().__init__(hidden_size, latent_size, **dictionary)
-        self._set_l1(l1_coeff, l1_mean, target_l0, sparsity_warmup)
+        super().__init__(hidden_size, latent_size, **rest)
         self.gated_aux = gated_aux
         del self.latent_bias
         for name in ("gate_bias", "mag_bias", "r_mag"):
@@ -398,9 +405,10 @@ class JumpReLU(_PenaltySAE, Dictionary):
             return
         # a threshold moves by one learning rate a step, too slowly for a short run: start where
         # 20 times the target is active
-        pre_acts = self.pre_acts(x.flatten(0, -2)[:1024])
-        count = min(round(20 * target * len(pre_acts)), pre_acts.numel() // 2)
-        start = pre_acts.flatten().topk(max(1, count)).values[-1]
+        tokens = x.flatten(0, -2)[:1024]
+        pre_acts = self.pre_acts(tokens).flatten()
+        active = min(round(20 * target * len(tokens)), len(pre_acts) // 2)
+        start = pre_acts.topk(max(1, active)).values[-1]
         self.threshold.fill_(float(start.clamp_min(MIN_THRESHOLD)))
 
     def activate(self, pre_acts, batch=WHOLE_BATCH):
@@ -408,7 +416,8 @@ class JumpReLU(_PenaltySAE, Dictionary):
 
     def penalty(self, out, batch=WHOLE_BATCH):
         counted = out.latents if self.l0_post_jump else out.pre_acts
-        l0 = Step_func.apply(counted, self.threshold, self.bandwidth).sum(-1)
+        is_active = Step_func.apply(counted, self.threshold, self.bandwidth)
+        l0 = is_active.sum(-1)
         return {"L0_penalty": self.sparsity.coefficient() * batch.share_of_mean(l0)}
 
     @torch.no_grad()
@@ -436,19 +445,14 @@ class Crosscoder(_L1SAE, SAE):
         start_layer: int | None = None,
         end_layer: int | None = None,
         sites: list[int] | None = None,
-        l1_coeff: float | None = None,
-        l1_mean: bool = False,
-        target_l0: float | None = None,
-        sparsity_warmup: float = 0.05,
         decoder_bias: bool = False,
         free_norms: bool = False,
-        norm_eps: float = 1e-5,
+        **rest: Any,
     ) -> None:
-        super().__init__(hidden_size, latent_size, norm_eps)
+        super().__init__(hidden_size, latent_size, **rest)
         self.routed = routed_sites(n_layers, start_layer, end_layer, sites)
         self.n_processed_layers = len(self.routed)
         self.free_norms = free_norms
-        self._set_l1(l1_coeff, l1_mean, target_l0, sparsity_warmup)
         self.latent_bias = nn.Parameter(torch.zeros(latent_size))
         self.encoder = nn.ModuleList(
             nn.Linear(hidden_size, latent_size, bias=False) for _ in self.routed
@@ -478,7 +482,8 @@ class Crosscoder(_L1SAE, SAE):
 
     def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
         """Return the dense code. [...,L,D] -> [...,F]"""
-        return BatchInfo(infer_k=infer_k, theta=theta).cut(F.relu(self.pre_acts(x)))
+        latents = F.relu(self.pre_acts(x))
+        return apply_inference_cut(latents, infer_k, theta)
 
     def decode(self, latents: Tensor) -> Tensor:
         weight = torch.cat([decoder.weight for decoder in self.decoder])
@@ -494,15 +499,18 @@ class Crosscoder(_L1SAE, SAE):
 
     def decoder_norms(self) -> Tensor:
         """Return the norm of each latent's column at each site. [L,F]"""
-        return torch.stack([decoder.weight.norm(dim=0) for decoder in self.decoder])
+        norms = [decoder.weight.norm(dim=0) for decoder in self.decoder]
+        return torch.stack(norms)
 
     site_profile = decoder_norms
 
     def edit_site(self, out, latents):
-        return self.routed[int(self.decoder_norms()[:, latents].sum(1).argmax())]
+        norm_at_site = self.decoder_norms()[:, latents].sum(1)
+        return self.routed[int(norm_at_site.argmax())]
 
     def penalty(self, out, batch=WHOLE_BATCH):
-        return {"L1": self._l1(out.latents, self.decoder_norms().mean(0), batch)}
+        norms = self.decoder_norms().mean(0)
+        return {"L1": self._l1(out.latents, norms, batch)}
 
     def strength(self, out):
         return out.latents * self.decoder_norms().mean(0)
@@ -514,7 +522,8 @@ class Crosscoder(_L1SAE, SAE):
         if edit is not None:
             norms = self.decoder_norms().mean(0).clamp_min(1e-12)
             strength = clean.latents * norms
-            new = self.decode(edited_code(clean.latents, strength, edit, lambda w: w / norms))
+            wanted = edited_code(clean.latents, strength, edit, lambda w: w / norms)
+            new = self.decode(wanted)
 
         def patch_at(index):
             def patch(h):
@@ -625,10 +634,13 @@ class RouteSAE(SAE):
         if routing == "soft":
             return router_weights, (router_weights[..., None] * x).sum(-2)
         p, site = router_weights.max(-1, keepdim=True)
-        # one site's state, not a sum over L products of which L-1 are 0
+        # One site's state, not a sum over L products of which L-1 are 0. With cheaper statistics
+        # this halved RouteSAE's step on a CPU, 184 to 96 ms (docs/LOG.md).
         state = x.take_along_dim(site[..., None], -2).squeeze(-2)
         layer_weights = torch.zeros_like(router_weights).scatter(-1, site, 1.0)
-        return layer_weights, p * state if self.route_scale == "p" else state
+        if self.route_scale == "p":
+            state = p * state
+        return layer_weights, state
 
     def forward(
         self,
@@ -675,7 +687,8 @@ class RouteSAE(SAE):
         else:
             scale = p if self.route_scale == "p" else None
             site = self.site_errors(x.flatten(0, -3), scale, batch).argmin(-1)
-        return (p[:, None] * F.one_hot(site, self.n_routed_layers)).view_as(weights)
+        p_at_site = p[:, None] * F.one_hot(site, self.n_routed_layers)
+        return p_at_site.view_as(weights)
 
     def autoencode(self, x, batch=WHOLE_BATCH):
         weights = self._route_weights(x, batch)
@@ -684,7 +697,8 @@ class RouteSAE(SAE):
         through = self.router.objective == "ste"
         if self.routing != "soft" and (through or self.route_scale != "p"):
             if through:
-                routed = (router.straight_through(weights)[..., None] * x).sum(-2)
+                site_weights = router.straight_through(weights)
+                routed = (site_weights[..., None] * x).sum(-2)
             if self.route_scale == "ste":
                 routed = routed * (scale / scale.detach())[..., None]
             scale = torch.ones_like(scale)
@@ -695,7 +709,9 @@ class RouteSAE(SAE):
         return self.sae.decode(latents)
 
     def strength(self, out):
-        return out.code if self.routing == "soft" else sparse.divided(out.code, out.scale)
+        if self.routing == "soft":
+            return out.code
+        return sparse.divided(out.code, out.scale)
 
     @torch.no_grad()
     def site_errors(
@@ -705,10 +721,13 @@ class RouteSAE(SAE):
 
         The states are multiplied by scale [N].
         """
-        x = x if scale is None else x * scale[:, None, None]
-        cut = batch.cut_only()
-        outputs = [self.sae.autoencode(x[:, i], cut) for i in range(x.shape[1])]
-        return torch.stack([squared_errors(out.target, out.x_hat) for out in outputs], dim=1)
+        if scale is not None:
+            x = x * scale[:, None, None]
+        errors = []
+        for state in x.unbind(1):
+            out = self.sae.autoencode(state, batch.cut_only())
+            errors.append(squared_errors(out.target, out.x_hat))
+        return torch.stack(errors, dim=1)
 
     def routing_errors(self, out, batch=WHOLE_BATCH):
         return self.site_errors(out.inputs, None, batch)
@@ -732,19 +751,20 @@ class RouteSAE(SAE):
         terms = self.sae.penalty(out, batch)
         if self.router.needs_errors and out.weights.requires_grad:
             errors, weights = self._sampled_errors(out, batch)
-            tokens = out.weights.shape[:-1].numel()
-            if batch.batch_tokens is not None:
-                tokens = batch.batch_tokens
+            tokens = batch.batch_tokens
+            if tokens is None:
+                tokens = out.weights.shape[:-1].numel()
             first = int(self.tokens_seen) % self.n_routed_layers
             count = len(range(first, tokens, self.n_routed_layers))  # in the whole batch
             if count:
-                terms["Router"] = self.router.error_loss(
-                    weights, errors, count, batch.mean_over_processes
-                )
+                average = batch.mean_over_processes
+                terms["Router"] = self.router.error_loss(weights, errors, count, average)
         balance = self.router.balance_loss(
             out.weights, batch.share_of_mean, batch.mean_over_processes
         )
-        return terms if balance is None else terms | {"Balance": balance}
+        if balance is not None:
+            terms["Balance"] = balance
+        return terms
 
     def adam_parameters(self):
         return [self.router.weight]  # sign steps of 1e-2 saturate p at 1 within ten steps
@@ -765,11 +785,12 @@ class RouteSAE(SAE):
     def diagnostics(self, out, batch=WHOLE_BATCH):
         """Return router.summary (errors of one token in L) and the router's gradient norm."""
         weights = out.weights.flatten(0, -2)
-        result = router.summary(
-            weights, *self._sampled_errors(out, batch), batch.mean_over_processes
-        )
+        errors, sampled = self._sampled_errors(out, batch)
+        result = router.summary(weights, errors, sampled, batch.mean_over_processes)
         grad = self.router.weight.grad
-        return result if grad is None else result | {"router_grad": grad.norm()}
+        if grad is not None:
+            result["router_grad"] = grad.norm()
+        return result
 
     def decoders(self):
         return self.sae.decoders()
@@ -830,7 +851,13 @@ class RouteSAE(SAE):
         return (out.x_hat + change) / factor * std + mean
 
     def _substitute_mixture(
-        self, h: Tensor, clean: SAEOutput, routed: Tensor, *, edit, keep_error: bool
+        self,
+        h: Tensor,
+        clean: SAEOutput,
+        routed: Tensor,
+        *,
+        edit,
+        keep_error: bool,
     ) -> Tensor:
         """Move the error of the mixture to each token's strongest site.
 
@@ -886,18 +913,22 @@ CLASSES = {
 }  # fmt: skip
 
 
-def build(name: str, hidden_size: int, n_layers: int | None, options: Mapping[str, Any]) -> SAE:
+def build(
+    name: str,
+    hidden_size: int,
+    n_layers: int | None,
+    options: Mapping[str, Any],
+) -> SAE:
     """Build a model of the zoo. Options it does not take are left out; None means its default.
 
     Raises ValueError for an unknown name, a missing or an impossible value.
     """
     name = canonical(name)
     entry = ZOO[name]
-    config = {
-        key: value
-        for key, value in options.items()
-        if key in entry.constructor and value is not None
-    }
+    config = {}
+    for key, value in options.items():
+        if key in entry.constructor and value is not None:
+            config[key] = value
     config |= {"hidden_size": hidden_size, "n_layers": n_layers}
     if "layer" in entry.options and n_layers:
         config.setdefault("layer", max(1, 3 * n_layers // 4))
@@ -907,7 +938,13 @@ def build(name: str, hidden_size: int, n_layers: int | None, options: Mapping[st
 
 
 def get_model(
-    name: str, hidden_size: int, n_layers: int, latent_size: int, k: int = 64, **options: Any
+    name: str,
+    hidden_size: int,
+    n_layers: int,
+    latent_size: int,
+    k: int = 64,
+    **options: Any,
 ) -> SAE:
     """Build a model by its documented name."""
-    return build(name, hidden_size, n_layers, {"latent_size": latent_size, "k": k, **options})
+    sizes = {"latent_size": latent_size, "k": k}
+    return build(name, hidden_size, n_layers, sizes | options)

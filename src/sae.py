@@ -7,6 +7,7 @@ site index counts a model's own sites from 0.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from src.ops import (
     squared_errors,
     stack_standardised,
 )
-from src.sparse import SparseCode, cat_codes, dense, firings
+from src.sparse import SparseCode, cat_tokens, dense, firings
 
 Patch = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> its replacement
 # the strength of a dense code (SAE.strength) [...,F] -> the strength that is wanted
@@ -89,8 +90,11 @@ class BatchInfo:
         It is nan where there are no tokens.
         """
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        sums = self.all_sum(torch.cat([x.sum(0).flatten(), x.new_full((1,), len(x))]))
-        return (sums[:-1] / sums[-1]).view(x.shape[1:])
+        count = x.new_full((1,), len(x))
+        # One reduction for the sum and the count: each waits for the slowest process.
+        sums = self.all_sum(torch.cat([x.sum(0).flatten(), count]))
+        mean = sums[:-1] / sums[-1]
+        return mean.view(x.shape[1:])
 
 
 WHOLE_BATCH = BatchInfo()
@@ -130,26 +134,22 @@ class SAEOutput:
     @staticmethod
     def cat(outputs: list[SAEOutput]) -> SAEOutput:
         """Return the outputs of consecutive tokens as one."""
-        columns = {
-            field.name: [getattr(out, field.name) for out in outputs]
-            for field in dataclasses.fields(SAEOutput)
-        }
-        code = cat_codes(columns.pop("code"))
-        return SAEOutput(code=code, **{name: _cat(parts) for name, parts in columns.items()})
+        joined = {}
+        for field in dataclasses.fields(SAEOutput):
+            parts = [getattr(out, field.name) for out in outputs]
+            joined[field.name] = None if parts[0] is None else cat_tokens(parts)
+        return SAEOutput(**joined)
 
     def detach_code(self) -> SAEOutput:
         """Return what is read after the backward pass: the code and the routing, without graph.
 
         target, x_hat and pre_acts are None.
         """
-        kept = {name: getattr(self, name) for name in ("code", "weights", "scale", "inputs")}
-        for name, value in kept.items():
+        kept = {}
+        for name in ("code", "weights", "scale", "inputs"):
+            value = getattr(self, name)
             kept[name] = value.detach() if isinstance(value, Tensor) else value
         return SAEOutput(target=None, x_hat=None, **kept)
-
-
-def _cat(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
 
 
 class StandardForm(NamedTuple):
@@ -213,7 +213,10 @@ def routed_sites(
 
 
 def edited_code(
-    code: Tensor, strength: Tensor, edit: Edit, to_code: Callable[[Tensor], Tensor]
+    code: Tensor,
+    strength: Tensor,
+    edit: Edit,
+    to_code: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Apply an edit to a code of this strength; entries that it leaves stay bit-identical."""
     wanted = edit(strength)
@@ -268,7 +271,8 @@ class SAE(nn.Module):
         """
         if self.input_norm == "none":
             h = h.float()
-            return h, torch.zeros_like(h[..., :1]), torch.ones_like(h[..., :1])
+            first = h[..., :1]
+            return h, torch.zeros_like(first), torch.ones_like(first)
         if self.input_norm == "mean":
             h = h.float()
             mean = h.mean(-1, keepdim=True)
@@ -326,10 +330,12 @@ class SAE(nn.Module):
 
         Nothing here copies a number from the host, because CUDA would wait for it.
         """
-        counts = batch.all_sum(torch.cat([out.fired, out.fired.new_full((1,), out.n_codes)]))
+        n_codes = out.fired.new_full((1,), out.n_codes)
+        counts = batch.all_sum(torch.cat([out.fired, n_codes]))
+        fired = counts[:-1] > 0
         self.tokens_seen += counts[-1]
         self.tokens_since_fired += counts[-1]
-        self.tokens_since_fired.masked_fill_(counts[:-1] > 0, 0)
+        self.tokens_since_fired.masked_fill_(fired, 0)
 
     def dead_fraction(self) -> float:
         """Return the share of latents that did not fire in the last tenth of all tokens seen."""
@@ -360,16 +366,12 @@ class SAE(nn.Module):
         `clean` is what autoencode gave for `hidden`, if the caller has it; nothing is then
         computed twice.
         """
+        options = {"batch": batch, "edit": edit, "keep_error": keep_error}
         for index, site in enumerate(self.sites()):
             known = None
             if clean is not None and edit is None:
                 known = clean.x_hat if clean.x_hat.dim() == 2 else clean.x_hat[:, index]
-            yield {site: self._patch(batch, edit, keep_error, known)}
-
-    def _patch(
-        self, batch: BatchInfo, edit: Edit | None, keep_error: bool, known: Tensor | None
-    ) -> Patch:
-        return lambda h: self.substitute(h, batch, edit=edit, keep_error=keep_error, known=known)
+            yield {site: functools.partial(self.substitute, known=known, **options)}
 
     def substitute(
         self,
@@ -399,12 +401,12 @@ class SAE(nn.Module):
 
         A model with a code for every (token, site) lists them token by token.
         """
-        shape = out.code.shape
+        n_tokens, *sites, _ = out.code.shape
         device = out.target.device if out.target is not None else self.tokens_seen.device
-        if len(shape) == 3:
-            return torch.arange(shape[1], device=device).repeat(shape[0])
+        if sites:
+            return torch.arange(*sites, device=device).repeat(n_tokens)
         only = 0 if len(self.sites()) == 1 else -1
-        return torch.full((shape[0],), only, device=device)
+        return torch.full((n_tokens,), only, device=device)
 
     def site_weights(self, out: SAEOutput) -> Tensor | None:
         """Return the router's weight of each site [N,L]; None for a model without a router."""
@@ -488,7 +490,10 @@ class Dictionary(SAE):
         return batch.cut(self.activate(pre_acts, batch))
 
     def get_latents(
-        self, pre_acts: Tensor, infer_k: int | None = None, theta: float | None = None
+        self,
+        pre_acts: Tensor,
+        infer_k: int | None = None,
+        theta: float | None = None,
     ) -> Tensor:
         """Return the dense code of pre-activations, as the reference does. [...,F] -> [...,F]"""
         return self.cut_latents(pre_acts, BatchInfo(infer_k=infer_k, theta=theta))
@@ -501,7 +506,10 @@ class Dictionary(SAE):
         return linear(latents, self.decoder.weight, self.pre_bias)
 
     def forward(
-        self, x: Tensor, infer_k: int | None = None, theta: float | None = None
+        self,
+        x: Tensor,
+        infer_k: int | None = None,
+        theta: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (latents, x_hat), as the reference does."""
         out = self.autoencode(x, BatchInfo(infer_k=infer_k, theta=theta))
@@ -517,8 +525,7 @@ class Dictionary(SAE):
         tensors = {}
         for standard_name, name in STANDARD_NAMES.items():
             if name in state:
-                tensor = state[name]
-                tensors[standard_name] = tensor.T if tensor.dim() == 2 else tensor
+                tensors[standard_name] = state[name].t()  # a vector stays as it is
         form = StandardForm(self.architecture, tensors, self.encode, self.k)
         return {site: form for site in self.sites()}
 
@@ -528,5 +535,7 @@ class Dictionary(SAE):
     @torch.no_grad()
     def warm_start(self, x):
         x = x.flatten(0, -2)[:WARM_START_TOKENS]
-        if self.b_pre_init != "zero":
-            self.pre_bias.copy_(x.mean(0) if self.b_pre_init == "mean" else geometric_median(x))
+        if self.b_pre_init == "mean":
+            self.pre_bias.copy_(x.mean(0))
+        elif self.b_pre_init != "zero":
+            self.pre_bias.copy_(geometric_median(x))

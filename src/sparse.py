@@ -51,9 +51,11 @@ class SparseCode(NamedTuple):
         return SparseCode(values, torch.cat(index), shape)
 
 
-def cat_codes(codes: list[Tensor] | list[SparseCode]) -> Tensor | SparseCode:
-    """Return the codes of consecutive tokens as one, in the form they have."""
-    return SparseCode.cat(codes) if isinstance(codes[0], SparseCode) else torch.cat(codes)
+def cat_tokens(parts: list[Tensor] | list[SparseCode]) -> Tensor | SparseCode:
+    """Return the tensors, or sparse codes, of consecutive tokens as one."""
+    if isinstance(parts[0], SparseCode):
+        return SparseCode.cat(parts)
+    return torch.cat(parts)
 
 
 def dense(code: Tensor | SparseCode) -> Tensor:

@@ -56,14 +56,17 @@ def L1_loss(latents: Tensor) -> Tensor:
 def log_layers(layer_weights: Tensor) -> dict[str, float]:
     """Return the share of tokens at each site of routing weights [...,L]."""
     chosen = layer_weights.argmax(-1).flatten()
-    share = torch.bincount(chosen, minlength=layer_weights.shape[-1]).float()
-    share = share / share.sum()
-    return {f"share_{i}": float(s) for i, s in enumerate(share)}
+    counts = torch.bincount(chosen, minlength=layer_weights.shape[-1]).float()
+    shares = counts / counts.sum()
+    return {f"share_{i}": float(share) for i, share in enumerate(shares)}
 
 
 @torch.no_grad()
 def get_outputs(
-    cfg: Namespace, batch: tuple[Tensor, Tensor], language_model: nn.Module, device: str
+    cfg: Namespace,
+    batch: tuple[Tensor, Tensor],
+    language_model: nn.Module,
+    device: str,
 ) -> tuple[Tensor, Tensor, Any, Tensor]:
     """Run the language model and return (input_ids, attention_mask, outputs, hidden_states).
 
@@ -80,12 +83,15 @@ def get_outputs(
 
         return read
 
-    with lm.hooked(language_model, {site: reader(site) for site in sites}):
+    hooks = {site: reader(site) for site in sites}
+    with lm.hooked(language_model, hooks):
         outputs = language_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         )
     hidden = torch.stack([states[site] for site in sites], dim=2)
-    return input_ids, attention_mask, outputs, hidden[:, :, 0] if len(sites) == 1 else hidden
+    if len(sites) == 1:
+        hidden = hidden[:, :, 0]
+    return input_ids, attention_mask, outputs, hidden
 
 
 def triples_edit(
@@ -94,14 +100,20 @@ def triples_edit(
     """Return the edit of documented triples: set_high adds or multiplies, set_low undoes that."""
     operations = []
     for latent, value, mode in set_high or []:
-        operations.append(("add" if mode == 0 else "multiply", latent, value))
+        kind = "add" if mode == 0 else "multiply"
+        operations.append((kind, latent, value))
     for latent, value, mode in set_low or []:
-        operations.append(("add", latent, -value) if mode == 0 else ("multiply", latent, 1 / value))
+        if mode == 0:
+            operations.append(("add", latent, -value))
+        else:
+            operations.append(("multiply", latent, 1 / value))
     return edit_latents(operations) if operations else None
 
 
 def _cut(cfg: Namespace) -> BatchInfo:
-    return BatchInfo(infer_k=getattr(cfg, "infer_k", None), theta=getattr(cfg, "theta", None))
+    infer_k = getattr(cfg, "infer_k", None)
+    theta = getattr(cfg, "theta", None)
+    return BatchInfo(infer_k=infer_k, theta=theta)
 
 
 def hook_SAE(
@@ -126,7 +138,8 @@ def hook_SAE(
         hidden = lm.hidden_of(output)
         if is_zero:
             return lm.with_hidden(output, torch.zeros_like(hidden))
-        new = model.substitute(hidden.flatten(0, 1).float(), _cut(cfg), edit=edit)
+        rows = hidden.flatten(0, 1).float()
+        new = model.substitute(rows, _cut(cfg), edit=edit)
         return lm.with_hidden(output, new.view_as(hidden))
 
     return [hooked_module.register_forward_hook(hook)]
@@ -164,12 +177,16 @@ class RouteHook:
             changed[routed] = 0
         else:
             scale = self.weights[routed].float()
-            edit = self.edit and (
-                lambda strength: self.edit(strength * scale[:, None]) / scale[:, None]
-            )
-            new = self.model.substitute(hidden[routed], self.cut, scale=scale, edit=edit)
+            options = {"scale": scale, "edit": self._edit_at(scale[:, None])}
+            new = self.model.substitute(hidden[routed], self.cut, **options)
             changed[routed] = new.to(hidden.dtype)
         return lm.with_hidden(output, changed)
+
+    def _edit_at(self, scale: Tensor) -> Edit | None:
+        """Return the edit of strengths [n,F] that edits their code, which is scale [n,1] larger."""
+        if self.edit is None:
+            return None
+        return lambda strength: self.edit(strength * scale) / scale
 
 
 def hook_RouteSAE(
