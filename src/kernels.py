@@ -377,7 +377,8 @@ def _bag_dots(
     first = tl.load(bounds + bag)
     end = tl.load(bounds + bag + 1)
     column = tl.arange(0, BLOCK)
-    bag_grad = tl.load(grad + bag * width + column, mask=column < width, other=0.0)
+    address = grad + bag * width + column
+    bag_grad = tl.load(address, mask=column < width, other=0.0)
     bag_grad = bag_grad.to(tl.float32)
     for start in range(first, end, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
@@ -435,7 +436,17 @@ def bag_dots(grad: Tensor, latent: Tensor, bounds: Tensor, table: Tensor) -> Ten
 
 
 @triton.jit
-def _sign_step(y, z, grad, stop, share, y_step, lr, count, BLOCK: tl.constexpr):
+def _sign_step(
+    y,
+    z,
+    grad,
+    stop,
+    share,
+    y_step,
+    lr,
+    count,
+    BLOCK: tl.constexpr,
+):
     if tl.load(stop) == 0:
         start = tl.program_id(0).to(tl.int64) * BLOCK
         index = start + tl.arange(0, BLOCK)
@@ -443,7 +454,9 @@ def _sign_step(y, z, grad, stop, share, y_step, lr, count, BLOCK: tl.constexpr):
         g = tl.load(grad + index, mask=inside)
         old_y = tl.load(y + index, mask=inside)
         old_z = tl.load(z + index, mask=inside)
-        sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
+        is_positive = (g > 0).to(tl.float32)
+        is_negative = (g < 0).to(tl.float32)
+        sign = is_positive - is_negative
         new_y = old_y + share * (old_z - old_y) - y_step * sign
         new_z = old_z - lr * sign
         tl.store(y + index, new_y, mask=inside)

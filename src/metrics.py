@@ -282,8 +282,10 @@ class Routing(Measure):
             local = getattr(self, name)
             added = getattr(other, name).to(local.device)
             missing = len(added) - len(local)
-            setattr(self, name, F.pad(local, (0, max(0, missing))))
-            setattr(other, name, F.pad(added, (0, max(0, -missing))))
+            local = F.pad(local, (0, max(0, missing)))
+            added = F.pad(added, (0, max(0, -missing)))
+            setattr(self, name, local)
+            setattr(other, name, added)
         super().merge(other)
 
     def compute(self) -> dict[str, Any]:

@@ -131,7 +131,8 @@ class TopK(Dictionary):
         # CPU in place of 47.6 (docs/LOG.md).
         _, x_hat = sparse.sparse_autoencode(x, self._weights().subset(dead), selection)
         by_dead = x_hat - self.pre_bias
-        error = (residual - by_dead).square().sum(-1).view(out.target.shape[:-1])
+        error = (residual - by_dead).square().sum(-1)
+        error = error.view(out.target.shape[:-1])
         centred = residual - batch.mean_over_processes(residual)
         variance = batch.mean_over_processes(centred.square().sum(-1)).clamp_min(1e-12)
         return {"AuxK": self.auxk_coeff * batch.share_of_mean(error) / variance}
@@ -345,8 +346,9 @@ class Gated(_L1SAE, Dictionary):
         return linear(x, self.encoder.weight, shift=self.pre_bias)
 
     def activate(self, pre_acts, batch=WHOLE_BATCH):
-        magnitude = F.relu(torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts))
-        return torch.where(pre_acts > -self.gate_bias, magnitude, 0)
+        # One pass over the code for the product and the sum.
+        scaled = torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts)
+        return torch.where(pre_acts > -self.gate_bias, F.relu(scaled), 0)
 
     def penalty(self, out, batch=WHOLE_BATCH):
         norms = self.decoder.weight.norm(dim=0)
@@ -677,7 +679,8 @@ class RouteSAE(SAE):
         keys = batch.keys_of(x.flatten(0, -3))
         if self.routing == "random":
             site = self.router.sample(keys, self.seed)
-            return router.one_hot(site.view(x.shape[:-2]), x[..., 0])
+            site = site.view(x.shape[:-2])
+            return router.one_hot(site, x[..., 0])
         weights = self.router(x)
         if self.routing in ("hard", "soft"):
             return weights
@@ -686,7 +689,8 @@ class RouteSAE(SAE):
             site = router.shuffled(site, keys, self.seed)
         else:
             scale = p if self.route_scale == "p" else None
-            site = self.site_errors(x.flatten(0, -3), scale, batch).argmin(-1)
+            errors = self.site_errors(x.flatten(0, -3), scale, batch)
+            site = errors.argmin(-1)
         p_at_site = p[:, None] * F.one_hot(site, self.n_routed_layers)
         return p_at_site.view_as(weights)
 

@@ -99,18 +99,29 @@ class ReferenceSAE:
         self.tokens_since_fired = torch.zeros(())  # [F] after the first step
         self.dead_threshold = float("inf")
 
+    @property
+    def W_enc(self) -> Tensor:
+        return self.w["encoder.weight"]
+
+    @property
+    def W_dec(self) -> Tensor:
+        return self.w["decoder.weight"]
+
+    @property
+    def b_pre(self) -> Tensor:
+        return self.w["pre_bias"]
+
     def pre_acts(self, x: Tensor) -> Tensor:
         """W_enc (x - b_pre) + b_latent. [...,D] -> [...,F]"""
-        centred = x - self.w["pre_bias"]
-        return centred @ self.w["encoder.weight"].T + self.w["latent_bias"]
+        return (x - self.b_pre) @ self.W_enc.T + self.w["latent_bias"]
 
     def decode(self, z: Tensor) -> Tensor:
         """x_hat = W_dec z + b_pre. [...,F] -> [...,D]"""
-        return z @ self.w["decoder.weight"].T + self.w["pre_bias"]
+        return z @ self.W_dec.T + self.b_pre
 
     def decoder_norms(self) -> Tensor:
         """The norm of each latent's decoder column. [F]"""
-        return self.w["decoder.weight"].norm(dim=0)
+        return self.W_dec.norm(dim=0)
 
     def autoencode(self, x: Tensor, token_keys: Tensor) -> tuple[Tensor, Tensor, dict]:
         """Return (z, x_hat, the terms that training adds to the error, by name)."""
@@ -171,14 +182,15 @@ class TopK(ReferenceSAE):
         if not self.options["auxk_coeff"] or not dead.any():
             return {}
         residual = (x - x_hat).detach().flatten(0, -2)
-        k = min(int(dead.sum()), x.shape[-1] // 2, MAX_AUXK)
+        n_dead = int(dead.sum())
+        k = min(n_dead, x.shape[-1] // 2, MAX_AUXK)
         pre_acts = self.pre_acts(x.flatten(0, -2))
         only_dead = pre_acts.masked_fill(~dead, -torch.inf)
         z_dead = F.relu(keep_topk(only_dead, k))
-        by_dead = z_dead @ self.w["decoder.weight"].T
-        error = ((residual - by_dead) ** 2).sum()
+        error = ((residual - z_dead @ self.W_dec.T) ** 2).sum()
         variance = ((residual - residual.mean(0)) ** 2).sum()
-        return {"AuxK": self.options["auxk_coeff"] * error / variance}
+        auxk = self.options["auxk_coeff"] * error / variance
+        return {"AuxK": auxk}
 
 
 class BatchTopK(TopK):
@@ -255,7 +267,7 @@ class Gated(ReferenceSAE):
 
     def autoencode(self, x, token_keys):
         w = self.w
-        pi = (x - w["pre_bias"]) @ w["encoder.weight"].T
+        pi = (x - self.b_pre) @ self.W_enc.T
         pi_gate = pi + w["gate_bias"]
         magnitude = F.relu(w["r_mag"].exp() * pi + w["mag_bias"])
         z = (pi_gate > 0) * magnitude
@@ -264,7 +276,7 @@ class Gated(ReferenceSAE):
         if not self.options["gated_aux"]:
             return z, x_hat, {"L1": self.l1(z, norms)}
         gate = F.relu(pi_gate)
-        by_gate = gate @ w["decoder.weight"].detach().T + w["pre_bias"].detach()
+        by_gate = gate @ self.W_dec.detach().T + self.b_pre.detach()
         penalties = {
             "L1": self.l1(gate, norms.detach()),
             "GateAux": normalised_error(x, by_gate).mean(),
@@ -307,7 +319,8 @@ class Crosscoder(ReferenceSAE):
         pre_acts = sum(x[:, i] @ encoders[i].T for i in sites)
         z = F.relu(pre_acts + self.w["latent_bias"])
         by_site = [z @ decoder.T for decoder in decoders]
-        x_hat = torch.stack(by_site, dim=-2) + self.w.get("decoder_bias", 0.0)
+        x_hat = torch.stack(by_site, dim=-2)
+        x_hat = x_hat + self.w.get("decoder_bias", 0.0)
         norms = torch.stack([decoder.norm(dim=0) for decoder in decoders])
         return z, x_hat, {"L1": self.l1(z, norms.mean(0))}
 

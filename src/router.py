@@ -272,7 +272,13 @@ class Router(nn.Module):
         drawn = random_integers(keys, seed, FINE)
         return torch.searchsorted(ends[:-1], drawn, right=True)
 
-    def error_loss(self, weights: Tensor, errors: Tensor, count: int, average: Average) -> Tensor:
+    def error_loss(
+        self,
+        weights: Tensor,
+        errors: Tensor,
+        count: int,
+        average: Average,
+    ) -> Tensor:
         """Return the objective over sampled tokens; `count` is their number in the whole batch.
 
         weights, errors [n,L]. Also updates the running mean of each site's error.
@@ -305,7 +311,8 @@ class Router(nn.Module):
     def fit_shares(self, x: Tensor) -> None:
         """Shift the logits so that the choices among these tokens have the shares. x [N,L,D]"""
         logits = self(x).clamp_min(1e-30).log()
-        self.load_bias.copy_(logit_shifts(logits, self.shares.to(x.device)))
+        shares = self.shares.to(x.device)
+        self.load_bias.copy_(logit_shifts(logits, shares))
 
     @torch.no_grad()
     def update_bias(self, weights: Tensor, average: Average) -> None:
