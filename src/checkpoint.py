@@ -198,9 +198,18 @@ def save(sae: SAE, recipe: Mapping[str, Any], folder: str | Path, title: str) ->
             files.save_json(recipe_there, earlier)
     weights = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
     about = {"format_version": FORMAT_VERSION, "title": title} | dict(recipe)
-    files.save_json(about | {"weights_sum": _sum_of(weights)}, path.with_suffix(".json"))
+    recipe_path = path.with_suffix(".json")
+    files.save_json(about | {"weights_sum": _sum_of(weights)}, recipe_path)
     write = functools.partial(torch.save, weights)
-    files.write_atomic(path, functools.partial(files.save_through, write))
+    try:
+        files.write_atomic(path, functools.partial(files.save_through, write))
+    except OSError:
+        # A recipe must not stay without its weights, or beside earlier ones.
+        if earlier.exists():
+            earlier.replace(recipe_path)
+        else:
+            recipe_path.unlink()
+        raise
     earlier.unlink(missing_ok=True)
     return path
 

@@ -7,6 +7,7 @@ Precedence of values: typed > --config file > recipe saved with a checkpoint > r
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -17,9 +18,23 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from src import config_file, metric_table, zoo
-from src.files import DEMO_LM, parse_json, printable, printable_output, redacted
+from src.files import (
+    CLAMP_DIR,
+    CONTEXT_DIR,
+    DEMO_LM,
+    EVAL_DIR,
+    EXPORT_DIR,
+    INTERPRET_DIR,
+    SAE_DIR,
+    parse_json,
+    printable,
+    printable_output,
+    probe,
+    redacted,
+)
 
 LARGEST_INTEGER = 2**63 - 1
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, in three ways
 LARGEST_FLOAT = 3.4e38  # of float32
 LOWEST_TEMPERATURE = 1e-4  # a smaller one takes logits beyond float32
 
@@ -703,6 +718,14 @@ SIZES: dict[str, tuple[Any, Any]] = {
     "latent_size": (16384, 2048),
     "k": ([64], [16]),
 }
+RESULT_DIRS = {
+    "train": SAE_DIR,
+    "evaluate": EVAL_DIR,
+    "apply": CONTEXT_DIR,
+    "interpret": INTERPRET_DIR,
+    "steer": CLAMP_DIR,
+    "export": EXPORT_DIR,
+}
 STAGE_SPLIT = {"train": "train", "evaluate": "eval", "apply": "apply"}
 # Options that do not change the trained weights.
 NEUTRAL = frozenset(
@@ -1092,6 +1115,8 @@ def _run(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] |
     cfg = parse(stage, argv)
     try:
         job = _join_job(cfg)
+        if os.environ.get("RANK", "0") == "0":  # the process that writes
+            probe(Path(cfg.output_dir) / RESULT_DIRS[stage], keep=False)
         function(cfg)
         if job is not None:
             job.stop()
@@ -1153,6 +1178,10 @@ def _report(cfg: Namespace, error: Exception, advice: str) -> None:
     if cfg.debug:
         print(printable(redacted(traceback.format_exc(), key)), file=sys.stderr)
     text = f"{error}{advice}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"cannot use {error.filename} ({error.strerror}){advice}"
+        if error.errno in DISK_ERRORS:
+            text += "; earlier results are intact: free some space and run the same command again"
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     message = redacted(" ".join(lines) or type(error).__name__, key)
     if _ended_first():

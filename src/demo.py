@@ -206,7 +206,8 @@ def use_demo_defaults(cfg: Any) -> None:
 
 def make_text(cfg: Any, whole: bool = False) -> None:
     """Make as much of the demo's text as a stage reads, or all of it, if that is its text."""
-    if Path(cfg.data_path).resolve() == text_folder().resolve():
+    # realpath passes over links in a circle, of which the reader of the text tells more.
+    if os.path.realpath(cfg.data_path) == os.path.realpath(text_folder()):
         limits = [cfg.max_tokens, cfg.max_samples and cfg.max_samples * cfg.max_length]
         n_tokens = math.inf if whole else min(filter(None, limits), default=math.inf)
         distributed.main_first(lambda: build_corpus(cfg.split, BYTES_PER_TOKEN * n_tokens))

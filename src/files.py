@@ -218,9 +218,20 @@ class PrintableStream(Unfailing):
 
 @contextlib.contextmanager
 def printable_output() -> Iterator[None]:
-    """Let everything that is printed inside go through a PrintableStream. Also a decorator."""
-    with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
-        yield
+    """Let everything that is printed inside be printable, and end no work. Also a decorator.
+
+    What the streams still hold is written at the end, so that a failure then changes no exit code.
+    Standard error gets bars, which need control characters; errors are made printable by their
+    owner.
+    """
+    stdout = PrintableStream(sys.stdout or open(os.devnull, "w"))
+    stderr = Unfailing(sys.stderr or open(os.devnull, "w"))
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            yield
+        finally:
+            stdout.flush()
+            stderr.flush()
 
 
 def say(text: str) -> None:
@@ -589,14 +600,17 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 # ------------------------------------------------------------------------------- one writer
 
 
-def probe(folder: str | os.PathLike) -> None:
+def probe(folder: str | os.PathLike, keep: bool = True) -> None:
     """Make the folder, then write, rename and remove a file in it, before hours are spent.
 
-    Raises OSError that says what to check.
+    Without `keep`, folders that did not exist are removed again. Temporary files of killed writers
+    are removed. Raises OSError that says what to check.
     """
     folder = Path(folder)
     try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         test_file = folder / f".probe-{os.getpid()}"
         write_atomic(test_file, lambda file: file.write(b"x" * 4096)).unlink()
     except OSError as error:
@@ -604,6 +618,10 @@ def probe(folder: str | os.PathLike) -> None:
             f"cannot write to {folder} ({error.strerror or error}); "
             "check --output_dir, its permissions and free space"
         ) from error
+    if not keep:
+        with contextlib.suppress(OSError):  # another process may use it by now
+            for path in new:
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, distributed, files, hooks, identity, lm, model
+from src import checkpoint, config, demo, distributed, files, hooks, identity, lm, model, zoo
 from src.data import Rows
 from src.device import pick_device
 from src.estimate import Estimate
@@ -436,6 +436,8 @@ class Trainer:
 
     def _title(self, name: str, swept: dict[str, Any]) -> str:
         values = [f"{key}{config.short_number(value)}" for key, value in swept.items()]
+        if self.cfg.sites and "sites" in zoo.ZOO[name].options:
+            values.append(f"sites{'-'.join(map(str, self.cfg.sites))}")
         parts = [name, files.data_name(self.cfg.data_path), *values]
         if self.cfg.tag:
             parts.append(files.safe_name(self.cfg.tag))

@@ -314,6 +314,8 @@ def test_values_that_differ_late_and_long_names_keep_an_sae_each(text):
     names = {path.stem for path in (text.parent / "out" / "SAE_models").glob("*.pt")}
     numbers = {name.split("l1_coeff")[1] for name in names}
     assert numbers == {"0.01000001_t", "0.01000002_t", "0.5_t"}
+    train(text, "--model", "MLSAE", "--sites", "7", "11", "15")
+    assert (text.parent / "out" / "SAE_models" / "MLSAE_text_sites7-11-15_t.pt").exists()
     long = ["--tag", "x" * 119]
     train(text, *long)
     (path,) = (text.parent / "out" / "SAE_models").glob("TopK*.pt")
