@@ -74,10 +74,11 @@ def groups(results: list[Result]) -> list[list[Result]]:
     """
 
     def order(result: Result) -> tuple[Any, ...]:
+        n_tokens = result.get("tokens")
         return (
             result.get("split") != "eval",
             str(result.get("split")),
-            -(result.get("tokens") or 0),
+            -n_tokens if isinstance(n_tokens, int) else 0,
             *(str(result.get(name)) for name in ("data_fingerprint", "max_length", "model_path")),
         )
 
