@@ -681,8 +681,8 @@ ABOUT = {
     "apply": "Find the contexts in which each latent of a trained sparse autoencoder is active.",
     "interpret": "Label latents from their contexts, and test the labels.",
     "export": "Write trained sparse autoencoders in the formats of other libraries.",
-    "steer": "Continue texts with latents set, added to, multiplied or switched off. The results of "
-    "earlier runs stay in the file.",
+    "steer": "Continue texts with latents set, added to, multiplied or switched off. The "
+    "results of earlier runs stay in the file.",
 }
 PRECEDENCE = (
     "Typed options win over the --config file, the file over the recipe of a checkpoint, "
