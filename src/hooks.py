@@ -160,8 +160,8 @@ def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> bool:
         _check_start(model, batch, site, states[site])
     for site, following in zip(sites, [*sites[1:], None], strict=True):
         _check_resumed(model, batch, site, following, states, final)
-    last = {sites[-1]: _negated}
-    if torch.equal(patched_states(model, batch, last, states), final):
+    rewritten = patched_states(model, batch, {sites[-1]: _negated}, states)
+    if torch.equal(rewritten, final):
         raise _failed(f"rewriting site {sites[-1]} does not reach {OUTPUT}")
     return True
 

@@ -451,11 +451,10 @@ def _try_heads(model: nn.Module) -> bool | str:
     """
     ids = _probe_ids(model)
     states = final_states(model, ids)[0]
-    own = own_pass(model, ids)[1][0]
     reasons = []
     for is_head, function in ((True, _head_logits), (False, _own_logits)):
         try:
-            error = logits_error(own, function(model, states))
+            error = logits_error(own_pass(model, ids)[1][0], function(model, states))
         except PROBE_ERRORS as problem:
             reasons.append(first_line(problem))
             continue

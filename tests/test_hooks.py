@@ -27,7 +27,7 @@ def batch():
 
 
 def test_the_self_check_takes_less_than_a_tenth_of_what_each_site_alone_would(model, batch):
-    lm._returns_tuple(model)
+    lm.check_family(model)
     calls = []
     block_class = type(lm.blocks(model)[0])
     forward = block_class.forward
@@ -39,10 +39,46 @@ def test_the_self_check_takes_less_than_a_tenth_of_what_each_site_alone_would(mo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_class, "forward", counted)
         assert hooks.self_check(model, batch, SITES)
-    # One pass to read, one to compare with, and for each site one whole and two resumed passes.
-    at_each_site = 2 * DEPTH + sum(DEPTH + 2 * (DEPTH - site) for site in SITES)
-    assert at_each_site == 528
+    # Two passes, two for the logits, and for each site one whole and two resumed passes.
+    at_each_site = 4 * DEPTH + sum(DEPTH + 2 * (DEPTH - site) for site in SITES)
+    assert at_each_site == 560
     assert len(calls) == 47
+
+
+def test_logits_that_are_not_the_models_own_are_found(model, batch):
+    lm.check_family(model)
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: 1.5 * logits)
+    model._head_rule = True
+    assert hooks.self_check(model, batch, SITES)  # a head that we use too
+    own_forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = own_forward(*args, **kwargs)
+        output.logits = 0.5 * output.logits
+        return output
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match="differ from its own by 100.0% of the largest"):
+        hooks.self_check(model, batch, SITES)
+
+
+def test_a_model_that_calls_its_decoder_in_another_way_is_checked_without_it(model, batch):
+    """As where the whole model makes another attention mask, which moves the last bits."""
+    lm.check_family(model)
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    def moved(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if "attention_mask" in kwargs:  # given by the whole model alone
+            output.last_hidden_state = output.last_hidden_state * (1 + 1e-6)
+        return output
+
+    decoder.forward = moved
+    assert not torch.equal(
+        lm.own_pass(model, batch.input_ids)[0], lm.final_states(model, batch.input_ids)
+    )
+    assert hooks.self_check(model, batch, SITES)
 
 
 def broken_at(site, change):
@@ -98,7 +134,7 @@ def test_a_block_that_needs_more_of_an_earlier_one_than_its_state_is_found(
         output = second_forward(*args, **kwargs)
         return lm.with_hidden(output, lm.hidden_of(output) + (given.pop() if given else 0))
 
-    lm._returns_tuple(model)
+    lm.check_family(model)
     model.get_decoder().register_forward_pre_hook(lambda *_: given.clear())
     first.forward, second.forward = giving, taking
     with pytest.raises(ValueError, match="resuming from site"):
@@ -106,6 +142,7 @@ def test_a_block_that_needs_more_of_an_earlier_one_than_its_state_is_found(
 
 
 def test_blocks_that_do_not_lead_to_the_output_are_found(model, batch, monkeypatch):
+    lm.check_family(model)
     final_states = lm.final_states
     monkeypatch.setattr(lm, "final_states", lambda *args: torch.zeros_like(final_states(*args)))
     with pytest.raises(ValueError, match="rewriting site 16 does not reach"):
