@@ -271,7 +271,6 @@ WITHOUT_CACHE = {
     ),
     "RWKV": lambda: text_only("Rwkv", attention_hidden_size=WIDTH, context_length=64),
     "GPT": lambda: text_only("OpenAIGPT", n_embd=WIDTH, n_layer=DEPTH, n_head=4, n_positions=64),
-    "XLM": lambda: text_only("XLM", emb_dim=WIDTH, n_layers=DEPTH, n_heads=4, causal=True),
 }
 
 
