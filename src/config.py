@@ -173,8 +173,8 @@ OPTIONS: dict[str, Option] = {
         "text",
         str,
         None,
-        "Split of the text to read. Default: train for train.py, eval for evaluate.py, "
-        "apply for apply.py.",
+        "Split of the text to read. An evaluation of another one than eval has it in its name. "
+        "Default: train for train.py, eval for evaluate.py, apply for apply.py.",
         choices="train eval apply all",
     ),
     "text_key": Option("text", str, "text", "Key of the text in each record."),
@@ -652,8 +652,8 @@ OPTIONS: dict[str, Option] = {
         "steering",
         str,
         None,
-        "File of texts to continue: .txt with one per line, or .json and .jsonl with "
-        "conversations.",
+        "File of texts to continue: .txt with one per line, or .json and .jsonl with texts, "
+        '{"prompt"}, {"messages"}, {"conversations"} or {"chosen", "rejected"}.',
     ),
     "max_new_tokens": Option("steering", int, 40, "Tokens to write.", low=1),
     "temperature": Option(
@@ -691,11 +691,13 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 ABOUT = {
     "train": "Train sparse autoencoders on a language model's residual stream.",
-    "evaluate": "Measure trained sparse autoencoders.",
+    "evaluate": "Measure trained sparse autoencoders. No result replaces one of more tokens, or of "
+    "another text or language model: it gets a number in its name.",
     "apply": "Find the contexts in which each latent of a trained sparse autoencoder is active.",
     "interpret": "Label latents from their contexts, and test the labels.",
     "export": "Write trained sparse autoencoders in the formats of other libraries.",
-    "steer": "Continue texts with latents set, added to, multiplied or switched off.",
+    "steer": "Continue texts with latents set, added to, multiplied or switched off. The "
+    "results of earlier runs stay in the file.",
 }
 PRECEDENCE = (
     "Typed options win over the --config file, the file over the recipe of a checkpoint, "

@@ -5,8 +5,10 @@ B rows, S positions, D hidden, L sites, N counted tokens, P predictions of count
 
 from __future__ import annotations
 
+import itertools
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from src.sae import SAE, BatchInfo, Patch, SAEOutput
 
 ABLATION_TOKENS = 20_000  # the mean state of a site is taken over at least this many
 TABLE_COLUMN = 16  # characters
+HELD_OUT = config.STAGE_SPLIT["evaluate"]  # results of other splits have its name in their title
+# What two results must share for one to take the place of the other.
+SAME_TEXT = ("model_path", "split", "data_path", "infer_k", "theta")
+SAME_ROWS = (*SAME_TEXT, "data_fingerprint", "max_length", "rows", "tokens")
 
 Result = dict[str, Any]  # the JSON of one evaluation
 Subscriber = tuple[metrics.PatchedRuns, metrics.Run]  # who takes in a run, and as which
@@ -196,6 +202,9 @@ class Evaluator:
         self._check_titles()
         demo.use_demo_defaults(cfg)
         config.complete(cfg)
+        if cfg.split != HELD_OUT:
+            for subject in self.subjects:
+                subject.title += f"_{cfg.split}"
         if cfg.split == "train":
             print("warning: evaluating on the training split")
 
@@ -323,8 +332,9 @@ class Evaluator:
         self._check_counts(n_tokens)
         results = {}
         for subject in self.subjects:
-            results[subject.title] = self._result(subject, n_tokens, rows)
-            self._save(subject, results[subject.title])
+            result = self._save(self._result(subject, n_tokens, rows))
+            results[result["title"]] = result
+        print(f"{n_tokens:,} tokens of split {self.cfg.split} of {self.cfg.data_path}")
         _print_table(results)
         if len(results) == 1 and len(self.cfg.metric) == 1:
             (result,) = results.values()
@@ -356,6 +366,7 @@ class Evaluator:
         recipe = subject.recipe
         header = {
             "title": subject.title,
+            "sae": recipe["title"],
             "model": sae.name,
             "sites": sae.sites(),
             "tokens": n_tokens,
@@ -364,6 +375,7 @@ class Evaluator:
             "k": sae.k,
             "data_path": str(cfg.data_path),
             "data_fingerprint": rows.fingerprint,
+            "max_length": cfg.max_length,
             "model_path": str(cfg.model_path),
             "infer_k": cfg.infer_k,
             "theta": cfg.theta,
@@ -374,10 +386,48 @@ class Evaluator:
         measured = subject.results(len(rows))
         return header | measured | {"units": metric_table.units(measured)}
 
-    def _save(self, subject: EvaluatedSAE, result: Result) -> None:
+    def _save(self, result: Result) -> Result:
+        """Write a result to its file; return it with the title that it got there.
+
+        Metrics that were measured before on the same rows are kept in the file. A result of other
+        text, of another language model, of fewer tokens or of fewer metrics than the one that has
+        the name gets a name of its own.
+        """
         folder = Path(self.cfg.output_dir) / files.EVAL_DIR
-        path = folder / f"{files.safe_name(subject.title)}.json"
-        files.save_json(result | checkpoint.environment(), path)
+        title = result["title"]
+        for number in itertools.count(1):
+            name = title if number == 1 else f"{title}_{number}"
+            path = folder / f"{files.safe_name(name)}.json"
+            earlier = files.load_json(path) if path.exists() else {}
+            if _may_replace(result, earlier):
+                break
+        if name != title:
+            print(f"{title}.json holds another measurement, which stays; this one is in {path}")
+        result = result | {"title": name}
+        kept = earlier if _agree(result, earlier, SAME_ROWS) else {}
+        units = kept.get("units", {}) | result["units"]
+        files.save_json(kept | result | {"units": units} | checkpoint.environment(), path)
+        return result
+
+
+def _agree(result: Result, earlier: Result, keys: Sequence[str]) -> bool:
+    """Whether two results are of the same weights and agree in these fields."""
+    if not earlier or files.is_stale_result(earlier, result):
+        return False
+    return all(earlier.get(key) == result[key] for key in keys)
+
+
+def _may_replace(result: Result, earlier: Result) -> bool:
+    """Whether nothing is lost when a result takes the place of an earlier one."""
+    if earlier.get("sae", result["sae"]) != result["sae"]:
+        return False  # another SAE, whose own name ends like that of this result
+    if not earlier or files.is_stale_result(earlier, result):
+        return True
+    if _agree(result, earlier, SAME_ROWS):
+        return True  # its metrics are kept
+    if not _agree(result, earlier, SAME_TEXT) or result["tokens"] < earlier["tokens"]:
+        return False
+    return set(earlier["units"]) <= set(result["units"])
 
 
 def _print_table(results: dict[str, Result]) -> None:

@@ -17,6 +17,7 @@ from src.data import Batch
 from src.sae import SAE, BatchInfo, Edit, Patch
 
 CHECKED_TOKENS = 64  # of a row, whose logits are compared with the model's own
+OUTPUT = "the language model's output"
 
 
 def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module]:
@@ -126,14 +127,12 @@ def check_finite(states: Mapping[Any, Tensor], model: nn.Module) -> None:
             )
 
 
-def _check_logits(model: nn.Module, batch: Batch) -> None:
-    """Raise ValueError if logits made from the final states differ from the model's own."""
-    ids = batch.input_ids[:, :CHECKED_TOKENS]
-    logits = lm.logits_of(model, lm.final_states(model, ids)[0])
-    error = lm.logits_error(model, ids, logits)
+def _check_logits(model: nn.Module, states: Tensor, own: Tensor) -> None:
+    """Raise ValueError if logits made from final states [S,D] differ from the model's own [S,V]."""
+    error = lm.logits_error(own[:CHECKED_TOKENS], lm.logits_of(model, states[:CHECKED_TOKENS]))
     if error > lm.logits_tolerance(model):
-        raise ValueError(
-            f"self-check failed: logits made from the last states of {type(model).__name__} differ "
+        raise _failed(
+            f"logits made from the last states of {type(model).__name__} differ "
             f"from its own by {error:.1%} of the largest"
         )
 
@@ -144,27 +143,94 @@ def self_check(model: nn.Module, batch: Batch, sites: list[int]) -> bool:
     An identity patch must leave the final states bit-identical, and another patch must change
     them. Without this check a hook that does nothing would pass for a perfect SAE. Returns False
     if no token counts, so that nothing could be checked. Raises ValueError if a check fails.
+
+    A model of n blocks computes at most 4 n of them, whatever the number of sites.
     """
     if not batch.mask.any():
         return False
+    sites = sorted(sites)
     row = int(batch.mask.any(1).nonzero()[0])
-    batch = Batch(*(part[row : row + 1] for part in batch))
-    states = lm.read_sites(model, batch.input_ids, sites)
-    clean = lm.final_states(model, batch.input_ids)
-    last = f"{max(sites)} or after it"
-    for site, hidden in [*states.items(), (last, clean)]:
+    batch = batch.part(slice(row, row + 1))
+    states, final = lm.read_through(model, batch.input_ids, sites)
+    last = f"{sites[-1]} or after it"
+    for site, hidden in [*states.items(), (last, final)]:
         check_finite({site: hidden[batch.mask]}, model)
-    _check_logits(model, batch)
-    effect = "the language model's output"
+    _check_identity(model, batch, sites, final)
     for site in sites:
-        same = {site: lambda h: h}
-        negated = {site: lambda h: -h}
-        if not torch.equal(patched_states(model, batch, same), clean):
-            raise ValueError(
-                f"self-check failed: writing site {site} back unchanged changes {effect}"
-            )
-        if not torch.equal(patched_states(model, batch, same, states), clean):
-            raise ValueError(f"self-check failed: resuming from site {site} changes {effect}")
-        if torch.equal(patched_states(model, batch, negated, states), clean):
-            raise ValueError(f"self-check failed: rewriting site {site} does not reach {effect}")
+        _check_start(model, batch, site, states[site])
+    for site, following in zip(sites, [*sites[1:], None], strict=True):
+        _check_resumed(model, batch, site, following, states, final)
+    rewritten = patched_states(model, batch, {sites[-1]: _negated}, states)
+    if torch.equal(rewritten, final):
+        raise _failed(f"rewriting site {sites[-1]} does not reach {OUTPUT}")
     return True
+
+
+def _failed(what: str) -> ValueError:
+    return ValueError(f"self-check failed: {what}")
+
+
+def _same(h: Tensor) -> Tensor:
+    return h
+
+
+def _negated(h: Tensor) -> Tensor:
+    return -h
+
+
+def _check_identity(model: nn.Module, batch: Batch, sites: list[int], final: Tensor) -> None:
+    """Check that all sites can be written back unchanged, and that our logits are the model's own.
+
+    Both take one pass through the whole model.
+    """
+    identity = patch_hooks(dict.fromkeys(sites, _same), batch.mask)
+    with lm.hooked(model, identity):
+        own_states, own_logits = lm.own_pass(model, batch.input_ids)
+    _check_logits(model, own_states[0], own_logits[0])
+    if torch.equal(own_states, final):
+        return
+    # The whole model may call its decoder in another way, which moves the last bits.
+    if torch.equal(patched_states(model, batch, dict.fromkeys(sites, _same)), final):
+        return
+    for site in sites:  # which one it is
+        if not torch.equal(patched_states(model, batch, {site: _same}), final):
+            raise _failed(f"writing site {site} back unchanged changes {OUTPUT}")
+    raise _failed(f"writing sites {sites} back unchanged together changes {OUTPUT}")
+
+
+def _check_start(model: nn.Module, batch: Batch, site: int, state: Tensor) -> None:
+    """Check that a rewritten state [1,S,D] is what a resumed pass starts from; no block is run."""
+    written = patch_hooks({site: _negated}, batch.mask)[site](state)
+    with lm.resumed_at(model, site, written):
+        start = lm.read_sites(model, batch.input_ids, [site])[site]
+    if torch.equal(start, state):
+        raise _failed(f"rewriting site {site} does not reach {OUTPUT}")
+
+
+def _check_resumed(
+    model: nn.Module,
+    batch: Batch,
+    site: int,
+    following: int | None,
+    states: Mapping[int, Tensor],
+    final: Tensor,
+) -> None:
+    """Check the blocks from a site to the next one, or to the end if that is None.
+
+    Resumed from the site's own state, they must give what the clean pass gave, and a hook at their
+    end must be able to rewrite it. If every stretch between two sites passes, so does the pass
+    from each site to the end.
+    """
+    changed = f"resuming from site {site} changes {OUTPUT}"
+    with lm.resumed_at(model, site, states[site]):
+        if following is None:
+            if not torch.equal(lm.final_states(model, batch.input_ids), final):
+                raise _failed(changed)
+            return
+        negate = patch_hooks({following: _negated}, batch.mask)
+        with lm.hooked(model, negate):
+            reached = lm.read_sites(model, batch.input_ids, [following])[following]
+    if torch.equal(reached, states[following]):
+        raise _failed(f"rewriting site {following} does not reach {OUTPUT}")
+    if not torch.equal(reached, negate[following](states[following])):
+        raise _failed(changed)

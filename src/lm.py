@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import inspect
 import math
 import os
 import pickle
@@ -207,7 +208,7 @@ def check_length(model: nn.Module, length: int) -> None:
         if limit <= table.num_embeddings <= limit + 2:  # the table of OPT has two more rows
             raise ValueError(
                 f"a row has {length} tokens, and the language model has {limit} positions; "
-                "lower --max_length, or write less text"
+                "lower --max_length, or give a shorter text"
             )
     print(f"warning: a row has {length} tokens, and the language model was trained for {limit}")
 
@@ -400,24 +401,32 @@ def _own_logits(model: nn.Module, states: Tensor) -> Tensor:
     return logits[0].float().to(states.device)
 
 
-def logits_error(model: nn.Module, input_ids: Tensor, logits: Tensor) -> float:
-    """The largest difference of logits [S,V] from the model's own, as a share of the largest.
+def logits_error(own: Tensor, logits: Tensor) -> float:
+    """The largest difference of logits [S,V] from a model's own, as a share of the largest.
 
-    input_ids: [1,S]. It is 0 if the model's logits are not finite, since nothing can be compared.
+    It is 0 if the model's logits are not finite, since nothing can be compared.
     """
-    own = _as_the_model(model, input_ids)
     if logits.shape != own.shape:
         return float("inf")
+    own = own.float().to(logits.device)
     largest = float(own.abs().max())
     if not math.isfinite(largest):
         return 0.0
     return float((logits - own).abs().max()) / max(largest, 1e-30)
 
 
-def _as_the_model(model: nn.Module, input_ids: Tensor) -> Tensor:
+@torch.no_grad()
+def own_pass(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(final states [B,S,D], logits [B,S,V]) of a pass through the whole model, head included."""
     device = model.get_input_embeddings().weight.device
     ids = input_ids if device.type == "meta" else input_ids.to(device)
-    return model(input_ids=ids, use_cache=False).logits[0].float().to(input_ids.device)
+    outputs: list[Any] = []
+    recorder = _decoder(model).register_forward_hook(lambda *args: outputs.append(args[-1]))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        recorder.remove()
+    return outputs[0][0].to(input_ids.device), logits.to(input_ids.device)
 
 
 def logits_tolerance(model: nn.Module) -> float:
@@ -445,7 +454,7 @@ def _try_heads(model: nn.Module) -> bool | str:
     reasons = []
     for is_head, function in ((True, _head_logits), (False, _own_logits)):
         try:
-            error = logits_error(model, ids, function(model, states))
+            error = logits_error(own_pass(model, ids)[1][0], function(model, states))
         except PROBE_ERRORS as problem:
             reasons.append(first_line(problem))
             continue
@@ -548,14 +557,26 @@ def _outputs_of_a_block(model: nn.Module) -> int:
     return known
 
 
+def end_tokens(tokenizer: Any, model: nn.Module) -> set[int]:
+    """The tokens that end a text; the configuration for generation may list several."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = listed if isinstance(listed, list | tuple) else [listed]
+    return {tokenizer.eos_token_id, *ids} - {None}
+
+
 @torch.no_grad()
 def next_logits(model: nn.Module, input_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """(logits [B,V] after the last token, cache) of new tokens [B,S] that follow the cached ones.
 
-    cache: None at the beginning of a text.
+    cache: None at the beginning of a text. A returned None says that this model has no cache of
+    keys and values (Mamba, for one), so that its text has to be run from the beginning.
     """
-    out = _decode(model, input_ids, past_key_values=cache, use_cache=True)
-    return logits_of(model, out[0][:, -1].to(input_ids.device)), out.past_key_values
+    options: dict[str, Any] = {"use_cache": False}
+    if "past_key_values" in inspect.signature(model.get_decoder().forward).parameters:
+        options = {"past_key_values": cache, "use_cache": True}
+    out = _decode(model, input_ids, **options)
+    logits = logits_of(model, out[0][:, -1].to(input_ids.device))
+    return logits, getattr(out, "past_key_values", None)
 
 
 @torch.no_grad()

@@ -80,7 +80,8 @@ LABEL = {
     "fuzzing": dict | None,
 }
 METRICS = columns(PAGE)
-EVALUATION = {"title": str | None} | dict.fromkeys(METRICS, NUMBER | None)
+MEASURED_ON = {"split": str | None, "tokens": int | None}
+EVALUATION = {"title": str | None} | MEASURED_ON | dict.fromkeys(METRICS, NUMBER | None)
 
 
 # ------------------------------------------------------------------------------- checks of the data

@@ -37,7 +37,8 @@ DENSITY_TICKS = ("never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1")
 STAR = (
     "\\* L0 is more than 10 % off the common k: not comparable at this row. A Crosscoder's code "
     "has read later sites too, so its KL is no causal comparison. KL follows the depth of the "
-    "patched site: compare it only between rows patched at the same sites."
+    "patched site: compare it only between rows patched at the same sites. Only rows measured on "
+    "the same tokens compare: those of another split or number of tokens stand below the others."
 )
 
 
@@ -49,7 +50,8 @@ def load(folder: Path, only: str = "") -> list[Result]:
     paths = [path for path in sorted(folder.glob("*.json")) if only in path.stem]
     if not paths:
         raise ValueError(f"no evaluation in {folder}; run evaluate.py first")
-    return _by_error([_load_result(path) for path in paths])
+    results = [_load_result(path) for path in paths]
+    return [result for group in groups(results) for result in group]
 
 
 def _load_result(path: Path) -> Result:
@@ -64,18 +66,38 @@ def _load_result(path: Path) -> Result:
     return result
 
 
-def _by_error(results: list[Result]) -> list[Result]:
-    return sorted(results, key=lambda result: result["NormMSE"])
+def groups(results: list[Result]) -> list[list[Result]]:
+    """Return the results that were measured on the same tokens, each group by NormMSE.
+
+    Results of different groups do not compare. Those of held-out text come first, and of these the
+    ones of most tokens.
+    """
+
+    def order(result: Result) -> tuple[Any, ...]:
+        n_tokens = result.get("tokens")
+        return (
+            result.get("split") != "eval",
+            str(result.get("split")),
+            -n_tokens if isinstance(n_tokens, int) else 0,
+            *(str(result.get(name)) for name in ("data_fingerprint", "max_length", "model_path")),
+        )
+
+    ordered = sorted(results, key=lambda result: (order(result), result["NormMSE"]))
+    return [list(group) for _, group in itertools.groupby(ordered, key=order)]
 
 
 def families(results: list[Result]) -> dict[str, list[Result]]:
-    """Group results by their title without the swept sparsity.
+    """Group results by their title without the swept sparsity, and by the tokens measured on.
 
     Each family is ordered by L0, so that it is a sparsity frontier.
     """
     result_families: dict[str, list[Result]] = {}
-    for result in results:
-        result_families.setdefault(SWEPT.sub("", result["title"]), []).append(result)
+    for number, group in enumerate(groups(results)):
+        for result in group:
+            name = SWEPT.sub("", result["title"])
+            if number:
+                name = f"{name} ({result.get('split')}, {result.get('tokens')} tokens, {number})"
+            result_families.setdefault(name, []).append(result)
     return {
         name: sorted(family, key=lambda result: result["L0"])
         for name, family in result_families.items()
@@ -104,18 +126,20 @@ def interpolate(family: list[Result], l0: float) -> Result | None:
 def table(results: list[Result]) -> str:
     """Return a markdown table, with a dash where nothing was measured.
 
-    An L0 that is more than 10 % off the row's own k, or off the one k of the table, is starred.
+    Rows that were measured on the same tokens stand together, by NormMSE. An L0 that is more than
+    10 % off the row's own k, or off the one k of the table, is starred.
     """
     with_speed = any(result.get(SPEED) for result in results)
-    headings = ["SAE", "sites", *COLUMNS, *([SPEED_TITLE] if with_speed else [])]
+    headings = ["SAE", "sites", "split", "tokens", *COLUMNS, *([SPEED_TITLE] if with_speed else [])]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     all_k = {result["k"] for result in results if result.get("k")}
     common_k = all_k.pop() if len(all_k) == 1 else None
-    if common_k:
-        results = _by_error(results + _frontiers_at(results, common_k))
-    for result in results:
-        cells = _cells(result, result.get("k") or common_k, with_speed)
-        lines.append("| " + " | ".join(cells) + " |")
+    for group in groups(results):
+        if common_k:
+            group = groups(group + _frontiers_at(group, common_k))[0]
+        for result in group:
+            cells = _cells(result, result.get("k") or common_k, with_speed)
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -132,17 +156,22 @@ def _cells(result: Result, target_l0: float | None, with_speed: bool) -> list[st
     if with_speed:
         numbers.append(f"{result[SPEED]:,}" if result.get(SPEED) else "-")
     site_range = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]}"
-    return [result["title"], site_range, *numbers]
+    n_tokens = f"{result['tokens']:,}" if result.get("tokens") else "-"
+    return [result["title"], site_range, result.get("split") or "-", n_tokens, *numbers]
+
+
+def _about(result: Result) -> str:
+    """What a group of results was measured on, from its first."""
+    return (
+        f"{result['tokens']:,} tokens of split {result['split']} of "
+        f"{Path(result['data_path']).name}; commit {str(result['git_commit'])[:10]}; "
+        f"torch {result['versions']['torch']}; trained on {result['trained_tokens']:,} tokens each."
+    )
 
 
 def _document(results: list[Result], picture_name: str) -> str:
     """The markdown file of a comparison: what was measured, the table, how to read it."""
-    first = results[0]
-    about = (
-        f"{first['tokens']:,} tokens of split {first['split']} of {Path(first['data_path']).name}; "
-        f"commit {str(first['git_commit'])[:10]}; torch {first['versions']['torch']}; "
-        f"trained on {first['trained_tokens']:,} tokens each."
-    )
+    about = "\n".join(f"- {_about(group[0])}" for group in groups(results))
     picture_link = f"![comparison]({picture_name})"
     parts = ("# Evaluation results", about, table(results), SCALE, STAR, picture_link)
     return "\n\n".join(parts) + "\n"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from src import checkpoint, config, demo, files, hooks
+from src import checkpoint, config, demo, files, hooks, lm
 from src.data import Batch, count_mask, encode_text, special_token_table
 from src.ops import squared_errors
 from src.sparse import dense
@@ -77,7 +77,8 @@ class Reader:
     def read(self, text: str) -> Reading:
         """Return the codes of a text, from one forward pass that ends after the SAE's last site.
 
-        Raises ValueError if no token of the text counts.
+        Raises ValueError if no token of the text counts, or if the text is longer than the position
+        table of the language model.
         """
         batch = self._batch(text)
         hidden = hooks.read(self.language_model, batch, self.sae.sites())
@@ -94,7 +95,10 @@ class Reader:
         return Reading(tokens, latents, sites, weights, errors.cpu())
 
     def _batch(self, text: str) -> Batch:
-        """Return the tokens of a text, from the begin-of-text token on if there is one. [1,S]"""
+        """Return the tokens of a text, from the begin-of-text token on if there is one. [1,S]
+
+        Raises ValueError if no token counts, or if the text is longer than learned positions.
+        """
         ids = encode_text(self.tokenizer, text)
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
@@ -103,6 +107,7 @@ class Reader:
             mask = count_mask(input_ids, special_token_table(self.tokenizer))
         if not ids or not mask.any():
             raise ValueError(f"{text[:40]!r} has no token that counts; give a word or more")
+        lm.check_length(self.language_model, len(ids))
         row = torch.zeros(1, dtype=torch.long)
         return Batch(input_ids, mask, torch.zeros_like(input_ids), row).to(self.cfg.device)
 

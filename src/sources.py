@@ -254,7 +254,7 @@ def _text_of(
     text = record[key]
     if isinstance(text, list) and render is not None:
         try:
-            text = Chat(render(_turns(text, report)))
+            text = Chat(render(chat_turns(text, report)))
         except (KeyError, TypeError, AttributeError):
             return report.skip("not a conversation", place)
     if not isinstance(text, str):
@@ -266,7 +266,7 @@ def _text_of(
     return Chat(clean) if isinstance(text, Chat) else clean
 
 
-def _turns(messages: list, report: Report) -> list[dict[str, str]]:
+def chat_turns(messages: list, report: Report) -> list[dict[str, str]]:
     """Turns as templates take them: {"role", "content"}. ShareGPT's {"from", "value"} is converted.
 
     Raises KeyError or TypeError if the messages have neither form.

@@ -26,7 +26,9 @@ from src.data import (
 )
 from src.metrics import token_kl
 from src.sae import Edit
+from src.sources import CHAT_KEYS, Report, chat_turns
 
+EXPECTED = 'lines of text, {"prompt"}, {"messages"} or {"chosen", "rejected"}'
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
 # ---------------------------------------------------------------------------------- prompts
@@ -35,21 +37,31 @@ TURN = re.compile(r"\n\n(Human|Assistant):")
 def conversations(path: Path) -> list[dict[str, Any]]:
     """Read the prompts of a file: .txt with one a line, .json or .jsonl.
 
-    JSON records are strings, {"prompt"}, {"messages": [...]} or HH-RLHF's {"chosen", "rejected"}.
-    Raises ValueError for a file without prompts.
+    JSON records are strings, {"prompt"}, conversations under "messages" or "conversations", or
+    {"chosen", "rejected"} with texts of HH-RLHF or lists of turns. A .json file holds one record, a
+    list of them, or a mapping of names to them. An answer at the end of a conversation is returned
+    as "chosen". Raises ValueError for a file without prompts.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}; check --prompts")
-    prompts = [_prompt_of(record) for record in _records(path)]
-    prompts = [prompt for prompt in prompts if prompt]
+    report = Report("prompt", 1.0)
+    prompts = []
+    for number, record in enumerate(_records(path), 1):
+        try:
+            prompts.append(_prompt_of(record, report))
+        except (KeyError, TypeError, AttributeError):
+            report.skip("no prompt", f"record {number}")
     if not prompts:
-        expected = 'lines of text, {"prompt"}, {"messages"} or {"chosen", "rejected"}'
-        raise ValueError(f"{path} holds no prompt; expected {expected}")
+        raise ValueError(f"{path} holds no prompt; expected {EXPECTED}")
+    if report.bad:
+        print(f"warning: {path}: left out {report.reasons()}; the first is {report.first_bad}")
+    if report.parts_left_out:
+        print(f"{path}: left out {report.parts_left_out} parts of conversations that are no text")
     return prompts
 
 
 def _records(path: Path) -> list[Any]:
-    """Return the lines of a text file, or the values of a JSON file."""
+    """Return the lines of a text file, or the records of a JSON file."""
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = files.text_records(text)
     if path.suffix == ".txt":
@@ -60,23 +72,60 @@ def _records(path: Path) -> list[Any]:
         loaded = files.parse_json(text.removeprefix("\ufeff"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON ({error})") from error
-    if isinstance(loaded, dict) and "prompt" not in loaded:
+    if isinstance(loaded, dict) and not _is_record(loaded):
         return list(loaded.values())
-    return loaded if isinstance(loaded, list) else [loaded]
+    return loaded if isinstance(loaded, list) and not _is_turn(loaded[:1]) else [loaded]
 
 
-def _prompt_of(record: Any) -> dict[str, Any] | None:
-    """Return {"prompt"} or {"messages"} of a record, None if it has neither."""
-    if isinstance(record, str):
-        return {"prompt": record}
-    if not isinstance(record, dict):
-        return None
-    if isinstance(record.get("chosen"), str):
-        return _preference(record["chosen"], str(record.get("rejected", "")))
-    return record if record.get("messages") or record.get("prompt") else None
+def _is_record(loaded: dict[str, Any]) -> bool:
+    """Whether an object is one record, not a mapping of names to records."""
+    has_text = any(isinstance(value, str) for value in loaded.values())
+    return has_text or any(key in loaded for key in (*CHAT_KEYS, "prompt", "chosen"))
 
 
-def _preference(chosen: str, rejected: str) -> dict[str, Any] | None:
+def _is_turn(items: list[Any]) -> bool:
+    """Whether a list begins with a turn of a conversation."""
+    return any(isinstance(item, dict) and {"role", "from"} & set(item) for item in items)
+
+
+def _prompt_of(record: Any, report: Report) -> dict[str, Any]:
+    """Return {"prompt"} or {"messages"} of a record, with the answers that it holds.
+
+    Raises KeyError, TypeError or AttributeError if it has neither.
+    """
+    if isinstance(record, str | list):
+        record = {"prompt": record}
+    answers = {name: _answer(record.get(name), report) for name in ("chosen", "rejected")}
+    for key in ("prompt", *CHAT_KEYS):
+        if record.get(key):
+            return _conversation(record[key], answers, report)
+    if isinstance(record["chosen"], str):
+        return _preference(record["chosen"], record.get("rejected"))
+    return _conversation(record["chosen"], answers, report)
+
+
+def _conversation(value: Any, answers: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Return the prompt of a text or of a list of turns, whose last answer is left to write."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise TypeError("an empty prompt")
+        return {"prompt": value} | answers
+    turns = chat_turns(value, report)
+    if turns[-1]["role"] == "assistant":
+        answers = answers | {"chosen": turns.pop()["content"]}
+    if not turns:
+        raise TypeError("an answer without a question")
+    return {"messages": turns} | answers
+
+
+def _answer(value: Any, report: Report) -> str | None:
+    """Return the text of an answer, or of the last turn of a conversation."""
+    if isinstance(value, list):
+        return chat_turns(value, report)[-1]["content"]
+    return value if isinstance(value, str) else None
+
+
+def _preference(chosen: str, rejected: Any) -> dict[str, Any]:
     """Split a conversation of HH-RLHF into its turns and both last answers."""
     _, *parts = TURN.split(chosen)
     roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
@@ -88,15 +137,19 @@ def _preference(chosen: str, rejected: str) -> dict[str, Any] | None:
     if roles and roles[-1] == "assistant":
         answer = turns.pop()["content"]
     if not turns:
-        return None
-    return {"messages": turns, "chosen": answer, "rejected": TURN.split(rejected)[-1].strip()}
+        raise TypeError("an answer without a question")
+    rejected = TURN.split(rejected)[-1].strip() if isinstance(rejected, str) else ""
+    return {"messages": turns, "chosen": answer, "rejected": rejected}
 
 
 # --------------------------------------------------------------------------------- steering
 
 
 class Steerer:
-    """run() writes clamp/clamp_<sae>.json, prints the texts side by side and returns the result."""
+    """run() writes clamp/clamp_<sae>.json, prints the texts side by side and returns the result.
+
+    The file has the newest run at its top level, and those before it under "earlier_runs".
+    """
 
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
@@ -138,14 +191,17 @@ class Steerer:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
+        folder = Path(self.cfg.output_dir) / files.CLAMP_DIR
+        path = folder / f"clamp_{files.safe_name(self.title)}.json"
+        _runs_in(path)  # a damaged file is refused before the work
         self.tokenizer, self.model = hooks.open_language_model(self.cfg, [self.sae])
+        self.end_tokens = lm.end_tokens(self.tokenizer, self.model)
         self.is_special = special_token_table(self.tokenizer).to(self.cfg.device)
         progress = tqdm(self.prompts, "steering", unit=" texts", mininterval=1)
         texts = [self._compare(prompt) for prompt in progress]
         result = self._result(texts)
-        folder = Path(self.cfg.output_dir) / files.CLAMP_DIR
-        path = folder / f"clamp_{files.safe_name(self.title)}.json"
-        files.save_json(result | checkpoint.environment(), path)
+        earlier = {"earlier_runs": _runs_in(path)}
+        files.save_json(result | checkpoint.environment() | earlier, path)
         for text in texts:
             _print_comparison(text)
         print(f"\n{path}")
@@ -179,6 +235,8 @@ class Steerer:
         low = [pair for pair in low if pair[1] == 0]
         return {
             "sae": self.title,
+            "weights_sum": self.recipe["weights_sum"],
+            "model_path": str(self.cfg.model_path),
             "sequences": len(texts),
             "max_length": self.cfg.max_new_tokens,
             "operations": self.operations,
@@ -263,21 +321,22 @@ class Steerer:
         generator = torch.Generator(device=ids.device).manual_seed(self.cfg.seed)
         cache = None
         start = 0
-        new = ids
-        written = []
+        text = ids
         for _ in range(self.cfg.max_new_tokens):
+            new = text[:, start:]
             with lm.hooked(self.model, self._hooks(new, start, cache, edit, site)):
                 logits, cache = lm.next_logits(self.model, new, cache)
-            start += new.shape[1]
+            # A model without a cache runs the whole text again for each token.
+            start = 0 if cache is None else text.shape[1]
             if self.cfg.temperature:
                 chances = (logits / self.cfg.temperature).softmax(-1)
-                new = torch.multinomial(chances, 1, generator=generator)
+                token = torch.multinomial(chances, 1, generator=generator)
             else:
-                new = logits.argmax(-1, keepdim=True)
-            written.append(new)
-            if int(new) == self.tokenizer.eos_token_id:
+                token = logits.argmax(-1, keepdim=True)
+            text = torch.cat([text, token], 1)
+            if int(token) in self.end_tokens:
                 break
-        return torch.cat(written, 1)
+        return text[:, ids.shape[1] :]
 
     def _logits(self, ids: Tensor, edit: Edit | None, site: int | None) -> Tensor:
         """Return the logits of one pass without a cache. [1,S,V]"""
@@ -290,6 +349,17 @@ class Steerer:
         """Return the logits that predict new tokens [1,T] after ids. [T,V]"""
         logits = self._logits(torch.cat([ids, new], 1), edit, site)
         return logits[0, ids.shape[1] - 1 : -1]
+
+
+def _runs_in(path: Path) -> list[dict[str, Any]]:
+    """Return the runs in a file of results, the newest first. Raises Unusable if it is damaged."""
+    if not path.exists():
+        return []
+    newest = files.load_json(path)
+    if not isinstance(newest, dict):
+        raise files.Unusable(f"{path} is no file of steer.py; move it away")
+    earlier = newest.pop("earlier_runs", [])
+    return [newest, *earlier]
 
 
 def _perplexity(logits: Tensor, new: Tensor) -> float:

@@ -17,6 +17,7 @@ from src.applier import Applier
 from src.config import parse
 from src.data import Rows
 from src.evaluator import Evaluator
+from src.model import build
 from src.steerer import Steerer
 from src.trainer import Trainer
 
@@ -261,3 +262,44 @@ def test_an_edit_shows_at_its_site_and_after_it_at_its_token_and_after_it(opened
     assert torch.allclose(edited_final[:, :first], final[:, :first], atol=1e-5)
     moved = (edited_final != final).any(-1)
     assert moved[:, first:][mask[:, first:]].all()
+
+
+WITHOUT_CACHE = {
+    "Mamba": lambda: text_only("Mamba", state_size=4, expand=2, conv_kernel=4),
+    "RecurrentGemma": lambda: text_only(
+        "RecurrentGemma", lru_width=WIDTH, attention_window_size=8, num_hidden_layers=DEPTH
+    ),
+    "RWKV": lambda: text_only("Rwkv", attention_hidden_size=WIDTH, context_length=64),
+    "GPT": lambda: text_only("OpenAIGPT", n_embd=WIDTH, n_layer=DEPTH, n_head=4, n_positions=64),
+}
+
+
+@pytest.mark.parametrize("family", WITHOUT_CACHE)
+def test_models_without_a_cache_of_keys_and_values_are_steered(family, tmp_path):
+    torch.manual_seed(0)
+    WITHOUT_CACHE[family]().save_pretrained(tmp_path / "model")
+    tokenizer(bos=True).save_pretrained(tmp_path / "model")
+    sae = build("TopK", WIDTH, DEPTH, {"latent_size": 48, "k": 4, "layer": 2})
+    recipe = {
+        "model": "TopK",
+        "config": sae.config,
+        "sites": sae.sites(),
+        "options": {},
+        "model_path": str(tmp_path / "model"),
+    }
+    path = checkpoint.save(sae, recipe, tmp_path / "SAE_models", "TopK_t")
+    output = options(output_dir=tmp_path, dtype="float32", device="cpu", SAE_path=path)
+    argv = [*output, *options(prompt="w1 w2 w3", max_new_tokens=5)]
+    (unchanged,) = Steerer(parse("steer", [*argv, "--add", "3=0"])).run()["outputs"]["0"]
+    assert unchanged["KL"] == 0 and unchanged["original_output"] == unchanged["clamped_output"]
+    steerer = Steerer(parse("steer", [*argv, "--set", "3=50"]))
+    (steered,) = steerer.run()["outputs"]["0"]
+    assert steered["KL"] > 0
+    text = ids = steerer._ids({"prompt": "w1 w2 w3"})
+    for _ in range(5):  # every token is the one that a pass over the whole text gives
+        logits = steerer._logits(text, steerer.edit, None)[:, -1]
+        text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+        if int(text[0, -1]) in steerer.end_tokens:
+            break
+    written = steerer._continue(ids, steerer.edit, None)
+    assert written[0].tolist() == text[0, ids.shape[1] :].tolist()

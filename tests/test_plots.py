@@ -127,3 +127,32 @@ def test_a_frontier_is_read_off_between_its_points_only():
     assert plots.interpolate(family, 16.0)["NormMSE"] == pytest.approx(0.2)
     assert plots.interpolate(family, 64.0) is None
     assert "Vanilla_d, read off its frontier" in plots.table(results)
+
+
+def test_results_of_other_tokens_are_not_ranked_with_held_out_ones():
+    measured = {"eval": 50_000, "train": 500}
+    results = []
+    for title, split, error in (
+        ("TopK_d_train", "train", 0.01),
+        ("TopK_d", "eval", 0.2),
+        ("Vanilla_d_target_l08", "eval", 0.3),
+        ("Vanilla_d_target_l032_train", "train", 0.02),
+        ("Gated_d", "eval", 0.1),
+    ):
+        result = evaluation(title, 32.0 if "32" in title else 8.0, error)
+        results.append(result | {"split": split, "tokens": measured[split]})
+    few = evaluation("Gated_d_2", 8.0, 0.05, k=16) | {"split": "eval", "tokens": 800}
+    rows = plots.table([*results, few]).splitlines()
+    assert "| split | tokens |" in rows[0]
+    shown = [[cell.strip() for cell in row.split("|")[1:5]] for row in rows[2:]]
+    assert [row[0] for row in shown] == [
+        "Gated_d",
+        "TopK_d",
+        "Vanilla_d_target_l08",
+        "Gated_d_2",
+        "TopK_d_train",
+        "Vanilla_d_target_l032_train",
+    ]
+    assert shown[0][2:] == ["eval", "50,000"] and shown[3][2:] == ["eval", "800"]
+    # no frontier is drawn through points of different tokens
+    assert all(len(family) == 1 for family in plots.families([*results, few]).values())

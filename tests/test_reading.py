@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from src import hooks, lm, utils
+from src import checkpoint, demo, formats, hooks, lm, utils
 from src.applier import Applier
 from src.config import parse, run_stage
 from src.data import open_rows
 from src.events import ContextCollector, PoolWindow
 from src.files import DEMO_LM, load_json
 from src.model import build
+from src.reader import Reader
 from src.sae import BatchInfo
 from src.sparse import active
 from src.steerer import Steerer, conversations
@@ -298,6 +299,133 @@ def test_prompts_of_all_documented_forms(tmp_path):
     assert conversation["rejected"] == "No."
     assert prompt["prompt"] == "x"
     assert [p["prompt"] for p in conversations(tmp_path / "a.txt")] == ["one", "two"]
+
+
+TURNS = [
+    {"role": "user", "content": "Hi?"},
+    {"role": "assistant", "content": "Yes."},
+]
+SHARED = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]
+PARTS = [{"type": "text", "text": "Hi?"}, {"type": "image", "url": "x.png"}]
+HH = {"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"messages": TURNS[:1]},
+        {"messages": TURNS},
+        {"conversations": SHARED},
+        {"messages": [{"role": "user", "content": PARTS}]},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]},
+        {"chosen": TURNS, "rejected": TURNS},
+        HH,
+        TURNS,
+        [{"conversations": SHARED}],
+        {"first": {"messages": TURNS}},
+    ],
+)
+def test_one_conversation_of_any_form_is_one_prompt(tmp_path, content, capsys):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(content))
+    (prompt,) = conversations(path)
+    assert prompt["messages"] == TURNS[:1]
+    if "Yes." in str(content):
+        assert prompt["chosen"] == "Yes."
+    if "image" in str(content):
+        assert "left out 1 parts of conversations" in capsys.readouterr().out
+
+
+def test_a_preference_of_plain_texts_is_a_prompt_with_both_answers(tmp_path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}))
+    assert conversations(path) == [{"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"prompt": 5}, {"prompt": ["a"]}],
+        {"question": "Hi?", "answer": "Yes."},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"messages": "Hi?"} | {"messages": 5},
+        {"conversations": [{"value": "Hi?"}]},
+        {"chosen": TURNS[1:]},
+        [None, 3, []],
+        7,
+    ],
+)
+def test_records_that_are_no_prompt_are_one_clear_line(tmp_path, content):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="odd.json holds no prompt; expected lines of text"):
+        conversations(path)
+
+
+def test_records_left_out_are_counted_and_the_first_is_named(tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"prompt": "x"}\n{"prompt": 5}\n{"text": "y"}\n')
+    assert [prompt["prompt"] for prompt in conversations(path)] == ["x"]
+    message = capsys.readouterr().out
+    assert "left out 2" in message and "record 2" in message
+
+
+def test_prompts_of_a_file_with_separators_and_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "u.jsonl"
+    path.write_text('\ufeff{"prompt": "first\u2028second"}\n{"prompt": "third"}\n', "utf-8")
+    assert [prompt["prompt"] for prompt in conversations(path)] == ["first\u2028second", "third"]
+
+
+def test_a_second_steering_is_added_to_the_file_of_the_first(trained, tmp_path):
+    _, first = steered(trained, tmp_path, "TopK", "--set", "3=40")
+    _, second = steered(trained, tmp_path, "TopK", "--zero", "5")
+    _, third = steered(trained, tmp_path, "TopK", "--set", "7=9")
+    (path,) = (tmp_path / "clamp").glob("*.json")
+    saved = json.loads(path.read_text())
+    assert saved["outputs"] == third["outputs"] and saved["set_high"] == [["set", 7, 9.0]]
+    assert [run["outputs"] for run in saved["earlier_runs"]] == [
+        second["outputs"],
+        first["outputs"],
+    ]
+    assert "earlier_runs" not in saved["earlier_runs"][0]
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        steered(trained, tmp_path, "TopK", "--set", "3=40")
+    assert path.read_text() == "{"
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_every_end_token_of_the_generation_settings_ends_a_text(
+    trained, tmp_path, monkeypatch, listed
+):
+    steerer, _ = steered(trained, tmp_path, "TopK", "--set", "3=0")
+    ids = steerer._ids({"prompt": "Returns the value"})
+    new = steerer._continue(ids, None, None)[0].tolist()
+    assert len(new) == 6
+    second = new.index(new[2])  # its first place in the text
+    opened = steerer.tokenizer, steerer.model
+    settings = [new[2], steerer.tokenizer.pad_token_id] if listed else new[2]
+    monkeypatch.setattr(steerer.model.generation_config, "eos_token_id", settings)
+    monkeypatch.setattr(hooks, "open_language_model", lambda *_: opened)  # not loaded anew
+    steerer.run()
+    assert steerer._continue(ids, None, None)[0].tolist() == new[: second + 1]
+
+
+def test_the_reader_makes_no_text_and_names_a_text_beyond_learned_positions(
+    trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(demo, "build_corpus", lambda: pytest.fail("text made"))
+    sae, recipe = checkpoint.load(trained / "SAE_models" / "TopK_text.pt")
+    folder = formats.export(sae, recipe, tmp_path, "hf")
+    reader = Reader(folder, device="cpu", dtype="float32")
+    assert reader.read("Returns the value").tokens
+
+    def refuse(_model, length):
+        raise ValueError(f"a row has {length} tokens, and the language model has 4 positions")
+
+    monkeypatch.setattr(lm, "check_length", refuse)
+    with pytest.raises(ValueError, match="a row has .* tokens, and the language model has"):
+        reader.read("Returns the value of the first item in the list")
 
 
 def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):

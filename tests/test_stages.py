@@ -393,6 +393,76 @@ def test_checkpoints_of_one_name_are_not_measured_into_one_file(text, tmp_path):
         evaluate(tmp_path, "--SAE_path", str(path), str(other))
 
 
+def evaluations(tmp_path):
+    """{title in the file: the result}"""
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "eval").glob("*.json")]
+    return {result["title"]: result for result in results}
+
+
+def test_an_evaluation_of_other_tokens_or_fewer_metrics_never_replaces_a_held_out_one(
+    text, tmp_path, capsys
+):
+    train(text, tmp_path)
+    evaluate(tmp_path, "--metric", "all")
+    path = tmp_path / "out" / "eval" / "TopK_text.json"
+    before = path.read_bytes()
+    evaluate(tmp_path, "--split", "train", "--max_samples", "3")
+    evaluate(tmp_path, "--max_samples", "2", "--metric", "all")
+    assert "TopK_text.json holds another measurement" in capsys.readouterr().out
+    other_text = shutil.copy(text, tmp_path / "other.jsonl")
+    evaluate(tmp_path, "--data_path", str(other_text), "--metric", "all")
+    other_model = shutil.copytree(DEMO_LM, tmp_path / "other")
+    evaluate(tmp_path, "--model_path", str(other_model), "--metric", "all")
+    assert path.read_bytes() == before
+    saved = evaluations(tmp_path)
+    names = ["TopK_text", *(f"TopK_text_{end}" for end in ("2", "3", "4", "train"))]
+    assert sorted(saved) == names
+    assert saved["TopK_text_train"]["split"] == "train"
+    assert saved["TopK_text_2"]["tokens"] < saved["TopK_text"]["tokens"]
+    evaluate(tmp_path, "--max_samples", "2", "--metric", "all")  # the same again
+    assert sorted(evaluations(tmp_path)) == names
+
+
+def test_metrics_of_the_same_rows_join_those_measured_before_and_more_rows_replace(text, tmp_path):
+    train(text, tmp_path)
+    kl = evaluate(tmp_path, "--metric", "KLDiv")
+    evaluate(tmp_path, "--metric", "NormMSE")
+    (saved,) = evaluations(tmp_path).values()
+    assert saved["KLDiv"] == kl and saved["units"]["KLDiv"] == "nats a token"
+    evaluate(tmp_path, "--metric", "KLDiv", "--max_samples", "9")
+    (longer,) = evaluations(tmp_path).values()
+    assert longer["tokens"] > saved["tokens"] and longer["KLDiv"] != kl
+    evaluate(tmp_path, "--metric", "NormMSE", "--max_samples", "10")  # would take the KL away
+    assert sorted(evaluations(tmp_path)) == ["TopK_text", "TopK_text_2"]
+    train(text, tmp_path, "--overwrite", "1", "--seed", "7")
+    evaluate(tmp_path, "--metric", "NormMSE")  # of new weights: nothing of the old ones stays
+    assert "KLDiv" not in evaluations(tmp_path)["TopK_text"]
+
+
+def test_a_numbered_result_does_not_replace_that_of_an_sae_of_this_name(text, tmp_path):
+    train(text, tmp_path)
+    train(text, tmp_path, "--tag", "2")
+    paths = [str(sae_path(tmp_path, title)) for title in ("TopK_text", "TopK_text_2")]
+    evaluate(tmp_path, "--SAE_path", *paths)
+    evaluate(tmp_path, "--SAE_path", paths[0], "--max_samples", "2")
+    saved = evaluations(tmp_path)
+    assert sorted(saved) == ["TopK_text", "TopK_text_2", "TopK_text_3"]
+    assert saved["TopK_text_2"]["sae"] == "TopK_text_2"
+    assert saved["TopK_text_3"]["sae"] == "TopK_text"
+
+
+def test_the_console_says_which_tokens_were_measured_and_l0_stands_beside_the_scale(
+    text, tmp_path, capsys
+):
+    train(text, tmp_path)
+    evaluate(tmp_path, "--metric", "NormMSE")
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(i for i, line in enumerate(lines) if line.split()[:1] == ["NormMSE"])
+    assert lines[heading - 1].endswith(f"tokens of split eval of {text}")
+    assert "L0" in lines[heading].split()
+    assert lines[-1].startswith("NormMSE") and "L0" in lines[-1]
+
+
 def test_rows_without_a_countable_prediction_are_one_clear_line(text, tmp_path):
     train(text, tmp_path)
     with pytest.raises(ValueError, match="no prediction between counted tokens"):

@@ -280,8 +280,11 @@ function routerMap() {
 function evaluationTable() {
   if (!data.evaluation.length) return [];
   const rows = data.evaluation.map(
-    result => [result.title, ...data.metrics.map(key => formatNumber(result[key]))]);
-  return [element('h3', 'Evaluation'), table(['SAE', ...data.metrics], rows)];
+    result => [result.title, result.split ?? '', (result.tokens ?? '').toLocaleString('en'),
+      ...data.metrics.map(key => formatNumber(result[key]))]);
+  const note = 'Rows compare only if they have the same split and number of tokens.';
+  return [element('h3', 'Evaluation'),
+    table(['SAE', 'split', 'tokens', ...data.metrics], rows), element('p', note)];
 }
 
 function comparisonPicture() {
