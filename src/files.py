@@ -183,8 +183,9 @@ class Unfailing:
     A terminal that is gone, a closed pipe or a full disk must not end the work that is reported.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        # Python sets a stream to None whose descriptor is closed when it starts.
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
 
     def write(self, text: str) -> int:
         return self._try(self.stream.write, text) or len(text)
@@ -218,9 +219,16 @@ class PrintableStream(Unfailing):
 
 @contextlib.contextmanager
 def printable_output() -> Iterator[None]:
-    """Let everything that is printed inside go through a PrintableStream. Also a decorator."""
-    with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
-        yield
+    """Let what is printed inside go through a PrintableStream. Also a decorator.
+
+    No write to either standard stream fails. Progress bars on stderr keep their control characters.
+    """
+    output, errors = PrintableStream(sys.stdout), Unfailing(sys.stderr)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            output.flush()  # where it can fail without harm, unlike at the end of Python
 
 
 def say(text: str) -> None:
