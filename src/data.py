@@ -305,7 +305,7 @@ class StreamBuilder:
         if (folder / "progress.json").exists():
             try:
                 self._load()
-            except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+            except Exception as error:  # damaged headers of arrays have no common class of errors
                 print(f"warning: the unfinished token cache is damaged ({error}); tokenising again")
                 shutil.rmtree(folder)
                 folder.mkdir()

@@ -183,8 +183,9 @@ class Unfailing:
     A terminal that is gone, a closed pipe or a full disk must not end the work that is reported.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        # Python sets a stream to None whose descriptor is closed when it starts.
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
 
     def write(self, text: str) -> int:
         return self._try(self.stream.write, text) or len(text)
@@ -224,8 +225,7 @@ def printable_output() -> Iterator[None]:
     Standard error gets bars, which need control characters; errors are made printable by their
     owner.
     """
-    stdout = PrintableStream(sys.stdout or open(os.devnull, "w"))
-    stderr = Unfailing(sys.stderr or open(os.devnull, "w"))
+    stdout, stderr = PrintableStream(sys.stdout), Unfailing(sys.stderr)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             yield

@@ -418,9 +418,9 @@ def is_damaged(folder):
 # ---------------------------------------------------------------------------------------- the whole
 
 
-def tasks(trainings, stages, trials):
+def tasks(trainings, stages, pairs, trials):
     """{kind: (trial(folder, key), keys)}"""
-    return {
+    return pairs.tasks(trials) | {
         "kills": (trainings.kill, range(trials)),
         "boundaries": (trainings.boundary, range(trainings.boundaries[False])),
         "kills, in place": (trainings.kill_in_place, range(max(2, trials // 2))),
@@ -567,6 +567,39 @@ def text_rows(results):
     return rows
 
 
+def pair_rows(results):
+    """Rows of pairs, dying output, unfinished work and changed identities."""
+    rows = []
+    if pairs := results.get("recipe and weights"):
+        name = f"{total(pairs, 'between')} kills between recipe and weights: one whole SAE loads"
+        plain = f"{len(pairs) - total(pairs, 'between')} of {len(pairs)} (without the sum)"
+        rows.append((name, share(pairs, "whole"), plain))
+        rows.append(("saved again: the new SAE, no leftover", share(pairs, "identical"), ""))
+    for kind, name in (
+        ("exports", "kills of {} `export --overwrite`: the old or the new one, whole"),
+        ("labels and contexts", "kills of {} runs that relabel: no mixed label, none paid lost"),
+    ):
+        if trials := results.get(kind):
+            name = f"{total(trials, 'killed')} " + name.format(len(trials))
+            rows.append((name, share(trials, "whole"), ""))
+            rows.append(("run again: the new result", share(trials, "identical"), ""))
+    if output := results.get("output"):
+        name = "output that dies (pipe, full, closed, terminal, hangup): right exit code"
+        rows.append((name, share(output, "right"), ""))
+        rows.append(("and the whole result", share(output, "identical"), ""))
+    for kind, name in (
+        ("unfinished tokens", "unfinished tokens damaged: the right tokens in the end"),
+        ("torn contexts", "torn contexts files: passed over, and removed"),
+    ):
+        if trials := results.get(kind):
+            rows.append((name, share(trials, "identical"), ""))
+    if identity := results.get("other language model or text"):
+        name = "resumed with another language model, dtype or text: refused, nothing touched"
+        rows.append((name, share(identity, "refused"), ""))
+        rows.append(("then continued with the right one", share(identity, "identical"), ""))
+    return rows
+
+
 def endpoint_rows(results):
     """Rows of the endpoint that fails three times in ten."""
     endpoint = results.get("endpoint")
@@ -589,7 +622,8 @@ def endpoint_rows(results):
 def report(results, trainings):
     """(figures, Markdown table) of {kind: {key: result}}."""
     by_kind = {kind: list(by_key.values()) for kind, by_key in results.items()}
-    rows = training_rows(by_kind) + text_rows(by_kind) + endpoint_rows(by_kind)
+    rows = training_rows(by_kind) + pair_rows(by_kind)
+    rows += text_rows(by_kind) + endpoint_rows(by_kind)
     everything = [result for of_kind in by_kind.values() for result in of_kind]
     name = f"secrets found in {total(everything, 'files')} files written"
     rows.append((name, total(everything, "secrets"), ""))
@@ -677,12 +711,14 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="campaign-"))
     prepare_environment(work)
+    from tests.campaign_pairs import Pairs
     from tests.campaign_stages import Stages
 
     trainings, stages = Trainings(work), Stages(work, args.out)
+    pairs = Pairs(work)
     boundaries = list(trainings.boundaries.values())
     print(f"one training takes {trainings.seconds:.2f} s; boundaries {boundaries}", flush=True)
-    table = tasks(trainings, stages, args.trials)
+    table = tasks(trainings, stages, pairs, args.trials)
     todo = schedule(table, finished_trials(args.out), args.only)
     codes = run_workers(args, table, todo, work, deadline)
     results = finished_trials(args.out)

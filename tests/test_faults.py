@@ -803,3 +803,20 @@ def test_every_row_of_the_page_of_faults_is_shown_by_tests_that_exist():
         assert tests or "campaign" in shown_by, row
         for module, name in tests:
             assert name in names_of_tests(module), f"{module}.{name}"
+
+
+STREAMS_THAT_FAIL = [">&-", "2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1", ">&- 2>&-"]
+
+
+@pytest.mark.parametrize("streams", STREAMS_THAT_FAIL)
+def test_streams_that_are_closed_or_full_end_no_stage(streams):
+    stage = (
+        "import sys\nfrom src.config import run_stage\n"
+        "def stage(cfg):\n"
+        "    print('x' * 99999, flush=True)\n    print('x')\n"
+        "    print('x', file=sys.stderr, flush=True)\n"
+        "raise SystemExit(run_stage('evaluate', stage, ['--SAE_path', 'x.pt']))"
+    )
+    command = f'"$0" -c "$1" {streams}'
+    process = subprocess.run(["bash", "-c", command, sys.executable, stage], cwd=files.ROOT)
+    assert process.returncode == 0
