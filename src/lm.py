@@ -160,6 +160,8 @@ def text_config(model: nn.Module) -> Any:
 def _decoder(model: nn.Module) -> nn.Module:
     """The part of a model that ends with the final norm, before the head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if isinstance(decoder, nn.Linear):  # the head of ModernBERT's decoder has this name
+        decoder = model.base_model
     # Where transformers knows no decoder it returns the whole model, as for Llama 4.
     while hasattr(decoder, "lm_head") and isinstance(getattr(decoder, "model", None), nn.Module):
         decoder = decoder.model

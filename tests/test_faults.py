@@ -820,3 +820,15 @@ def test_streams_that_are_closed_or_full_end_no_stage(streams):
     command = f'"$0" -c "$1" {streams}'
     process = subprocess.run(["bash", "-c", command, sys.executable, stage], cwd=files.ROOT)
     assert process.returncode == 0
+
+
+def test_every_numbered_row_of_the_page_names_tests_or_is_open():
+    page = (files.ROOT / "docs" / "faults.md").read_text()
+    (table,) = re.findall(r"^\| number \|.*\n\|---.*\n((?:\|.*\n?)+)", page, re.M)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+    assert {int(row[0]) for row in rows} == set(range(1, 30))
+    for *_, shown_by, state in rows:
+        tests = re.findall(r"(test_\w+)\.(test_\w+)", shown_by)
+        assert state == ("mended" if tests else "open"), shown_by
+        for module, name in tests:
+            assert name in names_of_tests(module), f"{module}.{name}"

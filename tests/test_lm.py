@@ -108,6 +108,7 @@ SCALED = {
     "Bamba": MAMBA | {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "Rwkv": {"attention_hidden_size": 32},
     "xLSTM": {"num_heads": 4, "chunk_size": 16, "qk_dim_factor": 0.5, "num_blocks": 6},
+    "ModernBertDecoder": {"cls_token_id": 1, "sep_token_id": 2, "layer_types": None},
     "Roberta": {"is_decoder": True},
     "Bert": {"is_decoder": True},
     "RemBert": {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 16},
