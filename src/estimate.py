@@ -5,6 +5,7 @@ It is printed before the training starts, and compared with what was used at its
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import resource
@@ -13,7 +14,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +31,9 @@ TRIAL_TOKENS = 4096
 # measured growth was 0.56 to 0.88 of the estimate. Sparse: the gradient of dense products, or AuxK
 # over half of the latents; without dead latents it was 0.2 to 0.5 (docs/LOG.md).
 DENSE_CODE_BUFFERS, SPARSE_CODE_BUFFERS = 5, 2
+# Growth of a long run for one byte that its first steps need on a CPU. Freed blocks stay with the C
+# library (src.device.keep_freed_memory), and later ones do not fit into all of them.
+REUSE_FACTOR = 1.45
 # Copies of the parameters: the gradients and the states of the optimiser.
 STATE_COPIES = {"adam": 3, "signum": 2}
 
@@ -42,7 +45,7 @@ def _on_cuda(device: str) -> bool:
 # --------------------------------------------------------------------------------- cost of a step
 
 
-@contextmanager
+@contextlib.contextmanager
 def unchanged(saes: list[SAE]) -> Iterator[None]:
     """Restore all buffers at the end: some losses keep running means."""
     before = [(buffer, buffer.clone()) for sae in saes for buffer in sae.buffers()]
@@ -131,33 +134,65 @@ def step_cost(
 ) -> tuple[float, float]:
     """(seconds, bytes beyond the weights) of one step in this process, without the update.
 
-    On CUDA both are measured, on all rows of the step or, while memory is short, on half as many.
-    AuxK, which begins later, is not included. On a CPU the time is measured on a few rows and the
-    bytes follow from step_bytes. No SAE is changed. Raises torch.OutOfMemoryError where one row
-    does not fit.
+    Both are measured: on CUDA on all rows of the step or, while memory is short, on half as many;
+    on a CPU on a few rows. AuxK, which begins later, is not included. No SAE is changed. Raises
+    torch.OutOfMemoryError where one row does not fit.
     """
     on_cuda = _on_cuda(device)
     step_rows = -(-min(batch_size, len(rows)) // distributed.world())
     n = step_rows if on_cuda else max(1, min(step_rows, TRIAL_TOKENS // rows.max_length))
     time_step = functools.partial(_time_step, saes, language_model, rows, sites, device)
     with distributed.alone(), unchanged(saes), bf16_matmuls():
-        n, trial_seconds = _time_what_fits(time_step, n, device)
-        seconds = trial_seconds * step_rows / n
         if on_cuda:
+            n, seconds = _time_what_fits(time_step, n, device)
             peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-            return seconds, peak * step_rows / n
+            return seconds * step_rows / n, peak * step_rows / n
+        seconds, growth = _trial_on_cpu(time_step, n, step_rows)
         state_bytes = 4 * saes[0].hidden_size * len(sites)
         token_bytes = max(step_bytes(sae, device) for sae in saes) + state_bytes
-        return seconds, batch_size / distributed.world() * rows.max_length * token_bytes
+        # In a process that has freed much, a trial may not show.
+        return seconds, max(growth, step_rows * rows.max_length * token_bytes)
+
+
+def _trial_on_cpu(time_step: Callable[[int], float], n: int, step_rows: int) -> tuple[float, float]:
+    """(seconds, bytes) of a step of so many rows, from trials with n rows and with fewer.
+
+    The difference of the trials leaves out what does not depend on the number of rows.
+    """
+    few = max(1, n // 4)
+    present = resident()
+    count_peak_anew()
+    time_step(few)
+    smaller = recent_peak() - present
+    n, seconds = _time_what_fits(time_step, n, "cpu")
+    growth = recent_peak() - present
+    row_bytes = (growth - smaller) / (n - few) if n > few else growth / n
+    growth += row_bytes * (step_rows - n)
+    return seconds * step_rows / n, REUSE_FACTOR * growth
 
 
 # -------------------------------------------------------------------------------- memory and time
 
 
-def peak_resident() -> int:
-    """Largest memory that this process has held, in bytes."""
+_before = {"peak": 0}  # what was the largest when the count began anew
+
+
+def recent_peak() -> int:
+    """Largest memory that this process has held since count_peak_anew, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_resident() -> int:
+    """Largest memory that this process has held, in bytes."""
+    return max(_before["peak"], recent_peak())
+
+
+def count_peak_anew() -> None:
+    """Let recent_peak() begin with what is held now. Only Linux can; elsewhere nothing changes."""
+    _before["peak"] = peak_resident()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident() -> int:
@@ -207,13 +242,14 @@ class Estimate:
         sites = sorted({site for sae in saes for site in sae.sites()})
         sae_bytes = 4 * sum(p.numel() for sae in saes for p in sae.parameters())
         state_bytes = sae_bytes * STATE_COPIES[cfg.optimizer]
+        present_bytes = resident()
         seconds, step = step_cost(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
         self.seconds = steps * seconds
         if _on_cuda(cfg.device):
             lm_bytes = sum(p.numel() * p.element_size() for p in language_model.parameters())
             present = {"language model and weights": lm_bytes + sae_bytes}
         else:
-            present = {"this process by now": resident()}
+            present = {"this process by now": present_bytes}
         needs = present | {"gradients and optimiser": state_bytes, "one step": step}
         self.memory = sum(needs.values()) / GIGA
         self._check_limit(cfg.max_memory_hint)
