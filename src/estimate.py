@@ -33,7 +33,8 @@ READING_TRIAL_TOKENS = 1024  # the same where text is only read
 # over half of the latents; without dead latents it was 0.2 to 0.5 (docs/LOG.md).
 DENSE_CODE_BUFFERS, SPARSE_CODE_BUFFERS = 5, 2
 # Growth of a long run for one byte that its first steps need on a CPU. Freed blocks stay with the C
-# library (src.device.keep_freed_memory), and later ones do not fit into all of them.
+# library (src.device.keep_freed_memory), and later ones do not fit into all of them
+# (docs/LOG.md).
 REUSE_FACTOR = 1.45
 # Copies of the parameters: the gradients and the states of the optimiser.
 STATE_COPIES = {"adam": 3, "signum": 2}
