@@ -6,6 +6,7 @@ B rows, S positions per row, N counted tokens, L sites, D hidden, F latents, V t
 from __future__ import annotations
 
 import math
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,10 +16,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, distributed, files, hooks, lm
+from src import (
+    checkpoint,
+    config,
+    demo,
+    device,
+    distributed,
+    estimate,
+    files,
+    hooks,
+    lm,
+)
 from src.contexts import TokenText, sentence
 from src.data import Batch, Rows
-from src.events import ContextCollector, Events, Pieces, RoutingSample, Table, Windows
+from src.events import SAMPLE_SIZE, ContextCollector, Events, Pieces, RoutingSample, Table, Windows
 from src.metrics import token_kl
 from src.sae import SAE
 
@@ -34,6 +45,9 @@ DEFAULT_THRESHOLD = 0.22
 # halves the time of encoding.
 CODE_NUMBERS = {"cpu": 2**21}
 CODE_NUMBERS_ELSEWHERE = 2**28
+EVENT_BYTES = 48  # of an event beside the float16 strengths of its window
+EVENT_COPIES = 2  # of all events while those of a batch are merged with them
+CONTEXT_BYTES = 42  # of a token in a context: in the lists, and in three copies of the JSON
 # Fields of a context that a latent's entry holds as one list each.
 COLUMNS = (
     "tokens",
@@ -163,6 +177,7 @@ class Applier:
         n_batches = math.ceil(len(rows) / cfg.batch_size / world)
         lm.compile_if_it_pays(cfg, self.language_model, cfg.batch_size, n_batches)
         groups = torch.tensor(self.text.group, device=cfg.device)
+        self._announce(rows, options)
         for batch in tqdm(batches, "applying", n_batches, unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
@@ -173,6 +188,27 @@ class Applier:
                 out = sae.autoencode(sae.gather(hidden), hooks.batch_info(cfg, part))
                 collector.update(part, sae, out, groups, options.threshold)
         return collector
+
+    def _announce(self, rows: Rows, options: ContextOptions) -> None:
+        """Print what the stage will need, from trials on a few of its rows."""
+
+        def time_rows(n: int) -> float:
+            started = time.perf_counter()
+            batch = rows.batch(list(range(n))).to(self.cfg.device)
+            states = lm.read_sites(self.language_model, batch.input_ids, self.sae.sites())
+            for part, hidden in split_batch(batch, states, self.sae):
+                self.sae.autoencode(self.sae.gather(hidden), hooks.batch_info(self.cfg, part))
+            device.wait(self.cfg.device)
+            return time.perf_counter() - started
+
+        window = 2 * options.max_length + 1
+        n_events = self.sae.latent_size * (EVENTS_PER_CONTEXT * self.cfg.top_n + SAMPLE_SIZE)
+        n_contexts = self.sae.latent_size * (self.cfg.top_n + QUARTERS * PER_QUARTER)
+        needs = {
+            "events": EVENT_COPIES * n_events * (2 * window + EVENT_BYTES),
+            "contexts of all latents": CONTEXT_BYTES * n_contexts * window,
+        }
+        estimate.announce_reading(self.cfg, rows, time_rows, needs)
 
     def _write(
         self,

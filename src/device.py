@@ -71,6 +71,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
 
 
+def wait(device: str) -> None:
+    """Wait until a CUDA device has done its work, so that its time can be measured."""
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
 @functools.cache
 def fast_bfloat16() -> bool:
     """Return whether this CPU multiplies matrices in bfloat16 faster than in float32."""

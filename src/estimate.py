@@ -1,10 +1,11 @@
-"""What a training will need in memory, disk and time.
+"""What a stage will need in memory, disk and time.
 
-It is printed before the training starts, and compared with what was used at its end.
+It is printed before the stage starts. A training compares it with what was used at its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import resource
@@ -13,7 +14,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,10 +27,15 @@ from src.sae import SAE, BatchInfo
 GIGA = 1e9
 # A step is timed on so many tokens: enough for its rate, and short beside a run.
 TRIAL_TOKENS = 4096
+READING_TRIAL_TOKENS = 1024  # the same where text is only read
 # Buffers of the code's size that are alive at the peak of a step. Dense: codes and their gradients;
 # measured growth was 0.56 to 0.88 of the estimate. Sparse: the gradient of dense products, or AuxK
 # over half of the latents; without dead latents it was 0.2 to 0.5 (docs/LOG.md).
 DENSE_CODE_BUFFERS, SPARSE_CODE_BUFFERS = 5, 2
+# Growth of a long run for one byte that its first steps need on a CPU. Freed blocks stay with the C
+# library (src.device.keep_freed_memory), and later ones do not fit into all of them
+# (docs/LOG.md).
+REUSE_FACTOR = 1.45
 # Copies of the parameters: the gradients and the states of the optimiser.
 STATE_COPIES = {"adam": 3, "signum": 2}
 
@@ -42,7 +47,7 @@ def _on_cuda(device: str) -> bool:
 # --------------------------------------------------------------------------------- cost of a step
 
 
-@contextmanager
+@contextlib.contextmanager
 def unchanged(saes: list[SAE]) -> Iterator[None]:
     """Restore all buffers at the end: some losses keep running means."""
     before = [(buffer, buffer.clone()) for sae in saes for buffer in sae.buffers()]
@@ -131,33 +136,70 @@ def step_cost(
 ) -> tuple[float, float]:
     """(seconds, bytes beyond the weights) of one step in this process, without the update.
 
-    On CUDA both are measured, on all rows of the step or, while memory is short, on half as many.
-    AuxK, which begins later, is not included. On a CPU the time is measured on a few rows and the
-    bytes follow from step_bytes. No SAE is changed. Raises torch.OutOfMemoryError where one row
-    does not fit.
+    Both are measured: on CUDA on all rows of the step or, while memory is short, on half as many;
+    on a CPU on a few rows. AuxK, which begins later, is not included. No SAE is changed. Raises
+    torch.OutOfMemoryError where one row does not fit.
     """
     on_cuda = _on_cuda(device)
     step_rows = -(-min(batch_size, len(rows)) // distributed.world())
     n = step_rows if on_cuda else max(1, min(step_rows, TRIAL_TOKENS // rows.max_length))
     time_step = functools.partial(_time_step, saes, language_model, rows, sites, device)
     with distributed.alone(), unchanged(saes), bf16_matmuls():
-        n, trial_seconds = _time_what_fits(time_step, n, device)
-        seconds = trial_seconds * step_rows / n
+        seconds, growth = _cost(time_step, n, step_rows, device)
         if on_cuda:
-            peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-            return seconds, peak * step_rows / n
+            return seconds, growth
         state_bytes = 4 * saes[0].hidden_size * len(sites)
         token_bytes = max(step_bytes(sae, device) for sae in saes) + state_bytes
-        return seconds, batch_size / distributed.world() * rows.max_length * token_bytes
+        # In a process that has freed much, a trial may not show.
+        return seconds, max(growth, step_rows * rows.max_length * token_bytes)
+
+
+def _cost(
+    time_step: Callable[[int], float], n: int, step_rows: int, device: str
+) -> tuple[float, float]:
+    """(seconds, bytes) of a step of so many rows, from a trial with n rows.
+
+    On a CPU there is another trial with fewer rows. The difference leaves out what does not depend
+    on their number.
+    """
+    if _on_cuda(device):
+        n, seconds = _time_what_fits(time_step, n, device)
+        peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        return seconds * step_rows / n, peak * step_rows / n
+    few = max(1, n // 4)
+    present = resident()
+    count_peak_anew()
+    time_step(few)
+    smaller = recent_peak() - present
+    n, seconds = _time_what_fits(time_step, n, "cpu")
+    growth = recent_peak() - present
+    row_bytes = (growth - smaller) / (n - few) if n > few else growth / n
+    growth += row_bytes * (step_rows - n)
+    return seconds * step_rows / n, REUSE_FACTOR * growth
 
 
 # -------------------------------------------------------------------------------- memory and time
 
 
-def peak_resident() -> int:
-    """Largest memory that this process has held, in bytes."""
+_before = {"peak": 0}  # what was the largest when the count began anew
+
+
+def recent_peak() -> int:
+    """Largest memory that this process has held since count_peak_anew, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_resident() -> int:
+    """Largest memory that this process has held, in bytes."""
+    return max(_before["peak"], recent_peak())
+
+
+def count_peak_anew() -> None:
+    """Let recent_peak() begin with what is held now. Only Linux can; elsewhere nothing changes."""
+    _before["peak"] = peak_resident()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident() -> int:
@@ -207,25 +249,26 @@ class Estimate:
         sites = sorted({site for sae in saes for site in sae.sites()})
         sae_bytes = 4 * sum(p.numel() for sae in saes for p in sae.parameters())
         state_bytes = sae_bytes * STATE_COPIES[cfg.optimizer]
+        present_bytes = resident()
         seconds, step = step_cost(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
         self.seconds = steps * seconds
         if _on_cuda(cfg.device):
             lm_bytes = sum(p.numel() * p.element_size() for p in language_model.parameters())
             present = {"language model and weights": lm_bytes + sae_bytes}
         else:
-            present = {"this process by now": resident()}
+            present = {"this process by now": present_bytes}
         needs = present | {"gradients and optimiser": state_bytes, "one step": step}
         self.memory = sum(needs.values()) / GIGA
         self._check_limit(cfg.max_memory_hint)
         _check_disk(folder, state_bytes)
-        parts = ", ".join(f"{name} {size / GIGA:.2f} GB" for name, size in needs.items())
-        print(
-            f"memory by estimate: {parts}; together {self.memory:.2f} GB. "
-            f"Time: {duration(self.seconds)} for {steps:,} steps"
-        )
+        _print_needs(needs, self.seconds, f"{steps:,} steps")
         # On CUDA what is present has already left the free memory.
         additional = state_bytes + step if _on_cuda(cfg.device) else sum(needs.values())
-        _warn_above(_free_memory(cfg.device), additional)
+        _warn_above(
+            _free_memory(cfg.device),
+            additional,
+            "lower --batch_size or train fewer SAEs at once",
+        )
 
     def _check_limit(self, limit: float | None) -> None:
         if limit is not None and self.memory > limit:
@@ -256,12 +299,44 @@ class Estimate:
         return {name: round(value, 3) for name, value in numbers.items()}
 
 
-def _warn_above(free: int, needed: float) -> None:
+def _print_needs(needs: dict[str, float], seconds: float, work: str) -> None:
+    parts = ", ".join(f"{name} {size / GIGA:.2f} GB" for name, size in needs.items())
+    print(
+        f"memory by estimate: {parts}; together {sum(needs.values()) / GIGA:.2f} GB. "
+        f"Time: {duration(seconds)} for {work}"
+    )
+
+
+def _warn_above(free: int, needed: float, advice: str) -> None:
     if needed > free:
-        print(
-            f"warning: the estimate is above the {free / GIGA:.2f} GB of this machine; "
-            "lower --batch_size or train fewer SAEs at once"
-        )
+        print(f"warning: the estimate is above the {free / GIGA:.2f} GB of this machine; {advice}")
+
+
+def announce_reading(
+    cfg: Namespace,
+    rows: Rows,
+    time_rows: Callable[[int], float],
+    other_needs: dict[str, float],
+    other_seconds: Callable[[float], float] = lambda _seconds: 0.0,
+) -> None:
+    """Print memory and time of a stage that reads text in batches, before it begins.
+
+    time_rows(n): reads n rows as the stage does, and returns the seconds. other_needs: bytes of
+    what follows. other_seconds: time of what follows in a batch, from that of reading it.
+    """
+    world = distributed.world()
+    batch_rows = min(cfg.batch_size, len(rows))
+    n = max(1, min(batch_rows, READING_TRIAL_TOKENS // rows.max_length))
+    on_cuda = _on_cuda(cfg.device)
+    present = torch.cuda.memory_allocated(cfg.device) if on_cuda else resident()
+    with distributed.alone():
+        seconds, size = _cost(time_rows, n, batch_rows, cfg.device)
+    needs = {"this process by now": present, "reading a batch": size} | other_needs
+    n_batches = len(rows) / cfg.batch_size / world
+    total = n_batches * (seconds + other_seconds(seconds))
+    _print_needs(needs, total, f"{len(rows):,} rows")
+    additional = sum(needs.values()) - (present if on_cuda else 0)
+    _warn_above(_free_memory(cfg.device), additional, "lower --batch_size")
 
 
 def _check_disk(folder: Path, state_bytes: int) -> None:

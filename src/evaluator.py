@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, distributed, files, hooks, lm, metric_table, metrics
+from src import (
+    checkpoint,
+    config,
+    demo,
+    device,
+    distributed,
+    estimate,
+    files,
+    hooks,
+    lm,
+    metric_table,
+    metrics,
+)
 from src.data import Batch, Rows
 from src.ops import squared_errors
 from src.sae import SAE, BatchInfo, Patch, SAEOutput
 
 ABLATION_TOKENS = 20_000  # the mean state of a site is taken over at least this many
+ABLATIONS = ("zero", "mean")  # what replaces a state
+LOGIT_COPIES = 7  # logits of two runs, their logarithms, p, and two products of them
 TABLE_COLUMN = 16  # characters
 HELD_OUT = config.STAGE_SPLIT["evaluate"]  # results of other splits have its name in their title
 # What two results must share for one to take the place of the other.
@@ -251,6 +266,7 @@ class Evaluator:
         n_batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
         passes = n_batches * (1 + self.with_patches * len(saes))
         lm.compile_if_it_pays(cfg, model, cfg.batch_size, passes)
+        self._announce(model, rows, sites)
         ablations = self._ablations(model, rows, sites) if self.with_ablations else {}
         n_tokens = 0
         checked = False
@@ -268,6 +284,47 @@ class Evaluator:
         parts = distributed.to_main((n_tokens, measures), cfg.device)
         return distributed.from_main(lambda: self._conclude(parts, rows))
 
+    def _announce(self, model: nn.Module, rows: Rows, sites: list[int]) -> None:
+        """Print what the evaluation will need, from trials on a few of its rows."""
+        starts = {id(subject): [min(subject.sae.sites())] for subject in self.subjects}
+
+        def time_rows(n: int) -> float:
+            started = time.perf_counter()
+            batch = rows.batch(list(range(n))).to(self.cfg.device)
+            states = lm.read_sites(model, batch.input_ids, sites)
+            hidden = {site: state[batch.mask].float() for site, state in states.items()}
+            info = hooks.batch_info(self.cfg, batch)
+            for subject in self.subjects if batch.mask.any() else []:
+                out = subject.sae.autoencode(subject.sae.gather(hidden), info)
+                patch_sets = subject.sae.patches(hidden, info, clean=out)
+                starts[id(subject)] = [min(patches) for patches in patch_sets]
+            device.wait(self.cfg.device)
+            return time.perf_counter() - started
+
+        needs: dict[str, float] = {}
+        if self.with_patches:
+            needs["patched runs"] = self._patched_bytes(model, rows)
+
+        def patched_seconds(seconds: float) -> float:
+            """Time of the blocks above the patched sites, from that of the blocks up to a site."""
+            depth = len(lm.blocks(model))
+            runs = [start for of_one in starts.values() for start in of_one]
+            if self.with_ablations:
+                runs *= 1 + len(ABLATIONS)
+            n_blocks = depth - max(sites) + sum(depth - start for start in runs)
+            return seconds * n_blocks / max(sites) if self.with_patches else 0.0
+
+        estimate.announce_reading(self.cfg, rows, time_rows, needs, patched_seconds)
+
+    def _patched_bytes(self, model: nn.Module, rows: Rows) -> float:
+        """Bytes of the final states that wait, and of the logits of a chunk with their products."""
+        tokens = min(self.cfg.batch_size, len(rows)) * rows.max_length
+        head = model.get_output_embeddings()
+        n_words = len(head.weight) if head is not None else lm.text_config(model).vocab_size
+        states = (LogitComparison.MAX_WAITING + 1) * lm.text_config(model).hidden_size
+        element = next(model.parameters()).element_size()
+        return tokens * states * element + 4 * LOGIT_COPIES * n_words * min(tokens, lm.HEAD_CHUNK)
+
     def _ablations(
         self, model: nn.Module, rows: Rows, sites: list[int]
     ) -> dict[str, dict[int, Tensor]]:
@@ -283,7 +340,7 @@ class Evaluator:
                 break
         means = {site: total / count for site, total in sums.items()}
         zeros = {site: torch.zeros_like(mean) for site, mean in means.items()}
-        return {"zero": zeros, "mean": means}
+        return dict(zip(ABLATIONS, (zeros, means), strict=True))
 
     def _measure_batch(
         self,

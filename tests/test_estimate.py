@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from src import estimate
+from src.applier import Applier
 from src.config import parse
 from src.data import Batch
+from src.evaluator import Evaluator
 from src.files import DEMO_LM, ROOT
 from src.lm import get_language_model
 from src.model import build
@@ -89,8 +91,47 @@ def test_a_step_that_does_not_fit_is_timed_on_fewer_rows(language_model):
     sae.autoencode = limited
     seconds, _ = estimate.step_cost([sae], language_model, RandomRows(), 8, [12], "cpu")
     assert seconds > 0
-    # All 3 rows do not fit; one does, and is measured after a first call.
-    assert tried[:3] == [48, 16, 16]
+    # The first trial has fewer rows. All 3 do not fit; one does, and is timed after a first call.
+    assert tried[:4] == [16, 48, 16, 16]
+
+
+def test_the_memory_of_a_step_is_that_of_trials_with_fewer_rows_extended():
+    row_bytes, fixed_bytes = 12_000_000, 40_000_000
+    tried = []
+
+    def time_step(n):
+        tried.append(n)
+        held = torch.ones(n * row_bytes + fixed_bytes, dtype=torch.uint8)
+        return float(held[0])
+
+    seconds, size = estimate._cost(time_step, 8, 32, "cpu")
+    assert tried == [2, 8, 8]
+    assert seconds == 4.0
+    expected = estimate.REUSE_FACTOR * (32 * row_bytes + fixed_bytes)
+    if sys.platform == "linux":  # elsewhere a peak cannot be counted anew
+        assert size == pytest.approx(expected, rel=0.15)
+    assert estimate.peak_resident() >= estimate.recent_peak()
+
+
+def test_evaluate_and_apply_say_what_they_need_before_they_start(tmp_path, capfd):
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"Return the {i}th of {i * 7} values. " * 5}) for i in range(60)]
+    text.write_text("\n".join(lines))
+    common = ["--output_dir", str(tmp_path / "out"), "--max_samples", "12"]
+    sizes = ["--latent_size", "64", "--k", "4", "--max_length", "32", "--batch_size", "4"]
+    paths = ["--model_path", str(DEMO_LM), "--data_path", str(text), "--split", "all"]
+    Trainer(parse("train", [*common, *sizes, *paths])).run()
+    capfd.readouterr()
+    for run, bar in (
+        (lambda: Evaluator(parse("evaluate", [*common, "--metric", "all"])).run(), "evaluating"),
+        (lambda: Applier(parse("apply", common)).run(), "applying"),
+    ):
+        run()
+        written = capfd.readouterr()
+        assert bar in written.err
+        needs = re.search(r"memory by estimate: (.*); together .* GB\. Time: .* rows", written.out)
+        assert "reading a batch" in needs[1]
+        assert ("patched runs" in needs[1]) == (bar == "evaluating")
 
 
 def test_durations_have_two_units_at_most():
