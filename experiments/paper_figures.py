@@ -32,6 +32,8 @@ GRID = tuple(range(5, 41))  # at these the features are counted
 NOT_APPLIED = ("RandomK", "BatchTopK")
 RECORDED = files.ROOT / "docs" / "figures"  # the demo's results are copied to it
 LINES = 4  # contexts a feature needs, apply's default
+# Of a context, what labelling reads.
+READ_COLUMNS = ("tokens", "position", "token_activations", "token_class")
 STEERED = ("TopK", "RouteSAE")
 STEERING_SHARE = 0.75  # of a latent's largest strength
 NO_MODEL = "; labels and scores by rule (heuristic engine), not by a language model"
@@ -514,17 +516,15 @@ def above(contexts: dict[str, Any], threshold: float) -> dict[str, Any]:
     """
     kept = {}
     for latent, entry in contexts["latent_context_map"].items():
-        groups = {}
-        for name, group in entry["contexts"].items():
-            strong = [context for context in group if context["activation"] > threshold]
-            if strong:
-                groups[name] = strong
-        if sum(map(len, groups.values())) >= LINES:
+        activations = entry["activations"]
+        strong = [index for index, value in enumerate(activations) if value > threshold]
+        if len(strong) >= LINES:
             kept[latent] = {
-                "contexts": groups,
                 "max_activation": entry["max_activation"],
                 "promoted": entry["promoted"],
             }
+            for name in ("activations", *READ_COLUMNS):
+                kept[latent][name] = [entry[name][index] for index in strong]
     return {"latent_context_map": kept}
 
 

@@ -5,6 +5,7 @@ B rows, S positions per row, N counted tokens, L sites, D hidden, F latents, V t
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from argparse import Namespace
@@ -27,7 +28,7 @@ from src import (
     hooks,
     lm,
 )
-from src.contexts import TokenText, sentence
+from src.contexts import TokenText, sentence_bounds
 from src.data import Batch, Rows
 from src.events import SAMPLE_SIZE, ContextCollector, Events, Pieces, RoutingSample, Table, Windows
 from src.metrics import token_kl
@@ -39,8 +40,6 @@ PER_QUARTER = 3  # contexts shown from each, beside the best
 EVENTS_PER_CONTEXT = 3
 PROMOTED = 8  # tokens named whose logits a decoder direction raises and lowers most
 EFFECT_CONTEXTS = 4  # best events of a latent at which it is removed
-# In units of sqrt(hidden_size), by which strength grows; 10 at 2048, as the reference has it.
-DEFAULT_THRESHOLD = 0.22
 # Numbers in one dense code; longer batches are divided. On a CPU it is what the cache holds, which
 # halves the time of encoding.
 CODE_NUMBERS = {"cpu": 2**21}
@@ -48,6 +47,7 @@ CODE_NUMBERS_ELSEWHERE = 2**28
 EVENT_BYTES = 48  # of an event beside the float16 strengths of its window
 EVENT_COPIES = 2  # of all events while those of a batch are merged with them
 CONTEXT_BYTES = 42  # of a token in a context: in the lists, and in three copies of the JSON
+GZIP_CHARS = 20_000_000  # of the contexts, above which their file is compressed by default
 # Fields of a context that a latent's entry holds as one list each.
 COLUMNS = (
     "tokens",
@@ -100,15 +100,9 @@ def token_text(tokenizer: Any) -> TokenText:
 
 
 def columns(contexts: list[Context]) -> Entry:
-    """Return each field of the contexts as a list, and their sentences by token class."""
+    """Return each field of the contexts as a list."""
     entry: Entry = {"activations": [context["activation"] for context in contexts]}
-    for name in COLUMNS:
-        entry[name] = [context[name] for context in contexts]
-    by_class: dict[str, list[Context]] = {}
-    for context in contexts:
-        sentences = by_class.setdefault(context["token_class"], [])
-        sentences.append({"activation": context["activation"], "context": context["context"]})
-    return entry | {"contexts": by_class}
+    return entry | {name: [context[name] for context in contexts] for name in COLUMNS}
 
 
 class Applier:
@@ -128,12 +122,10 @@ class Applier:
     def run(self) -> tuple[int, Path]:
         """Call get_context with the values of the options."""
         cfg = self.cfg
-        threshold = cfg.act_threshold
-        if cfg.quantile is not None:
-            threshold = 0.0
-        elif threshold is None:
-            relative = DEFAULT_THRESHOLD if cfg.threshold_rel is None else cfg.threshold_rel
-            threshold = relative * math.sqrt(self.sae.hidden_size)
+        threshold = cfg.act_threshold or 0.0
+        if cfg.threshold_rel is not None:
+            # By this measure strength grows with the width: 0.22 is 10 at 2,048.
+            threshold = cfg.threshold_rel * math.sqrt(self.sae.hidden_size)
         return self.get_context(threshold, cfg.context_length, cfg.max_per_token, cfg.lines)
 
     @torch.no_grad()
@@ -229,14 +221,10 @@ class Applier:
         self._add_promoted(entries)
         if self.cfg.effect:
             self._add_effects(entries, collector.top, rows)
-        negatives = [{"tokens": self.text.pieces(window.ids)} for window in collector.pool]
         result = self._header(collector, rows, len(entries), options)
+        negatives = self._pool_windows(collector)
         result |= {"negatives": negatives, "latent_context_map": entries}
-        path = self._default_path() if output_path is None else Path(output_path)
-        if entries or not path.exists():
-            files.save_json(result, path, indent=None)
-        else:
-            print(f"{path} is left unchanged")
+        path = self._save(result, output_path)
         if not entries:
             largest = collector.largest
             print(
@@ -245,8 +233,36 @@ class Applier:
             )
         return len(entries), path
 
-    def _default_path(self) -> Path:
-        suffix = ".json.gz" if self.cfg.gzip else ".json"
+    def _pool_windows(self, collector: ContextCollector) -> list[dict[str, Any]]:
+        """Return the windows of the pool, cut as those of the contexts are."""
+        windows = []
+        for window in collector.pool:
+            pieces, first = self._whole_sentences(window.ids, window.center)
+            windows.append({"tokens": pieces, "position": window.center - first})
+        return windows
+
+    def _save(self, result: dict[str, Any], output_path: str | Path | None) -> Path:
+        """Write the contexts; return their path. Contexts are not replaced by none."""
+        if output_path is not None:
+            path = Path(output_path)
+            former = path
+        else:
+            compress = self.cfg.gzip
+            if compress is None:
+                compress = len(json.dumps(result, ensure_ascii=False)) > GZIP_CHARS
+            path, former = map(
+                self._path, (".json.gz", ".json") if compress else (".json", ".json.gz")
+            )
+        for existing in (path, former):
+            if not result["latent_context_map"] and existing.exists():
+                print(f"{existing} is left unchanged")
+                return existing
+        files.save_json(result, path, indent=None)
+        if former != path:
+            former.unlink(missing_ok=True)  # the same contexts from before, in the other form
+        return path
+
+    def _path(self, suffix: str) -> Path:
         name = f"{files.safe_name(self.recipe['title'])}_contexts{suffix}"
         return Path(self.cfg.output_dir) / files.CONTEXT_DIR / name
 
@@ -259,7 +275,7 @@ class Applier:
             return {}
         n_latents = self.sae.latent_size
         profile = self.sae.site_profile()
-        pool_texts = [tuple(self.text.pieces(window.ids)) for window in collector.pool]
+        pool_texts = [tuple(window["tokens"]) for window in self._pool_windows(collector)]
         latents = tqdm(range(n_latents), "decoding", unit=" latents", mininterval=1)
         entries = {}
         for latent, best, drawn in zip(latents, top.by_latent(), sample.by_latent(), strict=True):
@@ -334,14 +350,22 @@ class Applier:
             if len(contexts) == n:
                 break
             event = Events(*(part[number] for part in events))
-            ids, first, document = windows.around(int(event.row), int(event.position))
-            pieces = self.text.pieces(ids)
+            ids, start, document = windows.around(int(event.row), int(event.position))
+            pieces, first = self._whole_sentences(ids, int(event.position) - start)
             if tuple(pieces) not in shown:
                 shown.add(tuple(pieces))
-                position = int(event.position) - first
-                around = event.around[windows.reach - position :][: len(ids)]
+                position = int(event.position) - start - first
+                around = event.around[windows.reach - position :][: len(pieces)]
                 contexts.append(self._context(event, pieces, position, around, document))
         return contexts
+
+    def _whole_sentences(self, ids: list[int], position: int) -> tuple[list[str], int]:
+        """Return (texts of the tokens of whole sentences around one, index of the first)."""
+        pieces = self.text.pieces(ids)
+        if not ids:
+            return pieces, 0
+        first, end = sentence_bounds(pieces, position)
+        return pieces[first:end], first
 
     def _context(
         self, event: Events, pieces: list[str], position: int, around: Tensor, document: int
@@ -358,7 +382,6 @@ class Applier:
             "layer": self.sae.sites()[site] if site >= 0 else None,
             "router_weight": round(float(event.weight), 4),
             "document": document,
-            "context": sentence(pieces, position),
         }
 
     # ---------------------------------------------------------------------- what a latent does

@@ -532,15 +532,15 @@ OPTIONS: dict[str, Option] = {
         "application",
         float,
         None,
-        "Activation that a latent must exceed. Default: 0.22 sqrt(hidden_size), which is 10 "
-        "at 2048.",
+        "Activation that a latent must exceed. Default: 0, because the strongest are kept anyway; "
+        "the published code has 10 at a hidden size of 2048.",
         low=0,
     ),
     "threshold_rel": Option(
         "application",
         float,
         None,
-        "Like --act_threshold, in units of sqrt(hidden_size). Default: 0.22.",
+        "Like --act_threshold, in units of sqrt(hidden_size): 0.22 is 10 at 2048. Default: off.",
         low=0,
     ),
     "quantile": Option(
@@ -573,7 +573,12 @@ OPTIONS: dict[str, Option] = {
         "For this many latents, measure how removing them changes the next-token distribution.",
         low=0,
     ),
-    "gzip": Option("application", boolean, False, "Compress the contexts file."),
+    "gzip": Option(
+        "application",
+        boolean,
+        None,
+        "Compress the contexts file. Default: if it has more than 20 million characters.",
+    ),
     "sample_latents": Option(
         "interpretation", int, 100, "Label this many latents, drawn at random; 0 labels all.", low=0
     ),

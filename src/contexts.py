@@ -6,10 +6,20 @@ A piece is the text of one token as it stands inside a text.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 
 OPEN, CLOSE = "<ACTIVATED>", "</ACTIVATED>"
 SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*(?=\s|$)|\n")
+# What ends a sentence of a window: a mark before a space and no small letter, or an empty line.
+# Ends of lines do not, because texts are wrapped and sentences run through verse.
+WINDOW_END = re.compile(
+    r"[.!?][\"'\u201d\u2019)\]]*(?=\s+[^\sa-z])"
+    r"|[\u3002\uff01\uff1f][\u201d\u2019\u300d]*|\n[ \t]*\n"
+)
+ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Sr|Jr|Gen|Col|Capt|Rev|Hon|No|vs|etc|cf|[A-Z])\.$")
+ABBREVIATION_CHARS = 8  # before an end, in which an abbreviation is looked for
+WINDOW_TOKENS = 32  # to which whole sentences are added to a short one
 BROKEN = "\ufffd"  # decoders put it for bytes that are no whole character
 MAX_CHARACTER_TOKENS = 8  # tokens over which one character may be spread
 
@@ -91,6 +101,53 @@ def sentence(pieces: Sequence[str], position: int) -> str:
     before = neutral(text[first:start].lstrip())
     after = neutral(text[stop:last].rstrip())
     return f"{before}{_mark(text[start:stop])}{after}"
+
+
+def sentence_bounds(pieces: Sequence[str], position: int) -> tuple[int, int]:
+    """Return (first, end) of the tokens of the sentence around a token.
+
+    Whole sentences before it, or else after it, are added while it has fewer than WINDOW_TOKENS.
+    A sentence that the pieces hold in part is not added.
+    """
+    starts = _sentence_starts(pieces)
+    inside = bisect_right(starts, position)
+    first = starts[inside - 1] if inside else 0
+    end = starts[inside] if inside < len(starts) else len(pieces)
+    before, after = inside - 1, inside  # numbers of the bounds
+    while end - first < WINDOW_TOKENS:
+        if before > 0:
+            before -= 1
+            first = starts[before]
+        elif after + 1 < len(starts):
+            after += 1
+            end = starts[after]
+        else:
+            break
+    return first, end
+
+
+def _sentence_starts(pieces: Sequence[str]) -> list[int]:
+    """Return the tokens at which a sentence begins, of sentences whose beginning is there.
+
+    A token of white space alone belongs to the sentence before it.
+    """
+    text = "".join(pieces)
+    ends = [
+        match.end()
+        for match in WINDOW_END.finditer(text)
+        if not ABBREVIATION.search(text[max(0, match.end() - ABBREVIATION_CHARS) : match.end()])
+    ]
+    starts = []
+    next_end = 0
+    length = 0
+    for index, piece in enumerate(pieces):
+        begin = length + len(piece) - len(piece.lstrip())
+        length += len(piece)
+        if piece.strip() and next_end < len(ends) and ends[next_end] <= begin:
+            starts.append(index)
+            while next_end < len(ends) and ends[next_end] <= begin:
+                next_end += 1
+    return starts
 
 
 def neutral(text: str) -> str:

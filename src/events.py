@@ -282,6 +282,7 @@ class PoolWindow(NamedTuple):
 
     ids: list[int]  # token ids; none if its row was not read
     active: Tensor  # which latents are active in it, bool [F]
+    center: int = 0  # index of the token that it was drawn around
 
 
 class ContextCollector:
@@ -394,14 +395,16 @@ class ContextCollector:
         counted = batch.mask[index].nonzero()[:, 0]
         draw = int(random_integers(torch.tensor([row]), self.seed, len(counted)))
         documents = counted_documents(batch, index)
-        first, end = window_bounds(documents, int(counted[draw]), self.windows.reach)
+        center = int(counted[draw])
+        first, end = window_bounds(documents, center, self.windows.reach)
         # Bounds as positions become bounds among counted tokens, and then among entries.
         token_bounds = torch.searchsorted(counted, counted.new_tensor([first, end]))
         token_bounds += batch.mask[:index].sum()
         first_entry, end_entry = torch.searchsorted(activations.token, token_bounds).tolist()
         is_active = torch.zeros(self.top.n_latents, dtype=torch.bool, device=latent.device)
         is_active[latent[first_entry:end_entry]] = True
-        return PoolWindow(batch.input_ids[index, first:end].tolist(), is_active.cpu())
+        ids = batch.input_ids[index, first:end].tolist()
+        return PoolWindow(ids, is_active.cpu(), center - first)
 
     def state(self) -> dict[str, Any]:
         """Return what merge() takes."""

@@ -18,18 +18,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from src import files
-from src.contexts import CLOSE, OPEN, marked
+from src import files, rule_labels
+from src.contexts import CLOSE, OPEN, marked, sentence
 from src.endpoint import ANSWER_CHARS, NO_USAGE, Answer, Endpoint, Failed, read_key, sum_usage
 from src.interrupt import Interrupted, Signals
 
 BY_RULE = "heuristic"  # the engine that asks no language model
-BY_RULE_MARK = "[by rule]"  # begins the explanations of that engine
 PRICES = {  # USD per million tokens: prompt, answer
     "gpt-4o": (2.5, 10.0),
     "gpt-4o-mini": (0.15, 0.6),
@@ -38,9 +38,7 @@ PRICES = {  # USD per million tokens: prompt, answer
 }
 PROMPT_CONTEXTS = 20  # contexts in one prompt
 CONTEXT_CHARS = 2000  # of a context, on each side of a mark
-EXPLANATION_CHARS = 1000
 TEST_CHARS = 2 * CONTEXT_CHARS  # of a text in a test
-WORD_CHARS = 200  # before a mark, in which the rules look for a word
 LATENT_DIGITS = 18
 ANSWER_TOKENS = 80  # of a usual answer, for the estimate of a dry run
 
@@ -131,10 +129,11 @@ def read_entries(data: Any, path: Path) -> dict[str, Entry]:
 
 
 def _contexts_of(entry: Entry) -> list[dict[str, Any]]:
-    """The usable contexts of an entry in one of three forms.
+    """The usable contexts of an entry in one of four forms.
 
-    Ours has "contexts": {token class: [...]}; the documented ones are that mapping itself, or
-    "activations" beside "tokens".
+    Ours has "position" and "token_class" beside the documented "activations" and "tokens"; earlier
+    files of ours had "contexts": {token class: [...]}; the other documented form is that mapping
+    itself.
     """
     groups = entry.get("contexts", entry)
     nested = isinstance(groups, dict) and "tokens" not in groups
@@ -150,12 +149,22 @@ def _contexts_of(entry: Entry) -> list[dict[str, Any]]:
             for context in contexts
             if isinstance(context.get("context"), str) and _is_number(context.get("activation"))
         ]
-    pairs = zip(_list(entry, "activations"), _list(entry, "tokens"), strict=False)
+    columns = [_list(entry, name) for name in ("activations", "tokens", "position", "token_class")]
     return [
-        {"activation": activation, "context": "".join(tokens), "token_class": ""}
-        for activation, tokens in pairs
-        if _is_number(activation) and _is_texts(tokens)
+        {
+            "activation": activation,
+            "context": _marked_sentence(tokens, position),
+            "token_class": name,
+        }
+        for activation, tokens, position, name in zip_longest(*columns, fillvalue="")
+        if _is_number(activation) and _is_texts(tokens) and isinstance(name, str)
     ]
+
+
+def _marked_sentence(tokens: list[str], position: Any) -> str:
+    """The sentence around the active token, or the whole text if it is not known."""
+    is_known = _is_index(position) and position < len(tokens)
+    return sentence(tokens, position) if is_known else "".join(tokens)
 
 
 def _is_number(value: Any) -> bool:
@@ -241,7 +250,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
     # A whole number from 1 to 5, perhaps as "4.0" or "4/5", not a part of another number.
     score_text = str(fields.get("score", "")).split("/")[0]
     score = re.search(r"(?<![\d.-])[1-5](?:\.0+)?(?![\d.]*\d)", score_text)
-    explanation = str(fields.get("explanation", "")).strip()[:EXPLANATION_CHARS]
+    explanation = str(fields.get("explanation", "")).strip()[: rule_labels.EXPLANATION_CHARS]
     if score is None or not explanation:
         return None
     category = _category(str(fields.get("category", "")))
@@ -364,69 +373,6 @@ def balanced_accuracy(truth: Sequence[bool], answers: Sequence[bool]) -> float |
     return sum(shares) / 2
 
 
-# ------------------------------------------------------------------------------ labels by rule
-
-
-def label_by_rule(entry: Entry) -> dict[str, Any]:
-    """Return a label without a language model; its explanation begins with "[by rule]"."""
-    explanation, score = _first_rule(entry["contexts"])
-    undiscernible = score == 1
-    return {
-        "category": "undiscernible" if undiscernible else "low-level",
-        "score": score,
-        "polysemantic": undiscernible,
-        "explanation": f"{BY_RULE_MARK} {explanation}"[:EXPLANATION_CHARS],
-    }
-
-
-def _first_rule(contexts: Sequence[Context]) -> tuple[str, int]:
-    """(explanation, score) of the first rule that holds: a common token, a shared beginning or
-    end, a kind of character, a common word before, few tokens; else that there is none."""
-    classes = [str(context["token_class"]) for context in contexts]
-    counts = Counter(classes)
-    token, n_token = counts.most_common(1)[0]
-    share = n_token / len(classes)
-    if share > 0.5 and token:
-        return f"the token {token!r} ({share:.0%} of the contexts)", 5 if share == 1 else 4
-    prefix = os.path.commonprefix([*counts])
-    suffix = os.path.commonprefix([name[::-1] for name in counts])[::-1]
-    if len(counts) > 1 and max(len(prefix.strip()), len(suffix.strip())) >= 2:
-        if len(prefix) >= len(suffix):
-            return f"tokens that begin with {prefix!r}", 4
-        return f"tokens that end in {suffix!r}", 4
-    kind = _character_kind(classes)
-    if kind:
-        return f"{kind}: {_most_common(counts, 4)}", 3
-    word, n_word = _word_before(contexts)
-    if n_word > len(classes) / 2:
-        return f"what follows {word!r} ({n_word} of {len(classes)} contexts)", 3
-    if len(counts) <= 4:
-        return f"the tokens {', '.join(map(repr, counts))}", 3
-    return f"no rule found; tokens such as {_most_common(counts, 5)}", 1
-
-
-def _most_common(counts: Counter[str], n: int) -> str:
-    return ", ".join(repr(token) for token, _ in counts.most_common(n))
-
-
-def _character_kind(classes: Sequence[str]) -> str | None:
-    if all(not name.strip() for name in classes):
-        return "white space"
-    for kind, pattern in (("numbers", r"[\d.,]+"), ("punctuation", r"[\W_]+")):
-        if all(re.fullmatch(pattern, name) for name in classes):
-            return kind
-    return None
-
-
-def _word_before(contexts: Sequence[Context]) -> tuple[str, int]:
-    """The most frequent word before the active token, and in how many contexts it is there."""
-    # A long token would make the search quadratic: only the end of the text before the mark counts.
-    texts = [context["context"].partition(OPEN)[0][-WORD_CHARS:] for context in contexts]
-    words = [re.search(r"(\w+)\W*$", text) for text in texts]
-    counts = Counter(word.group(1).lower() for word in words if word)
-    return counts.most_common(1)[0] if counts else ("", 0)
-
-
 # ------------------------------------------------------------------------------ tests of labels
 
 
@@ -435,7 +381,8 @@ class TestText(NamedTuple):
 
     text: str
     active: bool
-    tokens: list[str]  # the answer depends on these
+    tokens: list[str]  # of the text
+    indices: list[int]  # of the tokens on which the answer depends
 
 
 def _detection_texts(entry: Entry, pool: Sequence[Context]) -> list[TestText]:
@@ -444,9 +391,9 @@ def _detection_texts(entry: Entry, pool: Sequence[Context]) -> list[TestText]:
     negatives = [i for i in entry.get("negatives", []) if i < len(pool) and pool[i]["tokens"]]
     silent = [pool[i] for i in negatives[: len(active)]]
     return [
-        TestText("".join(_bounded(context["tokens"])), is_active, context["tokens"])
+        TestText("".join(_bounded(tokens)), is_active, tokens, list(range(len(tokens))))
         for contexts, is_active in ((active, True), (silent, False))
-        for context in contexts
+        for tokens in (context["tokens"] for context in contexts)
     ]
 
 
@@ -459,8 +406,7 @@ def _fuzzing_texts(entry: Entry, draw: random.Random) -> list[TestText]:
         off = [index for index, token in enumerate(tokens) if index not in on and token.strip()]
         wrong = i % 2 == 1 and len(off) >= len(on)
         chosen = draw.sample(off, len(on)) if wrong else on
-        shown = [tokens[index] for index in chosen]
-        texts.append(TestText(marked(_bounded(tokens), chosen), not wrong, shown))
+        texts.append(TestText(marked(_bounded(tokens), chosen), not wrong, tokens, chosen))
     return texts
 
 
@@ -577,7 +523,7 @@ def _worth(label: Record) -> int:
     """3 for a label that was paid for, 2 for one by rule, 1 for an answer that is none, else 0."""
     if not isinstance(label.get("score"), int):
         return int(label.get("status") != "failed")
-    by_rule = str(label.get("explanation")).startswith(BY_RULE_MARK)
+    by_rule = str(label.get("explanation")).startswith(rule_labels.BY_RULE_MARK)
     return 2 if by_rule else 3
 
 
@@ -681,7 +627,7 @@ class Interpreter:
         entry = job.entries[latent]
         record: Record = {"latent": latent, "status": "ok", "raw": None}
         if self.engine == BY_RULE:
-            answer: dict[str, Any] | None = label_by_rule(entry)
+            answer: dict[str, Any] | None = rule_labels.label_by_rule(entry)
         else:
             prompt = self.construct_prompt(_by_token_class(entry["contexts"]))
             text, refusal = self._ask(client, prompt, SCHEMA, holds_answer)
@@ -728,10 +674,7 @@ class Interpreter:
             return None
         answers: list[bool] | None
         if self.engine == BY_RULE:
-            known = {str(context["token_class"]) for context in entry["contexts"]}
-            answers = [
-                any(token.strip().lower() in known for token in text.tokens) for text in texts
-            ]
+            answers = rule_labels.answers(entry, [(text.tokens, text.indices) for text in texts])
         else:
             prompt = _test_prompt(kind, record["explanation"], texts)
 

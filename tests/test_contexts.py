@@ -2,7 +2,8 @@
 
 import pytest
 
-from src.contexts import TokenText, sentence
+from src import contexts
+from src.contexts import TokenText, sentence, sentence_bounds
 
 
 class ByteTokenizer:
@@ -54,3 +55,30 @@ def test_sentences_are_cut_in_the_text_and_the_token_marked(pieces, position, ex
     result = sentence(pieces, position)
     result = result.replace("<ACTIVATED>", "<X>").replace("</ACTIVATED>", "</X>")
     assert result.replace("<X> ", " <X>") == expected.replace("<X> ", " <X>").replace("< /", "</ ")
+
+
+SPEECH = [" He", " saw", " Mr", ".", " Lee", ".", "\n\n", "HAMLET", ".", "\n", "To", " be", ",\n"]
+SPEECH += ["or", " not", "?", ' "', "No", '."', " Then", " i", ".", "e", ".", " on", "."]
+
+
+@pytest.mark.parametrize(
+    ("position", "wanted", "expected"),
+    [
+        (1, 1, " He saw Mr. Lee.\n\n"),
+        (10, 1, "To be,\nor not?"),
+        (13, 5, "To be,\nor not?"),
+        (13, 9, "HAMLET.\nTo be,\nor not?"),
+        (17, 1, ' "No."'),
+        (17, 7, 'To be,\nor not? "No."'),
+        (20, 1, " Then i.e. on."),
+    ],
+)
+def test_a_window_is_cut_at_the_bounds_of_sentences(position, wanted, expected, monkeypatch):
+    monkeypatch.setattr(contexts, "WINDOW_TOKENS", wanted)
+    first, end = sentence_bounds(SPEECH, position)
+    assert "".join(SPEECH[first:end]) == expected
+    assert first <= position < end
+
+
+def test_a_sentence_longer_than_the_window_is_kept_as_far_as_it_is_there():
+    assert sentence_bounds([" a"] * 9, 4) == (0, 9)

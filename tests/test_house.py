@@ -17,7 +17,7 @@ SOURCES = {path.stem: path for path in sorted((ROOT / "src").glob("*.py"))}
 FLOORS = (
     "zoo files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt "
-    "endpoint gguf_file",
+    "endpoint gguf_file rule_labels",
     "sae reference identity",
     "model data lm metrics config",
     "hooks checkpoint formats demo events sae_training estimate",
@@ -137,7 +137,15 @@ def test_help_of_a_module_is_quick(module):
 
 @pytest.mark.parametrize(
     "module",
-    ["src.config", "src.interpreter", "src.contexts", "src.metric_table", "src.page", "src.plots"],
+    [
+        "src.config",
+        "src.interpreter",
+        "src.rule_labels",
+        "src.contexts",
+        "src.metric_table",
+        "src.page",
+        "src.plots",
+    ],
 )
 def test_modules_without_tensors_do_not_import_torch(module):
     done, _ = run_python("-c", f"import sys, {module}; assert 'torch' not in sys.modules")

@@ -16,7 +16,6 @@ from src.interpreter import (
     Interpreter,
     balanced_accuracy,
     choose_contexts,
-    label_by_rule,
     parse_answer,
     parse_labels,
     quote_context,
@@ -492,18 +491,6 @@ def test_without_a_key_there_is_one_clear_line(contexts, tmp_path, capsys, monke
 
 
 # ---------------------------------------------------------------------------------- small parts
-
-
-def test_rules_name_tokens_prefixes_and_nothing():
-    foxes = {"contexts": [context("fox", 3), context("fox", 2)]}
-    assert "'fox'" in label_by_rule(foxes)["explanation"]
-    walks = {"contexts": [context(word, 1) for word in ("walks", "walked", "walking")]}
-    assert "begin with 'walk'" in label_by_rule(walks)["explanation"]
-    unrelated = [
-        context(word, 1, f"{word}z <ACTIVATED>{word}</ACTIVATED>")
-        for word in ("sky", "hen", "map", "oil", "urn", "pit")
-    ]
-    assert label_by_rule({"contexts": unrelated})["category"] == "undiscernible"
 
 
 @pytest.mark.parametrize(

@@ -313,8 +313,6 @@ def check_threshold_cut(out, text, again):
 def strengths(contexts):
     """{latent: activations}. Of equally strong contexts, common here, either may be kept."""
     return {
-        latent: sorted(
-            context["activation"] for group in entry["contexts"].values() for context in group
-        )
+        latent: sorted(entry["activations"])
         for latent, entry in contexts["latent_context_map"].items()
     }

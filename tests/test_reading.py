@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from src import applier as applier_module
 from src import checkpoint, demo, formats, hooks, lm, utils
 from src.applier import Applier
 from src.config import parse, run_stage
@@ -130,6 +131,38 @@ def test_a_threshold_above_all_activations_is_reported_with_the_largest_one(
     assert result["latent_context_map"] == {}
     assert result["largest_activation"] > 0
     assert "--act_threshold" in capsys.readouterr().out
+
+
+def test_a_context_is_held_once_and_large_files_are_compressed(
+    trained, tmp_path, monkeypatch, capsys
+):
+    few = ["--max_samples", "20"]
+    applier, _, plain = applied(trained, tmp_path, "TopK", *few)
+    path = tmp_path / "contexts" / "TopK_text_contexts.json"
+    assert path.exists()
+    for entry in plain["latent_context_map"].values():
+        assert "contexts" not in entry
+        assert not any("context" in context for context in entry["sample"])
+    monkeypatch.setattr(applier_module, "GZIP_CHARS", 1000)
+    _, _, packed = applied(trained, tmp_path, "TopK", *few)
+    # The earlier form is replaced, and none does not replace some.
+    assert packed["latent_context_map"] == plain["latent_context_map"]
+    assert [file.name for file in path.parent.iterdir()] == [f"{path.name}.gz"]
+    argv = [*sae_argv(trained, tmp_path, "TopK"), "--act_threshold", "1e6", *few]
+    assert Applier(parse("apply", argv)).run() == (0, path.with_name(f"{path.name}.gz"))
+    assert "left unchanged" in capsys.readouterr().out
+    _, _, unpacked = applied(trained, tmp_path, "TopK", *few, "--gzip", "no")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_by_default_every_latent_that_fires_often_enough_has_contexts(trained, tmp_path):
+    argv = [*sae_argv(trained, tmp_path, "TopK"), "--max_samples", "30", "--split", "train"]
+    for more, threshold in (([], 0), (["--threshold_rel", "0.5"], 0.5 * 128**0.5)):
+        _, path = Applier(parse("apply", [*argv, *more])).run()
+        result = load_json(path)
+        assert result["threshold"] == pytest.approx(threshold)
+        smallest = [min(e["activations"]) for e in result["latent_context_map"].values()]
+        assert min(smallest, default=threshold) >= threshold
 
 
 def test_effects_are_measured_and_negatives_are_windows_without_the_latent(trained, tmp_path):
