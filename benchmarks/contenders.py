@@ -44,6 +44,22 @@ def count(turns, second=lambda: None):
     return lambda: tokens
 
 
+def leave_uncounted(owner, name, uncounted_batch):
+    """Let what owner.name reads not count as work of the contender."""
+    from src.data import Rows
+
+    function, counted_batch = getattr(owner, name), Rows.batch
+
+    def uncounted(*args, **options):
+        Rows.batch = uncounted_batch
+        try:
+            return function(*args, **options)
+        finally:
+            Rows.batch = counted_batch
+
+    setattr(owner, name, uncounted)
+
+
 def score(sae, states):
     """Quality of an SAE of src on held-out states {site: [N,D]}."""
     from src.ops import squared_errors, unit_norm_decoder
@@ -97,19 +113,10 @@ def ours(job, turns):
         stages.mark()
     turns.breakdown = stages.breakdown
     training = []
-    uncounted_batch, step_cost = Rows.batch, estimate.step_cost
+    uncounted_batch = Rows.batch
     tokens = count(turns, lambda: training.extend(training_objects()))
-    counted_batch = Rows.batch
-
-    def uncounted_step_cost(*args):
-        """The trial step from which the duration is estimated is no step of the training."""
-        Rows.batch = uncounted_batch
-        try:
-            return step_cost(*args)
-        finally:
-            Rows.batch = counted_batch
-
-    estimate.step_cost = uncounted_step_cost
+    # the trial step from which the duration is estimated is no step of the training
+    leave_uncounted(estimate, "step_cost", uncounted_batch)
 
     def measure(path):
         saes, optimizers = training
@@ -194,29 +201,30 @@ def published(job, turns):
 
 def evaluate(job, turns):
     """The metrics of one pass, as evaluate.py does it."""
+    from src import estimate
     from src.config import parse
+    from src.data import Rows
     from src.evaluator import Evaluator
 
+    uncounted_batch = Rows.batch
     tokens = count(turns)
+    leave_uncounted(estimate, "announce_reading", uncounted_batch)
     Evaluator(parse("evaluate", job["argv"])).run()
     turns.finished(tokens())
 
 
 def apply(job, turns):
     """Contexts of all latents, as apply.py does it, decoding of tokens included."""
+    from src import estimate
     from src.applier import Applier
     from src.config import parse
     from src.data import Rows
 
-    uncounted_batch, write = Rows.batch, Applier._write
+    uncounted_batch = Rows.batch
     tokens = count(turns)
-
-    def uncounted_write(self, *args):
-        """Writing reads some rows once more, for their text; they are not counted twice."""
-        Rows.batch = uncounted_batch
-        return write(self, *args)
-
-    Applier._write = uncounted_write
+    leave_uncounted(estimate, "announce_reading", uncounted_batch)
+    # writing reads some rows once more, for their text
+    leave_uncounted(Applier, "_write", uncounted_batch)
     Applier(parse("apply", job["argv"])).run()
     turns.finished(tokens())
 
