@@ -455,7 +455,7 @@ class Evaluator:
         for number in itertools.count(1):
             name = title if number == 1 else f"{title}_{number}"
             path = folder / f"{files.safe_name(name)}.json"
-            earlier = files.load_json(path) if path.exists() else {}
+            earlier = _earlier_result(path)
             if _may_replace(result, earlier):
                 break
         if name != title:
@@ -465,6 +465,19 @@ class Evaluator:
         units = kept.get("units", {}) | result["units"]
         files.save_json(kept | result | {"units": units} | checkpoint.environment(), path)
         return result
+
+
+def _earlier_result(path: Path) -> Result:
+    """Return the result that a file holds; nothing if it is a link, damaged or of another kind."""
+    if path.is_symlink() or not path.exists():
+        return {}
+    try:
+        earlier = files.load_json(path)
+    except files.Unusable as error:
+        print(f"warning: {error}; it is replaced")
+        return {}
+    is_result = isinstance(earlier, dict) and {"tokens", "units"} <= set(earlier)
+    return earlier if is_result else {}
 
 
 def _agree(result: Result, earlier: Result, keys: Sequence[str]) -> bool:

@@ -423,6 +423,16 @@ def test_an_evaluation_of_other_tokens_or_fewer_metrics_never_replaces_a_held_ou
     assert sorted(evaluations(tmp_path)) == names
 
 
+@pytest.mark.parametrize("content", ["torn {", "[1]", '{"title": "x"}'])
+def test_an_evaluation_replaces_what_is_no_result(text, tmp_path, content):
+    train(text, tmp_path)
+    path = tmp_path / "out" / "eval" / "TopK_text.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    evaluate(tmp_path)
+    assert json.loads(path.read_text())["title"] == "TopK_text"
+
+
 def test_metrics_of_the_same_rows_join_those_measured_before_and_more_rows_replace(text, tmp_path):
     train(text, tmp_path)
     kl = evaluate(tmp_path, "--metric", "KLDiv")
