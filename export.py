@@ -4,14 +4,17 @@ from src.config import run_stage
 
 
 def export(cfg):
-    from src import checkpoint, formats
+    from src import checkpoint, export_formats
 
     refused = []
     for sae, recipe in checkpoint.open_saes(cfg):
         if "norm_eps" in cfg.typed:
             sae.norm_eps = recipe["config"]["norm_eps"] = cfg.norm_eps
         try:
-            print(f"saved {formats.export(sae, recipe, cfg.output_dir, cfg.format, cfg.overwrite)}")
+            folder = export_formats.export(
+                sae, recipe, cfg.output_dir, cfg.format, cfg.overwrite, cfg.license
+            )
+            print(f"saved {folder}")
         except ValueError as error:
             refused.append(f"{recipe['title']} is not exported: {error}")
     if refused:

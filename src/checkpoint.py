@@ -2,7 +2,7 @@
 
 `X.pt` holds the state dict alone, `X.json` the recipe: how the weights came about. State dicts
 of the public RouteSAE repositories have no recipe; it is derived from the file's name, the
-parameters' names and their shapes. Folders in other formats are read by formats.py.
+parameters' names and their shapes. Other programs' formats are read by import_formats.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import pickle
 import platform
 import random
 import re
 import shutil
 import subprocess
 import time
-import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src import config, distributed, files, formats, lm, model, zoo
+from src import config, distributed, files, import_formats, lm, model, tensor_files, zoo
 from src.device import pick_device
 from src.sae import SAE
 
@@ -246,16 +244,17 @@ def _earlier_path(path: Path) -> Path:
     return path.with_name(f".{path.stem}.earlier.json")
 
 
-def _read_pair(path: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(weights, their recipe or None) of a file.
+def _read_pair(path: Path, device: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(weights, their recipe) of a file; (what it holds, None) if there is no recipe beside it.
 
     Raises ValueError if the recipes beside it belong to other weights.
     """
     for attempt in range(READ_ATTEMPTS):
-        weights = _load_weights(path, device)
+        weights = tensor_files.read_torch(path, device)
         recipe = read_recipe(path)
         if recipe is None:
             return weights, None
+        weights = _state_dict(weights, path)
         weights_sum = _sum_of(weights)
         earlier = _earlier_path(path)
         try:
@@ -319,34 +318,13 @@ def newest(output_dir: str | Path) -> Path:
     return path
 
 
-def _load_weights(path: Path, device: str) -> dict[str, Tensor]:
-    """The state dict in a file. Raises ValueError for anything else; no code in it is run."""
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}; check --SAE_path")
-    try:
-        _check_stored(path)
-        weights = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds other things than tensors, or is damaged; nothing in it was run"
-        ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        reason = files.first_line(error)[:120] if str(error) else "damaged"
-        raise ValueError(f"{path} is not a readable checkpoint ({reason})") from error
-    is_dict = isinstance(weights, dict) and weights
-    if not is_dict or not all(isinstance(value, Tensor) for value in weights.values()):
+def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:
+    """What a file holds, if it is the state dict of an SAE. Raises ValueError for anything else."""
+    is_dict = isinstance(value, dict) and value
+    if not is_dict or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise ValueError(f"{path} is not a state dict of tensors")
-    formats.check_tensors(weights, path)
-    return weights
-
-
-def _check_stored(path: Path) -> None:
-    """Raise ValueError for a compressed file: a small one can fill the memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError(f"{path} is compressed; torch.save stores weights as they are")
+    tensor_files.check_tensors(value, path)
+    return value
 
 
 def weights_sum(sae: SAE) -> str:
@@ -447,16 +425,17 @@ def load(
 ) -> tuple[SAE, dict[str, Any]]:
     """(SAE in eval mode on device, recipe) of a checkpoint.
 
-    path: a file, a folder written by export.py or SAELens, or a hub name (formats.locate).
-    hints: model, k, layer, n_layers ... of a file without a recipe. Raises ValueError for a
+    path: a file, a folder of any format in import_formats.FORMATS, or a hub name (its locate).
+    hints: model, k, layer, n_layers ... of files that do not say them. Raises ValueError for a
     missing, foreign or damaged file, for a repository that cannot be fetched, and for weights
     that do not fit their recipe.
     """
-    name, path = str(path), formats.locate(path)
-    if path.is_dir():
-        weights, recipe = formats.read_folder(path)
+    name, path, hints = str(path), import_formats.locate(path), hints or {}
+    opened = import_formats.read(path, name, hints)
+    if opened:
+        weights, recipe = opened
         _checked_recipe(recipe, path)
-        formats.check_tensors(weights, path)
+        tensor_files.check_tensors(weights, path)
         if recipe.get("weights_sum") not in (None, _sum_of(weights)):
             raise ValueError(f"{path}: the weights are not those of the recipe; {MIXED_ADVICE}")
         title = files.safe_name("_".join(Path(name.partition("@")[0]).parts[-2:]))
@@ -464,12 +443,24 @@ def load(
         weights, recipe = _read_pair(path, device)
         title = path.stem
         files.safe_name(title)  # results are named by it, minutes later
-        recipe = recipe or _derive_recipe(path, weights, hints or {})
+        if recipe is None:
+            weights, recipe = _without_recipe(weights, path, hints)
     _check_shapes(_outline(recipe, path), weights, recipe["model"], path)
     sae = _build(recipe, path)
     sae.load_state_dict(weights)
     about = {"weights_sum": weights_sum(sae), "title": recipe.get("title", title)}
     return sae.to(device).eval(), recipe | about
+
+
+def _without_recipe(
+    value: Any, path: Path, hints: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict, recipe) of a file of another program, or of one that lost its recipe."""
+    published = import_formats.read_state(value, path, hints)
+    if published:
+        return published
+    weights = _state_dict(value, path)
+    return weights, _derive_recipe(path, weights, hints)
 
 
 def _outline(recipe: Mapping[str, Any], path: Path) -> SAE:

@@ -394,6 +394,14 @@ OPTIONS: dict[str, Option] = {
         above=0,
         high=1,
     ),
+    "input_norm": Option(
+        "sae",
+        str,
+        None,
+        "What is done to the state of each token: standardised (token), freed of its mean (mean), "
+        "or nothing (none), as sparsify and dictionary_learning need it. Default: token.",
+        choices="token mean none",
+    ),
     # training
     "model": Option(
         "training",
@@ -496,8 +504,17 @@ OPTIONS: dict[str, Option] = {
         "export",
         str,
         "hf",
-        "hf writes a Hugging Face folder with a model card; saelens one SAELens folder per site.",
-        choices="hf saelens",
+        "hf writes a Hugging Face folder with a model card. saelens, sparsify and "
+        "dictionary_learning write one folder per site for these libraries. neuronpedia writes "
+        "what it takes as upload, from the contexts and labels of the output folder.",
+        choices="hf saelens sparsify dictionary_learning neuronpedia",
+    ),
+    "license": Option(
+        "export",
+        str,
+        None,
+        "Licence in the model card, as the hub spells it (mit, apache-2.0). Default: a line to "
+        "fill in.",
     ),
     "infer_k": Option(
         "inference",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import sys
 from argparse import Namespace
@@ -17,12 +16,21 @@ from string import Template
 from typing import Any
 
 from src.config import small_parser
+from src.feature_files import (
+    CONTEXT,
+    ENTRY,
+    HEADER,
+    LABEL,
+    NUMBER,
+    check,
+    check_length,
+    read_features,
+    require,
+    strongest,
+)
 from src.files import (
     EVAL_DIR,
-    INTERPRET_DIR,
     ROOT,
-    contexts_name,
-    digest,
     is_stale_result,
     load_json,
     printable,
@@ -39,46 +47,7 @@ MAX_CLASSES = 8  # token classes of a feature that the search finds
 # No text in a <script> element may end it; U+2028 and U+2029 are line ends to old browsers.
 SCRIPT_ESCAPES = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 
-# What the data has to be, as types: {key: type} is an object, [type] a list of any length and
-# [type, type] a pair.
-NUMBER = int | float
-CONTEXT = {
-    "activation": NUMBER,
-    "tokens": [str],
-    "position": int,
-    "token_activations": [[int, NUMBER]],
-    "layer": int | None,
-    "router_weight": NUMBER,
-    "document": int,
-}
-ENTRY = {
-    "activations": [NUMBER],
-    "token_class": [str],
-    "max_activation": NUMBER,
-    "density": NUMBER,
-    "sample": list,
-    "sample_activations": [NUMBER],
-    "effect_KL": NUMBER | None,
-}
-HEADER = {
-    "title": str,
-    "model": str,
-    "source_model": str,
-    "sites": [int],
-    "latent_size": int,
-    "total_latents": int,
-    "tokens": int,
-    "threshold": NUMBER,
-    "latent_context_map": dict,
-}
 ROUTING = {"share": [NUMBER], "sample": {"tokens": [str], "weights": [[NUMBER]]}}
-LABEL = {
-    "description": str | None,
-    "category": str | None,
-    "score": NUMBER | None,
-    "detection": dict | None,
-    "fuzzing": dict | None,
-}
 METRICS = columns(PAGE)
 MEASURED_ON = {"split": str | None, "tokens": int | None}
 EVALUATION = {"title": str | None} | MEASURED_ON | dict.fromkeys(METRICS, NUMBER | None)
@@ -87,42 +56,13 @@ EVALUATION = {"title": str | None} | MEASURED_ON | dict.fromkeys(METRICS, NUMBER
 # ------------------------------------------------------------------------------- checks of the data
 
 
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        again = "run the stage that wrote it again"
-        raise ValueError(f"damaged contexts, labels or evaluation: {problem}; {again}")
-
-
-def _check(value: Any, expected: Any, name: str) -> None:
-    """Raise ValueError if a value is not of the expected type. A missing key counts as None."""
-    if isinstance(expected, dict):
-        _require(isinstance(value, dict), f"{name} is no JSON object")
-        for key, part in expected.items():
-            _check(value.get(key), part, f"{key} of {name}")
-    elif isinstance(expected, list):
-        _require(isinstance(value, list), f"{name} is no list")
-        if len(expected) > 1:
-            _require(len(value) == len(expected), f"{name} has {len(value)} values")
-        # One expected type is for every item.
-        for item, part in zip(value, itertools.cycle(expected), strict=False):
-            _check(item, part, name)
-    else:
-        _require(isinstance(value, expected), f"{name} is missing or of a wrong type")
-        is_huge = isinstance(value, int) and abs(value) > sys.maxsize
-        _require(not is_huge, f"{name} is no number that this program writes")
-
-
-def _check_length(values: Any, length: int, name: str) -> None:
-    _require(len(values) == length, f"{name} has {len(values)} values, not {length}")
-
-
 def _check_routing(routing: dict[str, Any], n_sites: int) -> None:
-    _check(routing, ROUTING, "the routing")
-    _check_length(routing["share"], n_sites, "the share of the sites")
+    check(routing, ROUTING, "the routing")
+    check_length(routing["share"], n_sites, "the share of the sites")
     sample = routing["sample"]
-    _check_length(sample["weights"], len(sample["tokens"]), "the sample of router weights")
+    check_length(sample["weights"], len(sample["tokens"]), "the sample of router weights")
     for row in sample["weights"]:
-        _check_length(row, n_sites, "a row of router weights")
+        check_length(row, n_sites, "a row of router weights")
 
 
 # --------------------------------------------------------------------------- what the script reads
@@ -144,12 +84,12 @@ class FeatureWriter:
     def feature(self, latent: str, entry: dict[str, Any], label: dict[str, Any]) -> dict[str, Any]:
         """What the page shows of one latent, from its contexts and its label."""
         name = f"latent {latent}"
-        _check(entry, ENTRY, name)
-        _check(label, LABEL, f"the label of {name}")
+        check(entry, ENTRY, name)
+        check(label, LABEL, f"the label of {name}")
         by_site = entry.get("site_counts") or entry.get("decoder_norms")
         if by_site:
-            _check(by_site, [NUMBER], f"{name} by site")
-            _check_length(by_site, len(self.sites), f"{name} by site")
+            check(by_site, [NUMBER], f"{name} by site")
+            check_length(by_site, len(self.sites), f"{name} by site")
         result = {
             "id": latent,
             "label": label.get("description"),
@@ -165,31 +105,23 @@ class FeatureWriter:
             "site": self.sites[by_site.index(max(by_site))] if by_site else None,
             "histogram": _histogram(entry["sample_activations"]),
             "effect_KL": entry.get("effect_KL"),
-            "contexts": self._strongest(entry, name),
+            "contexts": [self._context(c, name) for c in strongest(entry, name)[: self.shown]],
             "others": [self._context(context, name) for context in entry["sample"]],
         }
         for key in ("promoted", "suppressed", "effect_promoted", "effect_suppressed"):
             pairs = entry.get(key, [])
-            _check(pairs, [[str, NUMBER]], f"{key} of {name}")
+            check(pairs, [[str, NUMBER]], f"{key} of {name}")
             result[key] = [[token, float(f"{value:.3g}")] for token, value in pairs]
         return result
-
-    def _strongest(self, entry: dict[str, Any], name: str) -> list[list[Any]]:
-        columns = {key: entry.get(key) for key in CONTEXT} | {"activation": entry["activations"]}
-        for key, column in columns.items():
-            _check(column, list, f"{key} of {name}")
-            _check_length(column, len(entry["activations"]), f"{key} of {name}")
-        rows = list(zip(*columns.values(), strict=True))[: self.shown]
-        return [self._context(dict(zip(columns, row, strict=True)), name) for row in rows]
 
     def _context(self, context: dict[str, Any], name: str) -> list[Any]:
         """[words, index of the active one, strength, [[index, strength], ...], site, router weight,
         document, quarter of the sample or 0]"""
         name = f"a context of {name}"
-        _check(context, CONTEXT, name)
+        check(context, CONTEXT, name)
         tokens = context["tokens"]
         position = context["position"]
-        _require(0 <= position < len(tokens), f"position {position} of {name} is outside of it")
+        require(0 <= position < len(tokens), f"position {position} of {name} is outside of it")
         first = max(0, position - self.reach)
         last = position + self.reach + 1
         strengths = [
@@ -248,17 +180,17 @@ def page(
     limit: features at most, the strongest first. reach: tokens on each side of the active one.
     shown: strongest contexts of each feature. Raises ValueError if the contexts are damaged.
     """
-    _check(contexts, HEADER, "the contexts file")
+    check(contexts, HEADER, "the contexts file")
     sites = contexts["sites"]
-    _require(bool(sites), "there are no sites")
+    require(bool(sites), "there are no sites")
     if contexts.get("routing"):
         _check_routing(contexts["routing"], len(sites))
     for result in evaluation:
-        _check(result, EVALUATION, "an evaluation")
-    _check(labels, {}, "the labels file")
+        check(result, EVALUATION, "an evaluation")
+    check(labels, {}, "the labels file")
     table = contexts["latent_context_map"]
     for latent, entry in table.items():
-        _check(entry, {"max_activation": NUMBER}, f"latent {latent}")
+        check(entry, {"max_activation": NUMBER}, f"latent {latent}")
     chosen = sorted(table, key=lambda latent: -table[latent]["max_activation"])[:limit]
     writer = FeatureWriter(sites, reach, shown)
     about = {
@@ -320,7 +252,7 @@ def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[
         if only not in path.stem:
             continue
         result = load_json(path)
-        _check(result, EVALUATION, str(path))
+        check(result, EVALUATION, str(path))
         title = result.get("title")
         if title == contexts["title"] and is_stale_result(result, contexts):
             say(
@@ -332,47 +264,11 @@ def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[
     return rows
 
 
-def _labels(path: Path, contexts_path: Path, contexts_sum: str) -> dict[str, Any]:
-    """The labels in a file that belong to these contexts, as far as they name theirs."""
-    if not path.exists():
-        return {}
-    labels = load_json(path)
-    _check(labels, {}, "the labels file")
-    for latent, label in labels.items():
-        _check(label, LABEL, f"the label of latent {latent}")
-    unnamed = [label for label in labels.values() if "contexts_sum" not in label]
-    if unnamed and path.stat().st_mtime < contexts_path.stat().st_mtime:
-        say(
-            f"warning: {path} is older than the contexts; if the SAE was trained anew in "
-            "between, these labels belong to its predecessor: run interpret.py again"
-        )
-    own = {
-        latent: label
-        for latent, label in labels.items()
-        if label.get("contexts_sum", contexts_sum) == contexts_sum
-    }
-    if len(own) < len(labels):
-        say(
-            f"{len(labels) - len(own)} labels in {path} belong to other contexts and are left out; "
-            "run interpret.py again"
-        )
-    return own
-
-
 @printable_output()
 def main() -> None:
     args = _arguments()
-    content = args.contexts.read_bytes()
-    contexts = load_json(args.contexts, content)
+    contexts, labels = read_features(args.contexts, args.labels)
     root = args.contexts.resolve().parent.parent
-    needed = {"title", "latent_context_map", "sites"}
-    if not isinstance(contexts, dict) or not needed <= set(contexts):
-        raise ValueError(f"{args.contexts} is no contexts file of apply.py")
-    # The name of the file, not the title inside it, decides which other file is read.
-    beside = root / INTERPRET_DIR / f"interp_{contexts_name(args.contexts)}.json"
-    if args.labels and not args.labels.exists():
-        raise ValueError(f"--labels {args.labels}: there is no such file")
-    labels = _labels(args.labels or beside, args.contexts, digest(content))
     evaluation = _evaluation(args.eval or root / EVAL_DIR, args.only, contexts)
     html = page(
         contexts,

@@ -25,7 +25,7 @@ class Entry(NamedTuple):
         return frozenset(("latent_size", "norm_eps", *self.fixed, *self.options))
 
 
-_DICTIONARY = ("unit_encoder", "input_norm")
+_DICTIONARY = ("unit_encoder",)
 _AUXK = ("auxk_coeff", "dead_tokens", "b_pre_init")
 _SPARSE = ("l1_coeff", "target_l0", "sparsity_warmup", "b_pre_init")
 _RANGE = ("start_layer", "end_layer", "sites")
@@ -52,25 +52,25 @@ _PUBLISHED_ROUTER = {
 ZOO: dict[str, Entry] = {
     "TopK": Entry(
         "k largest pre-activations of one site",
-        ("k", "layer", "topk_relu", *_AUXK),
+        ("k", "layer", "topk_relu", "input_norm", *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),
     "Vanilla": Entry(
         "ReLU and an L1 penalty",
-        ("layer", *_SPARSE),
+        ("layer", "input_norm", *_SPARSE),
         (*_DICTIONARY, "l1_mean"),
         published=_PUBLISHED | _PUBLISHED_L1,
     ),
     "Gated": Entry(
         "a gate decides, a magnitude follows",
-        ("layer", *_SPARSE),
+        ("layer", "input_norm", *_SPARSE),
         (*_DICTIONARY, "l1_mean", "gated_aux"),
         published=_PUBLISHED | _PUBLISHED_L1 | {"gated_aux": False},
     ),
     "JumpReLU": Entry(
         "a learned threshold per latent",
-        ("layer", "threshold", "bandwidth", *_SPARSE),
+        ("layer", "threshold", "bandwidth", "input_norm", *_SPARSE),
         (*_DICTIONARY, "l0_post_jump"),
         published=_PUBLISHED | _PUBLISHED_JUMP,
     ),
@@ -91,19 +91,19 @@ ZOO: dict[str, Entry] = {
     ),
     "MLSAE": Entry(
         "one TopK for the states of all routed sites",
-        ("k", "topk_relu", *_RANGE, *_AUXK),
+        ("k", "topk_relu", "input_norm", *_RANGE, *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),
     "RandomK": Entry(
         "k latents drawn at random: the control that must lose",
-        ("k", "layer", "b_pre_init"),
+        ("k", "layer", "input_norm", "b_pre_init"),
         (*_DICTIONARY, "seed", "topk_relu"),
         published=_PUBLISHED,
     ),
     "BatchTopK": Entry(
         "k active latents a token on average over a batch",
-        ("k", "layer", *_AUXK),
+        ("k", "layer", "input_norm", *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),

@@ -20,7 +20,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from src import checkpoint, data, files, formats
+from src import checkpoint, data, export_formats, files
 from src.config import run_stage
 from src.interpreter import Interpreter
 from src.trainer import Trainer
@@ -159,7 +159,7 @@ class Pairs:
 
     def export(self, out, source=None):
         sae, recipe = self.load(source or out)
-        formats.export(sae, recipe, out, "hf", overwrite=True)
+        export_formats.export(sae, recipe, out, "hf", overwrite=True)
 
     def export_pair(self, out, key):
         """Kill `export --overwrite` somewhere; every second trial has no exchange in one step."""

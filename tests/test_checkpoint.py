@@ -16,7 +16,7 @@ import torch
 from test_formats import export, random_sae, recipe_of, saelens_folder
 from test_security import train, write_text
 
-from src import checkpoint, files, formats
+from src import checkpoint, export_formats, files, formats, tensor_files
 from src.config import parse
 from src.model import build
 from src.trainer import Trainer
@@ -174,14 +174,14 @@ def test_an_export_killed_while_it_replaces_leaves_the_old_or_the_new(
                     os._exit(9)
 
                 setattr(module, function, killing)
-                formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+                export_formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
                 os._exit(0)
             os.waitpid(child, 0)
             files.restore_folder(folder)
             weights = (folder / "model.safetensors").read_bytes()
             assert weights == old or checkpoint.load(folder)
             assert (folder / "README.md").exists() and (folder / "config.json").exists()
-    formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+    export_formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert (folder / "model.safetensors").read_bytes() != old
 
@@ -265,7 +265,7 @@ def test_nan_and_integers_in_safetensors_are_named(tmp_path):
     hub = export(random_sae("TopK"), tmp_path, "hf") / "model.safetensors"
     lens = saelens_folder(tmp_path / "lens", "topk") / "sae_weights.safetensors"
     for path in (hub, lens):
-        tensors = formats._load_safetensors(path)
+        tensors = tensor_files.read_safetensors(path)
         name = next(iter(tensors))
         for bad in (tensors[name] * float("nan"), tensors[name].to(torch.int8)):
             save_file(tensors | {name: bad}, path)
@@ -390,7 +390,7 @@ def test_a_disk_that_is_full_is_named_with_its_file_and_keeps_the_old_result(tmp
                 files.write_atomic(path, functools.partial(files.save_through, write))
             elif what == "folder":
                 sae = random_sae("TopK")
-                formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+                export_formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
             else:
                 files.save_json({"a": "x" * 5000}, tmp_path / "big.json")
         except OSError as error:

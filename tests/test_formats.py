@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
-from src import checkpoint, files, formats
+from src import checkpoint, export_formats, files, formats, import_formats
 from src.config import run_stage
 from src.model import build
 from src.zoo import ZOO
@@ -49,7 +49,7 @@ def recipe_of(sae, **entries):
 
 
 def export(sae, folder, kind, **entries):
-    return formats.export(sae, recipe_of(sae, **entries), folder, kind)
+    return export_formats.export(sae, recipe_of(sae, **entries), folder, kind)
 
 
 def read_json(path):
@@ -164,7 +164,7 @@ def test_an_exported_folder_is_not_overwritten_unasked(tmp_path):
     with pytest.raises(ValueError, match="--overwrite"):
         export(sae, tmp_path, "hf")
     assert readme.read_text() == "my licence"
-    formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+    export_formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
     assert readme.read_text() != "my licence"
 
 
@@ -191,7 +191,7 @@ def test_card_tells_model_text_and_measurements_and_no_path_of_this_machine(tmp_
 
 def test_the_demo_language_model_is_named_as_it_lies_in_the_repository():
     recipe = recipe_of(random_sae("TopK"), model_path=str(files.DEMO_LM), data_path="None")
-    shown = formats.public_recipe(recipe)
+    shown = export_formats.public_recipe(recipe)
     assert shown["model_path"] == "assets/demo_lm" and "data_path" not in shown
 
 
@@ -265,7 +265,7 @@ def test_saelens_folders_load_as_the_model_that_holds_them_exactly(
     norms = w["W_dec"].norm(dim=-1) if architecture == "topk" else 1
     x_hat = (expected / norms) @ w["W_dec"] + w["b_dec"]
     assert torch.allclose(out.x_hat, x_hat, atol=1e-3)
-    exported = formats.export(sae, recipe, tmp_path, "saelens") / "blocks.5.hook_resid_post"
+    exported = export_formats.export(sae, recipe, tmp_path, "saelens") / "blocks.5.hook_resid_post"
     assert torch.allclose(saelens_latents(exported, h), expected, **tolerance)
 
 
@@ -316,12 +316,12 @@ def test_saes_of_centred_states_read_states_without_their_mean(
     w = load_file(folder / "sae_weights.safetensors")
     x_hat = expected @ w["W_dec"] + w["b_dec"] + mean
     assert torch.allclose(patch[6](h), x_hat, atol=1e-4)
-    exported = formats.export(sae, recipe, tmp_path, "saelens") / "blocks.5.hook_resid_post"
+    exported = export_formats.export(sae, recipe, tmp_path, "saelens") / "blocks.5.hook_resid_post"
     written = read_json(exported / "cfg.json")["metadata"]
     assert ("model_from_pretrained_kwargs" in written) == is_centred
     again, _ = checkpoint.load(exported)
     assert again.input_norm == sae.input_norm == ("mean" if is_centred else "none")
-    hub, _ = checkpoint.load(formats.export(sae, recipe, tmp_path, "hf"))
+    hub, _ = checkpoint.load(export_formats.export(sae, recipe, tmp_path, "hf"))
     assert hub.input_norm == sae.input_norm
 
 
@@ -370,7 +370,9 @@ def test_saelens_tensors_of_other_shapes_are_named(tmp_path, name):
         tensors = load_file(path) | {name: torch.zeros(shape)}
         save_file(tensors, folder / "other.safetensors")
         with pytest.raises(ValueError, match="its .* has the shape|its tensors are"):
-            formats._read_lens(tensors, read_json(folder / "cfg.json"))
+            source = import_formats.Source(folder, "sae", {})
+            published = import_formats._lens(tensors, read_json(folder / "cfg.json"), source)
+            import_formats.hold(published, source)
 
 
 def test_folders_written_by_saelens_before_version_6_load(tmp_path):

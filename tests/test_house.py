@@ -17,10 +17,10 @@ SOURCES = {path.stem: path for path in sorted((ROOT / "src").glob("*.py"))}
 FLOORS = (
     "zoo files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt "
-    "endpoint gguf_file rule_labels",
-    "sae reference identity",
-    "model data lm metrics config",
-    "hooks checkpoint formats demo events sae_training estimate",
+    "endpoint gguf_file rule_labels tensor_files",
+    "sae reference identity feature_files",
+    "model data lm metrics config formats neuronpedia",
+    "hooks checkpoint import_formats export_formats demo events sae_training estimate",
     "trainer evaluator applier interpreter steerer reader page plots",
     "utils",
 )
@@ -29,7 +29,8 @@ SAME_FLOOR = {
     ("device", "kernels"),
     ("ops", "device"),
     ("sparse", "device"),
-    ("checkpoint", "formats"),
+    ("checkpoint", "import_formats"),
+    ("export_formats", "import_formats"),
     ("estimate", "hooks"),
     ("config_file", "files"),
     ("hub", "files"),

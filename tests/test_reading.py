@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src import applier as applier_module
-from src import checkpoint, demo, formats, hooks, lm, utils
+from src import checkpoint, demo, export_formats, hooks, lm, utils
 from src.applier import Applier
 from src.config import parse, run_stage
 from src.data import open_rows
@@ -449,7 +449,7 @@ def test_the_reader_makes_no_text_and_names_a_text_beyond_learned_positions(
 ):
     monkeypatch.setattr(demo, "build_corpus", lambda: pytest.fail("text made"))
     sae, recipe = checkpoint.load(trained / "SAE_models" / "TopK_text.pt")
-    folder = formats.export(sae, recipe, tmp_path, "hf")
+    folder = export_formats.export(sae, recipe, tmp_path, "hf")
     reader = Reader(folder, device="cpu", dtype="float32")
     assert reader.read("Returns the value").tokens
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from src import checkpoint, files, formats, hooks, lm, metric_table, page, plots, utils
+from src import checkpoint, export_formats, files, hooks, lm, metric_table, page, plots, utils
 from src.applier import Applier
 from src.config import OPTIONS, parse, run_stage
 from src.data import Rows
@@ -181,14 +181,14 @@ def test_results_of_a_previously_trained_sae_are_not_shown_for_the_new_one(
     train(text, tmp_path, "--layer", "4", "--overwrite", "1")
     Applier(parse("apply", apply_argv)).run()
     sae, recipe = checkpoint.load(sae_path(tmp_path, "TopK_text"))
-    card = (formats.export(sae, recipe, out, "hf") / "README.md").read_text()
+    card = (export_formats.export(sae, recipe, out, "hf") / "README.md").read_text()
     assert "Not measured" in card
     assert "of another SAE that had this name" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["page", str(contexts), str(tmp_path / "page.html")])
     page.main()
     assert "was evaluated before it was trained anew" in capsys.readouterr().out
     evaluate(tmp_path)
-    card = (formats.export(sae, recipe, out, "hf", overwrite=True) / "README.md").read_text()
+    card = (export_formats.export(sae, recipe, out, "hf", overwrite=True) / "README.md").read_text()
     assert "held-out tokens (`eval` split)" in card and "NormMSE" in card
     page.main()
     assert "left out" not in capsys.readouterr().out

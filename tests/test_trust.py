@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_security import run
 
-from src import checkpoint, config, files, formats, hub, page, plots, sources
+from src import checkpoint, config, export_formats, files, hub, page, plots, sources
 from src.files import DEMO_LM
 from src.interpreter import Interpreter
 from src.model import build
@@ -48,7 +48,7 @@ def save_sae(folder, **entries):
 
 def hub_folder(path):
     sae, recipe = checkpoint.load(path)
-    return formats.export(sae, recipe, path.parent, "hf")
+    return export_formats.export(sae, recipe, path.parent, "hf")
 
 
 def test_every_option_is_for_recipes_or_for_persons():

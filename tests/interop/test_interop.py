@@ -19,7 +19,7 @@ core = pytest.importorskip(
 from sae_lens.load_model import HookedProxyLM  # noqa: E402
 from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
-from src import checkpoint, formats, lm  # noqa: E402
+from src import checkpoint, export_formats, formats, lm  # noqa: E402
 from src.config import parse  # noqa: E402
 from src.data import Rows  # noqa: E402
 from src.evaluator import Evaluator  # noqa: E402
@@ -96,7 +96,7 @@ def hidden(saes, language_model, rows):
 @pytest.mark.parametrize("name", NAMES)
 def test_saelens_loads_the_export_and_finds_the_same_latents(name, saes, hidden, folder):
     sae, recipe = saes[name]
-    exported = formats.export(sae, recipe, folder / "out", "saelens")
+    exported = export_formats.export(sae, recipe, folder / "out", "saelens")
     dictionary = getattr(sae, "sae", sae)  # of a RouteSAE the SAE inside
     latent_errors, state_errors, n_others, n_tokens = [], [], 0, 0
     for site, form in sae.to_standard_form().items():

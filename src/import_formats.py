@@ -1,0 +1,752 @@
+"""SAEs that other programs wrote, read as the models here that give the same codes.
+
+FORMATS has one entry for each format. A reader says what its files mean in the terms of
+Published; `hold` turns that into a state dict and a recipe, or refuses it. Knows no model by name.
+
+Shapes: D hidden, F latents.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from src import files, hub, model, tensor_files
+from src.formats import hook_of, site_of
+from src.sae import STANDARD_NAMES
+
+OWN_CONFIG = "config.json"
+OWN_WEIGHTS = "model.safetensors"
+LENS_CONFIG = "cfg.json"
+LENS_WEIGHTS = "sae_weights.safetensors"
+NORM_EPS = 1e-5  # what SAELens and OpenAI add to the standard deviation; neither has an option
+# TransformerLens changes the weights of a language model so that no state has a mean. It does so
+# only where layers normalise by the mean; in families with RMSNorm it leaves them.
+CENTRED = "center_writing_weights"
+RMS_FAMILIES = re.compile(
+    r"llama|mistral|mixtral|gemma|qwen|olmo-2|yi-|deepseek|smollm|baichuan|internlm", re.I
+)
+HUB_NAME = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
+)
+MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30  # of an option, so that float32 holds its products
+SHIFT_LATENTS = 8192  # of which a bias is computed in float64 at one time
+
+
+class Source(NamedTuple):
+    """Where an SAE was found."""
+
+    folder: Path
+    name: str  # as it was typed: a path, or a hub name with repository and folder
+    hints: Mapping[str, Any]  # options that were typed: layer, k ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the folders on the way, the innermost last."""
+        typed = Path(self.name.partition("@")[0])
+        return self.folder.resolve().parts if self.folder.exists() else typed.parts
+
+
+class Published(NamedTuple):
+    """What an SAE of another program computes.
+
+    With x the input times `scale`, its pre-activations are (x - b_dec) W_enc + b_enc, or
+    x W_enc + b_enc, and its reconstruction is (latents W_dec + b_dec) / scale. With `unit_rows`
+    the codes are multiplied by the norms of decoder rows before they are chosen, and divided by
+    them where they are decoded.
+    """
+
+    architecture: str  # of a model here
+    tensors: Mapping[str, Tensor]  # by the standard name: W_enc [D,F], W_dec [F,D] ...
+    site: int
+    k: int | None = None
+    clips: bool = True  # negative values among the k largest become 0
+    subtracts_b_dec: bool = True
+    unit_rows: bool = False  # its codes, and thresholds, are those of decoder rows of norm 1
+    scale: float = 1.0
+    input_norm: str = "none"
+    language_model: str | None = None
+    title: str | None = None
+    notes: tuple[str, ...] = ()  # what was assumed, or differs here
+
+
+class Format(NamedTuple):
+    """A folder that another program writes."""
+
+    name: str
+    weights: str  # the file of the weights, from the folder of the SAE
+    config: str | None  # a JSON file that must lie there too
+    read: Callable[[Any, dict[str, Any], Source], Published]  # of the two files' contents
+
+
+# ------------------------------------------------------------------------------- finding
+
+
+def locate(name: str | Path) -> Path:
+    """The file or folder of that name.
+
+    `user/repository[/folder][@revision]` that is no local path is fetched from the hub, or taken
+    from its cache. Raises ValueError that says why a repository cannot be had.
+    """
+    path, hub_name = Path(name), HUB_NAME.fullmatch(str(name))
+    has_file_suffix = path.suffix in (".pt", ".json", ".safetensors", ".npz")
+    is_relative = bool({".", ".."} & set(str(name).split("/")))
+    if path.exists() or has_file_suffix or is_relative or not hub_name:
+        return path
+    import huggingface_hub
+
+    repo, folder = hub_name["repo"], hub_name["folder"].strip("/")
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            repo, revision=hub_name["revision"], allow_patterns=_hub_patterns(folder)
+        )
+    except (OSError, ValueError) as error:
+        reason = hub.reason(error, repo) or f"the hub answered: {files.first_line(error)[:160]}"
+        raise ValueError(f"no file or folder {name}; {reason}") from error
+    return Path(snapshot) / folder
+
+
+def _hub_patterns(folder: str) -> list[str]:
+    """The files of a repository that an SAE in this folder of it may need."""
+    wanted = {OWN_CONFIG, OWN_WEIGHTS, "lm_config.json"}
+    for known in FORMATS:
+        wanted |= {known.weights, known.config} - {None}
+    if not folder:
+        return [*sorted(wanted), f"*/{LENS_CONFIG}"]
+    parent = folder.rpartition("/")[0]
+    beside = f"{parent}/{OWN_CONFIG}".lstrip("/")  # sparsify keeps the training's options there
+    return [*(f"{folder}/{file}" for file in sorted(wanted)), beside]
+
+
+def read(path: Path, name: str, hints: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict] | None:
+    """(state dict, recipe) of a folder, or of the file of weights in one.
+
+    A folder that holds one SAE in a folder of its own is taken for that. Returns None for a file
+    of no folder's format: that is a checkpoint, or one of OpenAI's. Raises ValueError with the
+    reason for a folder that no model here holds.
+    """
+    if path.is_dir():
+        return _read_folder(path, name, hints)
+    for folder in path.parents[:2] if path.exists() else ():
+        known = _format_of(folder)
+        if known and folder / known.weights == path:
+            return _read_folder(folder, name, hints)
+    return None
+
+
+def _read_folder(folder: Path, name: str, hints: Mapping[str, Any]) -> tuple[dict, dict]:
+    if (folder / OWN_CONFIG).is_file() and (folder / OWN_WEIGHTS).is_file():
+        weights = tensor_files.read_safetensors(folder / OWN_WEIGHTS)
+        return weights, files.load_json(folder / OWN_CONFIG)
+    known = _format_of(folder)
+    if known:
+        return _read_as(known, Source(folder, name, hints))
+    inside = sorted(path for path in folder.glob("*") if path.is_dir() and _format_of(path))
+    if len(inside) == 1:
+        return _read_folder(inside[0], f"{name}/{inside[0].name}", hints)
+    hint = f"; files of an SAE are {', '.join(sorted(known.weights for known in FORMATS))}"
+    if inside:
+        names = ", ".join(path.name for path in inside[:5]) + (" ..." if len(inside) > 5 else "")
+        hint = f"; it has SAEs in {names}: name one"
+    raise ValueError(f"{folder} holds no SAE{hint}")
+
+
+def _format_of(folder: Path) -> Format | None:
+    """The format whose files lie in a folder."""
+    for known in FORMATS:
+        needed = [known.weights, known.config] if known.config else [known.weights]
+        if all((folder / file).is_file() for file in needed):
+            return known
+    return None
+
+
+def _read_as(known: Format, source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    config_path = source.folder / (known.config or OWN_CONFIG)
+    try:
+        config = files.load_json(config_path) if config_path.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"its {config_path.name} holds no options")
+        published = known.read(tensor_files.read(source.folder / known.weights), config, source)
+        return hold(published, source)
+    except ValueError as error:
+        raise ValueError(
+            f"{source.folder}: this SAE of {known.name} cannot be held exactly here: {error}"
+        ) from error
+
+
+def read_state(value: Any, path: Path, hints: Mapping[str, Any]) -> tuple[dict, dict] | None:
+    """(state dict, recipe) of OpenAI's Autoencoder; None for what another program wrote.
+
+    value: what the file holds. Raises ValueError with the reason if no model here holds it.
+    """
+    if not isinstance(value, dict) or "stats_last_nonzero" not in value:
+        return None
+    try:
+        return hold(_openai(value, path, hints), Source(path, str(path), hints))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: this SAE of OpenAI cannot be held exactly here: {error}"
+        ) from error
+
+
+# ------------------------------------------------------------------------------- holding
+
+
+def hold(published: Published, source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict, recipe) of the model here that gives the same codes and reconstructions.
+
+    Raises ValueError, which names the tensor or the option, if there is none.
+    """
+    name = _model_of(published.architecture)
+    _check_shapes(published.tensors)
+    k, n_latents = published.k, published.tensors["W_enc"].shape[1]
+    if k is not None and not 0 < k <= n_latents:
+        raise ValueError(f"its k is {k}, of {n_latents} latents")
+    weights = _state_dict(_folded(published))
+    latent_size, hidden_size = weights["encoder.weight"].shape
+    values = {
+        "hidden_size": hidden_size,
+        "n_layers": None,
+        "latent_size": latent_size,
+        "layer": published.site,
+        "norm_eps": source.hints.get("norm_eps") or NORM_EPS,
+        "input_norm": published.input_norm,
+    }
+    if k is not None:
+        values |= {"k": k, "topk_relu": published.clips}
+    recipe = {"model": name, "config": values, "options": {}}
+    if published.title:
+        recipe["title"] = published.title
+    language_model = published.language_model
+    if isinstance(language_model, str) and language_model:
+        is_hub_name = HUB_NAME.fullmatch(language_model)
+        recipe["model_path" if is_hub_name else "model_name"] = language_model
+    for note in published.notes:
+        print(files.printable(f"{source.name}: {note}"))
+    return weights, recipe
+
+
+def _model_of(architecture: str) -> str:
+    """The first model that defines this architecture itself, instead of inheriting it."""
+    for name, cls in model.CLASSES.items():
+        if vars(cls).get("architecture") == architecture:
+            return name
+    known = sorted({cls.architecture for cls in model.CLASSES.values()} - {""})
+    raise ValueError(f"its architecture is {architecture!r}; known are {', '.join(known)}")
+
+
+def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors that are missing, too many, or do not go together."""
+    encoder = tensors.get("W_enc")
+    is_complete = {"W_enc", "W_dec", "b_dec"} <= tensors.keys() <= STANDARD_NAMES.keys()
+    if not is_complete or encoder.dim() != 2:
+        raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
+    width, n_latents = encoder.shape
+    expected = {"W_enc": (width, n_latents), "W_dec": (n_latents, width), "b_dec": (width,)}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected.get(name, (n_latents,)):
+            raise ValueError(f"its {name} has the shape {tuple(tensor.shape)}")
+
+
+def _folded(published: Published) -> dict[str, Tensor]:
+    """Tensors that give the same codes without the options that the models here lack.
+
+    A factor of the input, norms of decoder rows that scale the codes, and a decoder bias that is
+    not subtracted from the input go into the weights and biases.
+    """
+    folded = {name: value.float() for name, value in published.tensors.items()}
+    if published.unit_rows:
+        norms = folded["W_dec"].norm(dim=-1)
+        norms = torch.where(norms > 0, norms, 1)  # a row of zeros stays one
+        folded["W_dec"] = folded["W_dec"] / norms[:, None]
+        folded["W_enc"] = folded["W_enc"] * norms
+        folded["b_enc"] = folded["b_enc"] * norms
+    if published.scale != 1:
+        folded["W_enc"] = folded["W_enc"] * published.scale
+        folded["W_dec"] = folded["W_dec"] / published.scale
+        folded["b_dec"] = folded["b_dec"] / published.scale
+    if not published.subtracts_b_dec:
+        # x W + b = (x - b_dec) W + (b_dec W + b); a gated SAE scales the product by exp(r_mag).
+        shift = _product(folded["b_dec"], folded["W_enc"])
+        for bias in folded.keys() & {"b_enc", "b_gate"}:
+            folded[bias] = (folded[bias] + shift).float()
+        if "b_mag" in folded:
+            scale = folded["r_mag"].double().exp() if "r_mag" in folded else 1.0
+            folded["b_mag"] = (folded["b_mag"] + shift * scale).float()
+    if "threshold" in folded:
+        # They clip negative values, which a threshold below 0 would let through here.
+        folded["threshold"] = folded["threshold"].clamp_min(0)
+    return folded
+
+
+def _product(vector: Tensor, matrix: Tensor) -> Tensor:
+    """vector @ matrix in float64, block by block, since the memory for all of it may be short."""
+    blocks = matrix.split(SHIFT_LATENTS, dim=1)
+    return torch.cat([vector.double() @ block.double() for block in blocks])
+
+
+def _state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a standard form under the names and in the orientation of our parameters."""
+    return {
+        ours: tensors[name].T if tensors[name].dim() == 2 else tensors[name]
+        for name, ours in STANDARD_NAMES.items()
+        if name in tensors
+    }
+
+
+# ------------------------------------------------------------------------------- what readers share
+
+
+def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors by their standard names; matrices of nn.Linear are transposed.
+
+    names: {name in the file: standard name}. A linear layer's name ends in ".weight". Raises
+    ValueError that lists what the file holds if a name is missing, or unknown.
+    """
+    if tensors.keys() != names.keys():
+        raise ValueError(f"its tensors are {', '.join(sorted(map(str, tensors)))}")
+    is_linear = {standard: name.endswith(".weight") for name, standard in names.items()}
+    renamed = {standard: tensors[name] for name, standard in names.items()}
+    return {
+        standard: value.T if is_linear[standard] and value.dim() == 2 else value
+        for standard, value in renamed.items()
+    }
+
+
+def _state_of(value: Any) -> dict[str, Tensor]:
+    """A state dict of weights that torch.save wrote. Raises ValueError for anything else."""
+    is_dict = isinstance(value, dict) and value
+    if not is_dict or not all(isinstance(tensor, Tensor) for tensor in value.values()):
+        raise ValueError("it is not a state dict of tensors")
+    tensor_files.check_tensors(value, "its state dict")
+    return value
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number above 0 from a configuration. Raises ValueError for anything else."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point():
+        value = value.item()
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"it does not say {name}" if value is None else f"its {name} is {value!r}")
+    return value
+
+
+def _refuse(config: Mapping[str, Any], unsupported: Mapping[str, str]) -> None:
+    """Raise ValueError with the reason if one of these options is on. {option: reason}"""
+    for name, reason in unsupported.items():
+        if config.get(name):
+            raise ValueError(f"{reason} ({name} {config[name]!r})")
+
+
+def _number(value: Any, name: str) -> float:
+    """A number above 0 from a configuration. Raises ValueError for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not MIN_NUMBER < value < MAX_NUMBER:
+        raise ValueError(f"its {name} is {value!r}; a number above 0 is needed")
+    return float(value)
+
+
+def _typed_site(source: Source, what_is_missing: str) -> int:
+    """The site of --layer. Raises ValueError that asks for it."""
+    if not source.hints.get("layer"):
+        raise ValueError(f"{what_is_missing}; say the site with --layer (block 0 ends at site 1)")
+    return source.hints["layer"]
+
+
+# ------------------------------------------------------------------------------- SAELens
+
+
+def _lens(tensors: Any, config: dict[str, Any], source: Source) -> Published:
+    """A folder of SAELens, of version 3 or later."""
+    metadata = config.get("metadata")
+    # Before version 6 there was only one level.
+    about = metadata if isinstance(metadata, dict) and metadata else config
+    architecture, k = _lens_architecture(config)
+    if about.get("hook_head_index") is not None:
+        raise ValueError(
+            f"it reads one attention head (hook_head_index {about['hook_head_index']})"
+        )
+    notes = ()
+    if about.get("prepend_bos") is False:
+        notes = ("trained on rows without BOS; rows here begin with it, and it is never counted",)
+    return Published(
+        architecture,
+        _without_scaling(tensors),
+        site_of(str(about.get("hook_name") or about.get("hook_point") or "")),
+        k,
+        subtracts_b_dec=bool(config.get("apply_b_dec_to_input", True)),
+        unit_rows=architecture == "topk" and bool(config.get("rescale_acts_by_decoder_norm")),
+        input_norm=_lens_input_norm(config, about),
+        language_model=about.get("model_name"),
+        notes=notes,
+    )
+
+
+def _lens_architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """(architecture, k of a topk). Old versions name the activation function beside it."""
+    architecture, k = config.get("architecture") or "standard", config.get("k")
+    activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
+    if activation == "topk":
+        arguments = config.get("activation_fn_kwargs")
+        architecture, k = "topk", arguments.get("k") if isinstance(arguments, dict) else None
+    elif activation != "relu":
+        raise ValueError(f"its activation is {activation!r}")
+    return architecture, _whole(k, "k") if architecture == "topk" else None
+
+
+def _lens_input_norm(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """The input_norm of the same meaning. Raises ValueError for other changes of the input."""
+    norm = config.get("normalize_activations") or "none"
+    if norm not in ("none", "layer_norm"):
+        raise ValueError(
+            f"its inputs are scaled by {norm!r}; known are none, layer_norm "
+            "(fold_activation_norm_scaling_factor makes it none)"
+        )
+    if config.get("reshape_activations", "none") != "none":
+        raise ValueError("it reshapes what it reads")
+    if norm == "layer_norm":
+        return "token"  # which subtracts the mean too
+    options = about.get("model_from_pretrained_kwargs")
+    is_centred = isinstance(options, dict) and bool(options.get(CENTRED))
+    has_rms_norm = RMS_FAMILIES.search(str(about.get("model_name")))
+    return "mean" if is_centred and not has_rms_norm else "none"
+
+
+def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without a factor of the latents, which must be 1. Raises ValueError otherwise."""
+    rest = dict(tensors)
+    factor = rest.pop("scaling_factor", None)
+    if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
+        raise ValueError("it rescales its latents by a scaling_factor other than 1")
+    return rest
+
+
+# ------------------------------------------------------------------------------- sparsify
+
+
+def _sparsify(tensors: Any, config: dict[str, Any], source: Source) -> Published:
+    """A hookpoint of sparsify (EleutherAI): TopK of raw states, its name that of the module."""
+    reasons = {
+        "transcode": "it predicts what a module gives from what it gets",
+        "skip_connection": "it adds a linear map of its input to the reconstruction",
+        "signed": "it keeps the values of largest size, with their sign",
+    }
+    _refuse(config, reasons)
+    if config.get("activation", "topk") != "topk":
+        raise ValueError(f"its activation is {config['activation']!r}; known is topk")
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+    hook = _sparsify_hook(source)
+    run = source.folder.resolve().parent / OWN_CONFIG  # the options of the training
+    run_options = files.load_json(run) if run.is_file() else {}
+    language_model = run_options.get("model") if isinstance(run_options, dict) else None
+    return Published(
+        "topk",
+        _renamed(tensors, names),
+        source.hints.get("layer") or site_of(hook),
+        _whole(config.get("k"), "k"),
+        language_model=language_model,
+    )
+
+
+def _sparsify_hook(source: Source) -> str:
+    """The name of the module: that of the folder, above the seed where several were trained."""
+    *_, parent, last = ("", *source.parts)
+    return parent if re.fullmatch(r"seed\d+", last) else last
+
+
+# ---------------------------------------------------------------------- dictionary_learning
+
+# By its class: (architecture, {name in the file: standard name}, options of Published).
+LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
+PLAIN = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+TOPK = LINEAR | {"encoder.bias": "b_enc", "b_dec": "b_dec"}
+GATED = LINEAR | {
+    "decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"
+}  # fmt: skip
+THRESHOLD = {"threshold": "threshold"}
+LEARNED: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    # Loading it there divides the decoder by its norms and multiplies the codes by them.
+    "AutoEncoder": (
+        "standard", LINEAR | {"encoder.bias": "b_enc", "bias": "b_dec"}, {"unit_rows": True}
+    ),
+    "AutoEncoderNew": (
+        "standard",
+        LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"},
+        {"subtracts_b_dec": False},
+    ),
+    "GatedAutoEncoder": ("gated", GATED, {}),
+    "JumpReluAutoEncoder": ("jumprelu", PLAIN | THRESHOLD, {"subtracts_b_dec": False}),
+    "AutoEncoderTopK": ("topk", TOPK, {}),
+    # At inference these two are active above one threshold.
+    "BatchTopKSAE": ("jumprelu", TOPK | THRESHOLD, {}),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", PLAIN | THRESHOLD, {}),
+}  # fmt: skip
+
+
+def _learned(value: Any, config: dict[str, Any], source: Source) -> Published:
+    """A folder of dictionary_learning (Marks et al.), as its load_dictionary opens it."""
+    trainer, buffer = config.get("trainer"), config.get("buffer")
+    if not isinstance(trainer, dict):
+        raise ValueError("its config.json has no trainer")
+    dict_class = trainer.get("dict_class")
+    if not isinstance(dict_class, str) or dict_class not in LEARNED:
+        raise ValueError(f"its class is {dict_class!r}; known are {', '.join(LEARNED)}")
+    architecture, names, options = LEARNED[dict_class]
+    state = dict(value) if isinstance(value, dict) else value
+    k = trainer.get("k")
+    if isinstance(state, dict):
+        k = state.pop("k", k)
+        state.pop("group_sizes", None)
+    state = _state_of(state)
+    if "threshold" not in names.values():
+        state.pop("threshold", None)  # TopK keeps one, which its encode does not use
+    tensors = _renamed(state, names)
+    threshold = tensors.get("threshold")
+    if threshold is not None and threshold.dim() == 0:
+        tensors["threshold"] = threshold.expand(tensors["W_enc"].shape[-1])
+    return Published(
+        architecture,
+        tensors,
+        _learned_site(trainer, buffer if isinstance(buffer, dict) else {}, source),
+        _whole(k, "k") if architecture == "topk" else None,
+        language_model=trainer.get("lm_name"),
+        **options,
+    )
+
+
+def _learned_site(trainer: dict[str, Any], buffer: dict[str, Any], source: Source) -> int:
+    """The site of `layer`, counted from 0, if the module is a block. Raises ValueError else."""
+    place, layer = str(trainer.get("submodule_name") or "resid_post"), trainer.get("layer")
+    if buffer.get("io", "out") != "out":
+        raise ValueError(f"it reads what goes into {place!r} (io {buffer['io']!r})")
+    if source.hints.get("layer"):
+        return source.hints["layer"]
+    if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+        return _typed_site(source, f"its layer is {layer!r}")
+    match = re.match(r"resid_(pre|post)(?!\w*_(?:mlp|attn))", place)
+    return site_of(f"blocks.{layer}.hook_resid_{match[1]}" if match else place)
+
+
+# ------------------------------------------------------------------------------- Gemma Scope
+
+
+def _gemma_scope(tensors: Any, config: dict[str, Any], source: Source) -> Published:
+    """params.npz of Gemma Scope (Lieberum et al. 2024). Only names of folders say what it reads."""
+    typed = source.name.partition("@")[0]
+    where = "/".join((*source.parts, typed))
+    release = re.search(r"gemma-scope-(\d+b)-(pt|it)-(\w+)", where)
+    place = release[3] if release else "res"
+    if place != "res" or "embedding" in where:
+        site_of("embedding" if place == "res" else release[0])  # which refuses it
+    layer = re.search(r"layer_(\d+)(?!.*layer_\d)", where)
+    site = source.hints.get("layer") or (layer and int(layer[1]) + 1)
+    site = site or _typed_site(source, "no folder is named layer_N")
+    language_model, notes = None, ()
+    if release:
+        suffix = "-it" if release[2] == "it" else ""
+        language_model = f"google/gemma-2-{release[1]}{suffix}"
+    else:
+        notes = (f"taken for an SAE of {hook_of(site)}, since no folder's name says more",)
+    return Published(
+        "jumprelu",
+        tensors,
+        site,
+        subtracts_b_dec=False,
+        language_model=language_model,
+        title="_".join(source.parts[-3:]),
+        notes=notes,
+    )
+
+
+def _gemma_scope_2(tensors: Any, config: dict[str, Any], source: Source) -> Published:
+    """params.safetensors of Gemma Scope 2: the same SAE, for Gemma 3."""
+    hook = config.get("hf_hook_point_in")
+    if config.get("architecture", "jump_relu") != "jump_relu":
+        raise ValueError(f"its architecture is {config['architecture']!r}; known is jump_relu")
+    if config.get("hf_hook_point_out", hook) != hook:
+        raise ValueError(f"it reads {hook!r} and predicts {config['hf_hook_point_out']!r}")
+    if hook is None:
+        hook = _gemma_scope_2_hook(source)
+    names = {"w_enc": "W_enc", "w_dec": "W_dec"}
+    names |= {name: name for name in ("b_enc", "b_dec", "threshold")}
+    language_model = str(config.get("model_name") or "").replace("-v3", "-3")
+    if language_model and "/" not in language_model:
+        language_model = f"google/{language_model}"
+    return Published(
+        "jumprelu",
+        _renamed(tensors, names),
+        site_of(str(hook)),
+        subtracts_b_dec=False,
+        language_model=language_model,
+    )
+
+
+def _gemma_scope_2_hook(source: Source) -> str:
+    """The place that the names of the folders say: resid_post/layer_12_width_16k_l0_medium."""
+    where = "/".join((*source.parts[-3:], source.name))
+    layer = re.search(r"layer_(\d+)", source.parts[-1])
+    if "resid_post" in where and layer:
+        return f"blocks.{layer[1]}.hook_resid_post"
+    return where
+
+
+# ------------------------------------------------------------------------------- Llama Scope
+
+
+def _llama_scope(tensors: Any, config: dict[str, Any], source: Source) -> Published:
+    """A folder of Llama Scope (He et al. 2024): hyperparams.json and checkpoints/final.safetensors.
+
+    Inputs are scaled to a mean norm of sqrt(D). The one threshold was found on unscaled inputs.
+    """
+    _refuse(config, {"use_glu_encoder": "its encoder has a second, gating layer"})
+    activation = str(config.get("act_fn", "relu")).lower()
+    if activation not in ("relu", "jumprelu", "topk"):
+        raise ValueError(f"its activation is {activation!r}; known are relu, jumprelu, topk")
+    scale = _norm_factor(config, config.get("dataset_average_activation_norm"), "in", "out")
+    names = LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"}
+    standard = _renamed(tensors, names)
+    if activation == "jumprelu":
+        threshold = _number(config.get("jump_relu_threshold"), "jump_relu_threshold") * scale
+        standard["threshold"] = torch.full((standard["W_enc"].shape[-1],), threshold)
+    published = _scope(standard, config, activation, scale)
+    # Its loader gave the decoder rows of norm 1 before the threshold was found.
+    return published._replace(
+        unit_rows=bool(config.get("sparsity_include_decoder_norm", True)),
+        language_model="meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in source.name else None,
+        subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", True)),
+    )
+
+
+def _llamascopium(tensors: Any, config: dict[str, Any], source: Source) -> Published:
+    """A folder of Llamascopium (OpenMOSS; earlier lm_saes): config.json, sae_weights.safetensors.
+
+    Codes are those of inputs scaled to a mean norm of sqrt(D).
+    """
+    if config.get("sae_type", "sae") != "sae":
+        raise ValueError(f"its kind is {config['sae_type']!r}; known is sae")
+    _refuse(config, {"use_glu_encoder": "its encoder has a second, gating layer"})
+    activation = str(config.get("act_fn", "relu")).lower()
+    norms = {
+        name.partition(".")[2]: float(value)
+        for name, value in tensors.items()
+        if name.startswith("dataset_average_activation_norm.") and value.dim() == 0
+    }
+    rest = {name: v for name, v in tensors.items() if not name.startswith("dataset_average")}
+    hook_in, hook_out = str(config.get("hook_point_in")), str(config.get("hook_point_out"))
+    scale = _norm_factor(config, norms, hook_in, hook_out)
+    names = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
+    if not config.get("use_decoder_bias", True) and "W_D" in rest:
+        rest["b_D"] = torch.zeros(rest["W_D"].shape[-1])
+    if "encoder.weight" in rest:  # written by lm_saes
+        names = LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"}
+    logarithm = next((name for name in rest if name.endswith("log_jumprelu_threshold")), None)
+    if logarithm:
+        names = names | {logarithm: "threshold"}
+    standard = _renamed(rest, names)
+    has_norms = bool(config.get("sparsity_include_decoder_norm", True))
+    if logarithm:
+        threshold = standard["threshold"].float().exp()
+        # Compared with pre-activation times norm; the codes keep their own scale.
+        norms_of_rows = standard["W_dec"].float().norm(dim=-1) if has_norms else 1.0
+        standard["threshold"] = threshold / norms_of_rows
+    published = _scope(standard, config, activation, scale)
+    lm_config = source.folder / "lm_config.json"
+    options = files.load_json(lm_config) if lm_config.is_file() else {}
+    language_model = options.get("model_name") if isinstance(options, dict) else None
+    is_ranked = has_norms and activation == "topk"
+    note = "its codes are given in units of decoder rows of norm 1, by which it ranks them"
+    return published._replace(
+        unit_rows=is_ranked,
+        subtracts_b_dec=False,
+        language_model=language_model,
+        notes=(note,) if is_ranked else (),
+    )
+
+
+def _scope(
+    standard: dict[str, Tensor], config: dict[str, Any], activation: str, scale: float
+) -> Published:
+    """What the SAEs of OpenMOSS have in common. Raises ValueError for a transcoder."""
+    hook_in, hook_out = config.get("hook_point_in"), config.get("hook_point_out")
+    if hook_out not in (None, hook_in):
+        raise ValueError(f"it reads {hook_in!r} and predicts {hook_out!r}")
+    architecture = {"relu": "standard"}.get(activation, activation)
+    k = _whole(config.get("top_k"), "top_k") if activation == "topk" else None
+    return Published(architecture, standard, site_of(str(hook_in)), k, scale=scale)
+
+
+def _norm_factor(config: dict[str, Any], norms: Any, hook_in: str, hook_out: str) -> float:
+    """The factor of the input: sqrt(D) by the mean norm of states; 1 if weights hold it already."""
+    kind = config.get("norm_activation", "dataset-wise")
+    if kind == "inference":
+        return 1.0
+    if kind != "dataset-wise":
+        raise ValueError(f"its inputs are scaled {kind}; known are dataset-wise, inference")
+    norm_in, norm_out = (
+        norms.get(hook) if isinstance(norms, dict) else None for hook in (hook_in, hook_out)
+    )
+    norm_in = _number(norm_in, "dataset_average_activation_norm")
+    if norm_out not in (None, norm_in):
+        raise ValueError(f"it scales inputs by {norm_in} and outputs by {norm_out}")
+    return math.sqrt(_whole(config.get("d_model"), "d_model")) / norm_in
+
+
+# ------------------------------------------------------------------------------- OpenAI
+
+OPENAI_PLACES = r"(mlp_post_act|resid_delta_attn|resid_delta_mlp|resid_post_attn|resid_post_mlp)"
+OPENAI_STATISTICS = (
+    "stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"
+)  # fmt: skip
+
+
+def _openai(value: dict[str, Any], path: Path, hints: Mapping[str, Any]) -> Published:
+    """A file of OpenAI's sparse_autoencoder (Gao et al. 2024), TopK or ReLU.
+
+    Inputs of a TopK are standardised there, those of a ReLU are raw.
+    """
+    state = {name: v for name, v in value.items() if name not in OPENAI_STATISTICS}
+    activation = state.pop("activation", "ReLU")
+    options = state.pop("activation_state_dict", {})
+    if activation not in ("ReLU", "TopK"):
+        raise ValueError(f"its activation is {activation!r}; known are ReLU, TopK")
+    is_topk = activation == "TopK"
+    after = options.get("postact_fn", "ReLU") if isinstance(options, dict) else None
+    if after not in ("ReLU", "Identity"):
+        raise ValueError(f"its values pass {after!r}; known are ReLU, Identity")
+    names = LINEAR | {"latent_bias": "b_enc", "pre_bias": "b_dec"}
+    source = Source(path, str(path), hints)
+    place = re.search(OPENAI_PLACES, str(path.resolve()))
+    language_model, notes = None, ()
+    if place:
+        site_of({"resid_post_mlp": "blocks.1.hook_resid_post"}.get(place[1], place[1]))
+        language_model = "openai-community/gpt2"
+    else:
+        notes = ("taken for an SAE of what a block gives, since no folder's name says more",)
+    site = int(path.stem) + 1 if path.stem.isdecimal() else None
+    return Published(
+        "topk" if is_topk else "standard",
+        _renamed(_state_of(state), names),
+        hints.get("layer") or site or _typed_site(source, f"{path.name} is no number of a block"),
+        _whole(options.get("k"), "k") if is_topk else None,
+        clips=after == "ReLU",
+        input_norm="token" if is_topk else "none",
+        language_model=language_model,
+        notes=notes,
+    )
+
+
+FORMATS = (
+    Format("SAELens", LENS_WEIGHTS, LENS_CONFIG, _lens),
+    Format("sparsify", "sae.safetensors", "cfg.json", _sparsify),
+    Format("dictionary_learning", "ae.pt", "config.json", _learned),
+    Format("Gemma Scope", "params.npz", None, _gemma_scope),
+    Format("Gemma Scope 2", "params.safetensors", None, _gemma_scope_2),
+    Format("Llama Scope", "checkpoints/final.safetensors", "hyperparams.json", _llama_scope),
+    Format("Llamascopium", LENS_WEIGHTS, "config.json", _llamascopium),
+)

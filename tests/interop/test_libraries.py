@@ -1,0 +1,422 @@
+"""SAEs that other libraries wrote, read here; SAEs of this program, read there.
+
+Each library writes a small SAE with random weights, and its own forward is compared with that of
+the model here that holds it. The largest differences are printed. A library that is not installed
+is skipped. tests/interop/run.sh makes the environment.
+"""
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from test_formats import recipe_of  # noqa: E402
+from test_import_formats import raw_sae  # noqa: E402
+
+from src import checkpoint, export_formats  # noqa: E402
+
+pytestmark = pytest.mark.interop
+D, F, K, BLOCK = 64, 256, 9, 5
+SITE = BLOCK + 1
+
+
+def states(n_tokens=4000, width=D):
+    return 3 * torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(1)) + 1
+
+
+def shaken(module):
+    """The module with weights in which each tensor matters."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def fvu(h, h_hat):
+    return float((h - h_hat).square().sum() / (h - h.mean(0)).square().sum())
+
+
+@torch.no_grad()
+def compare(title, path, code, reconstruct, h=None, hints=None):
+    """Print and bound the differences between another forward and that of the SAE at path.
+
+    code: raw states -> latents there. reconstruct: the same latents -> raw states there.
+    """
+    h = states() if h is None else h
+    sae, _ = checkpoint.load(path, hints=hints)
+    assert sae.sites() == [SITE]
+    latents = sae.autoencode(sae.gather({SITE: h})).latents
+    (patch,) = sae.patches({SITE: h})
+    h_hat = patch[SITE](h)
+    expected = code(h)
+    expected_hat = reconstruct(expected)
+    assert 0 < (expected != 0).float().mean() < 1
+    same = ((latents != 0) == (expected != 0)).all(-1)
+    n_others = int((~same).sum())
+    error = float((latents - expected)[same].abs().max() / expected.max())
+    state_error = float((h_hat - expected_hat)[same].abs().max())
+    fvus = fvu(h, h_hat), fvu(h, expected_hat)
+    print(
+        f"\n{title:<42} latents {error:.1e} of the largest  states {state_error:.1e}  "
+        f"FVU {fvus[0]:.6f} {fvus[1]:.6f}  other active sets {n_others} of {len(h)}"
+    )
+    assert error < 1e-5 and n_others <= len(h) * 1e-3
+    assert fvus[0] == pytest.approx(fvus[1], rel=1e-4)
+
+
+def write_json(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+# ------------------------------------------------------------------------------- sparsify
+
+
+def dense(top_acts, top_indices, n_latents):
+    return torch.zeros(len(top_acts), n_latents).scatter(-1, top_indices, top_acts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_unit_rows", [True, False])
+def test_sparsify_and_its_fvu(has_unit_rows, tmp_path):
+    sparsify = pytest.importorskip("sparsify")
+    config = sparsify.SparseCoderConfig(num_latents=F, k=K, normalize_decoder=has_unit_rows)
+    coder = shaken(sparsify.SparseCoder(D, config))
+    if has_unit_rows:
+        coder.set_decoder_norm_to_unit_norm()
+    folder = tmp_path / f"layers.{BLOCK}"
+    coder.save_to_disk(folder)
+    h, again = states(), sparsify.SparseCoder.load_from_disk(folder)
+
+    def code(h):
+        acts, indices, _ = again.encode(h)
+        return dense(acts, indices, F)
+
+    compare("sparsify", folder, code, lambda _: again(h).sae_out, h)
+    sae, _ = checkpoint.load(folder)
+    (patch,) = sae.patches({SITE: h})
+    print(f"FVU of sparsify itself {float(again(h).fvu):.6f}, here {fvu(h, patch[SITE](h)):.6f}")
+    assert float(again(h).fvu) == pytest.approx(fvu(h, patch[SITE](h)), rel=1e-5)
+
+
+@torch.no_grad()
+def test_sparsify_loads_our_export(tmp_path):
+    sparsify = pytest.importorskip("sparsify")
+    sae = raw_sae("TopK")
+    folder = export_formats.export(sae, recipe_of(sae), tmp_path, "sparsify")
+    coder = sparsify.Sae.load_from_disk(folder / f"layers.{sae.layer - 1}")
+    h = states(width=sae.hidden_size)
+    acts, indices, _ = coder.encode(h)
+    report_export("sparsify TopK", sae, h, dense(acts, indices, sae.latent_size), coder(h).sae_out)
+
+
+def report_export(title, sae, h, latents, h_hat):
+    expected = sae.encode(sae.standardise(h)[0])
+    (patch,) = sae.patches({sae.layer: h})
+    error = float((latents - expected).abs().max() / expected.max())
+    state_error = float((h_hat - patch[sae.layer](h)).abs().max())
+    print(f"\nexport {title:<35} latents {error:.1e} of the largest  states {state_error:.1e}")
+    assert error < 1e-5 and state_error < 1e-4
+
+
+# ---------------------------------------------------------------------- dictionary_learning
+
+
+@pytest.fixture(scope="module")
+def dictionary_learning():
+    """The library. It imports nnsight, which nothing that is called here needs."""
+    if "nnsight" not in sys.modules:
+        stand_in = types.ModuleType("nnsight")
+        stand_in.LanguageModel = type("LanguageModel", (), {})
+        stand_in.Envoy = type("Envoy", (), {})
+        stand_in.CONFIG = types.SimpleNamespace()
+        sys.modules["nnsight"] = stand_in
+    pytest.importorskip("dictionary_learning")
+    from dictionary_learning import dictionary, utils
+    from dictionary_learning.trainers import (
+        batch_top_k,
+        matryoshka_batch_top_k,
+        top_k,
+    )
+
+    return types.SimpleNamespace(
+        load=utils.load_dictionary,
+        classes={
+            "AutoEncoder": lambda: dictionary.AutoEncoder(D, F),
+            "AutoEncoderNew": lambda: dictionary.AutoEncoderNew(D, F),
+            "GatedAutoEncoder": lambda: dictionary.GatedAutoEncoder(D, F),
+            "JumpReluAutoEncoder": lambda: dictionary.JumpReluAutoEncoder(D, F),
+            "AutoEncoderTopK": lambda: top_k.AutoEncoderTopK(D, F, K),
+            "BatchTopKSAE": lambda: batch_top_k.BatchTopKSAE(D, F, K),
+            "MatryoshkaBatchTopKSAE": lambda: matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(
+                D, F, K, [100, 156]
+            ),
+        },
+    )
+
+
+LEARNED = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "JumpReluAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dict_class", LEARNED)
+def test_dictionary_learning(dict_class, dictionary_learning, tmp_path):
+    made = shaken(dictionary_learning.classes[dict_class]())
+    if "BatchTopK" in dict_class:
+        made.threshold.fill_(2.0)
+    if dict_class == "JumpReluAutoEncoder":
+        made.threshold.abs_().add_(1)
+    trainer = {"dict_class": dict_class, "layer": BLOCK, "lm_name": "org/lm", "k": K}
+    trainer |= {"submodule_name": f"resid_post_layer_{BLOCK}"}
+    write_json(tmp_path / "config.json", {"trainer": trainer, "buffer": {"io": "out"}})
+    torch.save(made.state_dict(), tmp_path / "ae.pt")
+    opened, _ = dictionary_learning.load(str(tmp_path), device="cpu")
+    compare(f"dictionary_learning {dict_class}", tmp_path, opened.encode, opened.decode)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["TopK", "Vanilla", "Gated", "JumpReLU", "BatchTopK"])
+def test_dictionary_learning_loads_our_export(name, dictionary_learning, tmp_path):
+    sae = raw_sae(name)
+    folder = export_formats.export(sae, recipe_of(sae), tmp_path, "dictionary_learning")
+    path = folder / f"resid_post_layer_{sae.layer - 1}"
+    opened, _ = dictionary_learning.load(str(path), device="cpu")
+    h = states(width=sae.hidden_size)
+    latents = opened.encode(h)
+    report_export(f"dictionary_learning {name}", sae, h, latents, opened.decode(latents))
+
+
+# ------------------------------------------------------------------- what SAELens reads of others
+
+
+@pytest.fixture
+def lens(monkeypatch):
+    """SAELens, whose downloads are files of a folder here."""
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    def opened(loader, root, repo, folder):
+        def fetch(repo_id, filename, subfolder=None, **_):
+            return str(root / (subfolder or "") / filename)
+
+        monkeypatch.setattr(loaders, "hf_hub_download", fetch)
+        monkeypatch.setattr(
+            loaders,
+            "get_safetensors_tensor_shapes",
+            lambda _, name: {
+                key: list(value.shape)
+                for key, value in loaders.load_safetensors_weights(root / name).items()
+            },
+        )
+        wanted = {"d_in": D, "d_sae": F, "dtype": "float32"}
+        config, state, _ = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader](
+            repo, folder, "cpu", False, wanted
+        )
+        config = loaders.handle_config_defaulting(config)
+        lens_class, lens_config = sae_lens.registry.get_sae_class(config["architecture"])
+        sae = lens_class(lens_config.from_dict(config))
+        sae.load_state_dict(state)
+        return sae
+
+    return opened
+
+
+def weights():
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    return {
+        "W_enc": draw(D, F),
+        "W_dec": draw(F, D),
+        "b_enc": draw(F),
+        "b_dec": draw(D),
+        "threshold": 4 * draw(F).abs(),
+    }
+
+
+@torch.no_grad()
+def test_gemma_scope_as_saelens_reads_it(lens, tmp_path):
+    name = f"layer_{BLOCK}/width_16k/average_l0_71"
+    root = tmp_path / "gemma-scope-2b-pt-res"
+    (root / name).mkdir(parents=True)
+    arrays = {key: value.numpy() for key, value in weights().items()}
+    np.savez(root / name / "params.npz", **arrays)
+    sae = lens("gemma_2", root, "google/gemma-scope-2b-pt-res", name)
+    assert sae.cfg.metadata.hook_name == f"blocks.{BLOCK}.hook_resid_post"
+    compare("Gemma Scope", root / name, sae.encode, sae.decode)
+
+
+@torch.no_grad()
+def test_gemma_scope_2_as_saelens_reads_it(lens, tmp_path):
+    name = f"resid_post/layer_{BLOCK}_width_16k_l0_medium"
+    renamed = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    (tmp_path / name).mkdir(parents=True)
+    tensors = {renamed.get(key, key): value for key, value in weights().items()}
+    save_file(tensors, tmp_path / name / "params.safetensors")
+    config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt"}
+    config["hf_hook_point_in"] = f"model.layers.{BLOCK}.output"
+    write_json(tmp_path / name / "config.json", config)
+    sae = lens("gemma_3", tmp_path, "google/gemma-scope-2-1b-pt", name)
+    compare("Gemma Scope 2", tmp_path / name, sae.encode, sae.decode)
+
+
+@torch.no_grad()
+def test_llama_scope_as_saelens_reads_it(lens, tmp_path):
+    name, hook = f"Llama3_1-8B-Base-L{BLOCK}R-8x", f"blocks.{BLOCK}.hook_resid_post"
+    w, norm = weights(), 21.5
+    unit = w["W_dec"] / w["W_dec"].norm(dim=-1, keepdim=True)  # as they are published
+    (tmp_path / name / "checkpoints").mkdir(parents=True)
+    tensors = {"encoder.weight": w["W_enc"].T, "decoder.weight": unit.T}
+    tensors |= {"encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]}
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, tmp_path / name / "checkpoints" / "final.safetensors")
+    config = {
+        "hook_point_in": hook,
+        "hook_point_out": hook,
+        "d_model": D,
+        "d_sae": F,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 1.5,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": norm, "out": norm},
+        "apply_decoder_bias_to_pre_encoder": False,
+        "sparsity_include_decoder_norm": True,
+    }
+    write_json(tmp_path / name / "hyperparams.json", config)
+    sae = lens("llama_scope", tmp_path, "fnlp/Llama3_1-8B-Base-LXR-8x", name)
+    sae.fold_activation_norm_scaling_factor(math.sqrt(D) / norm)  # what from_pretrained does
+    compare("Llama Scope", tmp_path / name, sae.encode, sae.decode)
+
+
+# ------------------------------------------------------------------------------- Llamascopium
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_norms", [True, False])
+@pytest.mark.parametrize("act_fn", ["jumprelu", "relu", "topk"])
+def test_llamascopium(act_fn, has_norms, tmp_path):
+    module = pytest.importorskip("llamascopium.models.sae")
+    hook = f"blocks.{BLOCK}.hook_resid_post"
+    config = module.SAEConfig(
+        hook_point_in=hook,
+        hook_point_out=hook,
+        d_model=D,
+        expansion_factor=F // D,
+        act_fn=act_fn,
+        top_k=K,
+        norm_activation="dataset-wise",
+        sparsity_include_decoder_norm=has_norms,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    sae, w = module.SparseAutoEncoder(config), weights()
+    for parameter, name in ((sae.W_E, "W_enc"), (sae.W_D, "W_dec")):
+        parameter.copy_(w[name])
+    sae.b_E.copy_(w["b_enc"])
+    sae.b_D.copy_(w["b_dec"])
+    if act_fn == "jumprelu":
+        sae.activation_function.log_jumprelu_threshold.copy_((w["threshold"] / 2).log())
+    sae.set_dataset_average_activation_norm({hook: 21.5})
+    sae.save_pretrained(tmp_path / "sae")
+    config.save_hyperparameters(tmp_path / "sae")
+    again = module.SparseAutoEncoder.from_local(str(tmp_path / "sae"), dtype=torch.float32)
+    # A TopK ranks by pre-activation times norm of the decoder row; here its codes keep the norm.
+    kept = again.decoder_norm() if act_fn == "topk" and has_norms else torch.ones(F)
+
+    def code(h):
+        return again.encode(again.normalize_activations({hook: h})[hook]) * kept
+
+    def reconstruct(latents):
+        scale = again.compute_norm_factor(states(1), hook)
+        return again.denormalize_activations({hook: again.decode(latents / kept)}, {hook: scale})[
+            hook
+        ]
+
+    title = f"Llamascopium {act_fn}{'' if has_norms else ', without norms'}"
+    compare(title, tmp_path / "sae", code, reconstruct)
+
+
+# ------------------------------------------------------------------------------- OpenAI
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["TopK", "ReLU"])
+def test_openai(activation, tmp_path):
+    module = pytest.importorskip("sparse_autoencoder.model")
+    is_topk = activation == "TopK"
+    made = module.Autoencoder(
+        F, D, activation=module.TopK(K) if is_topk else torch.nn.ReLU(), normalize=is_topk
+    )
+    path = tmp_path / "resid_post_mlp_v5_32k" / "autoencoders" / f"{BLOCK}.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(shaken(made).state_dict(), path)
+    opened = module.Autoencoder.from_state_dict(torch.load(path, weights_only=True))
+    h = states()
+    info = opened.encode(h)[1]
+    compare(
+        f"OpenAI {activation}",
+        path,
+        lambda h: opened.encode(h)[0],
+        lambda f: opened.decode(f, info),
+    )
+
+
+# ------------------------------------------------------------------------------- Neuronpedia
+
+
+def test_neuronpedias_client_makes_the_same_body_of_the_same_features(monkeypatch):
+    client = pytest.importorskip("neuronpedia.requests.feature_request")
+    from neuronpedia.np_activation import Activation
+    from neuronpedia.np_explanation import Explanation
+    from neuronpedia.np_feature import Feature, Logit
+    from test_neuronpedia import contexts_of, labels_of
+
+    from src import neuronpedia
+
+    ((source, body),) = neuronpedia.bodies(contexts_of("TopK"), labels_of())
+    sent = {}
+    monkeypatch.setenv("NEURONPEDIA_API_KEY", "none")
+    monkeypatch.setattr(
+        client.FeatureRequest, "send_request", lambda _, **options: sent.update(options)
+    )
+    about = {"modelId": body["modelId"], "source": source}
+
+    def logits(pairs):
+        return pairs and [Logit(pair["token"], pair["value"]) for pair in pairs]
+
+    features = []
+    for feature in body["features"]:
+        named = about | {"index": feature["index"]}
+        features.append(
+            Feature(
+                **named,
+                density=feature["density"],
+                top_logits=logits(feature["topLogits"]),
+                bottom_logits=logits(feature["bottomLogits"]),
+                explanations=[
+                    Explanation(**named, text=e["text"]) for e in feature["explanations"]
+                ],
+                activations=[Activation(**named, **a) for a in feature["activations"]],
+            )
+        )
+    client.FeatureRequest().upload_batch(body["modelId"], source, features)
+    assert sent["uri"] == "upload-batch" and sent["json"] == body
