@@ -710,7 +710,12 @@ def _openai(value: dict[str, Any], path: Path, hints: Mapping[str, Any]) -> Publ
 
     Inputs of a TopK are standardised there, those of a ReLU are raw.
     """
-    state = {name: v for name, v in value.items() if name not in OPENAI_STATISTICS}
+    # Its writer repeats the options as activation.k and activation.postact_fn.
+    state = {
+        name: v
+        for name, v in value.items()
+        if name not in OPENAI_STATISTICS and not str(name).startswith("activation.")
+    }
     activation = state.pop("activation", "ReLU")
     options = state.pop("activation_state_dict", {})
     if activation not in ("ReLU", "TopK"):
