@@ -44,6 +44,8 @@ core.multiple_evals(
     context_size=64,
     output_folder=str(results),
     device="cpu",
+    compute_featurewise_density_statistics=True,
+    compute_featurewise_weight_based_metrics=True,
 )
 
 # %%

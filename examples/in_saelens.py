@@ -7,6 +7,7 @@ Needs SAELens beside this program: pip install sae-lens
 import os
 import sys
 
+import torch
 from sae_lens import SAE
 
 from src import checkpoint, export_formats, formats, lm
@@ -24,8 +25,9 @@ tokenizer, language_model = lm.get_language_model(recipe["model_path"], "cpu", "
 text = "Returns the number of bytes written to the file."
 ids = tokenizer(text, return_tensors="pt").input_ids
 states = lm.read_sites(language_model, ids, [site])[site][0]
-latents = in_saelens.encode(states)
-ours = sae.encode(sae.standardise(states)[0])
+with torch.no_grad():
+    latents = in_saelens.encode(states)
+    ours = sae.encode(sae.standardise(states)[0])
 active = int((latents != 0).sum(1).float().mean())
 print(f"SAELens: {active} active latents a token, {latents.shape[1]} in all")
 print(f"largest difference from our latents: {float((latents - ours).abs().max()):.1e}")

@@ -632,41 +632,47 @@ def _llamascopium(tensors: Any, config: dict[str, Any], source: Source) -> Publi
         raise ValueError(f"its kind is {config['sae_type']!r}; known is sae")
     _refuse(config, {"use_glu_encoder": "its encoder has a second, gating layer"})
     activation = str(config.get("act_fn", "relu")).lower()
+    prefix = "dataset_average_activation_norm."
     norms = {
-        name.partition(".")[2]: float(value)
+        name.removeprefix(prefix): float(value)
         for name, value in tensors.items()
-        if name.startswith("dataset_average_activation_norm.") and value.dim() == 0
+        if name.startswith(prefix) and value.dim() == 0
     }
-    rest = {name: v for name, v in tensors.items() if not name.startswith("dataset_average")}
     hook_in, hook_out = str(config.get("hook_point_in")), str(config.get("hook_point_out"))
     scale = _norm_factor(config, norms, hook_in, hook_out)
-    names = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
-    if not config.get("use_decoder_bias", True) and "W_D" in rest:
-        rest["b_D"] = torch.zeros(rest["W_D"].shape[-1])
-    if "encoder.weight" in rest:  # written by lm_saes
-        names = LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"}
-    logarithm = next((name for name in rest if name.endswith("log_jumprelu_threshold")), None)
-    if logarithm:
-        names = names | {logarithm: "threshold"}
-    standard = _renamed(rest, names)
     has_norms = bool(config.get("sparsity_include_decoder_norm", True))
-    if logarithm:
-        threshold = standard["threshold"].float().exp()
-        # Compared with pre-activation times norm; the codes keep their own scale.
-        norms_of_rows = standard["W_dec"].float().norm(dim=-1) if has_norms else 1.0
-        standard["threshold"] = threshold / norms_of_rows
+    rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    standard = _llamascopium_tensors(rest, config, has_norms)
     published = _scope(standard, config, activation, scale)
     lm_config = source.folder / "lm_config.json"
     options = files.load_json(lm_config) if lm_config.is_file() else {}
-    language_model = options.get("model_name") if isinstance(options, dict) else None
     is_ranked = has_norms and activation == "topk"
     note = "its codes are given in units of decoder rows of norm 1, by which it ranks them"
     return published._replace(
         unit_rows=is_ranked,
         subtracts_b_dec=False,
-        language_model=language_model,
+        language_model=options.get("model_name") if isinstance(options, dict) else None,
         notes=(note,) if is_ranked else (),
     )
+
+
+def _llamascopium_tensors(
+    tensors: dict[str, Tensor], config: dict[str, Any], has_norms: bool
+) -> dict[str, Tensor]:
+    """Its tensors by standard names; the threshold that of the codes, without decoder norms."""
+    names = {"W_E": "W_enc", "W_D": "W_dec", "b_E": "b_enc", "b_D": "b_dec"}
+    if "encoder.weight" in tensors:  # written by lm_saes
+        names = LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"}
+    if not config.get("use_decoder_bias", True) and "W_D" in tensors:
+        tensors["b_D"] = torch.zeros(tensors["W_D"].shape[-1])
+    logarithm = next((name for name in tensors if name.endswith("log_jumprelu_threshold")), None)
+    if logarithm is None:
+        return _renamed(tensors, names)
+    standard = _renamed(tensors, names | {logarithm: "threshold"})
+    threshold = standard["threshold"].float().exp()
+    # Compared with pre-activation times norm; the codes keep their own scale.
+    norms = standard["W_dec"].float().norm(dim=-1) if has_norms else 1.0
+    return standard | {"threshold": threshold / norms}
 
 
 def _scope(

@@ -5,9 +5,13 @@ the model here that holds it. The largest differences are printed. A library tha
 is skipped. tests/interop/run.sh makes the environment.
 """
 
+import http.server
 import json
 import math
+import re
+import runpy
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -430,3 +434,104 @@ def test_neuronpedias_client_makes_the_same_body_of_the_same_features(monkeypatc
         )
     client.FeatureRequest().upload_batch(body["modelId"], source, features)
     assert sent["uri"] == "upload-batch" and sent["json"] == body
+
+
+# ------------------------------------------------------------------------------- the examples
+
+
+@pytest.fixture(scope="module")
+def user_folder(tmp_path_factory):
+    """A folder with a text, a TopK trained on it for seconds, its contexts and its labels."""
+    from src.applier import Applier
+    from src.config import parse
+    from src.files import DEMO_LM
+    from src.interpreter import Interpreter
+    from src.trainer import Trainer
+
+    folder = tmp_path_factory.mktemp("examples")
+    sentence = "Return the {}th value of the array, or raise ValueError if {} is larger. "
+    lines = [json.dumps({"text": sentence.format(i, i * 7) * 4}) for i in range(400)]
+    (folder / "demo.jsonl").write_text("\n".join(lines))
+    common = ["--output_dir", str(folder / "out")]
+    read = [*common, "--data_path", str(folder / "demo.jsonl"), "--model_path", str(DEMO_LM)]
+    read += ["--max_length", "64", "--batch_size", "8", "--dtype", "float32"]
+    sizes = ["--latent_size", "256", "--k", "8", "--max_tokens", "20000"]
+    Trainer(parse("train", [*read, *sizes, "--model", "TopK", "--tag", "example"])).run()
+    path = ["--SAE_path", str(folder / "out" / "SAE_models" / "TopK_demo_example.pt")]
+    Applier(parse("apply", [*read, *path, "--act_threshold", "0.5"])).run()
+    Interpreter(parse("interpret", [*common, "--engine", "heuristic"])).run()
+    return folder
+
+
+@pytest.fixture
+def run_example(user_folder, monkeypatch, capsys):
+    def run(name):
+        from src.files import DEMO_LM
+
+        monkeypatch.setenv("DATA_PATH", str(user_folder / "demo.jsonl"))
+        monkeypatch.setenv("MODEL_PATH", str(DEMO_LM))
+        monkeypatch.setenv("OUTPUT_DIR", str(user_folder / "out"))
+        monkeypatch.setattr(sys, "argv", [name])
+        runpy.run_module(f"examples.{name}", run_name="__main__")
+        out = capsys.readouterr().out
+        with capsys.disabled():
+            print(f"\n{name}: {out.strip().splitlines()[-1]}")
+        return out
+
+    return run
+
+
+def test_the_example_in_saelens(run_example):
+    pytest.importorskip("sae_lens")
+    out = run_example("in_saelens")
+    difference = float(out.rsplit(":", 1)[1])
+    assert "8 active latents a token, 256 in all" in out and difference < 1e-4
+
+
+def test_the_example_in_saebench(run_example):
+    pytest.importorskip("sae_bench")
+    assert "KL score" in run_example("in_saebench")
+
+
+def test_the_example_in_sae_probes(run_example):
+    pytest.importorskip("sae_probes")
+    assert "k 16, test AUC" in run_example("in_sae_probes")
+
+
+@pytest.fixture
+def delphi(monkeypatch):
+    """The library. It imports vllm, which needs a GPU, and which nothing that is run here uses."""
+    needed = (
+        "LLM SamplingParams TokensPrompt destroy_distributed_environment destroy_model_parallel"
+    )
+    for name in ("vllm", "vllm.distributed", "vllm.distributed.parallel_state", "vllm.inputs"):
+        stand_in = types.ModuleType(name)
+        vars(stand_in).update(dict.fromkeys(needed.split(), object))
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    return pytest.importorskip("delphi.latents")
+
+
+class AlwaysFits(http.server.BaseHTTPRequestHandler):
+    """An endpoint that finds every label right for every context."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answer = {"choices": [{"message": {"content": "[1, 1, 1, 1]"}}]}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_example_in_delphi(run_example, delphi, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AlwaysFits)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("API_BASE", f"http://127.0.0.1:{server.server_port}/v1")
+    out = run_example("in_delphi")
+    server.shutdown()
+    # Of the contexts that delphi shows, half are of the latent, if it finds enough others.
+    assert "0.50" in re.findall(r"latent \d+: ([\d.]+) of", out)
