@@ -1,6 +1,7 @@
 """eai-sparsify as a contender, run from its own environment.
 
-Its Trainer is used as its README shows, with its default optimiser (signum). The language model is
+Its Trainer is used as its README shows, with its default optimiser (signum), on one layer or, for a
+job with several sites, on several layers of one pass. The language model is
 loaded as stored, or in the job's dtype.
 """
 
@@ -30,7 +31,7 @@ def main():
     cfg = TrainConfig(
         sae,
         batch_size=job["batch"],
-        layers=[job["site"] - 1],
+        layers=[site - 1 for site in job.get("sites", [job["site"]])],
         exclude_tokens=job["special"],
         log_to_wandb=False,
         save_dir=str(folder),
@@ -44,7 +45,7 @@ def main():
         done += int(torch.isin(args[0], trainer.exclude_tokens, invert=True).sum())
 
     model.register_forward_pre_hook(count_tokens)
-    (coder,) = trainer.saes.values()
+    coder = next(iter(trainer.saes.values()))  # of the first site
 
     def measure(path):
         averaged = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "eval")]

@@ -2,7 +2,8 @@
 
 Measures this project, the methods as published and other libraries: rates beside quality, floors
 and targets. On a CPU the built-in language model is used; on CUDA a language model with the shapes
-of Llama-3.2-1B and random weights (--shape overrides this).
+of Llama-3.2-1B and random weights. --shape overrides this; smollm2 is the model that
+`scripts/download_model.sh smollm2` puts into $DATA_DIR/model.
 
 Other libraries run from environments made by benchmarks/requirements-*.txt and found at --peers DIR
 (DIR/saelens, DIR/sparsify); absent ones are left out. Results: benchmark.json, benchmark.md and
@@ -12,6 +13,7 @@ pictures in --output_dir.
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +51,9 @@ TINY = {
 class Sizes(NamedTuple):
     """Sizes of one benchmark."""
 
-    language_model: dict[str, int] | None  # configuration; None: the built-in language model
+    language_model: (
+        dict[str, int] | Path
+    )  # a configuration to fill with random weights, or a folder
     latents: int
     k: int
     batch: int  # rows a step
@@ -57,7 +61,10 @@ class Sizes(NamedTuple):
 
 
 SHAPES = {
-    "demo": Sizes(None, 2048, 16, 16, 256),
+    "demo": Sizes(DEMO_LM, 2048, 16, 16, 256),
+    "smollm2": Sizes(
+        Path(os.environ.get("DATA_DIR", "data")).resolve() / "model", 4096, 32, 16, 256
+    ),
     "llama": Sizes(LLAMA_1B, 16384, 64, 64, 512),
     "tiny": Sizes(TINY, 64, 4, 4, 32),
 }
@@ -91,11 +98,11 @@ class Bench:
         self.cfg = cfg
         self.folder = Path(cfg.output_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        config, self.latents, self.k, self.batch, self.length = SHAPES[cfg.shape]
+        source, self.latents, self.k, self.batch, self.length = SHAPES[cfg.shape]
         self.device = cfg.device
         # whether this project's contenders run the language model in bfloat16
         self.bf16 = self.device == "cuda" or lm.pick_dtype("auto", "cpu") == torch.bfloat16
-        self.model_path = str(DEMO_LM if config is None else self._random_model(config))
+        self.model_path = str(self._random_model(source) if isinstance(source, dict) else source)
         self.data_path = str(cfg.data_path or demo.build_corpus())
         self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
         self.config = AutoConfig.from_pretrained(self.model_path)
@@ -184,7 +191,7 @@ class Bench:
 
     # ---------------------------------------------------------------------------------- contenders
 
-    def argv(self, *models, k=None, **options):
+    def argv(self, *models, k=None, layers=(), **options):
         """Options of train.py."""
         defaults = {
             "model_path": self.model_path,
@@ -198,7 +205,11 @@ class Bench:
             "overwrite": 1,
             "resume": "never",
         }
-        return ["--model", *models, "--k", *map(str, k or [self.k]), *flags(defaults | options)]
+        lists = {"model": models, "k": k or [self.k], "layer": layers}
+        argv = [
+            str(part) for name, items in lists.items() if items for part in (f"--{name}", *items)
+        ]
+        return argv + flags(defaults | options)
 
     def ours(self, name, *models, **options):
         """A contender that trains models with this project."""
@@ -457,6 +468,23 @@ def summed_costs(contenders):
     return [sum(of_turn) for of_turn in zip(*costs, strict=False)]
 
 
+def eight(bench):
+    """Eight TopKs at eight sites from one forward pass, by this project and by other libraries."""
+    spacing = max(1, len(bench.sites) // 8)
+    sites = bench.sites[::-spacing][:8]
+    starts = [
+        lambda: bench.ours("ours, eight TopK", "TopK", layers=sites),
+        lambda: bench.peer("sparsify", "sparsify, eight", site=sites[0], sites=sites),
+        lambda: bench.peer("saelens", "sae-lens, eight", site=sites[0], sites=sites),
+    ]
+    rounds = min(bench.cfg.rounds, 6)
+    tokens = bench.batch * bench.length * 4 * rounds
+    done = bench.group("eight SAEs", starts, tokens, rounds, held_out=bench.held_out)
+    for name in list(done)[1:]:
+        measured = ratios(done[name].costs(), done["ours, eight TopK"].costs())
+        bench.target(f"eight TopKs from one forward against {name}", None, None, measured)
+
+
 def evaluating(bench):
     """All metrics of the trained RouteSAE from one process, against one process per metric."""
     tokens = bench.cfg.evaluate
@@ -627,6 +655,7 @@ def against_published(bench):
 PARTS = {
     "training": training,
     "six": six,
+    "eight": eight,
     "evaluate": evaluating,
     "apply": applying,
     "rates": rates,

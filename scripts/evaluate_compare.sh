@@ -1,27 +1,42 @@
 #!/usr/bin/env bash
 # Trains the models and controls that are missing, all with equal tokens, and evaluates them.
-# Writes docs/evaluation_results.md and its picture. The controls are:
-# - TopK at the first, middle and last routed site
+#   evaluate_compare.sh            the language model of env_setup.sh, else the built-in demo model:
+#                                  docs/evaluation_results.{md,png}
+#   evaluate_compare.sh smollm2    SmolLM2-135M and real text: docs/smollm2_compare.{md,png}
+# Further arguments go to train.py. The controls are:
+# - TopK at several sites; with smollm2 at each site of RouteSAE
 # - random routing
 # - RouteSAE with its sites shuffled over the tokens
 # - RandomK
+# A part that was stopped continues when the same command is run again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
-tokens="${TOKENS:-1500000}" l0="${TARGET_L0:-16}" sites="${SITES:-4 8 12}"
-k_sparse=(RouteSAE MLSAE BatchTopK RandomK)
+if [ "${1:-}" = smollm2 ]; then
+  shift
+  bash scripts/download_model.sh smollm2
+  bash scripts/download_data.sh
+  tokens="${TOKENS:-1000000}" l0="${TARGET_L0:-32}" result=docs/smollm2_compare
+  # Every third routed site, because an MLSAE or a Crosscoder of all sixteen would cost as much as
+  # all other SAEs together.
+  sites="${SITES:-7 10 13 16 19 22}"
+  # shellcheck disable=SC2086  # $sites is a list
+  set -- --model_path "$DATA_DIR/model" --data_path "$DATA_DIR" --latent_size 4096 \
+    --batch_size 16 --max_length 256 --sites $sites "$@"
+else
+  tokens="${TOKENS:-1500000}" l0="${TARGET_L0:-16}" result=docs/evaluation_results
+  sites="${SITES:-4 8 12}"
+fi
+common=(--max_tokens "$tokens" --k "$l0" --tag compare "$@")
 penalised=(Vanilla Gated JumpReLU Crosscoder)
-common=(--max_tokens "$tokens" --tag compare "$@")
-# shellcheck disable=SC2086  # $sites is a list
-python train.py --model TopK --layer $sites --k "$l0" "${common[@]}"
-python train.py --model "${k_sparse[@]}" --k "$l0" "${common[@]}"
-python train.py --model RouteSAE --routing random --k "$l0" "${common[@]}" \
-  --tag compare_random_routing
 # Three sparsities are trained, because the frontier is read off between them.
 targets=($((l0 * 3 / 4)) "$l0" $((l0 * 3 / 2)))
-python train.py --model "${penalised[@]}" --target_l0 "${targets[@]}" "${common[@]}"
+# Each call reads the language model once, for all SAEs that it names.
+# shellcheck disable=SC2086
+python train.py --model RouteSAE TopK MLSAE --layer $sites "${common[@]}"
+python train.py --model BatchTopK RandomK "${penalised[@]}" --target_l0 "${targets[@]}" "${common[@]}"
+python train.py --model RouteSAE --routing random "${common[@]}" --tag compare_random_routing
 measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/RouteSAE_*_compare.pt \
   --routing permuted "${measure[@]}"
-python -m src.plots "$OUTPUT_DIR/eval" docs/evaluation_results.png \
-  --table docs/evaluation_results.md --only compare
+python -m src.plots "$OUTPUT_DIR/eval" "$result.png" --table "$result.md" --only compare

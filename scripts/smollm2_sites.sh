@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RouteSAE beside a TopK at each of its sites, on SmolLM2: about an hour and a half on 2 CPU cores.
-# Every part continues where it was stopped. Writes docs/smollm2_sites.{png,md}.
+# Every part continues where it was stopped. Writes docs/smollm2_sites.{png,md}, and the course of
+# the training to docs/smollm2_curves.{png,md}.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
 bash scripts/download_model.sh smollm2
@@ -12,3 +13,4 @@ python train.py --model RouteSAE --routing random "${size[@]}" --tag sites_rando
 measure=(--metric NormMSE KLDiv L0 Dead FVU Routing --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_sites{,_random}.pt "${measure[@]}"
 python -m experiments.smollm2_sites "$OUTPUT_DIR/eval" docs/smollm2_sites
+python -m experiments.smollm2_curves "$OUTPUT_DIR/runs/sites/metrics.jsonl" docs/smollm2_curves

@@ -126,8 +126,9 @@ def interpolate(family: list[Result], l0: float) -> Result | None:
 def table(results: list[Result]) -> str:
     """Return a markdown table, with a dash where nothing was measured.
 
-    Rows that were measured on the same tokens stand together, by NormMSE. An L0 that is more than
-    10 % off the row's own k, or off the one k of the table, is starred.
+    Rows that were measured on the same tokens stand together; of these, rows of the same sites, by
+    NormMSE. An L0 that is more than 10 % off the row's own k, or off the one k of the table, is
+    starred.
     """
     with_speed = any(result.get(SPEED) for result in results)
     headings = ["SAE", "sites", "split", "tokens", *COLUMNS, *([SPEED_TITLE] if with_speed else [])]
@@ -137,10 +138,22 @@ def table(results: list[Result]) -> str:
     for group in groups(results):
         if common_k:
             group = groups(group + _frontiers_at(group, common_k))[0]
-        for result in group:
+        for result in sorted(group, key=_by_sites):  # which leaves equal sites as they are
             cells = _cells(result, result.get("k") or common_k, with_speed)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _by_sites(result: Result) -> tuple[bool, list[int]]:
+    """Order results of one site before those of several: only equal sites compare."""
+    return len(result["sites"]) > 1, result["sites"]
+
+
+def _site_text(sites: list[int]) -> str:
+    """Return sites as '12', '4 ... 12' or '7 11 15'."""
+    first, last = sites[0], sites[-1]
+    is_range = len(sites) > 2 and sites == list(range(first, last + 1))
+    return f"{first} ... {last}" if is_range else " ".join(map(str, sites))
 
 
 def _frontiers_at(results: list[Result], l0: float) -> list[Result]:
@@ -149,15 +162,14 @@ def _frontiers_at(results: list[Result], l0: float) -> list[Result]:
 
 
 def _cells(result: Result, target_l0: float | None, with_speed: bool) -> list[str]:
-    sites = result["sites"]
     numbers = [f"{result[name]:.4f}" if result.get(name) is not None else "-" for name in COLUMNS]
     if target_l0 and abs(result["L0"] / target_l0 - 1) > L0_TOLERANCE:
         numbers[COLUMNS.index("L0")] += " *"
     if with_speed:
         numbers.append(f"{result[SPEED]:,}" if result.get(SPEED) else "-")
-    site_range = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]}"
     n_tokens = f"{result['tokens']:,}" if result.get("tokens") else "-"
-    return [result["title"], site_range, result.get("split") or "-", n_tokens, *numbers]
+    sites = _site_text(result["sites"])
+    return [result["title"], sites, result.get("split") or "-", n_tokens, *numbers]
 
 
 def _about(result: Result) -> str:

@@ -482,15 +482,41 @@ PHRASES = {
 }
 
 
+# How several conditions of a kind, each a part of its own, are listed in place of the first.
+PLURALS = {"forms": "forms of {}", "token": "the tokens {}"}
+
+
+def _shown_value(kind: str, value: str, names: Sequence[str]) -> str:
+    """Return the value of a condition as a label shows it: for a stem its shortest token."""
+    if kind != "forms":
+        return value
+    return min((name for name in names if stem(name) == value), key=len, default=value)
+
+
 def _phrase(part: Part, names: Sequence[str]) -> str:
     order = list(PHRASES)
+    conditions_in_order = sorted(part, key=lambda condition: order.index(condition[0]))
+    return ", if it is ".join(
+        PHRASES[kind].format(_shown_value(kind, value, names))
+        for kind, value in conditions_in_order
+    )
+
+
+def _phrases(rule: Rule) -> list[str]:
+    """Return what a label says of a rule: a phrase a part, and one for all words, or all forms."""
+    groups: dict[str | Part, list[Part]] = {}
+    for part in rule.parts:
+        kind = next(iter(part))[0]
+        is_listed = len(part) == 1 and kind in PLURALS
+        groups.setdefault(kind if is_listed else part, []).append(part)
     phrases = []
-    for kind, value in sorted(part, key=lambda condition: order.index(condition[0])):
-        if kind == "forms":
-            same = [name for name in names if stem(name) == value]
-            value = min(same, key=len, default=value)
-        phrases.append(PHRASES[kind].format(value))
-    return ", if it is ".join(phrases)
+    for key, parts in groups.items():
+        if len(parts) == 1:
+            phrases.append(_phrase(parts[0], rule.names))
+            continue
+        values = [_shown_value(*condition, rule.names) for part in parts for condition in part]
+        phrases.append(PLURALS[str(key)].format(", ".join(map(repr, values))))
+    return phrases
 
 
 def _explanation(rule: Rule) -> str:
@@ -498,13 +524,8 @@ def _explanation(rule: Rule) -> str:
     if not rule.parts:
         return f"no rule found; tokens such as {examples}"
     tokens = [value for part in rule.parts for kind, value in part if kind == "token"]
-    single = [value for part in rule.parts for kind, value in part if len(part) == 1]
-    if len(rule.parts) == len(tokens) == len(single) > 1:
-        text = f"the tokens {', '.join(map(repr, tokens))}"
-    else:
-        text = "; or ".join(_phrase(part, rule.names) for part in rule.parts)
     shown = "" if len(tokens) == len(rule.parts) else f", such as {examples}"
-    return f"{text}{shown} ({rule.recall:.0%} of the active tokens)"
+    return f"{'; or '.join(_phrases(rule))}{shown} ({rule.recall:.0%} of the active tokens)"
 
 
 def label_by_rule(entry: Mapping[str, Any]) -> dict[str, Any]:

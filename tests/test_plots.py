@@ -156,3 +156,24 @@ def test_results_of_other_tokens_are_not_ranked_with_held_out_ones():
     assert shown[0][2:] == ["eval", "50,000"] and shown[3][2:] == ["eval", "800"]
     # no frontier is drawn through points of different tokens
     assert all(len(family) == 1 for family in plots.families([*results, few]).values())
+
+
+def test_the_table_groups_rows_by_the_sites_they_are_patched_at():
+    errors = {"Crosscoder_d": 0.05, "TopK_d_layer7": 0.3, "TopK_d_layer22": 0.1, "RouteSAE_d": 0.2}
+    sites = {
+        "Crosscoder_d": [7, 14, 22],
+        "TopK_d_layer7": [7],
+        "TopK_d_layer22": [22],
+        "RouteSAE_d": list(range(7, 23)),
+        "Gated_d": [22],
+    }
+    results = [evaluation(title, 8.0, errors.get(title, 0.2)) for title in sites]
+    results = [result | {"sites": sites[result["title"]]} for result in results]
+    rows = plots.table(results).splitlines()[2:]
+    assert [[cell.strip() for cell in row.split("|")[1:3]] for row in rows] == [
+        ["TopK_d_layer7", "7"],
+        ["TopK_d_layer22", "22"],
+        ["Gated_d", "22"],
+        ["RouteSAE_d", "7 ... 22"],
+        ["Crosscoder_d", "7 14 22"],
+    ]

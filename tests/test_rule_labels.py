@@ -129,3 +129,11 @@ def test_the_cost_of_a_label_is_bounded():
         started = time.process_time()
         assert choose_rule(hostile).parts
         assert time.process_time() - started < 1
+
+
+def test_words_and_forms_of_a_label_are_listed_once_each():
+    texts = ["I|> knew| it|.", "she|> knows| us|.", "to|> know| him|.", "he|> laughs| at| it|."]
+    texts += ["they|> laughed|.", "a|> tree| fell|.", "one|> moon| rose|.", "they|> laugh|."]
+    explanation = label_by_rule(entry(*texts))["explanation"]
+    assert explanation.count("forms of") == 1 and explanation.count("token") <= 2
+    assert all(repr(word) in explanation for word in ("know", "laugh", "tree", "moon"))
