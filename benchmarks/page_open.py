@@ -1,6 +1,7 @@
 """Size of the page and time to open it in headless Chromium: `python -m benchmarks.page_open`.
 
-The page shows 1,000 random features with 22 contexts of 41 tokens each.
+The page shows 4,000 random features with 22 contexts of 41 tokens each, from 200,000 tokens of
+text; with `--contexts FILE` it shows the features of a contexts file.
 """
 
 import random
@@ -8,11 +9,18 @@ import tempfile
 import time
 from pathlib import Path
 
+from src.config import small_parser
+from src.feature_files import read_features
 from src.page import page
 from tests.browser import Browser
 
 SITES = list(range(4, 13))
-COLUMNS = ("tokens", "position", "token_activations", "layer", "router_weight", "document")
+COLUMNS = (
+    *("tokens", "position", "token_activations", "layer", "router_weight", "document"),
+    *("row", "start"),
+)
+N_FEATURES = 4000
+N_TOKENS = 200_000  # of the text
 
 
 def random_words(draw, n):
@@ -34,6 +42,8 @@ def random_context(draw, words, activation):
         "layer": draw.choice(SITES),
         "router_weight": 0.8123,
         "document": start,
+        "row": 0,
+        "start": start,
         "activation": activation,
     }
 
@@ -43,6 +53,8 @@ def random_feature(draw, words, index, n):
     top = [random_context(draw, words, round(9 - 0.1 * rank, 4)) for rank in range(10)]
     columns = {key: [context[key] for context in top] for key in COLUMNS}
     site_counts = [draw.randrange(1000) for _ in SITES]
+    others = [draw.randrange(n) for _ in range(8)]
+    logits = {"from": -2.0, "to": 2.0, "counts": [draw.randrange(10_000) for _ in range(24)]}
     density = draw.random() / 100
     sample_activations = sorted((draw.random() * 9 for _ in range(64)), reverse=True)
     sample = [random_context(draw, words, round(8 * draw.random(), 4)) for _ in range(12)]
@@ -50,6 +62,10 @@ def random_feature(draw, words, index, n):
         "activations": [context["activation"] for context in top],
         "token_class": [context["tokens"][20].strip() for context in top],
         "site_counts": site_counts,
+        "site_strengths": [round(draw.random(), 4) for _ in SITES],
+        "nearest": [[other, round(draw.random(), 3)] for other in others],
+        "partners": [[other, round(draw.random(), 3)] for other in others],
+        "logit_histogram": logits,
         "max_activation": 9 + index / n,
         "density": density,
         "sample_activations": sample_activations,
@@ -62,7 +78,7 @@ def random_feature(draw, words, index, n):
 def random_page(n, seed=0):
     """(contexts, labels) of n random features over nine sites."""
     draw = random.Random(seed)
-    words = random_words(draw, 1_000_000)
+    words = random_words(draw, N_TOKENS)
     features = {str(i): random_feature(draw, words, i, n) for i in range(n)}
     labels = {}
     for i in range(n):
@@ -85,11 +101,18 @@ def random_page(n, seed=0):
 
 
 def main():
-    contexts, labels = random_page(1000)
+    parser = small_parser("benchmarks.page_open", __doc__.splitlines()[0])
+    parser.add_argument("--contexts", type=Path, help="contexts file of apply.py")
+    path = parser.parse_args().contexts
+    contexts, labels = read_features(path) if path else random_page(N_FEATURES)
+    n_features = len(contexts["latent_context_map"])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         report = Path(folder) / "report.html"
+        started = time.perf_counter()
         report.write_text(page(contexts, labels, []), encoding="utf-8")
-        print(f"1,000 features: {report.stat().st_size / 1e6:.1f} MB")
+        seconds = time.perf_counter() - started
+        megabytes = report.stat().st_size / 1e6
+        print(f"{n_features:,} features: {megabytes:.1f} MB, made in {seconds:.1f} s")
         for what, width in (("desktop", 1200), ("phone", 390)):
             browser = Browser(Path(folder) / what, width=width)
             opened = min(browser.open(report) for _ in range(3))
@@ -100,7 +123,8 @@ def main():
             print(
                 f"{what}: {opened:.2f} s to open (best of 3), {seconds:.3f} s to the next feature"
             )
-            assert browser.run("document.querySelectorAll('#list a').length") == 1000
+            shown = browser.run("document.getElementById('count').textContent")
+            assert shown == f"{n_features} of {n_features}"
             assert not browser.requests and not browser.errors
             browser.close()
 

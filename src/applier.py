@@ -10,10 +10,12 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,9 +30,9 @@ from src import (
     hooks,
     lm,
 )
-from src.contexts import TokenText, sentence_bounds
-from src.data import Batch, Rows
-from src.events import SAMPLE_SIZE, ContextCollector, Events, Pieces, RoutingSample, Table, Windows
+from src.contexts import BROKEN, TokenText, sentence_bounds
+from src.data import Batch, Rows, special_tokens
+from src.events import SAMPLE_SIZE, ContextCollector, Events, Pieces, Table, Windows
 from src.metrics import token_kl
 from src.sae import SAE
 
@@ -39,6 +41,8 @@ PER_QUARTER = 3  # contexts shown from each, beside the best
 # Best events kept per context wanted: several may have the same text, which is shown once.
 EVENTS_PER_CONTEXT = 3
 PROMOTED = 8  # tokens named whose logits a decoder direction raises and lowers most
+LOGIT_BINS = 24  # of the histogram of what a direction adds to the logits
+NEAREST = 8  # latents named whose decoder directions are closest
 EFFECT_CONTEXTS = 4  # best events of a latent at which it is removed
 # Numbers in one dense code; longer batches are divided. On a CPU it is what the cache holds, which
 # halves the time of encoding.
@@ -57,6 +61,8 @@ COLUMNS = (
     "layer",
     "router_weight",
     "document",
+    "row",
+    "start",
 )
 
 Context = dict[str, Any]
@@ -219,6 +225,8 @@ class Applier:
             raise ValueError("no counted token in the rows; use more text or longer rows")
         entries = self._describe(collector, options.lines)
         self._add_promoted(entries)
+        self._add_nearest(entries)
+        self._add_partners(entries, collector)
         if self.cfg.effect:
             self._add_effects(entries, collector.top, rows)
         result = self._header(collector, rows, len(entries), options)
@@ -301,10 +309,12 @@ class Applier:
         norms = None
         if profile is not None:
             norms = [round(norm, 4) for norm in profile[:, latent].tolist()]
+        means = collector.strength_at_site[latent] / fired.clamp_min(1)
         return {
             "density": float(fired.sum() / collector.n_codes),
             "max_activation": round(float(collector.maximum[latent]), 4),
             "site_counts": fired.tolist() if norms is None else None,
+            "site_strengths": [round(mean, 4) for mean in means.tolist()],
             "decoder_norms": norms,
         }
 
@@ -356,7 +366,8 @@ class Applier:
                 shown.add(tuple(pieces))
                 position = int(event.position) - start - first
                 around = event.around[windows.reach - position :][: len(pieces)]
-                contexts.append(self._context(event, pieces, position, around, document))
+                place = {"document": document, "row": int(event.row), "start": start + first}
+                contexts.append(self._context(event, pieces, position, around) | place)
         return contexts
 
     def _whole_sentences(self, ids: list[int], position: int) -> tuple[list[str], int]:
@@ -367,9 +378,7 @@ class Applier:
         first, end = sentence_bounds(pieces, position)
         return pieces[first:end], first
 
-    def _context(
-        self, event: Events, pieces: list[str], position: int, around: Tensor, document: int
-    ) -> Context:
+    def _context(self, event: Events, pieces: list[str], position: int, around: Tensor) -> Context:
         """Describe an event. position: its token's index in the window; around: strengths [W]."""
         site = int(event.site)
         active = around.nonzero()[:, 0].tolist()
@@ -381,7 +390,6 @@ class Applier:
             "token_class": self.text.names[int(event.group)],
             "layer": self.sae.sites()[site] if site >= 0 else None,
             "router_weight": round(float(event.weight), 4),
-            "document": document,
         }
 
     # ---------------------------------------------------------------------- what a latent does
@@ -396,30 +404,91 @@ class Applier:
     def _add_promoted(self, entries: dict[str, Entry]) -> None:
         """Name the tokens whose logits each decoder direction raises and lowers most.
 
-        The direction is read through the final norm and the head alone.
+        The direction is read through the final norm and the head alone. What all latents have in
+        common there, their mean, is subtracted: it names the same tokens for each.
         """
         model = self.language_model
-        depth = len(lm.blocks(model))
-        dtype = next(model.parameters()).dtype
         latents = [int(latent) for latent in entries]
-        for start in range(0, len(latents), lm.HEAD_CHUNK):
-            chunk = latents[start : start + lm.HEAD_CHUNK]
-            states = self._directions(chunk)[:, None].to(dtype)
-            ids = torch.zeros(len(chunk), 1, dtype=torch.long, device=states.device)
-            with lm.resumed_at(model, depth, states):
-                logits = lm.logits_of(model, lm.final_states(model, ids)[:, 0])
-            changes = logits - logits.mean(-1, keepdim=True)
+        chunks = [
+            latents[start : start + lm.HEAD_CHUNK]
+            for start in range(0, len(latents), lm.HEAD_CHUNK)
+        ]
+        states = [self._final_states(chunk) for chunk in chunks]
+        if not states:
+            return
+        # The head is linear: the logits of the mean state are the mean logits.
+        mean = torch.cat(states).mean(0, keepdim=True)
+        common = lm.logits_of(model, mean)
+        for chunk, chunk_states in zip(chunks, states, strict=True):
+            changes = lm.logits_of(model, chunk_states) - common
             for latent, change in zip(chunk, changes, strict=True):
-                self._name_tokens(entries[str(latent)], "", change)
+                entry = entries[str(latent)]
+                change = change - change.mean()
+                self._name_tokens(entry, "", change)
+                entry["logit_histogram"] = _logit_histogram(change)
+
+    def _final_states(self, latents: list[int]) -> Tensor:
+        """Return what the final norm makes of the decoder directions. [n,D]"""
+        model = self.language_model
+        states = self._directions(latents)[:, None].to(next(model.parameters()).dtype)
+        ids = torch.zeros(len(latents), 1, dtype=torch.long, device=states.device)
+        with lm.resumed_at(model, len(lm.blocks(model)), states):
+            return lm.final_states(model, ids)[:, 0]
+
+    def _add_nearest(self, entries: dict[str, Entry]) -> None:
+        """Name the latents whose decoder directions have the largest cosine with each one's."""
+        latents = [int(latent) for latent in entries]
+        if len(latents) < 2:
+            return
+        chunks = [
+            latents[start : start + lm.HEAD_CHUNK]
+            for start in range(0, len(latents), lm.HEAD_CHUNK)
+        ]
+        directions = F.normalize(torch.cat([self._directions(chunk) for chunk in chunks]), dim=1)
+        first = 0
+        for chunk in chunks:
+            own = torch.arange(first, first + len(chunk))
+            cosines = directions[own] @ directions.T
+            cosines[torch.arange(len(chunk)), own] = -math.inf
+            values, indices = cosines.topk(min(NEAREST, len(latents) - 1))
+            for latent, row, near in zip(chunk, values.tolist(), indices.tolist(), strict=True):
+                entries[str(latent)]["nearest"] = [
+                    [latents[index], round(cosine, 3)]
+                    for index, cosine in zip(near, row, strict=True)
+                ]
+            first += len(chunk)
+
+    @staticmethod
+    def _add_partners(entries: dict[str, Entry], collector: ContextCollector) -> None:
+        """Name the latents that are active on the same tokens, with the share of the tokens."""
+        partners = collector.together.partners([int(latent) for latent in entries])
+        for latent, pairs in partners.items():
+            entries[str(latent)]["partners"] = [[other, round(share, 3)] for other, share in pairs]
 
     def _name_tokens(self, entry: Entry, prefix: str, change: Tensor) -> None:
-        """Add the tokens of largest and of smallest change [V] to an entry."""
+        """Add the tokens of largest and of smallest change [V] to an entry.
+
+        Special tokens are left out, and tokens that are no whole characters.
+        """
+        named = torch.tensor(self._named, device=change.device)
+        named = named[named < len(change)]
+        change = change[named]
         for name, sign in (("promoted", 1), ("suppressed", -1)):
-            values, ids = (sign * change[: len(self.text.text)]).topk(min(PROMOTED, len(change)))
+            values, index = (sign * change).topk(min(PROMOTED, len(change)))
             entry[prefix + name] = [
                 [self.text.text[token], round(sign * value, 4)]
-                for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+                for token, value in zip(named[index].tolist(), values.tolist(), strict=True)
             ]
+
+    @cached_property
+    def _named(self) -> list[int]:
+        """The tokens that a list of tokens may name."""
+        special = set(special_tokens(self.tokenizer))
+        return [
+            token
+            for token, text in enumerate(self.text.text)
+            if text and BROKEN not in text and token not in special
+        ]
 
     def _add_effects(self, entries: dict[str, Entry], top: Table, rows: Rows) -> None:
         """Measure what the removal of a latent does at its best events.
@@ -488,19 +557,39 @@ class Applier:
             "largest_activation": round(collector.largest, 4),
             "latents_above_threshold": int((collector.maximum > options.threshold).sum()),
             "latents_that_fire": int((collector.fired > 0).sum()),
+            "firings": collector.fired.tolist(),
+            "codes": collector.n_codes,
+            "tokens_of_partners": collector.together.n_tokens,
             "seed": cfg.seed,
             "infer_k": cfg.infer_k,
             "theta": cfg.theta,
             "weights_sum": self.recipe["weights_sum"],
         }
-        if collector.routing is not None:
-            shares = [count / collector.n_codes for count in collector.codes_at_site.tolist()]
-            header["routing"] = self._routing(collector.routing, shares)
-        return header | checkpoint.environment()
+        return header | self._text_sample(collector) | checkpoint.environment()
 
-    def _routing(self, routing: RoutingSample, shares: list[float]) -> dict[str, Any]:
-        weights = [[round(weight, 3) for weight in token] for token in routing.weights.tolist()]
-        return {
-            "share": [round(share, 5) for share in shares],
-            "sample": {"tokens": self.text.pieces(routing.ids.tolist()), "weights": weights},
-        }
+    def _text_sample(self, collector: ContextCollector) -> dict[str, Any]:
+        """Return what was read in a sample of the text; with a router, the shares of its sites."""
+        sample = collector.text_sample
+        tokens = self.text.pieces(sample.ids.tolist())
+        result = {"sample": {"tokens": tokens, "strongest": _rounded(sample.strongest)}}
+        if sample.weights is not None:
+            shares = [count / collector.n_codes for count in collector.codes_at_site.tolist()]
+            weights = [[round(weight, 3) for weight in token] for token in sample.weights.tolist()]
+            result["routing"] = {
+                "share": [round(share, 5) for share in shares],
+                "sample": {"tokens": tokens, "weights": weights},
+            }
+        return result
+
+
+def _rounded(strongest: list[list[tuple[int, float]]]) -> list[list[list[float]]]:
+    """Return the (latent, strength) of each token as they are written."""
+    return [[[latent, round(value, 3)] for latent, value in token] for token in strongest]
+
+
+def _logit_histogram(change: Tensor) -> Entry:
+    """Return {"from", "to", "counts"} of what a direction adds to the logits [V]."""
+    change = change.float()
+    low, high = float(change.min()), float(change.max())
+    counts = torch.histc(change, LOGIT_BINS, low, high).long().tolist()
+    return {"from": round(low, 4), "to": round(high, 4), "counts": counts}

@@ -677,7 +677,7 @@ OPTIONS: dict[str, Option] = {
         "File of texts to continue: .txt with one per line, or .json and .jsonl with texts, "
         '{"prompt"}, {"messages"}, {"conversations"} or {"chosen", "rejected"}.',
     ),
-    "max_new_tokens": Option("steering", int, 40, "Tokens to write.", low=1),
+    "max_new_tokens": Option("steering exploring", int, 40, "Tokens to write.", low=1),
     "temperature": Option(
         "steering",
         float,
@@ -687,7 +687,7 @@ OPTIONS: dict[str, Option] = {
         low=0,
     ),
     "mode": Option(
-        "steering",
+        "steering exploring",
         str,
         "delta",
         "delta adds the change of the code alone; replace puts the decoded code in place of "
@@ -695,11 +695,20 @@ OPTIONS: dict[str, Option] = {
         choices="delta replace",
     ),
     "site": Option(
-        "steering",
+        "steering exploring",
         int,
         None,
         "Site at which an SAE of several sites is edited. Default: where the latent is strongest.",
         low=1,
+    ),
+    # exploring
+    "port": Option(
+        "exploring",
+        int,
+        0,
+        "Port of 127.0.0.1 at which the page is served. Default: one that is free.",
+        low=0,
+        high=65535,
     ),
 }
 # Sections of each stage's command line, in the order of its --help.
@@ -710,6 +719,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "interpret": ("interpretation", "common"),
     "steer": ("steering", "inference", "lm", "common"),
     "export": ("export", "common"),
+    "explore": ("exploring", "inference", "lm", "common"),
 }
 ABOUT = {
     "train": "Train sparse autoencoders on a language model's residual stream.",
@@ -720,6 +730,8 @@ ABOUT = {
     "export": "Write trained sparse autoencoders in the formats of other libraries.",
     "steer": "Continue texts with latents set, added to, multiplied or switched off. The "
     "results of earlier runs stay in the file.",
+    "explore": "Show on a page of this machine what trained SAEs read in a text that you type, and "
+    "how the text goes on while a latent is held, added to or switched off.",
 }
 PRECEDENCE = (
     "Typed options win over the --config file, the file over the recipe of a checkpoint, "
@@ -1139,7 +1151,8 @@ def _run(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] |
     cfg = parse(stage, argv)
     try:
         job = _join_job(cfg)
-        if os.environ.get("RANK", "0") == "0":  # the process that writes
+        # Stages that write have their folder; of several processes, one writes.
+        if stage in RESULT_DIRS and os.environ.get("RANK", "0") == "0":
             probe(Path(cfg.output_dir) / RESULT_DIRS[stage], keep=False)
         function(cfg)
         if job is not None:

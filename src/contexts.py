@@ -150,6 +150,21 @@ def _sentence_starts(pieces: Sequence[str]) -> list[int]:
     return starts
 
 
+def whole_words(pieces: Sequence[str], position: int) -> tuple[int, int]:
+    """Return (first, end) of the pieces without a cut word at either end of their window.
+
+    A window that begins with a small letter is taken to begin inside a word, and one that ends
+    with a letter or digit to end inside one. The piece at `position` always stays.
+    """
+    first, end = 0, len(pieces)
+    if pieces[0][:1].islower():
+        first = next((i for i in range(1, end) if not pieces[i][:1].isalnum()), position)
+    if pieces[-1][-1:].isalnum():
+        last = next((i for i in reversed(range(end)) if not pieces[i][:1].isalnum()), 0)
+        end = last if last > position else end
+    return min(first, position), end
+
+
 def neutral(text: str) -> str:
     """Return the text with any marks in it broken up, so that only our own marks count."""
     return re.sub(r"<(/?)ACTIVATED>", r"<\1 ACTIVATED>", text)

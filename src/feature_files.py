@@ -24,7 +24,11 @@ CONTEXT = {
     "layer": int | None,
     "router_weight": NUMBER,
     "document": int,
+    "row": int | None,
+    "start": int | None,
 }
+ADDED = ("row", "start")  # columns that files of earlier versions do not have
+HISTOGRAM = {"from": NUMBER, "to": NUMBER, "counts": [NUMBER]}
 ENTRY = {
     "activations": [NUMBER],
     "token_class": [str],
@@ -33,6 +37,15 @@ ENTRY = {
     "sample": list,
     "sample_activations": [NUMBER],
     "effect_KL": NUMBER | None,
+}
+# Parts that files of earlier versions, and files of other models, do not have.
+ENTRY_PARTS = {
+    "site_counts": [NUMBER],
+    "site_strengths": [NUMBER],
+    "decoder_norms": [NUMBER],
+    "nearest": [[int, NUMBER]],
+    "partners": [[int, NUMBER]],
+    "logit_histogram": HISTOGRAM,
 }
 HEADER = {
     "title": str,
@@ -44,14 +57,21 @@ HEADER = {
     "tokens": int,
     "threshold": NUMBER,
     "latent_context_map": dict,
+    "data_path": str | None,
+    "split": str | None,
+    "codes": int | None,
 }
+SAMPLE = {"tokens": [str], "strongest": [[[int, NUMBER]]]}
+HEADER_PARTS = {"firings": [int], "sample": SAMPLE}
 LABEL = {
     "description": str | None,
     "category": str | None,
+    "engine": str | None,
     "score": NUMBER | None,
     "detection": dict | None,
     "fuzzing": dict | None,
 }
+TEST = {"balanced_accuracy": NUMBER | None, "n": int}
 
 
 def require(condition: bool, problem: str) -> None:
@@ -79,6 +99,13 @@ def check(value: Any, expected: Any, name: str) -> None:
         require(not is_huge, f"{name} is no number that this program writes")
 
 
+def check_parts(table: dict[str, Any], parts: dict[str, Any], name: str) -> None:
+    """Check those parts that are there."""
+    for key, expected in parts.items():
+        if table.get(key) is not None:
+            check(table[key], expected, f"{key} of {name}")
+
+
 def check_length(values: Any, length: int, name: str) -> None:
     require(len(values) == length, f"{name} has {len(values)} values, not {length}")
 
@@ -86,6 +113,8 @@ def check_length(values: Any, length: int, name: str) -> None:
 def strongest(entry: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The strongest contexts of a checked entry, one by one; the file holds them by columns."""
     columns = {key: entry.get(key) for key in CONTEXT} | {"activation": entry["activations"]}
+    for key in ADDED:
+        columns[key] = columns[key] or [None] * len(entry["activations"])
     for key, column in columns.items():
         check(column, list, f"{key} of {name}")
         check_length(column, len(entry["activations"]), f"{key} of {name}")

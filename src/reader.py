@@ -5,40 +5,77 @@ N counted tokens, L sites, F latents.
 
 from __future__ import annotations
 
+import html
+from argparse import Namespace
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src import checkpoint, config, demo, files, hooks, lm
 from src.data import Batch, count_mask, encode_text, special_token_table
+from src.feature_files import read_features
 from src.ops import squared_errors
+from src.page import site_colours
+from src.rule_labels import BY_RULE_MARK
+from src.sae import SAE
 from src.sparse import dense
+
+STRIP_LATENTS = 3  # latents that a token of the strip names when it is pointed at
+
+
+class Feature(NamedTuple):
+    """A latent that is active in a text."""
+
+    latent: int
+    strength: float  # at the token where it is strongest
+    token: int  # index of that token
+    label: str | None  # None without a label
 
 
 class Reading(NamedTuple):
-    """What an SAE reads in one text. Special tokens and position 0 are left out."""
+    """What an SAE reads in one text. Special tokens and position 0 are left out.
+
+    A notebook shows it as a strip of tokens, coloured by the site where the router read each.
+    """
 
     tokens: list[str]  # [N]
     latents: Tensor  # strengths [N,F]; [N,L,F] of an SAE with a code for every site
     sites: list[int] | None  # where the router read each token [N]; None without a router
     weights: Tensor | None  # the router's weight of each site [N,L]; None without a router
     NormMSE: Tensor  # share of each token's standardised input that the SAE misses [N]
+    labels: Mapping[int, str] = {}  # {latent: label} of those that have one
+
+    @property
+    def strengths(self) -> Tensor:
+        """The strength of each latent at each token, the largest over the sites. [N,F]"""
+        return self.latents.reshape(len(self.tokens), -1, self.latents.shape[-1]).amax(1)
 
     def strongest(self, n: int = 5) -> list[list[tuple[int, float]]]:
         """Return up to n (latent, strength) of each token, by falling strength.
 
         If there is a code for every site, the strength is the largest over the sites.
         """
-        latent_size = self.latents.shape[-1]
-        strength = self.latents.reshape(len(self.tokens), -1, latent_size).amax(1)
-        values, indices = strength.topk(min(n, latent_size))
+        strength = self.strengths
+        values, indices = strength.topk(min(n, strength.shape[1]))
         result = []
         for row in zip(indices.tolist(), values.tolist(), strict=True):
             pairs = zip(*row, strict=True)
             result.append([(latent, value) for latent, value in pairs if value > 0])
         return result
+
+    def features(self, n: int = 10) -> list[Feature]:
+        """Return the n latents that are strongest in the text, each at its strongest token."""
+        largest, token = self.strengths.max(0)
+        values, latents = largest.topk(min(n, len(largest)))
+        return [
+            Feature(latent, value, int(token[latent]), self.labels.get(latent))
+            for latent, value in zip(latents.tolist(), values.tolist(), strict=True)
+            if value > 0
+        ]
 
     def __str__(self) -> str:
         lines = [f"{'token':<16}{'site':>5}{'NormMSE':>9}  strongest latents"]
@@ -48,6 +85,34 @@ class Reading(NamedTuple):
             latents = "  ".join(f"{latent}:{value:.2f}" for latent, value in pairs)
             lines.append(f"{token!r:<16}{site:>5}{error:>9.3f}  {latents}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the strip. Pointing at a token shows its strongest latents and their labels."""
+        used = sorted(set(self.sites or []))
+        colours = site_colours(used) if used else {}
+        spans = []
+        for index, pairs in enumerate(self.strongest(STRIP_LATENTS)):
+            site = self.sites[index] if self.sites else None
+            facts = [] if site is None else [f"site {site}"]
+            facts += [
+                f"{latent}: {value:.2f} {self.labels.get(latent, '')}" for latent, value in pairs
+            ]
+            red, green, blue = colours.get(str(site), (128, 128, 128))
+            style = (
+                f"background:rgba({red},{green},{blue},.3);"
+                f"border-bottom:3px solid rgb({red},{green},{blue})"
+            )
+            text = html.escape(self.tokens[index].replace("\n", "\u23ce"))
+            title = html.escape("\n".join(facts))
+            spans.append(f'<span style="{style}" title="{title}">{text}</span>')
+        legend = "".join(
+            f'<span style="border-bottom:3px solid rgb({red},{green},{blue});margin-left:6px">'
+            f"{site}</span>"
+            for site, (red, green, blue) in colours.items()
+        )
+        above = f"<small>site{legend}</small><br>" if used else ""
+        style = "white-space:pre-wrap;font-family:monospace;line-height:1.9"
+        return f'<div>{above}<div style="{style}">{"".join(spans)}</div></div>'
 
 
 class Reader:
@@ -68,10 +133,27 @@ class Reader:
             cfg.SAE_path = [str(SAE_path)]
         cfg.typed = set(options)
         config.check(cfg)
-        self.cfg = cfg
-        self.sae, self.recipe = checkpoint.open_all(cfg)[0]
+        sae, recipe = checkpoint.open_all(cfg)[0]
         demo.use_demo_defaults(cfg)
-        self.tokenizer, self.language_model = hooks.open_language_model(cfg, [self.sae])
+        self._set(cfg, sae, recipe, *hooks.open_language_model(cfg, [sae]))
+
+    @classmethod
+    def of(
+        cls, cfg: Namespace, sae: SAE, recipe: Mapping[str, Any], tokenizer: Any, model: nn.Module
+    ) -> Reader:
+        """Return a reader of what is already open, so that readers can share a language model."""
+        reader = object.__new__(cls)
+        reader._set(cfg, sae, recipe, tokenizer, model)
+        return reader
+
+    def _set(
+        self, cfg: Namespace, sae: SAE, recipe: Mapping[str, Any], tokenizer: Any, model: nn.Module
+    ) -> None:
+        self.cfg = cfg
+        self.sae = sae
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.language_model = model
 
     @torch.no_grad()
     def read(self, text: str) -> Reading:
@@ -80,8 +162,12 @@ class Reader:
         Raises ValueError if no token of the text counts, or if the text is longer than the position
         table of the language model.
         """
-        batch = self._batch(text)
-        hidden = hooks.read(self.language_model, batch, self.sae.sites())
+        batch = self.batch(text)
+        return self.reading(batch, hooks.read(self.language_model, batch, self.sae.sites()))
+
+    @torch.no_grad()
+    def reading(self, batch: Batch, hidden: Mapping[int, Tensor]) -> Reading:
+        """Return the codes of a batch of batch() whose states {site: [N,D]} are known."""
         out = self.sae.autoencode(self.sae.gather(hidden), hooks.batch_info(self.cfg, batch))
         tokens = [self.tokenizer.decode([token]) for token in batch.input_ids[batch.mask].tolist()]
         errors = squared_errors(out.target, out.x_hat)
@@ -92,9 +178,9 @@ class Reader:
             sites = [self.sae.sites()[index] for index in weights.argmax(-1).tolist()]
             weights = weights.cpu()
         latents = dense(self.sae.strength(out)).cpu()
-        return Reading(tokens, latents, sites, weights, errors.cpu())
+        return Reading(tokens, latents, sites, weights, errors.cpu(), self.labels)
 
-    def _batch(self, text: str) -> Batch:
+    def batch(self, text: str) -> Batch:
         """Return the tokens of a text, from the begin-of-text token on if there is one. [1,S]
 
         Raises ValueError if no token counts, or if the text is longer than learned positions.
@@ -111,18 +197,43 @@ class Reader:
         row = torch.zeros(1, dtype=torch.long)
         return Batch(input_ids, mask, torch.zeros_like(input_ids), row).to(self.cfg.device)
 
+    @property
+    def contexts_path(self) -> Path | None:
+        """The contexts file of apply.py for this SAE, if there is one."""
+        folder = Path(self.cfg.output_dir) / files.CONTEXT_DIR
+        return files.newest(folder, f"{files.safe_name(self.recipe['title'])}_contexts.json*")
+
+    @cached_property
+    def feature_files(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contexts of apply.py and the labels of interpret.py for this SAE.
+
+        Raises ValueError if apply.py has not run.
+        """
+        path = self.contexts_path
+        if path is None:
+            title = self.recipe["title"]
+            folder = Path(self.cfg.output_dir) / files.CONTEXT_DIR
+            command = f"python apply.py --SAE_path {self.cfg.SAE_path[0]}"
+            raise ValueError(f"no contexts of {title} in {folder}; run: {command}")
+        return read_features(path)
+
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """The labels of interpret.py, {latent: label}; empty if it has not run."""
+        if self.contexts_path is None:
+            return {}
+        return {
+            int(latent): label["description"].removeprefix(BY_RULE_MARK).strip()
+            for latent, label in self.feature_files[1].items()
+            if label.get("description") and latent.isdecimal()
+        }
+
     def contexts(self, latent: int) -> list[tuple[float, str]]:
         """Return (strength, text) of the latent's strongest contexts, as apply.py found them.
 
         The list is empty if apply.py kept none. Raises ValueError if it has not run.
         """
-        title = self.recipe["title"]
-        folder = Path(self.cfg.output_dir) / files.CONTEXT_DIR
-        path = files.newest(folder, f"{files.safe_name(title)}_contexts.json*")
-        if path is None:
-            command = f"python apply.py --SAE_path {self.cfg.SAE_path[0]}"
-            raise ValueError(f"no contexts of {title} in {folder}; run: {command}")
-        entry = files.load_json(path)["latent_context_map"].get(str(latent))
+        entry = self.feature_files[0]["latent_context_map"].get(str(latent))
         if entry is None:
             return []
         texts = ["".join(tokens) for tokens in entry["tokens"]]

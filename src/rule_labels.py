@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from src.contexts import CLOSE, OPEN
 
 BY_RULE_MARK = "[by rule]"  # begins the explanations
+NO_RULE = "no rule found"  # follows it where no rule holds
 EXPLANATION_CHARS = 1000
 # Bounds of the cost: what lies beyond them is not read.
 MAX_CONTEXTS = 40
@@ -522,7 +523,7 @@ def _phrases(rule: Rule) -> list[str]:
 def _explanation(rule: Rule) -> str:
     examples = ", ".join(map(repr, rule.names[:SHOWN_WORDS]))
     if not rule.parts:
-        return f"no rule found; tokens such as {examples}"
+        return f"{NO_RULE}; tokens such as {examples}"
     tokens = [value for part in rule.parts for kind, value in part if kind == "token"]
     shown = "" if len(tokens) == len(rule.parts) else f", such as {examples}"
     return f"{'; or '.join(_phrases(rule))}{shown} ({rule.recall:.0%} of the active tokens)"

@@ -15,18 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, files, hooks, lm
-from src.data import (
-    Batch,
-    chat_renderer,
-    count_mask,
-    encode_chat,
-    encode_text,
-    special_token_table,
-)
+from src import checkpoint, config, demo, files, hooks
 from src.metrics import token_kl
 from src.sae import Edit
 from src.sources import CHAT_KEYS, Report, chat_turns
+from src.steering import SteeredText
 
 EXPECTED = 'lines of text, {"prompt"}, {"messages"} or {"chosen", "rejected"}'
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -145,14 +138,13 @@ def _preference(chosen: str, rejected: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------------- steering
 
 
-class Steerer:
+class Steerer(SteeredText):
     """run() writes clamp/clamp_<sae>.json, prints the texts side by side and returns the result.
 
     The file has the newest run at its top level, and those before it under "earlier_runs".
     """
 
     def __init__(self, cfg: Namespace) -> None:
-        self.cfg = cfg
         if not cfg.prompt and not cfg.prompts:
             raise ValueError('no text to continue; give --prompt "..." or --prompts FILE')
         self.prompts = [{"prompt": text} for text in cfg.prompt or []]
@@ -163,8 +155,8 @@ class Steerer:
             raise ValueError(
                 f"--SAE_path names {len(opened)} checkpoints; one is steered at a time"
             )
-        self.sae, self.recipe = opened[0]
-        self.title = self.recipe["title"]
+        sae, self.recipe = opened[0]
+        super().__init__(cfg, sae, self.recipe["title"])
         self.operations = self._operations()
         if cfg.site is not None and cfg.site not in self.sae.sites():
             raise ValueError(f"--site {cfg.site}: {self.title} reads {self.sae.sites()}")
@@ -177,12 +169,11 @@ class Steerer:
         for kind in ("set", "add", "multiply"):
             operations += [(kind, *pair) for pair in getattr(self.cfg, kind) or []]
         operations += [("set", latent, 0.0) for latent in self.cfg.zero or []]
-        last = self.sae.latent_size - 1
-        for _, latent, value in operations:
-            if not 0 <= latent <= last or not math.isfinite(value):
-                limits = f"{self.title} has latents 0 ... {last}, values are finite"
-                raise ValueError(f"latent {latent} = {value}: {limits}")
+        self.check_operations(operations)
         return operations
+
+    def _site(self, ids: Tensor) -> int | None:
+        return self.site(ids, [latent for _, latent, _ in self.operations])
 
     @property
     def edit(self) -> Edit:
@@ -194,9 +185,7 @@ class Steerer:
         folder = Path(self.cfg.output_dir) / files.CLAMP_DIR
         path = folder / f"clamp_{files.safe_name(self.title)}.json"
         _runs_in(path)  # a damaged file is refused before the work
-        self.tokenizer, self.model = hooks.open_language_model(self.cfg, [self.sae])
-        self.end_tokens = lm.end_tokens(self.tokenizer, self.model)
-        self.is_special = special_token_table(self.tokenizer).to(self.cfg.device)
+        self.attach(*hooks.open_language_model(self.cfg, [self.sae]))
         progress = tqdm(self.prompts, "steering", unit=" texts", mininterval=1)
         texts = [self._compare(prompt) for prompt in progress]
         result = self._result(texts)
@@ -209,7 +198,7 @@ class Steerer:
 
     def _compare(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Continue one prompt with the edit and without, and measure the difference."""
-        ids = self._ids(prompt)
+        ids = self.ids(prompt)
         site = self._site(ids)
         original = self._continue(ids, None, site)
         steered = self._continue(ids, self.edit, site)
@@ -247,108 +236,6 @@ class Steerer:
             "seed": self.cfg.seed,
             "outputs": {str(number): [text] for number, text in enumerate(texts)},
         }
-
-    # ------------------------------------------------------------------------ tokens and sites
-
-    def _ids(self, prompt: dict[str, Any]) -> Tensor:
-        """Return the tokens of a prompt, from the begin-of-text token on if there is one. [1,S]"""
-        turns = prompt.get("messages")
-        if not turns:
-            ids = encode_text(self.tokenizer, prompt["prompt"])
-        elif self.tokenizer.chat_template:
-            render = chat_renderer(self.tokenizer, add_generation_prompt=True)
-            try:
-                text = render(turns)
-            except TypeError as error:
-                raise ValueError(f"the chat template refuses a conversation: {error}") from error
-            ids = encode_chat(self.tokenizer, text)
-        else:
-            text = "\n\n".join(turn["content"] for turn in turns)
-            ids = encode_text(self.tokenizer, text)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos]:  # a chat template may write it
-            ids = [bos, *ids]
-        if not ids:
-            raise ValueError(
-                "an empty prompt, and a tokenizer without a begin-of-text token; "
-                "give at least one word"
-            )
-        lm.check_length(self.model, len(ids) + self.cfg.max_new_tokens)
-        return torch.tensor([ids], device=self.cfg.device)
-
-    def _counted_batch(self, ids: Tensor, start: int) -> Batch:
-        """Return tokens [1,S], which begin at position `start` of their text, as a batch."""
-        mask = count_mask(ids, self.is_special, first_counts=start > 0)
-        row = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        return Batch(ids, mask, torch.zeros_like(ids), row)
-
-    def _site(self, ids: Tensor) -> int | None:
-        """Return the site to edit; None if all patches of the SAE belong together.
-
-        It is --site, or the one where the counted tokens activate the edited latents most.
-        """
-        hidden = hooks.read(self.model, self._counted_batch(ids, 0), self.sae.sites())
-        out = self.sae.autoencode(self.sae.gather(hidden))
-        best = self.sae.edit_site(out, [latent for _, latent, _ in self.operations])
-        if best is not None and self.cfg.site is not None:
-            return self.cfg.site
-        return best
-
-    # --------------------------------------------------------------------------------- passes
-
-    def _hooks(
-        self, ids: Tensor, start: int, cache: Any, edit: Edit | None, site: int | None
-    ) -> dict[int, Any]:
-        """Return hooks that edit new tokens [1,S], which begin at position `start`.
-
-        The new tokens are run once before, because a router decides on their own states.
-        """
-        batch = self._counted_batch(ids, start)
-        if edit is None or not batch.mask.any():
-            return {}
-        states = lm.peek(self.model, ids, cache, self.sae.sites())
-        candidates = self.sae.patches(
-            {site: state[batch.mask].float() for site, state in states.items()},
-            hooks.batch_info(self.cfg, batch, start),
-            edit=edit,
-            keep_error=self.cfg.mode == "delta",
-        )
-        patches = next(patches for patches in candidates if site is None or site in patches)
-        return hooks.patch_hooks(patches, batch.mask)
-
-    def _continue(self, ids: Tensor, edit: Edit | None, site: int | None) -> Tensor:
-        """Return up to max_new_tokens new tokens, the end-of-text token included. [1,T]"""
-        generator = torch.Generator(device=ids.device).manual_seed(self.cfg.seed)
-        cache = None
-        start = 0
-        text = ids
-        for _ in range(self.cfg.max_new_tokens):
-            new = text[:, start:]
-            with lm.hooked(self.model, self._hooks(new, start, cache, edit, site)):
-                logits, cache = lm.next_logits(self.model, new, cache)
-            # A model without a cache runs the whole text again for each token.
-            start = 0 if cache is None else text.shape[1]
-            if self.cfg.temperature:
-                chances = (logits / self.cfg.temperature).softmax(-1)
-                token = torch.multinomial(chances, 1, generator=generator)
-            else:
-                token = logits.argmax(-1, keepdim=True)
-            text = torch.cat([text, token], 1)
-            if int(token) in self.end_tokens:
-                break
-        return text[:, ids.shape[1] :]
-
-    def _logits(self, ids: Tensor, edit: Edit | None, site: int | None) -> Tensor:
-        """Return the logits of one pass without a cache. [1,S,V]"""
-        with lm.hooked(self.model, self._hooks(ids, 0, None, edit, site)):
-            return lm.logits_of(self.model, lm.final_states(self.model, ids))
-
-    def _logits_of_new(
-        self, ids: Tensor, new: Tensor, edit: Edit | None, site: int | None
-    ) -> Tensor:
-        """Return the logits that predict new tokens [1,T] after ids. [T,V]"""
-        logits = self._logits(torch.cat([ids, new], 1), edit, site)
-        return logits[0, ids.shape[1] - 1 : -1]
 
 
 def _runs_in(path: Path) -> list[dict[str, Any]]:

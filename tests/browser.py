@@ -17,7 +17,7 @@ SWITCHES = (
     "--no-first-run",
     "--remote-debugging-pipe",
     "--disable-background-networking",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 ANSWER_TIMEOUT = 60  # seconds
 
@@ -107,10 +107,14 @@ class Browser:
             self.errors.append(params)
 
     def open(self, path, anchor=""):
+        """Seconds until the page of a file is shown."""
+        return self.go(f"file://{path}{anchor}")
+
+    def go(self, address):
         """Seconds until the page has loaded, its script has run and it is drawn."""
         self.events.clear()
         started = time.perf_counter()
-        self.send("Page.navigate", url=f"file://{path}{anchor}")
+        self.send("Page.navigate", url=address)
         done = {"Page.loadEventFired", "Page.navigatedWithinDocument"}
         while not done & set(self.events):
             self._note_event(self._next_message())
@@ -125,6 +129,13 @@ class Browser:
         )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait_for(self, condition, seconds=20):
+        """Wait until an expression in the page is true."""
+        ends = time.perf_counter() + seconds
+        while not self.run(f"Boolean({condition})"):
+            assert time.perf_counter() < ends, f"{condition} is not true after {seconds} s"
+            time.sleep(0.05)
 
     def press(self, key):
         text = {"text": key} if len(key) == 1 else {}

@@ -3,7 +3,7 @@
 import pytest
 
 from src import contexts
-from src.contexts import TokenText, sentence, sentence_bounds
+from src.contexts import TokenText, sentence, sentence_bounds, whole_words
 
 
 class ByteTokenizer:
@@ -82,3 +82,22 @@ def test_a_window_is_cut_at_the_bounds_of_sentences(position, wanted, expected, 
 
 def test_a_sentence_longer_than_the_window_is_kept_as_far_as_it_is_there():
     assert sentence_bounds([" a"] * 9, 4) == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "position", "expected"),
+    [
+        (["ing", " the", " war", " effort", "s"], 2, " the war"),
+        (["ing", " the", " war", "."], 2, " the war."),
+        (["The", " war", ".", "\n"], 1, "The war.\n"),
+        (["ing", "s", " on"], 0, "ings"),
+        (["ing", "s"], 1, "s"),
+        ([" a"], 0, " a"),
+        (["a"], 0, "a"),
+        (["", " b", " c", "d"], 3, " b cd"),
+    ],
+)
+def test_words_that_a_window_cuts_are_left_out(pieces, position, expected):
+    first, end = whole_words(pieces, position)
+    assert "".join(pieces[first:end]) == expected
+    assert first <= position < end

@@ -144,6 +144,9 @@ def run_command(run, words, number):
     elif program == "torchrun":
         # tests/test_distributed.py runs several processes.
         return parse_only(words)
+    elif "explore.py" in words:
+        # It serves until it is stopped; tests/test_explore.py runs its server.
+        return parse_only(words)
     elif program != "python":
         assert program in ("source", "git", "cd", "pip", "sbatch", "export", "hf"), words
         return

@@ -20,9 +20,10 @@ FLOORS = (
     "endpoint gguf_file rule_labels tensor_files",
     "sae reference identity feature_files",
     "model data lm metrics config formats neuronpedia",
-    "hooks checkpoint import_formats export_formats demo events sae_training estimate",
-    "trainer evaluator applier interpreter steerer reader page plots",
-    "utils",
+    "hooks checkpoint import_formats export_formats demo events sae_training estimate page "
+    "steering",
+    "trainer evaluator applier interpreter steerer reader plots",
+    "utils explorer server",
 )
 # Exceptions: (file, the file of the same floor that it imports).
 SAME_FLOOR = {
@@ -32,10 +33,14 @@ SAME_FLOOR = {
     ("checkpoint", "import_formats"),
     ("export_formats", "import_formats"),
     ("estimate", "hooks"),
+    ("steering", "hooks"),
     ("config_file", "files"),
     ("hub", "files"),
 }
-ENTRIES = ("train.py", "evaluate.py", "apply.py", "interpret.py", "steer.py", "export.py")
+ENTRIES = (
+    *("train.py", "evaluate.py", "apply.py", "interpret.py"),
+    *("steer.py", "export.py", "explore.py"),
+)
 STAGES = ("sae_training", "trainer", "evaluator", "applier", "interpreter", "steerer")
 MAX_HELP_SECONDS = 1.0
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from src.files import ROOT, digest
-from src.page import page
+from src.page import page, page_data
 from tests.browser import CHROMIUM, Browser
 
 ATTACKS = [
@@ -33,6 +33,8 @@ SAMPLED_CONTEXT = {
     "layer": 4,
     "router_weight": 0.5,
     "document": 3,
+    "row": 0,
+    "start": 5,
     "activation": 2.0,
     "quarter": 1,
 }
@@ -44,8 +46,14 @@ ENTRY = {
     "layer": [4],
     "router_weight": [0.5],
     "document": [3],
+    "row": [0],
+    "start": [5],
     "token_class": [ATTACKS[0]],
     "site_counts": [3, 1],
+    "site_strengths": [1.5, 0.5],
+    "nearest": [[8, 0.9], [9, 0.5]],
+    "partners": [[9, 0.25]],
+    "logit_histogram": {"from": -2.0, "to": 2.0, "counts": [1, 1000, 1]},
     "decoder_norms": None,
     "max_activation": 2.0,
     "density": 0.1,
@@ -55,7 +63,8 @@ ENTRY = {
     "suppressed": [[ATTACKS[0], -1.0]],
 }
 EVALUATION = [{"title": ATTACKS[1], "L0": 16.0, "NormMSE": 0.1}]
-LABELS = {"7": {"description": ATTACKS[0], "score": 4}}
+TEST = {"balanced_accuracy": 0.825, "n": 24}
+LABELS = {"7": {"description": ATTACKS[0], "engine": ATTACKS[1], "score": 4, "detection": TEST}}
 
 
 def hostile_contexts(latents=("7",)):
@@ -69,12 +78,21 @@ def hostile_contexts(latents=("7",)):
         "total_latents": 1,
         "tokens": 100,
         "threshold": 1.0,
+        "data_path": "texts/<svg onload=document.title='owned'>",
+        "firings": [0, 0, 0, 0, 0, 0, 0, 10],
+        "codes": 100,
+        "sample": {"tokens": ATTACKS, "strongest": [[[7, 2.0], [9, 1.0]]] * len(ATTACKS)},
         "routing": {
             "share": [0.75, 0.25],
             "sample": {"tokens": ATTACKS, "weights": [[0.9, 0.1]] * len(ATTACKS)},
         },
     }
     return copy.deepcopy(contexts)
+
+
+def words_of(data, context):
+    start, length = context[:2]
+    return [data["words"][number] for number in data["passages"][start : start + length]]
 
 
 def hostile_page(labels=LABELS, latents=("7",)):
@@ -88,7 +106,7 @@ def test_hostile_text_cannot_end_the_data_or_add_elements():
     data = json.loads(DATA.search(html).group())
     feature = data["features"][0]
     assert feature["label"] == ATTACKS[0]
-    assert [data["words"][number] for number in feature["contexts"][0][0]] == ATTACKS
+    assert words_of(data, feature["contexts"][0]) == ATTACKS
     assert "default-src 'none'" in html
     assert not re.search(r"https?://|innerHTML|document\.write|eval\(", html)
 
@@ -96,6 +114,41 @@ def test_hostile_text_cannot_end_the_data_or_add_elements():
 def test_a_page_without_features_is_a_page():
     html = hostile_page({}, ())
     assert json.loads(DATA.search(html).group())["features"] == []
+
+
+def test_windows_that_overlap_are_stored_once_and_cut_words_are_left_out():
+    words = "the old war of ten years ended her".split()
+    tokens = ["ing", *(f" {word}" for word in words), "oic"]
+    entry = copy.deepcopy(ENTRY)
+    entry["tokens"] = [tokens[:6]]
+    entry["position"] = [3]
+    entry["token_activations"] = [[[3, 2.0]]]
+    later = {"tokens": tokens[2:], "start": 7, "position": 1, "token_activations": [[1, 1.0]]}
+    entry["sample"] = [SAMPLED_CONTEXT | later]
+    contexts = hostile_contexts()
+    contexts["latent_context_map"] = {"7": entry}
+    data = page_data(contexts, LABELS, [])
+    feature = data["features"][0]
+    shown = [words_of(data, context) for context in (*feature["contexts"], *feature["others"])]
+    assert shown == [tokens[1:5], tokens[2:-2]]
+    positions = feature["contexts"][0][2], feature["others"][0][2]
+    assert [window[index] for window, index in zip(shown, positions, strict=True)] == [" war"] * 2
+    assert len(data["passages"]) == len(tokens[1:-2])
+
+
+def test_a_score_that_no_rule_stands_behind_is_left_out():
+    labels = {
+        "7": {"description": "[by rule] no rule found; tokens such as 'a'", "score": 1},
+        "8": {"description": "[by rule] the token 'war'", "score": 4},
+        "9": {"description": "texts on war", "score": 5, "engine": "gpt-4o-mini"},
+    }
+    data = page_data(hostile_contexts("789"), labels, [])
+    shown = [(f["label"], f["engine"], f["score"], f["ruled"]) for f in data["features"]]
+    assert shown == [
+        ("no rule found; tokens such as 'a'", "by rule", None, False),
+        ("the token 'war'", "by rule", 4, True),
+        ("texts on war", "gpt-4o-mini", 5, True),
+    ]
 
 
 def change_routing(contexts, **values):
@@ -125,6 +178,13 @@ def change_context(contexts, **values):
         (change_context, {"position": 10}, "position 10 of a context of latent 7"),
         (change_context, {"tokens": "word"}, "tokens of a context of latent 7 is no list"),
         (change_context, {"token_activations": [1, 2]}, "token_activations of a context"),
+        (change_context, {"row": "0"}, "row of a context of latent 7 is missing or of a wrong"),
+        (change_entry, {"site_strengths": [1.0]}, "latent 7 by site has 1 values, not 2"),
+        (change_entry, {"nearest": [["8", 1.0]]}, "nearest of latent 7 is missing or of a wrong"),
+        (change_entry, {"partners": 5}, "partners of latent 7 is no list"),
+        (change_entry, {"logit_histogram": {"from": 0.0}}, "to of logit_histogram of latent 7"),
+        (dict.update, {"sample": {"tokens": ["a"], "strongest": []}}, "strongest latents has 0"),
+        (dict.update, {"firings": ["many"]}, "firings of the contexts file is missing"),
     ],
 )
 def test_damaged_contexts_are_refused_with_the_reason(change, values, message):
@@ -137,6 +197,8 @@ def test_damaged_contexts_are_refused_with_the_reason(change, values, message):
 def test_damaged_labels_and_evaluations_are_refused():
     with pytest.raises(ValueError, match="score of the label of latent 7"):
         page(hostile_contexts(), {"7": {"score": "4"}}, EVALUATION)
+    with pytest.raises(ValueError, match="n of detection of the label of latent 7"):
+        page(hostile_contexts(), {"7": {"detection": {"balanced_accuracy": 0.5}}}, EVALUATION)
     with pytest.raises(ValueError, match="L0 of an evaluation"):
         page(hostile_contexts(), LABELS, [{"title": "a", "L0": "16"}])
 
@@ -177,7 +239,8 @@ def test_in_a_browser_the_page_shows_the_text_and_runs_none_of_it(browser, show)
     assert all(part in text for part in ("Share of tokens by site", ATTACKS[0], "Evaluation"))
     assert "cannot be shown" not in text
     assert browser.run("document.querySelectorAll('.map tr').length") == 1 + len(ATTACKS)
-    assert browser.run("document.title") == "Features"
+    assert browser.run("document.title").startswith(f"{ATTACKS[0]} on demo, ")
+    assert browser.run("document.querySelectorAll('svg').length") == 0
     assert browser.run("document.images.length") == 1  # the picture that was given
     assert all(address.startswith("data:image/png;base64,") for address in browser.requests)
     # The bytes "png" are no picture, which is the one error.
@@ -198,7 +261,7 @@ def test_a_broken_part_says_so_and_leaves_the_rest(browser, show):
     show(html)
     text = browser.run(VIEW_TEXT)
     assert "The shares of the sites cannot be shown" in text
-    assert "The router weights cannot be shown" in text
+    assert "The sample cannot be shown" in text
     assert "Evaluation" in text
     assert browser.run("document.images.length") == 1
     assert browser.run(SHOWN_IDS) == ["7"]
@@ -238,11 +301,69 @@ def test_keys_step_permalinks_open_search_and_order_apply(tmp_path, browser, thr
     assert browser.run("location.hash") == "#7"
     browser.run("document.getElementById('home').click()")
     browser.run("new Promise(resolve => setTimeout(resolve, 50))")
-    assert browser.run(title) == ATTACKS[0]
+    assert browser.run(title) == f"{ATTACKS[0]} on demo"
     assert browser.run("document.documentElement.scrollWidth") <= 390  # nothing wider than a phone
     browser.open(tmp_path / "report.html", "#12345")
     assert "No feature 12345" in browser.run(VIEW_TEXT)
     assert browser.run("document.getElementById('site').options.length") == 3
+
+
+@needs_browser
+def test_the_search_puts_whole_tokens_first_and_says_why(browser, show):
+    contexts = hostile_contexts("789")
+    for latent, name in (("7", "warm"), ("8", "peace"), ("9", "war")):
+        contexts["latent_context_map"][latent] = copy.deepcopy(ENTRY) | {"token_class": [name]}
+    labels = {"8": {"description": "what ends a war"}}
+    show(page(contexts, labels, []))
+    browser.press("/")
+    for letter in "war":
+        browser.press(letter)
+    assert browser.run(SHOWN_IDS) == ["9", "8", "7"]
+    reasons = browser.run("[...document.querySelectorAll('.reason')].map(x => x.textContent)")
+    assert reasons == ["found by token “war”", "found by label", "found by in token “warm”"]
+
+
+@needs_browser
+def test_a_context_opens_and_a_weak_activation_is_weakly_shaded(browser, show):
+    contexts = hostile_contexts()
+    entry = contexts["latent_context_map"]["7"]
+    entry["tokens"] = [["A", " long", "\n", " war", "."]]
+    entry["position"] = [2]
+    entry["token_activations"] = [[[2, 2.0], [3, 0.2]]]
+    show(page(contexts, {}, []), "#7")
+    line = "document.querySelector('.context .line')"
+    assert browser.run(f"{line}.textContent") == "A long⏎ war."
+    shade = "[...document.querySelector('.context').querySelectorAll('.line [style]')]"
+    opacity = "x => Number(x.style.background.match(/([0-9.]+)\\)$/)[1])"
+    shades = browser.run(f"{shade}.map({opacity})")
+    assert shades[0] > 0.85 and shades[1] < 0.2
+    browser.run("document.querySelector('.context summary').click()")
+    browser.run("new Promise(resolve => setTimeout(resolve, 50))")
+    full = browser.run("document.querySelector('.context .full').textContent")
+    assert full == "A long⏎\n war."
+
+
+@needs_browser
+def test_tokens_of_the_sample_and_the_map_lead_to_features(browser, show):
+    show(hostile_page(latents="789"))
+    browser.run("document.querySelectorAll('.token')[3].click()")
+    panel = "document.querySelector('.panel')"
+    assert "read at site 4" in browser.run(f"{panel}.textContent")
+    links = browser.run(f"[...{panel}.querySelectorAll('a')].map(x => x.hash)")
+    assert links == ["#7", "#9"]
+    browser.run("document.querySelector('canvas').click()")
+    browser.run("new Promise(resolve => setTimeout(resolve, 50))")
+    assert browser.run("location.hash") in ("#7", "#8", "#9")
+    assert not browser.errors
+
+
+@needs_browser
+def test_a_list_of_many_features_grows_when_it_is_scrolled(browser, show):
+    show(hostile_page({}, [str(i) for i in range(400)]))
+    assert len(browser.run(SHOWN_IDS)) == 150
+    browser.run("location.hash = '390'")
+    browser.run("new Promise(resolve => setTimeout(resolve, 50))")
+    assert browser.run("document.querySelector('#list a.on').dataset.id") == "390"
 
 
 @pytest.mark.parametrize("anchor", ["#%", "#%E0%A4%A", "#__proto__"])
@@ -295,15 +416,15 @@ def run_page(tmp_path, contexts, *, name="c", labels=None, evaluation=None):
 
 
 def test_labels_of_other_contexts_are_left_out(tmp_path):
-    label = {"description": "a word", "contexts_sum": "0" * 16}
+    label = {"description": "ten foxes", "contexts_sum": "0" * 16}
     done, html, contexts_sum = run_page(tmp_path, hostile_contexts(), labels={"7": label})
     assert done.returncode == 0
     assert "belong to other contexts and are left out" in done.stdout
-    assert "a word" not in html
+    assert "ten foxes" not in html
     label["contexts_sum"] = contexts_sum
     done, html, _ = run_page(tmp_path, hostile_contexts(), labels={"7": label})
     assert "left out" not in done.stdout
-    assert "a word" in html
+    assert "ten foxes" in html
 
 
 def test_a_title_in_a_contexts_file_leads_to_no_other_file(tmp_path):

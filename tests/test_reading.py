@@ -10,7 +10,7 @@ from src import checkpoint, demo, export_formats, hooks, lm, utils
 from src.applier import Applier
 from src.config import parse, run_stage
 from src.data import open_rows
-from src.events import ContextCollector, PoolWindow
+from src.events import ContextCollector, PoolWindow, Together
 from src.files import DEMO_LM, load_json
 from src.model import build
 from src.reader import Reader
@@ -89,6 +89,79 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
         if entry["layer"][0] is not None:
             assert set(entry["layer"]) <= set(sae.sites())
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["RouteSAE", "MLSAE", "Crosscoder"])
+def test_what_is_counted_beside_the_contexts_is_that_of_a_plain_loop(trained, tmp_path, name):
+    more = ["--max_samples", "30", "--max_length", "16"]
+    applier, _, found = applied(trained, tmp_path, name, *more)
+    sae, table = applier.sae, found["latent_context_map"]
+    on_tokens = {latent: set() for latent in range(64)}
+    sums = torch.zeros(64, len(sae.sites()))
+    counts = torch.zeros_like(sums)
+    first_token = {}
+    n_tokens = 0
+    for batch in open_rows(applier.cfg, applier.tokenizer).batches(7):
+        hidden = hooks.read(applier.language_model, batch, sae.sites())
+        out = sae.autoencode(sae.gather(hidden), BatchInfo(token_keys=batch.token_keys()))
+        per_token = len(sae.code_sites(out)) // int(batch.mask.sum())
+        sites = sae.code_sites(out).clamp_min(0)
+        columns = [column.tolist() for column in active(sae.strength(out))]
+        for code, latent, value in zip(*columns, strict=True):
+            on_tokens[latent].add(n_tokens + code // per_token)
+            sums[latent, sites[code]] += value
+            counts[latent, sites[code]] += 1
+            if n_tokens + code // per_token == 0:
+                first_token[latent] = max(value, first_token.get(latent, value))
+        n_tokens += int(batch.mask.sum())
+    assert found["tokens_of_partners"] == n_tokens
+    assert found["firings"] == counts.sum(1).int().tolist()
+    named = 0
+    for latent, entry in table.items():
+        own = on_tokens[int(latent)]
+        expected = sums[int(latent)] / counts[int(latent)].clamp_min(1)
+        assert entry["site_strengths"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
+        for other, share in entry["partners"]:
+            assert str(other) in table and other != int(latent)
+            assert share == pytest.approx(len(own & on_tokens[other]) / len(own), abs=1e-3)
+            named += 1
+    assert named > 5
+    best = sorted(first_token.items(), key=lambda pair: -pair[1])[:5]
+    assert [latent for latent, _ in found["sample"]["strongest"][0]] == [pair[0] for pair in best]
+
+
+def test_the_nearest_latents_are_those_of_the_largest_cosine_and_the_read_outs_differ(
+    trained, tmp_path
+):
+    applier, _, found = applied(trained, tmp_path, "RouteSAE", "--max_samples", "30")
+    table = found["latent_context_map"]
+    directions = torch.nn.functional.normalize(applier.sae.sae.decoder.weight.detach().T, dim=1)
+    latents = [int(latent) for latent in table]
+    for latent, entry in table.items():
+        cosines = directions[latents] @ directions[int(latent)]
+        cosines[latents.index(int(latent))] = -2
+        values, index = cosines.topk(8)
+        assert [other for other, _ in entry["nearest"]] == [latents[i] for i in index.tolist()]
+        assert [c for _, c in entry["nearest"]] == pytest.approx(values.tolist(), abs=1e-3)
+        assert sum(entry["logit_histogram"]["counts"]) == len(applier.text.text)
+        assert not any("\ufffd" in token for token, _ in entry["promoted"] + entry["suppressed"])
+    # What all directions add is subtracted: no token is named for most of them.
+    names = [token for entry in table.values() for token, _ in entry["promoted"]]
+    assert max(map(names.count, names)) < len(table) / 2
+
+
+def test_partners_are_counted_on_the_tokens_that_fit(monkeypatch):
+    monkeypatch.setattr("src.events.PAIRS", 3 * 4)
+    together = Together(5)
+    token, latent = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 0, 1, 0, 1, 2, 3])
+    together.update(token, latent, 4)
+    together.update(token, latent, 4)  # there is no room for it
+    assert together.n_tokens == 3
+    assert together.partners([0, 1, 2]) == {0: [(1, 1.0)], 1: [(0, 1.0)], 2: []}
+    other = Together(5)
+    other.merge(together)
+    other.merge(together)
+    assert other.n_tokens == 6 and other.partners([1, 4]) == {1: [], 4: []}
 
 
 def test_batching_changes_no_context(trained, tmp_path):
@@ -227,7 +300,7 @@ def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(
         "The 3th value: Returns 4",
         "if the size is larger",
     ):
-        ids = steerer._ids({"prompt": prompt})
+        ids = steerer.ids({"prompt": prompt})
         site = steerer._site(ids)
         cached.clear()
         new = steerer._continue(ids, steerer.edit, site)
@@ -241,7 +314,7 @@ def test_under_the_cache_every_new_token_is_edited_as_in_a_full_pass(
 def test_the_edited_site_is_where_counted_tokens_activate_the_latent_most(trained, tmp_path):
     steerer, _ = steered(trained, tmp_path, "MLSAE", "--set", "3=9")
     sae = steerer.sae
-    ids = steerer._ids({"prompt": "Returns the value"})
+    ids = steerer.ids({"prompt": "Returns the value"})
     states = lm.read_sites(steerer.model, ids, sae.sites())
     x = sae.gather({site: hidden[0] for site, hidden in states.items()})
     latents = sae.autoencode(x).latents
@@ -268,7 +341,7 @@ def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_
     token = next(i for i, text in enumerate(applier.text.text) if text == entry["promoted"][0][0])
     up, _ = steered(trained, tmp_path, "TopK", "--set", f"{latent}=60")
     down, _ = steered(trained, tmp_path, "TopK", "--set", f"{latent}=-60")
-    ids = up._ids({"prompt": "Returns the value"})
+    ids = up.ids({"prompt": "Returns the value"})
     chances = [
         steerer._logits(ids, steerer.edit, None)[0, -1].softmax(-1)[token] for steerer in (down, up)
     ]
@@ -279,7 +352,7 @@ def test_raising_a_latent_raises_the_tokens_its_direction_promotes(trained, tmp_
 def test_switching_latents_off_lowers_the_tokens_their_directions_promote(trained, tmp_path):
     applier, _, found = applied(trained, tmp_path, "TopK")
     steerer, _ = steered(trained, tmp_path, "TopK", "--zero", "0")
-    ids = steerer._ids(
+    ids = steerer.ids(
         {"prompt": "The 3th value: Returns 4 if it is larger than its size! The 5th value"}
     )
     state = lm.read_sites(steerer.model, ids, steerer.sae.sites())
@@ -432,7 +505,7 @@ def test_every_end_token_of_the_generation_settings_ends_a_text(
     trained, tmp_path, monkeypatch, listed
 ):
     steerer, _ = steered(trained, tmp_path, "TopK", "--set", "3=0")
-    ids = steerer._ids({"prompt": "Returns the value"})
+    ids = steerer.ids({"prompt": "Returns the value"})
     new = steerer._continue(ids, None, None)[0].tolist()
     assert len(new) == 6
     second = new.index(new[2])  # its first place in the text
@@ -471,13 +544,13 @@ def test_a_conversation_is_continued_after_the_chat_template(trained, tmp_path):
     argv += ["--prompts", str(tmp_path / "hh.jsonl"), "--max_new_tokens", "4", "--set", "3=20"]
     steerer = Steerer(parse("steer", argv))
     output = steerer.run()["outputs"]["0"][0]
-    ids = steerer._ids(steerer.prompts[0])[0].tolist()
+    ids = steerer.ids(steerer.prompts[0])[0].tolist()
     assert ids.count(steerer.tokenizer.bos_token_id) == 1  # the template writes its own
     assert steerer.tokenizer.decode(ids[1:]) == "user: Hi?\nassistant: Yes.\nuser: Why?\nassistant:"
     assert (output["Human"], output["chosen"], output["rejected"]) == ("Why?", "So.", "No.")
     assert output["KL"] > 0
     steerer.tokenizer.chat_template = None  # a tokenizer without one gets the plain turns
-    ids = steerer._ids(steerer.prompts[0])[0].tolist()
+    ids = steerer.ids(steerer.prompts[0])[0].tolist()
     assert steerer.tokenizer.decode(ids[1:]) == "Hi?\n\nYes.\n\nWhy?"
 
 
