@@ -131,7 +131,7 @@ def compare(argv=None):
     rows, applier.text = open_rows(cfg, applier.tokenizer), token_text(applier.tokenizer)
     watch.seconds["loading"] = time.perf_counter() - started
 
-    threshold = 0.22 * sae.hidden_size**0.5 if cfg.act_threshold is None else cfg.act_threshold
+    threshold = applier.threshold()
     n_top = EVENTS_PER_CONTEXT * cfg.top_n
     collector = ContextCollector(sae, rows, cfg.context_length, n_top, cfg.max_per_token, cfg.seed)
     sizes = (sae.latent_size, cfg.context_length, cfg.seed, threshold, cfg.max_per_token)

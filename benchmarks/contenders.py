@@ -208,7 +208,7 @@ def evaluate(job, turns):
 
     uncounted_batch = Rows.batch
     tokens = count(turns)
-    leave_uncounted(estimate, "announce_reading", uncounted_batch)
+    leave_uncounted(estimate, "of_reading", uncounted_batch)
     Evaluator(parse("evaluate", job["argv"])).run()
     turns.finished(tokens())
 
@@ -222,7 +222,7 @@ def apply(job, turns):
 
     uncounted_batch = Rows.batch
     tokens = count(turns)
-    leave_uncounted(estimate, "announce_reading", uncounted_batch)
+    leave_uncounted(estimate, "of_reading", uncounted_batch)
     # writing reads some rows once more, for their text
     leave_uncounted(Applier, "_write", uncounted_batch)
     Applier(parse("apply", job["argv"])).run()

@@ -32,6 +32,7 @@ from src import (
 )
 from src.contexts import BROKEN, TokenText, sentence_bounds
 from src.data import Batch, Rows, special_tokens
+from src.estimate import Estimate
 from src.events import SAMPLE_SIZE, ContextCollector, Events, Pieces, Table, Windows
 from src.metrics import token_kl
 from src.sae import SAE
@@ -128,11 +129,14 @@ class Applier:
     def run(self) -> tuple[int, Path]:
         """Call get_context with the values of the options."""
         cfg = self.cfg
-        threshold = cfg.act_threshold or 0.0
-        if cfg.threshold_rel is not None:
+        return self.get_context(self.threshold(), cfg.context_length, cfg.max_per_token, cfg.lines)
+
+    def threshold(self) -> float:
+        """Return the strength that an activation must exceed, by the options."""
+        if self.cfg.threshold_rel is not None:
             # By this measure strength grows with the width: 0.22 is 10 at 2,048.
-            threshold = cfg.threshold_rel * math.sqrt(self.sae.hidden_size)
-        return self.get_context(threshold, cfg.context_length, cfg.max_per_token, cfg.lines)
+            return self.cfg.threshold_rel * math.sqrt(self.sae.hidden_size)
+        return self.cfg.act_threshold or 0.0
 
     @torch.no_grad()
     def get_context(
@@ -156,14 +160,18 @@ class Applier:
         rows = demo.open_rows(cfg, self.tokenizer)
         self.text = token_text(self.tokenizer)
         options = ContextOptions(threshold, max_length, max_per_token, lines)
-        collector = self._collect(rows, options)
+        collector, expected, seconds = self._collect(rows, options)
         states = distributed.to_main(collector.state(), cfg.device)
-        return distributed.from_main(
+        written = distributed.from_main(
             lambda: self._write(collector, states[1:], rows, options, output_path)
         )
+        expected.compare(seconds)
+        return written
 
-    def _collect(self, rows: Rows, options: ContextOptions) -> ContextCollector:
-        """Read this process's share of the text."""
+    def _collect(
+        self, rows: Rows, options: ContextOptions
+    ) -> tuple[ContextCollector, Estimate, float]:
+        """Read this process's share of the text; return also the estimate and the seconds."""
         cfg, sae = self.cfg, self.sae
         n_top = EVENTS_PER_CONTEXT * cfg.top_n
         collector = ContextCollector(
@@ -175,7 +183,8 @@ class Applier:
         n_batches = math.ceil(len(rows) / cfg.batch_size / world)
         lm.compile_if_it_pays(cfg, self.language_model, cfg.batch_size, n_batches)
         groups = torch.tensor(self.text.group, device=cfg.device)
-        self._announce(rows, options)
+        expected = self._announce(rows, options)
+        started = time.perf_counter()
         for batch in tqdm(batches, "applying", n_batches, unit=" batches", mininterval=1):
             batch = batch.to(cfg.device)
             if not batch.mask.any():
@@ -185,9 +194,9 @@ class Applier:
                 hooks.check_finite(hidden, self.language_model)
                 out = sae.autoencode(sae.gather(hidden), hooks.batch_info(cfg, part))
                 collector.update(part, sae, out, groups, options.threshold)
-        return collector
+        return collector, expected, time.perf_counter() - started
 
-    def _announce(self, rows: Rows, options: ContextOptions) -> None:
+    def _announce(self, rows: Rows, options: ContextOptions) -> Estimate:
         """Print what the stage will need, from trials on a few of its rows."""
 
         def time_rows(n: int) -> float:
@@ -206,7 +215,7 @@ class Applier:
             "events": EVENT_COPIES * n_events * (2 * window + EVENT_BYTES),
             "contexts of all latents": CONTEXT_BYTES * n_contexts * window,
         }
-        estimate.announce_reading(self.cfg, rows, time_rows, needs)
+        return estimate.of_reading(self.cfg, rows, time_rows, needs)
 
     def _write(
         self,

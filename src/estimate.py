@@ -1,6 +1,6 @@
 """What a stage will need in memory, disk and time.
 
-It is printed before the stage starts. A training compares it with what was used at its end.
+It is printed before the stage starts, and compared at its end with what was used.
 """
 
 from __future__ import annotations
@@ -170,9 +170,10 @@ def _cost(
     present = resident()
     count_peak_anew()
     time_step(few)
-    smaller = recent_peak() - present
+    # A peak may be a little below what was there: the system counts pages in parcels.
+    smaller = max(0, recent_peak() - present)
     n, seconds = _time_what_fits(time_step, n, "cpu")
-    growth = recent_peak() - present
+    growth = max(smaller, recent_peak() - present)
     row_bytes = (growth - smaller) / (n - few) if n > few else growth / n
     growth += row_bytes * (step_rows - n)
     return seconds * step_rows / n, REUSE_FACTOR * growth
@@ -229,58 +230,39 @@ def duration(seconds: float) -> str:
 
 
 class Estimate:
-    """Memory and time of a run.
+    """Memory and time of a stage: printed when it is made, compared with what was used at the end.
 
-    The constructor prints both; `compare` prints them beside what was used. Raises ValueError where
-    the memory is above --max_memory_hint, and OSError where the disk has no room for the run's
-    states.
+    needs: bytes by what they are for. On CUDA what `present` names has left the free memory.
     """
 
     def __init__(
-        self,
-        cfg: Namespace,
-        saes: list[SAE],
-        language_model: nn.Module,
-        rows: Rows,
-        steps: int,
-        folder: Path,
+        self, device: str, present: dict[str, float], needs: dict[str, float], seconds: float
     ) -> None:
-        self.device = cfg.device
-        sites = sorted({site for sae in saes for site in sae.sites()})
-        sae_bytes = 4 * sum(p.numel() for sae in saes for p in sae.parameters())
-        state_bytes = sae_bytes * STATE_COPIES[cfg.optimizer]
-        present_bytes = resident()
-        seconds, step = step_cost(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
-        self.seconds = steps * seconds
-        if _on_cuda(cfg.device):
-            lm_bytes = sum(p.numel() * p.element_size() for p in language_model.parameters())
-            present = {"language model and weights": lm_bytes + sae_bytes}
-        else:
-            present = {"this process by now": present_bytes}
-        needs = present | {"gradients and optimiser": state_bytes, "one step": step}
-        self.memory = sum(needs.values()) / GIGA
-        self._check_limit(cfg.max_memory_hint)
-        _check_disk(folder, state_bytes)
-        _print_needs(needs, self.seconds, f"{steps:,} steps")
-        # On CUDA what is present has already left the free memory.
-        additional = state_bytes + step if _on_cuda(cfg.device) else sum(needs.values())
-        _warn_above(
-            _free_memory(cfg.device),
-            additional,
-            "lower --batch_size or train fewer SAEs at once",
-        )
+        self.device = device
+        self.present = present
+        self.needs = needs
+        self.seconds = seconds
+        # A process may have held more before, while the language model was loaded.
+        before = 0 if _on_cuda(device) else peak_resident()
+        self.memory = max(before, sum(present.values()) + sum(needs.values())) / GIGA
 
-    def _check_limit(self, limit: float | None) -> None:
-        if limit is not None and self.memory > limit:
-            raise ValueError(
-                f"the run needs {self.memory:.2f} GB by estimate, above --max_memory_hint "
-                f"{limit:g}; lower --batch_size"
-            )
+    def announce(self, work: str, advice: str) -> None:
+        """Print the estimate, and what to do if it is above the memory of this machine."""
+        parts = self.present | self.needs
+        listed = ", ".join(f"{name} {size / GIGA:.2f} GB" for name, size in parts.items())
+        print(
+            f"memory by estimate: {listed}; together {self.memory:.2f} GB. "
+            f"Time: {duration(self.seconds)} for {work}"
+        )
+        free = _free_memory(self.device) / GIGA
+        needed = sum(self.needs.values()) / GIGA if _on_cuda(self.device) else self.memory
+        if needed > free:
+            print(f"warning: the estimate is above the {free:.2f} GB of this machine; {advice}")
 
     def compare(self, seconds: float) -> dict[str, float]:
         """Print and return estimated and used memory (GB) and time (s).
 
-        `seconds` is the time that all steps took.
+        `seconds` is the time that the announced work took.
         """
         if _on_cuda(self.device):
             used = torch.cuda.max_memory_allocated(self.device) / GIGA
@@ -299,44 +281,67 @@ class Estimate:
         return {name: round(value, 3) for name, value in numbers.items()}
 
 
-def _print_needs(needs: dict[str, float], seconds: float, work: str) -> None:
-    parts = ", ".join(f"{name} {size / GIGA:.2f} GB" for name, size in needs.items())
-    print(
-        f"memory by estimate: {parts}; together {sum(needs.values()) / GIGA:.2f} GB. "
-        f"Time: {duration(seconds)} for {work}"
-    )
+def of_training(
+    cfg: Namespace,
+    saes: list[SAE],
+    language_model: nn.Module,
+    rows: Rows,
+    steps: int,
+    folder: Path,
+) -> Estimate:
+    """Print and return the estimate of a training, from trials with a few of its rows.
+
+    Raises ValueError where the memory is above --max_memory_hint, and OSError where the disk has no
+    room for the run's states.
+    """
+    sites = sorted({site for sae in saes for site in sae.sites()})
+    sae_bytes = 4 * sum(p.numel() for sae in saes for p in sae.parameters())
+    state_bytes = sae_bytes * STATE_COPIES[cfg.optimizer]
+    present = {"this process by now": resident()}
+    seconds, step = step_cost(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
+    if _on_cuda(cfg.device):
+        lm_bytes = sum(p.numel() * p.element_size() for p in language_model.parameters())
+        present = {"language model and weights": lm_bytes + sae_bytes}
+    needs = {"gradients and optimiser": state_bytes, "one step": step}
+    estimate = Estimate(cfg.device, present, needs, steps * seconds)
+    limit = cfg.max_memory_hint
+    if limit is not None and estimate.memory > limit:
+        raise ValueError(
+            f"the run needs {estimate.memory:.2f} GB by estimate, above --max_memory_hint "
+            f"{limit:g}; lower --batch_size"
+        )
+    _check_disk(folder, state_bytes)
+    estimate.announce(f"{steps:,} steps", "lower --batch_size or train fewer SAEs at once")
+    return estimate
 
 
-def _warn_above(free: int, needed: float, advice: str) -> None:
-    if needed > free:
-        print(f"warning: the estimate is above the {free / GIGA:.2f} GB of this machine; {advice}")
-
-
-def announce_reading(
+def of_reading(
     cfg: Namespace,
     rows: Rows,
     time_rows: Callable[[int], float],
     other_needs: dict[str, float],
     other_seconds: Callable[[float], float] = lambda _seconds: 0.0,
-) -> None:
-    """Print memory and time of a stage that reads text in batches, before it begins.
+) -> Estimate:
+    """Print and return the estimate of a stage that reads text in batches.
 
     time_rows(n): reads n rows as the stage does, and returns the seconds. other_needs: bytes of
     what follows. other_seconds: time of what follows in a batch, from that of reading it.
     """
-    world = distributed.world()
     batch_rows = min(cfg.batch_size, len(rows))
     n = max(1, min(batch_rows, READING_TRIAL_TOKENS // rows.max_length))
     on_cuda = _on_cuda(cfg.device)
     present = torch.cuda.memory_allocated(cfg.device) if on_cuda else resident()
     with distributed.alone():
         seconds, size = _cost(time_rows, n, batch_rows, cfg.device)
-    needs = {"this process by now": present, "reading a batch": size} | other_needs
-    n_batches = len(rows) / cfg.batch_size / world
-    total = n_batches * (seconds + other_seconds(seconds))
-    _print_needs(needs, total, f"{len(rows):,} rows")
-    additional = sum(needs.values()) - (present if on_cuda else 0)
-    _warn_above(_free_memory(cfg.device), additional, "lower --batch_size")
+    n_batches = len(rows) / cfg.batch_size / distributed.world()
+    estimate = Estimate(
+        cfg.device,
+        {"this process by now": present},
+        {"reading a batch": size} | other_needs,
+        n_batches * (seconds + other_seconds(seconds)),
+    )
+    estimate.announce(f"{len(rows):,} rows", "lower --batch_size")
+    return estimate
 
 
 def _check_disk(folder: Path, state_bytes: int) -> None:

@@ -31,6 +31,7 @@ from src import (
     metrics,
 )
 from src.data import Batch, Rows
+from src.estimate import Estimate
 from src.ops import squared_errors
 from src.sae import SAE, BatchInfo, Patch, SAEOutput
 
@@ -266,7 +267,8 @@ class Evaluator:
         n_batches = math.ceil(len(rows) / cfg.batch_size / distributed.world())
         passes = n_batches * (1 + self.with_patches * len(saes))
         lm.compile_if_it_pays(cfg, model, cfg.batch_size, passes)
-        self._announce(model, rows, sites)
+        expected = self._announce(model, rows, sites)
+        started = time.perf_counter()
         ablations = self._ablations(model, rows, sites) if self.with_ablations else {}
         n_tokens = 0
         checked = False
@@ -280,11 +282,12 @@ class Evaluator:
                 checked = hooks.self_check(model, batch, sites)
             n_tokens += int(batch.mask.sum())
             self._measure_batch(model, batch, sites, ablations)
+        expected.compare(time.perf_counter() - started)
         measures = [subject.measures() for subject in self.subjects]
         parts = distributed.to_main((n_tokens, measures), cfg.device)
         return distributed.from_main(lambda: self._conclude(parts, rows))
 
-    def _announce(self, model: nn.Module, rows: Rows, sites: list[int]) -> None:
+    def _announce(self, model: nn.Module, rows: Rows, sites: list[int]) -> Estimate:
         """Print what the evaluation will need, from trials on a few of its rows."""
         starts = {id(subject): [min(subject.sae.sites())] for subject in self.subjects}
 
@@ -314,7 +317,7 @@ class Evaluator:
             n_blocks = depth - max(sites) + sum(depth - start for start in runs)
             return seconds * n_blocks / max(sites) if self.with_patches else 0.0
 
-        estimate.announce_reading(self.cfg, rows, time_rows, needs, patched_seconds)
+        return estimate.of_reading(self.cfg, rows, time_rows, needs, patched_seconds)
 
     def _patched_bytes(self, model: nn.Module, rows: Rows) -> float:
         """Bytes of the final states that wait, and of the logits of a chunk with their products."""

@@ -13,6 +13,22 @@ from src.files import printable, printable_output
 
 # Other formats of weights that are fetched as safetensors.
 RARELY_NEEDED = ("original/*", "*.gguf", "*.onnx", "onnx/*", "*.msgpack", "*.h5")
+PROBE_SECONDS = 4.0  # after which the hub counts as out of reach
+
+
+def reachable() -> bool:
+    """Whether the hub answers at all.
+
+    It is asked once. Without a network its client repeats each request for half a minute.
+    """
+    import huggingface_hub
+
+    address = huggingface_hub.constants.ENDPOINT
+    try:
+        huggingface_hub.get_session().head(address, timeout=PROBE_SECONDS)
+    except Exception:  # the errors of its client share no base class
+        return False
+    return True
 
 
 def chain(error: BaseException) -> list[BaseException]:
@@ -60,14 +76,14 @@ def reason(error: BaseException, name: str, page: str = "") -> str | None:
         return f"{name} is on the hub, but not the revision asked for"
 
     not_cached = is_any(hub_errors.LocalEntryNotFoundError)
+    # Clients raise connection errors of their own that share nothing but the name.
+    no_connection = is_any(ConnectionError) or any("Connect" in type(e).__name__ for e in raised)
     is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    if is_any(hub_errors.OfflineModeIsEnabled) or (not_cached and is_offline):
+    if is_any(hub_errors.OfflineModeIsEnabled) or (is_offline and (not_cached or no_connection)):
         return (
             f"{name} is not in the cache, and HF_HUB_OFFLINE forbids asking the hub: "
             "unset it, or give a folder"
         )
-    # Clients raise connection errors of their own that share nothing but the name.
-    no_connection = is_any(ConnectionError) or any("Connect" in type(e).__name__ for e in raised)
     if not_cached or no_connection:
         return (
             f"{name} is not in the cache, and the hub cannot be reached: "
@@ -82,13 +98,17 @@ def reason(error: BaseException, name: str, page: str = "") -> str | None:
 def download(name: str, folder: str | os.PathLike) -> Path:
     """Fetch a language model into folder, without files that are already in it.
 
-    Raises ValueError that says why the hub did not give it.
+    Where the hub is out of reach, a folder with files is taken as it is. Raises ValueError that
+    says why the hub did not give the model.
     """
     import huggingface_hub
 
     try:
         path = huggingface_hub.snapshot_download(
-            name, local_dir=folder, ignore_patterns=list(RARELY_NEEDED)
+            name,
+            local_dir=folder,
+            ignore_patterns=list(RARELY_NEEDED),
+            local_files_only=not reachable(),
         )
     except (OSError, ValueError) as error:
         message = reason(error, name) or f"cannot fetch {name} to {folder}: {error}"

@@ -231,7 +231,8 @@ def quote_context(text: str) -> str:
     return json.dumps(before + opening + token + closing + after, ensure_ascii=False)
 
 
-def _by_token_class(contexts: Sequence[Context]) -> dict[str, list[Context]]:
+def by_token_class(contexts: Sequence[Context]) -> dict[str, list[Context]]:
+    """Return {token class: contexts}, in the order of the contexts."""
     groups: dict[str, list[Context]] = {}
     for context in contexts:
         groups.setdefault(context["token_class"], []).append(context)
@@ -629,7 +630,7 @@ class Interpreter:
         if self.engine == BY_RULE:
             answer: dict[str, Any] | None = rule_labels.label_by_rule(entry)
         else:
-            prompt = self.construct_prompt(_by_token_class(entry["contexts"]))
+            prompt = self.construct_prompt(by_token_class(entry["contexts"]))
             text, refusal = self._ask(client, prompt, SCHEMA, holds_answer)
             record["raw"] = refusal or text
             answer = None if refusal else parse_answer(text)
@@ -808,7 +809,7 @@ class Interpreter:
 
     def _dry_run(self, job: Job) -> tuple[None, None, None]:
         prompts = {
-            latent: self.construct_prompt(_by_token_class(job.entries[latent]["contexts"]))
+            latent: self.construct_prompt(by_token_class(job.entries[latent]["contexts"]))
             for latent in job.latents
         }
         path = files.save_json(prompts, job.out.with_suffix(".prompts.json"))

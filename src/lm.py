@@ -475,45 +475,63 @@ def _probe_ids(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def check_family(model: nn.Module) -> None:
-    """Check with a few tokens that the blocks of a model can be read and resumed.
+    """Check with a few tokens that every block of a model can be read, and resumed after.
 
-    Raises ValueError that names the family and says what is missing.
+    It takes two passes, whatever the number of blocks. Raises ValueError that names the family and
+    the block, and says what is missing.
     """
-    name = type(model).__name__
     ids = _probe_ids(model)
-    width = text_config(model).hidden_size
     try:
-        depth = len(blocks(model))
-        site = max(1, depth - 1)
-        hidden = read_sites(model, ids, [site])[site]
-        final = final_states(model, ids)
+        sites = list(range(1, len(blocks(model)) + 1))
+        states, final = read_through(model, ids, sites)
     except PROBE_ERRORS as error:
-        raise ValueError(
-            f"{name}: its blocks cannot be read ({first_line(error)}); "
-            "this architecture is not supported"
-        ) from error
-    expected = (1, PROBE_TOKENS, width)
+        raise _not_supported(model, f"its blocks cannot be read ({first_line(error)})") from error
+    expected = (1, PROBE_TOKENS, text_config(model).hidden_size)
+    for site in sites:
+        if site not in states:
+            # Mllama's blocks of cross-attention, for one.
+            raise _not_supported(model, f"block {site} of {len(sites)} is not run on text alone")
+        if states[site].shape != expected:
+            shape = tuple(states[site].shape)
+            raise _not_supported(model, f"the states of block {site} are {shape}, not {expected}")
     # OPT projects its last states to another width.
-    if hidden.shape != expected or final.shape[:2] != expected[:2]:
-        raise ValueError(
-            f"{name}: the states of its blocks have shape {tuple(hidden.shape)} and its last ones "
-            f"{tuple(final.shape)}, not {expected}; this architecture is not supported"
-        )
+    if final.shape[:2] != expected[:2]:
+        raise _not_supported(model, f"its last states are {tuple(final.shape)}, not {expected}")
+    for site in sites:
+        _check_resumes(model, ids, site, states, final)
+    if not hasattr(model, "_head_rule"):  # tried now, because later hooks may be in place
+        model._head_rule = _try_heads(model)
+
+
+def _not_supported(model: nn.Module, problem: str) -> ValueError:
+    return ValueError(f"{type(model).__name__}: {problem}; this architecture is not supported")
+
+
+def _check_resumes(
+    model: nn.Module, ids: Tensor, site: int, states: dict[int, Tensor], final: Tensor
+) -> None:
+    """Raise ValueError if the block after a site needs more of the earlier ones than its state.
+
+    One block is run, or what follows the last one.
+    """
+    expected = states.get(site + 1, final)
     try:
-        with resumed_at(model, site, hidden):
-            resumed = final_states(model, ids)
-        largest_change = float((resumed - final).abs().max())  # NaN if the states overflow
-        is_same = not largest_change > logits_tolerance(model) * float(final.abs().max())
+        with resumed_at(model, site, states[site]):
+            if site + 1 in states:
+                resumed = read_sites(model, ids, [site + 1])[site + 1]
+            else:
+                resumed = final_states(model, ids)
+        largest_change = float((resumed - expected).abs().max())  # NaN if the states overflow
+        is_same = not largest_change > logits_tolerance(model) * float(expected.abs().max())
         problem = "another result"
     except (*PROBE_ERRORS, ValueError) as error:
         is_same, problem = False, first_line(error)
     if not is_same:
-        raise ValueError(
-            f"{name}: its blocks do not pass one residual stream on: resumed after block {site} it "
-            f"gives {problem}; this architecture is not supported"
+        raise _not_supported(
+            model,
+            f"its blocks do not pass one residual stream on: resumed after block {site} it gives "
+            f"{problem}",
         )
-    if not hasattr(model, "_head_rule"):  # tried now, because later hooks may be in place
-        model._head_rule = _try_heads(model)
 
 
 @contextmanager

@@ -45,6 +45,8 @@ SAVE_SECONDS = 5.0  # a killed process loses at most this much work
 CHUNK = 2**20  # bytes of text that are read in one call
 MAX_LINE = 2**28  # bytes; a longer line is skipped, since reading it would fill the memory
 PARQUET_ROWS = 256  # rows of a parquet file that are in memory at one time
+CONTINUES = "what is prepared so far is kept, and the same command continues from there"
+ABOUT = ".downloaded.json"  # beside what write_splits wrote: the request, and the documents
 MIN_CHARS = 100  # write_splits leaves out texts that are not longer
 
 
@@ -56,6 +58,8 @@ class DataError(ValueError):
 
 class StreamError(DataError):
     """The hub stopped while it was read. What was read is kept; the same command continues."""
+
+    exit_code = 4
 
 
 class Chat(str):
@@ -388,7 +392,10 @@ class Documents:
 
     def position(self) -> dict[str, Any]:
         """As JSON: what was counted, and the state of the hub's stream."""
-        stream = self.stream.state_dict() if self.stream is not None else None
+        if self.stream is None:  # it could not be opened again
+            stream = (self.start or {}).get("stream")
+        else:
+            stream = self.stream.state_dict()
         return {"report": self.report.state(), "stream": stream}
 
     def __iter__(self) -> Iterator[str]:
@@ -460,16 +467,18 @@ class Documents:
         name, _, config = self.source.partition(":")
         # The hub client raises a dozen kinds of errors; the message tells them apart.
         try:
+            if not hub.reachable():
+                raise ConnectionError
             self.stream = load_dataset(name, config or None, split="train", streaming=True)
             if self.start:
                 self.stream.load_state_dict(self.start["stream"])
             records = iter(self.stream)
             record = next(records, None)
         except Exception as error:
-            raise DataError(
-                f"{self.source} is not a local file and cannot be read from the hub: "
-                f"{_hub_failure(error, name)}"
-            ) from error
+            why = f"cannot be read from the hub: {_hub_failure(error, name)}"
+            if self.start:
+                raise StreamError(f"{self.source} {why}; {CONTINUES}") from error
+            raise DataError(f"{self.source} is not a local file and {why}") from error
         while record is not None:
             self.report.lines += 1
             yield record, f"{self.source}:{self.report.lines}"
@@ -478,8 +487,7 @@ class Documents:
             except Exception as error:
                 raise StreamError(
                     f"{self.source}: the hub stopped after {self.report.lines} records "
-                    f"({_hub_failure(error, name)}); what is prepared so far is kept, and the same "
-                    "command continues from there"
+                    f"({_hub_failure(error, name)}); {CONTINUES}"
                 ) from error
 
 
@@ -555,25 +563,41 @@ def write_splits(
     """Writes a source to folder/{train,eval,apply}.jsonl; returns the documents of each split.
 
     Only texts of more than MIN_CHARS characters are written, until there are max_bytes of JSONL.
-    The files appear once all three are complete; the same call continues a killed one. Raises
-    DataError if the source cannot be read or gives too few such texts.
+    The files appear once all three are complete; the same call continues a killed one, and returns
+    at once after a finished one. Raises DataError if the source cannot be read or gives too few
+    such texts, and StreamError if the hub stops or is out of reach for the rest.
     """
     folder = Path(folder)
     work = folder / ".downloading"
+    request = {"source": str(source), "max_bytes": max_bytes, "text_key": text_key}
     finished = work / "finished.json"  # of a process that was killed while it moved the files
     if not finished.exists():
+        counts = _written_before(folder, request)
+        if counts is not None:
+            return counts
         _refuse_to_replace(source, folder)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work):
         if not finished.exists():
-            request = {"source": str(source), "max_bytes": max_bytes, "text_key": text_key}
-            save_json(_fill_splits(work, request), finished)
-        counts = load_json(finished)
+            counts = _fill_splits(work, request)
+            save_json({"what": request, "documents": counts}, finished)
+        counts = load_json(finished)["documents"]
         for name in SPLIT_NAMES:
             if (work / f"{name}.jsonl").exists():
                 os.replace(work / f"{name}.jsonl", folder / f"{name}.jsonl")
+        os.replace(finished, folder / ABOUT)
         shutil.rmtree(work)
     return counts
+
+
+def _written_before(folder: Path, request: dict[str, Any]) -> dict[str, int] | None:
+    """The documents of each split, if the same request has already written them."""
+    about = folder / ABOUT
+    if not about.exists() or not all((folder / f"{name}.jsonl").exists() for name in SPLIT_NAMES):
+        return None
+    written = load_json(about)
+    is_same = isinstance(written, dict) and written.get("what") == request
+    return written["documents"] if is_same else None
 
 
 def _fill_splits(work: Path, request: dict[str, Any]) -> dict[str, int]:
@@ -630,7 +654,7 @@ def main() -> int:
         counts = write_splits(args.source, args.folder, int(args.max_mb * 1e6), args.text_key)
     except (ValueError, OSError) as error:
         print(f"download_data: error: {printable(str(error))}", file=sys.stderr)
-        return 3
+        return getattr(error, "exit_code", 3)
     summary = ", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items())
     print(summary, f"in {args.folder}")
     return 0

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from src import checkpoint, config, demo, distributed, files, hooks, identity, lm, model, zoo
 from src.data import Rows
 from src.device import pick_device
-from src.estimate import Estimate
+from src.estimate import Estimate, of_training
 from src.interrupt import Interrupted, Signals
 from src.ops import unit_norm_decoder
 from src.sae_training import LocalBatch, SAETraining
@@ -658,7 +658,7 @@ class Trainer:
         local_rows = distributed.share(min(cfg.batch_size, len(rows)))
         lm.compile_if_it_pays(cfg, language_model, local_rows.stop - local_rows.start, total)
         saes = [training.sae for training in trainings]
-        estimate = Estimate(cfg, saes, language_model, rows, total, self.run_folder)
+        estimate = of_training(cfg, saes, language_model, rows, total, self.run_folder)
         loop = TrainingLoop(cfg, trainings, rows, language_model, self.run_folder, requested)
         if saved is not None:
             loop.restore(*saved)

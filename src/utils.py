@@ -6,6 +6,7 @@ The program itself calls none of them. B rows, S positions, D hidden, L sites, F
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from src import lm
 from src.config import parse_args
-from src.files import save_json
+from src.files import load_json, save_json
 from src.hooks import edit_latents
+from src.interpreter import Context, by_token_class, read_entries
 from src.lm import get_language_model
 from src.ops import pre_process, squared_errors, unit_norm_decoder
 from src.sae import SAE, BatchInfo, Edit
@@ -31,6 +33,7 @@ __all__ = [
     "get_outputs",
     "hook_RouteSAE",
     "hook_SAE",
+    "load_contexts",
     "log_layers",
     "parse_args",
     "pre_process",
@@ -59,6 +62,16 @@ def log_layers(layer_weights: Tensor) -> dict[str, float]:
     counts = torch.bincount(chosen, minlength=layer_weights.shape[-1]).float()
     shares = counts / counts.sum()
     return {f"share_{i}": float(share) for i, share in enumerate(shares)}
+
+
+def load_contexts(path: str | Path) -> dict[str, dict[str, list[Context]]]:
+    """Return {latent: {token class: [{"activation", "context"}]}} of a contexts file.
+
+    In a context the active token stands between <ACTIVATED> and </ACTIVATED>. Any form of file is
+    read, compressed or not. Raises ValueError if the file holds no contexts.
+    """
+    entries = read_entries(load_json(path), Path(path))
+    return {latent: by_token_class(entry["contexts"]) for latent, entry in entries.items()}
 
 
 @torch.no_grad()

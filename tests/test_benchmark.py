@@ -34,7 +34,7 @@ def put_back(monkeypatch):
     """Contenders replace functions of src in their own process; here they are put back."""
     monkeypatch.setattr(Rows, "batch", Rows.batch)
     monkeypatch.setattr(estimate, "step_cost", estimate.step_cost)
-    monkeypatch.setattr(estimate, "announce_reading", estimate.announce_reading)
+    monkeypatch.setattr(estimate, "of_reading", estimate.of_reading)
     monkeypatch.setattr(Applier, "_write", Applier._write)
 
 

@@ -21,7 +21,7 @@ from transformers import AddedToken, AutoTokenizer
 from src import data, sources
 from src.data import OpenWebTextDataset, Rows, count_mask, create_dataloader, special_token_table
 from src.files import DEMO_LM, ROOT, data_name, load_json, save_json, text_records
-from src.sources import DataError, Documents, Report, find_files, write_splits
+from src.sources import ABOUT, DataError, Documents, Report, find_files, write_splits
 
 SPLITS = ("train", "eval", "apply")
 TEXTS = [
@@ -259,7 +259,7 @@ def test_a_download_destroys_neither_its_source_nor_files_of_the_user(tmp_path, 
     with pytest.raises(Killed):
         write_splits(str(source), tmp_path / "out", 10**9)
     counts = write_splits(str(source), tmp_path / "out", 10**9)
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".jsonl")
     assert names == sorted(f"{name}.jsonl" for name in SPLITS)
     for name in SPLITS:
         assert len((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()) == counts[name]
@@ -423,6 +423,7 @@ def hub(tmp_path, monkeypatch):
         return load_dataset(str(state["folder"]), **options).map(watched)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(sources.hub, "reachable", lambda: True)
     return state
 
 
@@ -537,7 +538,7 @@ def test_a_stream_that_breaks_off_keeps_what_was_read(tokenizer, monkeypatch, ca
     message = "the hub stopped .*the same command continues from there"
     with pytest.raises(sources.StreamError, match=message) as stop:
         Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6)
-    assert stop.value.exit_code == 3
+    assert stop.value.exit_code == 4
     hub |= {"breaks": None, "read": 0}
     rows = Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6)
     assert "continuing after" in capsys.readouterr().out
@@ -723,7 +724,51 @@ def test_a_killed_download_goes_on_and_ends_with_the_same_files(tmp_path, monkey
     for name in names:
         expected = (tmp_path / "straight" / name).read_bytes()
         assert (tmp_path / "out" / name).read_bytes() == expected
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, ABOUT])
+
+
+def test_a_second_download_finds_what_is_there(tmp_path, monkeypatch, hub):
+    hub["folder"] = parquet(tmp_path.with_name("long"), [text + "x" * 120 for text in TEXTS])
+    counts = write_splits("owner/name", tmp_path, 10**9)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setattr(sources.hub, "reachable", lambda: False)
+    assert write_splits("owner/name", tmp_path, 10**9) == counts
+    monkeypatch.setattr("sys.argv", ["sources", "owner/name", str(tmp_path), "--max_mb", "1000"])
+    assert sources.main() == 0
+    for request in (("owner/other", 10**9), ("owner/name", 10**8), ("owner/name", 10**9, "body")):
+        with pytest.raises(DataError, match=r"train\.jsonl exists .* name another folder"):
+            write_splits(request[0], tmp_path, *request[1:])
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    (tmp_path / "eval.jsonl").unlink()
+    with pytest.raises(DataError, match="exists"):
+        write_splits("owner/name", tmp_path, 10**9)
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_costs_no_text(tmp_path, tokenizer, monkeypatch, hub):
+    """The rest of a stopped download, or of a cache of tokens, is not given up."""
+    monkeypatch.setattr(data, "SAVE_SECONDS", 0)
+    attempts = (
+        lambda: write_splits("owner/name", tmp_path / "out", 10**9),
+        lambda: Rows("owner/name", tokenizer, 16, "all", max_tokens=10**6),
+    )
+    hub["folder"] = parquet(tmp_path / "long", [text + "x" * 120 for text in TEXTS * 5])
+    for attempt in attempts:
+        monkeypatch.setattr(sources.hub, "reachable", lambda: False)
+        with pytest.raises(DataError, match="the hub cannot be reached") as refusal:
+            attempt()
+        assert refusal.value.exit_code == 3
+        monkeypatch.setattr(sources.hub, "reachable", lambda: True)
+        hub |= {"breaks": 800, "read": 0}
+        with pytest.raises(sources.StreamError):
+            attempt()
+        monkeypatch.setattr(sources.hub, "reachable", lambda: False)
+        with pytest.raises(sources.StreamError, match="cannot be reached.*continues") as stop:
+            attempt()
+        assert stop.value.exit_code == 4
+        monkeypatch.setattr(sources.hub, "reachable", lambda: True)
+        hub |= {"breaks": None, "read": 0}
+        attempt()
+        assert hub["read"] < 800
 
 
 def test_the_download_script_names_a_data_set_without_code():

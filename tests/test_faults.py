@@ -483,6 +483,7 @@ def test_a_data_set_the_hub_does_not_give_is_one_line(home, monkeypatch, capsys,
     def fails(*_, **__):
         raise error
 
+    monkeypatch.setattr("src.hub.reachable", lambda: True)
     monkeypatch.setattr("datasets.load_dataset", fails)
     assert run(home, "train", "--data_path", "owner/name", "--tag", "x") == 3
     message = the_error(capsys)
@@ -768,23 +769,52 @@ def test_data_sources_give_usable_names():
         assert files.data_name(source) == name
 
 
-def test_wrappers_pass_paths_with_spaces_on_and_the_exit_code_back(tmp_path):
-    root = tmp_path / "a clone"
+def scripts_with(python, root):
+    """A copy of the scripts whose environment has this shell script in place of Python."""
     shutil.copytree(files.ROOT / "scripts", root / "scripts")
     (root / ".venv" / "bin").mkdir(parents=True)
     (root / ".venv" / "installed").write_text("")
-    (root / ".venv" / "bin" / "python").write_text("#!/bin/sh\nprintf '%s|' \"$@\"\nexit 7\n")
+    (root / ".venv" / "bin" / "python").write_text(f"#!/bin/sh\nprintf '%s|' \"$@\"\n{python}\n")
     (root / ".venv" / "bin" / "python").chmod(0o755)
     (root / "constraints.txt").write_text("")
     os.utime(root / "constraints.txt", (1, 1))
-    for script in ("train_topk", "apply", "interpret", "steer"):
-        done = subprocess.run(
-            ["bash", f"scripts/{script}.sh", "--data_path", "x y/z"],
-            cwd=root,
-            capture_output=True,
-            text=True,
+
+    def run_script(name, *options, **environment):
+        command = ["bash", f"scripts/{name}.sh", *options]
+        known = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+        return subprocess.run(
+            command, cwd=root, capture_output=True, text=True, env=known | environment
         )
+
+    return run_script
+
+
+def test_wrappers_pass_paths_with_spaces_on_and_the_exit_code_back(tmp_path):
+    run_script = scripts_with("exit 7", tmp_path / "a clone")
+    for script in ("train_topk", "apply", "interpret", "steer"):
+        done = run_script(script, "--data_path", "x y/z")
         assert done.returncode == 7 and "|--data_path|x y/z|" in done.stdout, (script, done.stderr)
+
+
+def test_the_download_of_text_falls_back_and_says_what_is_there(tmp_path):
+    python = 'case "$*" in *src.sources*) exit "$ENDS_WITH";; esac'
+    run_script = scripts_with(python, tmp_path / "a clone")
+    folder = tmp_path / "some data"
+    text = {"DATA_DIR": str(folder), "ENDS_WITH": "3"}
+    done = run_script("download_data", **text)
+    assert (done.returncode, "make.py|text|" in done.stdout) == (0, True)
+    # A named data set is not replaced by another, nor is one whose download can be continued.
+    for environment, code in (({"DATASET": "a/b"}, 3), ({"ENDS_WITH": "4"}, 4)):
+        done = run_script("download_data", **text | environment)
+        assert (done.returncode, "make.py" in done.stdout) == (code, False)
+    folder.mkdir()
+    for name in ("train", "eval", "apply"):
+        (folder / f"{name}.jsonl").write_text("mine")
+    done = run_script("download_data", **text)
+    assert (done.returncode, "src.sources" in done.stdout) == (0, False)
+    assert f"the text is there: {folder / 'train.jsonl'}" in done.stdout
+    done = run_script("download_data", **text | {"DATASET": "a/b", "ENDS_WITH": "0"})
+    assert (done.returncode, "src.sources|a/b|" in done.stdout) == (0, True)
 
 
 def names_of_tests(module):
@@ -792,15 +822,24 @@ def names_of_tests(module):
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_row_of_the_page_of_faults_is_shown_by_tests_that_exist():
+def rows_of_faults(head):
+    """The rows of the tables of the page that begin so, each as its cells."""
     page = (files.ROOT / "docs" / "faults.md").read_text()
-    tables = re.findall(r"^\| fault \|.*\n\|---.*\n((?:\|.*\n?)+)", page, re.M)
-    rows = [row for table in tables for row in table.splitlines()]
+    tables = re.findall(rf"^{re.escape(head)}.*\n\|---.*\n((?:\|.*\n?)+)", page, re.M)
+    rows = [row.split("|")[1:-1] for table in tables for row in table.splitlines()]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_every_row_of_the_page_of_faults_is_shown_by_tests_that_exist():
+    rows = [(row[-1], row) for row in rows_of_faults("| fault |")]
     assert len(rows) > 70
-    for row in rows:
-        *_, shown_by, _ = row.split("|")
+    numbered = rows_of_faults("| number | fault |")
+    assert [*dict.fromkeys(int(row[0]) for row in numbered)] == list(range(1, 30))
+    rows += [(row[4], row) for row in numbered]
+    for shown_by, row in rows:
+        assert all(row), row
         tests = re.findall(r"(test_\w+)\.(test_\w+)", shown_by)
-        assert tests or "campaign" in shown_by, row
+        assert tests or "campaign" in shown_by or row[-1] == "open", row
         for module, name in tests:
             assert name in names_of_tests(module), f"{module}.{name}"
 

@@ -1,7 +1,9 @@
 """Each refusal of the hub has its own one-line message. A fake hub refuses; no network is used."""
 
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -70,6 +72,7 @@ def test_each_refusal_has_its_own_line(monkeypatch, tmp_path, case):
     error, token, message = CASES[case]
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
 
     def refuse(*_args, **_options):
         raise error
@@ -92,6 +95,7 @@ def test_an_error_that_is_not_the_hubs_keeps_its_own_words(monkeypatch, tmp_path
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(ValueError, match="No space left on device"):
         hub.download(NAME, tmp_path)
@@ -105,3 +109,42 @@ def test_the_script_ends_with_code_2_and_one_line(tmp_path):
     assert process.stderr.startswith("download_model: error: ")
     assert "HF_HUB_OFFLINE" in process.stderr
     assert process.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def listening():
+    """A socket of this machine that takes connections and answers none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def answer_once(server):
+    connection, _ = server.accept()
+    connection.recv(4096)
+    connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+    connection.close()
+
+
+def test_a_hub_that_does_not_answer_is_given_up_quickly(monkeypatch, listening):
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    port = listening.getsockname()[1]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert not hub.reachable()
+    listening.accept()[0].close()  # the connection of that attempt
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 20.0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(answer_once, listening)
+        assert hub.reachable()  # an error is an answer too
+    listening.close()
+    assert not hub.reachable()
+
+
+def test_a_download_without_a_hub_takes_what_is_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    with pytest.raises(ValueError, match="not in the cache"):
+        hub.download(NAME, tmp_path / "model")
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert hub.download(NAME, tmp_path / "model") == tmp_path / "model"
