@@ -31,6 +31,7 @@ from src.feature_files import (
 from src.files import (
     EVAL_DIR,
     ROOT,
+    error_text,
     is_stale_result,
     load_json,
     printable,
@@ -285,5 +286,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"page: error: {printable(str(error))}", file=sys.stderr)
+        print(f"page: error: {printable(error_text(error))}", file=sys.stderr)
         raise SystemExit(2) from None

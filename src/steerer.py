@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, files, hooks, lm
+from src import checkpoint, config, demo, files, hooks, latent_notes, lm
 from src.data import (
     Batch,
     chat_renderer,
@@ -158,6 +160,10 @@ class Steerer:
         self.prompts = [{"prompt": text} for text in cfg.prompt or []]
         if cfg.prompts:
             self.prompts += conversations(Path(cfg.prompts))
+        if not any((cfg.set, cfg.add, cfg.multiply, cfg.zero)):
+            raise ValueError(
+                "no latent to edit; give --set LATENT=VALUE, --add, --multiply or --zero LATENT"
+            )
         opened = checkpoint.open_all(cfg)
         if len(opened) != 1:
             raise ValueError(
@@ -165,6 +171,7 @@ class Steerer:
             )
         self.sae, self.recipe = opened[0]
         self.title = self.recipe["title"]
+        self.notes = latent_notes.of_sae(cfg.output_dir, self.title, self.recipe["weights_sum"])
         self.operations = self._operations()
         if cfg.site is not None and cfg.site not in self.sae.sites():
             raise ValueError(f"--site {cfg.site}: {self.title} reads {self.sae.sites()}")
@@ -182,7 +189,20 @@ class Steerer:
             if not 0 <= latent <= last or not math.isfinite(value):
                 limits = f"{self.title} has latents 0 ... {last}, values are finite"
                 raise ValueError(f"latent {latent} = {value}: {limits}")
-        return operations
+        return [(kind, latent, self._strength(latent, value)) for kind, latent, value in operations]
+
+    def _strength(self, latent: int, value: float) -> float:
+        """Return a value in units of strength; 1.5x is one and a half times the maximum."""
+        if not isinstance(value, config.TimesMaximum):
+            return value
+        maximum = self.notes.get(latent, latent_notes.Note()).maximum
+        if maximum is None:
+            raise ValueError(
+                f"{latent}={value:g}x needs the maximum of latent {latent}, which no contexts file "
+                f"of {self.title} in {self.cfg.output_dir} holds; run apply.py first, or type "
+                "the value itself"
+            )
+        return value * maximum
 
     @property
     def edit(self) -> Edit:
@@ -202,6 +222,9 @@ class Steerer:
         result = self._result(texts)
         earlier = {"earlier_runs": _runs_in(path)}
         files.save_json(result | checkpoint.environment() | earlier, path)
+        for kind, latent, value in self.operations:
+            note = self.notes.get(latent, latent_notes.Note())
+            print(files.printable(f"latent {latent}: {kind} {value:.4g};{note}"))
         for text in texts:
             _print_comparison(text)
         print(f"\n{path}")
@@ -370,7 +393,15 @@ def _perplexity(logits: Tensor, new: Tensor) -> float:
 
 def _print_comparison(text: dict[str, Any]) -> None:
     before, after = text["perplexity_original"], text["perplexity_clamped"]
+    site = "" if text["site"] is None else f"site {text['site']}, "
+    measures = f"{site}KL {text['KL']:.3f} nats a token, perplexity {before:.1f} -> {after:.1f}"
     print(f"\n{files.printable(text['Human'])}")
-    print(f"  as it is: {text['original_output']!r}")
-    print(f"  steered:  {text['clamped_output']!r}")
-    print(f"  KL {text['KL']:.3f} nats a token; perplexity {before:.1f} -> {after:.1f}")
+    for name, shown in (
+        ("as it is", repr(text["original_output"])),
+        ("steered", repr(text["clamped_output"])),
+        ("change", measures),
+    ):
+        width = shutil.get_terminal_size().columns
+        print(
+            textwrap.fill(shown, width, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+        )
