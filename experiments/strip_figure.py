@@ -8,6 +8,7 @@ Contexts and labels of the SAE are taken from --output_dir (apply.py and interpr
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ WIDTH, HEIGHT = 12.0, 3.5  # inches
 LINE = 0.29  # inches from one line of text to the next
 FONT = {"family": "DejaVu Sans", "size": 10.5}
 CONTEXTS = 6
+LABEL_CHARS = 56
 CONTEXT_CHARS = 30  # on each side of the active token
 MAX_SITES_LISTED = 20
 
@@ -37,8 +39,7 @@ class Canvas:
 
     def __init__(self) -> None:
         plt = pyplot()
-        plt.rcParams["figure.constrained_layout.use"] = False  # every place is given in inches
-        self.figure = plt.figure(figsize=(WIDTH, HEIGHT))
+        self.figure = plt.figure(figsize=(WIDTH, HEIGHT), dpi=plot_style.DPI, layout="none")
         self.page = self.figure.add_axes((0, 0, 1, 1))
         self.page.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0))
         self.page.axis("off")
@@ -57,6 +58,12 @@ class Canvas:
                 pyplot().Rectangle((piece.x, piece.y - 0.58 * LINE), color=box, lw=0, **size)
             )
         return end
+
+    def save(self, path: Path) -> None:
+        """Write the picture. Every place is given in inches, so that nothing is laid out."""
+        # savefig() returns to this setting after each file.
+        pyplot().rcParams["figure.constrained_layout.use"] = False
+        plot_style.save(self.figure, path)
 
     def width(self, text: str, **style: Any) -> float:
         """The width of a text in inches, its spaces included."""
@@ -109,7 +116,8 @@ def draw_card(
     """Draw what is known of a latent: its label, where it fires, what it promotes, contexts."""
     y = 0.42
     canvas.write(Piece(left, y, f"Latent {latent}"), weight="bold", size=12)
-    canvas.write(Piece(left, y + LINE, note.label or "no label"), size=11)
+    label = textwrap.shorten(note.label.split(", such as")[0], LABEL_CHARS, placeholder=" ...")
+    canvas.write(Piece(left, y + LINE, label or "no label"), size=10)
     canvas.write(Piece(left, y + 1.85 * LINE, note.origin), color=GREY, size=9)
     _draw_sites(canvas, entry, sites, left)
     y += 2.95 * LINE
@@ -141,22 +149,22 @@ def _draw_sites(canvas: Canvas, entry: dict[str, Any], sites: list[int], left: f
 
 
 def contexts(entry: dict[str, Any]) -> Iterator[tuple[float, str, str, str]]:
-    """Yield (strength, text before, active token, text after) of the strongest contexts."""
-    columns = (entry[name][:CONTEXTS] for name in ("activations", "tokens", "position"))
-    for strength, tokens, position in zip(*columns, strict=True):
+    """Yield (strength, text before, active token, text after), one for each token class."""
+    names = ("token_class", "activations", "tokens", "position")
+    shown: set[str] = set()
+    for group, strength, tokens, position in zip(*(entry[name] for name in names), strict=True):
+        if group in shown or len(shown) == CONTEXTS:
+            continue
+        shown.add(group)
         before = "".join(tokens[:position]).replace("\n", " ")
         after = "".join(tokens[position + 1 :]).replace("\n", " ")
         token = tokens[position].replace("\n", "⏎")
-        shown_before = (
-            before[-CONTEXT_CHARS:].partition(" ")[2] if before[CONTEXT_CHARS:] else before
-        )
-        shown_after = after[:CONTEXT_CHARS].rpartition(" ")[0] if after[CONTEXT_CHARS:] else after
-        yield (
-            strength,
-            shown_before + token[: len(token) - len(token.lstrip())],
-            token.strip(),
-            shown_after,
-        )
+        if len(before) > CONTEXT_CHARS:
+            before = before[-CONTEXT_CHARS:].partition(" ")[2]
+        if len(after) > CONTEXT_CHARS:
+            after = after[:CONTEXT_CHARS].rpartition(" ")[0]
+        space = token[: len(token) - len(token.lstrip())]
+        yield strength, before + space, token.strip(), after
 
 
 def main() -> None:
@@ -187,7 +195,7 @@ def main() -> None:
     draw_card(
         canvas, args.latent, entries[str(args.latent)], notes[args.latent], sites, split + 0.2
     )
-    plot_style.save(canvas.figure, args.out)
+    canvas.save(args.out)
     print(args.out)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, files, hooks, latent_notes, lm
+from src import checkpoint, config, demo, files, hooks, latent_notes, lm, names
 from src.data import (
     Batch,
     chat_renderer,
@@ -226,7 +226,7 @@ class Steerer:
             note = self.notes.get(latent, latent_notes.Note())
             print(files.printable(f"latent {latent}: {kind} {value:.4g};{note}"))
         for text in texts:
-            _print_comparison(text)
+            _print_comparison(text, self.sae.sites())
         print(f"\n{path}")
         return result
 
@@ -391,10 +391,10 @@ def _perplexity(logits: Tensor, new: Tensor) -> float:
     return math.exp(float(-log_p.mean()))
 
 
-def _print_comparison(text: dict[str, Any]) -> None:
+def _print_comparison(text: dict[str, Any], sites: list[int]) -> None:
     before, after = text["perplexity_original"], text["perplexity_clamped"]
-    site = "" if text["site"] is None else f"site {text['site']}, "
-    measures = f"{site}KL {text['KL']:.3f} nats a token, perplexity {before:.1f} -> {after:.1f}"
+    edited = names.sites(sites if text["site"] is None else [text["site"]])
+    measures = f"{edited}, KL {text['KL']:.3f} nats a token, perplexity {before:.1f} -> {after:.1f}"
     print(f"\n{files.printable(text['Human'])}")
     for name, shown in (
         ("as it is", repr(text["original_output"])),

@@ -115,7 +115,7 @@ def test_steering_names_the_latent_and_takes_multiples_of_its_maximum(trained, c
     assert f"maximum {entry['max_activation']:.3g}" in printed
     quoted = r"['\"].*\n"
     assert re.search(
-        rf"^  as it is  {quoted}  steered   {quoted}  change    site \d+, KL ", printed, re.M
+        rf"^  as it is  {quoted}  steered   {quoted}  change    sites 4 to 12, KL ", printed, re.M
     ), printed
     absent = next(str(i) for i in range(64) if str(i) not in entries)
     for more, message in (
@@ -188,10 +188,10 @@ def test_an_error_names_the_remedy(tmp_path, capsys, wrong):
 
 
 def test_a_recipe_or_the_folder_of_a_one_site_export_stands_for_the_sae(tmp_path):
-    from src import checkpoint, formats
+    from src import checkpoint, export_formats
 
     path = save_sae(tmp_path)
     sae, recipe = checkpoint.load(path)
     assert checkpoint.load(path.with_suffix(".json"))[1]["weights_sum"] == recipe["weights_sum"]
-    folder = formats.export(sae, recipe, tmp_path, "saelens")
+    folder = export_formats.export(sae, recipe, tmp_path, "saelens")
     assert checkpoint.load(folder)[0].sites() == [2]
