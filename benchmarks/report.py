@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from src import plot_style
+
 
 def table(head, rows):
     """Lines of a Markdown table, after an empty line."""
@@ -111,44 +113,49 @@ def markdown(found):
 
 def pictures(found, folder):
     """benchmark.png: rates of the training contenders, and NormMSE over seconds of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     contenders = found["groups"].get("training")
     if not contenders:
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    draw_rates(left, contenders[::-1])
-    draw_curves(right, contenders)
-    figure.savefig(Path(folder) / "benchmark.png", dpi=110)
-    plt.close(figure)
+    size = (12, 1.2 + 0.32 * len(contenders))
+    figure, (left, right) = plot_style.pyplot().subplots(1, 2, figsize=size)
+    draw_rates(left, contenders)
+    draw_curves(right, contenders, size[1] - 0.8)
+    plot_style.save(figure, Path(folder) / "benchmark.png")
+
+
+def colour_of(name):
+    """The colour of our own models in all pictures; grey for a peer."""
+    if not name.startswith("ours "):
+        return plot_style.GREY
+    return plot_style.colour(name.replace(",", " ").split()[1])
 
 
 def draw_rates(axis, contenders):
-    """A bar each, with its spread."""
-    names = [contender["name"] for contender in contenders]
-    rates = [contender["tokens_per_s"] / 1e3 for contender in contenders]
-    spreads = [
-        [
-            abs(contender["tokens_per_s"] - contender["spread"][side]) / 1e3
-            for contender in contenders
-        ]
-        for side in (0, 1)
-    ]
-    colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
-    axis.barh(names, rates, xerr=spreads, color=colours, capsize=3)
-    axis.set_xlabel("useful tokens/s, thousands")
+    """A bar each, with its spread, the first contender above."""
+    for row, contender in enumerate(contenders):
+        rate = contender["tokens_per_s"] / 1e3
+        spread = [[abs(rate - side / 1e3)] for side in contender["spread"]]
+        axis.barh(row, rate, 0.7, xerr=spread, color=colour_of(contender["name"]), capsize=3)
+    axis.set_yticks(range(len(contenders)), [contender["name"] for contender in contenders])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set(title="Training rate", xlabel="useful tokens/s, thousands")
 
 
-def draw_curves(axis, contenders):
+def draw_curves(axis, contenders, height):
     """A line each; a cross where quality was measured only once."""
+    labels = []
     for contender in contenders:
         curve = contender["curve"]
+        colour = colour_of(contender["name"])
         line = {"marker": "o"} if len(curve) > 1 else {"marker": "x", "linestyle": ""}
         seconds = [point["seconds"] for point in curve]
         errors = [point["NormMSE"] for point in curve]
-        axis.plot(seconds, errors, label=contender["name"], **line)
-    axis.set(xlabel="seconds of training", ylabel="NormMSE, held out", yscale="log")
-    axis.legend(fontsize=7)
+        axis.plot(seconds, errors, color=colour, **line)
+        if curve:
+            labels.append(plot_style.Label(seconds[-1], errors[-1], contender["name"], colour))
+    points = [point for contender in contenders for point in contender["curve"]]
+    axis.set(xlabel="seconds of training", title="NormMSE on held-out text")
+    plot_style.set_zero_axis(axis, "x", [point["seconds"] for point in points])
+    plot_style.set_log_axis(axis, "y", [point["NormMSE"] for point in points])
+    plot_style.label_lines(axis, labels, height)

@@ -7,19 +7,21 @@ sweeps.json and sweeps.png in --output_dir. The widest dictionaries are for a GP
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks import run
-from src.files import save_json
+from benchmarks import report, run
+from src import plot_style
+from src.files import load_json, save_json
 
 SWEEPS = {  # attribute of the benchmark: label
     "latents": "latents",
     "k": "active latents a token",
     "batch": "rows a step",
     "saes": "SAEs from one forward pass",
+}
+# Lines of one grey would not be told apart.
+PEERS = {
+    "published TopK": plot_style.COLOURS["MLSAE"],
+    "sparsify": plot_style.COLOURS["Gated"],
+    "sae-lens": plot_style.COLOURS["JumpReLU"],
 }
 CPU_VALUES = {
     "latents": (2048, 4096, 8192, 16384, 32768),
@@ -78,38 +80,46 @@ def play_without_failures(bench, point, starts, tokens, rounds):
     return []
 
 
+HEIGHT = 3.8  # inches of a panel
+
+
 def picture(results, path):
     """One panel a sweep: useful tokens a second, with their spread as bars."""
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(4.2 * len(results), 3.8), layout="constrained", squeeze=False
+    figure, axes = plot_style.pyplot().subplots(
+        1, len(results), figsize=(4.6 * len(results), HEIGHT), squeeze=False
     )
     for axis, (name, curves) in zip(axes[0], results.items(), strict=True):
         panel(axis, name, curves)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plot_style.save(figure, Path(path))
 
 
 def panel(axis, name, curves):
     """One sweep; where the number of SAEs varies, rates are multiplied by it."""
+    labels, drawn = [], []
     for contender, points in curves.items():
-        rates, below, above = [], [], []
+        values, rates, below, above = [], [], [], []
         for value, result in points.items():
-            scale = (value if name == "saes" else 1) / 1e3
+            scale = (float(value) if name == "saes" else 1) / 1e3
             low, high = result["spread"]
+            values.append(float(value))  # keys of a JSON are text
             rates.append(result["tokens_per_s"] * scale)
             below.append(abs(result["tokens_per_s"] - low) * scale)
             above.append(abs(high - result["tokens_per_s"]) * scale)
-        spread = [below, above]
-        axis.errorbar(list(points), rates, yerr=spread, marker="o", capsize=3, label=contender)
+        colour = report.colour_of(contender)
+        if colour == plot_style.GREY:
+            colour = PEERS.get(contender, colour)
+        axis.errorbar(values, rates, yerr=[below, above], marker="o", capsize=3, color=colour)
+        labels.append(plot_style.Label(values[-1], rates[-1], contender, colour))
+        drawn += rates
     unit = "SAE tokens/s" if name == "saes" else "tokens/s"
-    axis.set(xlabel=SWEEPS[name], ylabel=f"thousand {unit}", yscale="log")
+    axis.set(xlabel=SWEEPS[name], title=f"thousand {unit}")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted({value for points in curves.values() for value in points}))
-    axis.tick_params(labelsize=7)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.legend(fontsize=7)
+    swept = sorted({float(value) for points in curves.values() for value in points})
+    axis.set_xticks(swept, [f"{value:g}" for value in swept])
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(swept[0] / 1.2, swept[-1] * 1.2)
+    plot_style.set_log_axis(axis, "y", drawn)
+    plot_style.label_lines(axis, labels, HEIGHT - 0.8)
 
 
 def main(argv=None):
@@ -121,7 +131,10 @@ def main(argv=None):
         "--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which sweeps"
     )
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--draw", type=Path, help="only draw this sweeps.json again")
     cfg = parser.parse_args(argv)
+    if cfg.draw:
+        return picture(load_json(cfg.draw)["sweeps"], cfg.draw.with_suffix(".png"))
     bench = run.Bench(cfg)
     values = CUDA_VALUES if cfg.device == "cuda" else CPU_VALUES
     results = {name: sweep(bench, name, values[name], cfg.steps, cfg.rounds) for name in cfg.sweep}

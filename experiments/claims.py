@@ -17,6 +17,7 @@ PAPER_ROW = 512  # tokens of a sequence in the paper, whose KL is a sum over a s
 # The shape of Llama-3.2-1B-Instruct, which the paper measures.
 LLAMA = {"hidden_size": 2048, "n_layers": 16}
 NOT_HERE = "not testable here"
+NO_MODEL = "; labels and scores by rule (heuristic engine), not by a language model"
 FEWEST = 20  # features that the better of two SAEs must have for a comparison
 ROUTE, RANDOM, UNTRAINED = "RouteSAE", "RouteSAE, random sites", "RouteSAE, untrained router"
 
@@ -423,6 +424,12 @@ def caption(about: dict[str, Any], title: str) -> str:
         f"{about['device']}, threads {about['threads']}; "
         f"trained at commit {', '.join(about['git_commit'])}"
     )
+
+
+def figure_caption(data: dict[str, Any], about: dict[str, Any]) -> str:
+    """The caption of a figure, which says so if no language model wrote its labels."""
+    by_rule = "scored_by" in data and about["engine"] == "heuristic"
+    return caption(about, data["title"] + (NO_MODEL if by_rule else ""))
 
 
 def _paragraph(about: dict[str, Any], title: str) -> str:

@@ -1,38 +1,30 @@
 """The paper's figures, drawn from their JSON alone: one `draw(data, caption, path)` for each.
 
-The colours are those of Okabe and Ito, which colour-blind readers can tell from each other. A model
-has one colour and one marker; its variants differ in the line.
+`python -m experiments.figures docs/figures` draws those of a folder again.
+
+A model has the colour of all pictures (src.plot_style), a site one marker; variants differ in the
+line.
 """
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from src.plots import pyplot
-from src.zoo import ZOO
+from experiments import claims
+from src import plot_style
+from src.files import load_json
+from src.plot_style import DARK, GREY, L0_LABEL, pyplot
 
 Data = dict[str, Any]  # the JSON of one figure
 Styles = dict[str, dict[str, Any]]  # {label: options of a line}
 Draw = Callable[[Data, str, Path], None]
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#882255",
-    "#8A8A8A",
-)
-MARKERS = "osD^vPX<>"
+LIGHT_GREY = "#BBBBBB"
 LINES = ("-", "--", ":", "-.")
-DARK, GREY, LIGHT = "#333333", "#999999", "#BBBBBB"
-L0_LABEL = "L0, active latents a token"
 THRESHOLDS = {"default": 10, "paper": 15}
 MIN_SCORED = 5  # labels that a mean score needs, to be drawn
 SCORE_LABEL = f"mean score of the labels, 1 to 5 (of {MIN_SCORED} or more)"
@@ -41,23 +33,24 @@ SCORE_LABEL = f"mean score of the labels, 1 to 5 (of {MIN_SCORED} or more)"
 L0_MARGIN = 2.5
 
 
-def line_styles(labels: list[str]) -> Styles:
-    """Return {label: style}, with a model's variants side by side.
+def line_styles(sites: dict[str, tuple[int, ...]]) -> Styles:
+    """Return {label: style} from {label: sites of the SAE}, with a model's variants side by side.
 
     A label is the model's name, then perhaps its variant: "RouteSAE, random sites".
     """
-    models = list(ZOO)
-    index_of = {label: models.index(label.replace(",", " ").split()[0]) for label in labels}
+    markers = plot_style.site_markers(sites.values())
+    models = {label: label.replace(",", " ").split()[0] for label in sites}
+    order = list(plot_style.COLOURS)
+    rank = {m: order.index(m) if m in order else len(order) for m in models.values()}
     styles: Styles = {}
-    for label in sorted(index_of, key=lambda label: (index_of[label], label)):
-        index = index_of[label]
-        variant = sum(index == index_of[other] for other in styles)
-        colour = COLOURS[index % len(COLOURS)]
+    for label in sorted(sites, key=lambda label: (rank[models[label]], models[label], label)):
+        variant = sum(models[label] == models[other] for other in styles)
+        colour = plot_style.colour(models[label])
         styles[label] = {
             "color": colour,
-            "marker": MARKERS[index % len(MARKERS)],
+            "marker": markers[sites[label]] if sites[label] else "o",
             "linestyle": LINES[variant % len(LINES)],
-            "markersize": 5,
+            "markersize": 5 if len(sites[label]) < 2 else 9,
             "linewidth": 1.5,
             "markerfacecolor": "white" if variant else colour,
         }
@@ -71,13 +64,11 @@ def _subplots(columns: int, width: float, height: float, rows: int = 1) -> tuple
 
 
 def _save(figure: Any, caption: str, path: Path) -> None:
-    """Put the caption below the figure and write the PNG."""
-    line_length = int(figure.get_size_inches()[0] * 19)
+    """Put the caption below the figure and write the PNG and the PDF."""
+    line_length = int(figure.get_size_inches()[0] * 17)
     lines = [textwrap.fill(line, line_length) for line in caption.split("\n")]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color=DARK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    pyplot().close(figure)
+    plot_style.save(figure, path)
 
 
 def _set_round_ticks(axis: Any, values: list[float]) -> None:
@@ -153,7 +144,7 @@ def _legend(figure: Any, axis: Any, n_seeds: int = 1) -> None:
 
 
 def _styles_of(points: list[Data]) -> Styles:
-    return line_styles([point["label"] for point in points])
+    return line_styles({point["label"]: tuple(point.get("sites", ())) for point in points})
 
 
 def _distinct(points: list[Data], key: str) -> list[Any]:
@@ -183,7 +174,7 @@ def thresholds(data: Data, caption: str, path: Path) -> None:
     """Draw the features left above a threshold, and the mean score of their labels."""
     figure, ((count, score),) = _subplots(2, 11, 5)
     curves = data["curves"]
-    for label, style in line_styles(list(curves)).items():
+    for label, style in line_styles(dict.fromkeys(curves, ())).items():
         _draw_curve(count, score, data["thresholds"], curves[label], label, style)
     count.set(yscale="log", ylabel="latents with 4 or more contexts above it", title="Features")
     most = max((n for curve in curves.values() for n in curve["features"]), default=1)
@@ -288,11 +279,10 @@ def routing(data: Data, caption: str, path: Path) -> None:
 
 
 def _draw_training_shares(axis: Any, run: Data, sites: list[int]) -> None:
-    colour_map = pyplot().get_cmap("viridis")
     axis.stackplot(
         [tokens / 1000 for tokens in run["tokens"]],
         *zip(*run["share"], strict=True),
-        colors=colour_map([i / max(1, len(sites) - 1) for i in range(len(sites))]),
+        colors=plot_style.site_colours(len(sites)),
         labels=[f"site {site}" for site in sites],
     )
     axis.set(xlabel="tokens, thousands", ylim=(0, 1))
@@ -307,7 +297,7 @@ def _draw_held_out_shares(axis: Any, runs: list[Data], kinds: list[str], sites: 
         if run is None:
             continue
         positions = [site + width * (i + 0.5) - 0.4 for site in sites]
-        colour = (COLOURS[1], LIGHT, COLOURS[0])[i % 3]
+        colour = (plot_style.colour("RouteSAE"), "white", LIGHT_GREY)[i % 3]
         style = {"color": colour, "edgecolor": DARK, "linewidth": 0.4}
         axis.bar(positions, run["share"], width, label=kind, **style)
         label = "" if i else "mean routing weight p"
@@ -330,3 +320,14 @@ PAPER: dict[str, Draw] = {
     "fig9_routing": routing,
     "fig12_normmse": frontier("NormMSE", "NormMSE, share of squared norm"),
 }
+
+
+def main() -> None:
+    for folder in map(Path, sys.argv[1:]):
+        for name, draw in PAPER.items():
+            data = load_json(folder / f"{name}.json")
+            draw(data, claims.figure_caption(data, data["about"]), folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,6 @@ LINES = 4  # contexts a feature needs, apply's default
 READ_COLUMNS = ("tokens", "position", "token_activations", "token_class")
 STEERED = ("TopK", "RouteSAE")
 STEERING_SHARE = 0.75  # of a latent's largest strength
-NO_MODEL = "; labels and scores by rule (heuristic engine), not by a language model"
 PROMPTS = ("Returns the number of", "The reason for this is")
 STRENGTH_UNIT = "strength x sqrt(2048 / hidden size)"
 SAE_KEYS = ("title", "label", "model", "seed", "sites", "asked")
@@ -408,9 +407,7 @@ class Figures:
             files.save_json(content, folder / f"{name}.json", indent=1)
         for name, draw in PAPER.items():
             data = figures[name]
-            by_rule = "scored_by" in data and self.args.engine == "heuristic"
-            title = data["title"] + (NO_MODEL if by_rule else "")
-            draw(data, claims.caption(about, title), folder / f"{name}.png")
+            draw(data, claims.figure_caption(data, about), folder / f"{name}.png")
         steering_table = claims.steering_table(figures["fig10_steering"], about)
         files.save_text(steering_table, folder / "fig10_steering.md")
         verdicts = claims.judge(figures, about)

@@ -1,11 +1,18 @@
-"""Pictures of the routing experiment, from its results alone."""
+"""Pictures of the routing experiment, from its results alone.
+
+python -m experiments.routing_pictures docs/routing_results.json docs
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from src import plot_style
+from src.files import load_json
 
 NAMES = {
     "untrained": "untrained",
@@ -16,21 +23,21 @@ NAMES = {
 }
 
 
+# Colour-blind safe; "published" and "untrained" are controls.
+COLOURS = {
+    "untrained": plot_style.GREY,
+    "published": plot_style.COLOURS["Vanilla"],
+    "expected": plot_style.COLOURS["RouteSAE"],
+    "advantage": plot_style.COLOURS["JumpReLU"],
+    "ste": plot_style.COLOURS["Gated"],
+}
+
+
+LOOKS = {"topk": plot_style.COLOURS["TopK"], "mlsae": plot_style.COLOURS["MLSAE"]}
+
+
 def _axes(rows: int, columns: int, size: tuple[float, float]) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return plot_style.pyplot().subplots(rows, columns, figsize=size, squeeze=False)
 
 
 def gains(result: dict[str, Any], path: Path) -> None:
@@ -47,15 +54,20 @@ def gains(result: dict[str, Any], path: Path) -> None:
                 found = result["gains"][name][metric]
                 if key not in found:
                     continue
-                face = f"C{row}" if marker == "D" else "white"
+                face = COLOURS[name] if marker == "D" else "white"
                 axis.plot(
                     [100 * found[key]["low"], 100 * found[key]["high"]],
                     [row + offset] * 2,
-                    color=f"C{row}",
+                    color=COLOURS[name],
                     lw=2,
                 )
                 axis.plot(
-                    100 * found[key]["value"], row + offset, marker, color=f"C{row}", mfc=face, ms=8
+                    100 * found[key]["value"],
+                    row + offset,
+                    marker,
+                    color=COLOURS[name],
+                    mfc=face,
+                    ms=8,
                 )
                 axis.plot(
                     [100 * seed["value"] for seed in found[seeds]],
@@ -79,8 +91,8 @@ def gains(result: dict[str, Any], path: Path) -> None:
         axes[0][0].plot(
             [], [], marker, color="k", mfc="k" if marker == "D" else "white", ms=7, label=label
         )
-    axes[0][0].legend(fontsize=8)
-    _save(figure, path)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    plot_style.save(figure, path)
 
 
 def sites(result: dict[str, Any], path: Path) -> None:
@@ -96,20 +108,26 @@ def sites(result: dict[str, Any], path: Path) -> None:
                 np.array(numbers) + 0.27 * (i - 1),
                 shares,
                 0.25,
-                color=f"C{column}",
+                color=COLOURS[name],
                 alpha=0.45 + 0.25 * (i % 3),
             )
         share.set(title=NAMES[name], ylim=(0, 1))
         share.set_xticks(numbers)
-        for label, runs, look in (
-            ("router", mine, f"C{column}"),
-            ("random, same shares", random, "0.5"),
+        for label, runs, look, marker in (
+            ("random, same shares", random, "0.5", "x"),
+            ("router", mine, COLOURS[name], "o"),
         ):
             errors = np.array(runs["NormMSE"], dtype=float)
             errors[np.array(runs["shares"]) < 0.005] = np.nan  # too few tokens to say
             for i, seed in enumerate(errors):
                 error.plot(
-                    numbers, seed, "o", color=look, ms=4, alpha=0.8, label=label if not i else None
+                    numbers,
+                    seed,
+                    marker,
+                    color=look,
+                    ms=4,
+                    alpha=0.8,
+                    label=label if not i else None,
                 )
         error.plot(numbers, topk, "k-", lw=1, label="TopK trained there")
         error.set(xlabel="site", ylim=(0, 1.35 * max(topk)))
@@ -117,7 +135,7 @@ def sites(result: dict[str, Any], path: Path) -> None:
         error.legend(fontsize=7)
     axes[0][0].set_ylabel("share of tokens")
     axes[1][0].set_ylabel("NormMSE of the tokens there")
-    _save(figure, path)
+    plot_style.save(figure, path)
 
 
 def costs(result: dict[str, Any], path: Path) -> None:
@@ -125,12 +143,13 @@ def costs(result: dict[str, Any], path: Path) -> None:
     figure, axes = _axes(1, 3, (15, 4.4))
     numbers = result["sites"]
     for axis, metric in zip(axes[0][:2], ("KL", "KL / mean ablation"), strict=True):
-        for family, look in (("topk", "k-o"), ("mlsae", "C7-s")):
+        for family, look in LOOKS.items():
             values = [result["runs"][f"{family}_{site}"][metric] for site in numbers]
             axis.plot(
                 numbers,
                 [v["value"] for v in values],
-                look,
+                "-o",
+                color=look,
                 ms=4,
                 label={"topk": "TopK of the site", "mlsae": "MLSAE"}[family],
             )
@@ -141,7 +160,7 @@ def costs(result: dict[str, Any], path: Path) -> None:
                 alpha=0.2,
                 color="0.5",
             )
-        for column, name in enumerate(result["gains"]):
+        for name in result["gains"]:
             for run, marker in ((name, "D"), (f"{name}_shares", "x")):
                 for seed, shares in enumerate(result["per_site"][run]["shares"]):
                     depth = float(np.dot(shares, numbers))
@@ -150,7 +169,7 @@ def costs(result: dict[str, Any], path: Path) -> None:
                         depth,
                         value,
                         marker,
-                        color=f"C{column}",
+                        color=COLOURS[name],
                         ms=6,
                         label=NAMES[name] if marker == "D" and not seed else None,
                     )
@@ -158,18 +177,19 @@ def costs(result: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     noise = axes[0][2]
-    for family, look in (("topk", "k-o"), ("mlsae", "C7-s")):
+    for family, look in LOOKS.items():
         noise.plot(
             numbers,
             [result["runs"][f"{family}_{site}"]["KL / equal noise"]["value"] for site in numbers],
-            look,
+            "-o",
+            color=look,
             ms=4,
             label=family,
         )
-    for column, name in enumerate(result["gains"]):
+    for name in result["gains"]:
         for seed, shares in enumerate(result["per_site"][name]["shares"]):
             value = result["runs"][name]["KL / equal noise"]["seeds"][seed]
-            noise.plot(float(np.dot(shares, numbers)), value, "D", color=f"C{column}", ms=6)
+            noise.plot(float(np.dot(shares, numbers)), value, "D", color=COLOURS[name], ms=6)
     noise.axhline(1, color="k", lw=0.8)
     noise.set(
         xlabel="site, or mean site of the tokens",
@@ -177,10 +197,14 @@ def costs(result: dict[str, Any], path: Path) -> None:
         ylim=(0, None),
     )
     noise.grid(alpha=0.3)
-    _save(figure, path)
+    plot_style.save(figure, path)
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     gains(result, folder / "routing_gains.png")
     sites(result, folder / "routing_sites.png")
     costs(result, folder / "routing_costs.png")
+
+
+if __name__ == "__main__":
+    draw(load_json(Path(sys.argv[1])), Path(sys.argv[2]))

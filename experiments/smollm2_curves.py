@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from src import plot_style
 from src.files import save_text
 from src.plots import Course, load_courses, pyplot
 
 METRICS = {"NormMSE": "NormMSE on text not seen before", "dead": "share of dead latents"}
-COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7")
+HEIGHT = 3.6  # inches
 TABLE_TOKENS = (100_000, 200_000, 500_000, 1_000_000)
 
 
@@ -41,19 +42,22 @@ def table(courses: dict[str, Course]) -> str:
 
 def picture(courses: dict[str, Course], path: Path) -> None:
     """Draw both metrics over the tokens of training, one curve for each SAE."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(10, 3.6), layout="constrained")
-    for axis, (key, label) in zip(axes, METRICS.items(), strict=True):
-        for (name, course), colour in zip(courses.items(), COLOURS, strict=True):
+    figure, axes = pyplot().subplots(1, len(METRICS), figsize=(11, HEIGHT))
+    at_one_site = [name for name in courses if ", site " in name]
+    shades = dict(zip(at_one_site, plot_style.site_colours(len(at_one_site)), strict=True))
+    for axis, (key, title) in zip(axes, METRICS.items(), strict=True):
+        labels = []
+        for name, course in courses.items():
+            colour = shades.get(name, plot_style.colour(name.split(",")[0]))
             tokens = [line["tokens"] / 1000 for line in course]
-            axis.plot(tokens, [line[key] for line in course], color=colour, label=name)
-        axis.set_ylim(0, None)
-        axis.set_xlabel("thousand training tokens")
-        axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    plt.close(figure)
+            values = [line[key] for line in course]
+            axis.plot(tokens, values, color=colour)
+            labels.append(plot_style.Label(tokens[-1], values[-1], name, colour))
+        drawn = [line[key] for course in courses.values() for line in course]
+        axis.set(xlabel="thousand training tokens", title=title)
+        plot_style.set_zero_axis(axis, "y", drawn)
+        plot_style.label_lines(axis, labels, HEIGHT - 0.8)
+    plot_style.save(figure, path.with_suffix(".png"))
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from src import plot_style
 from src.files import load_json, save_text
-from src.plots import pyplot
+from src.plots import draw_sites, pyplot
 
 METRICS = {"NormMSE": "NormMSE", "KLDiv": "KL, nats a token"}
-COLOURS = {"RouteSAE": "#0072B2", "RouteSAE, random sites": "#999999"}
+HEIGHT = 3.6  # inches
 
 
 def load(folder: Path) -> tuple[dict[int, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -52,30 +53,11 @@ def table(topk: dict[int, dict[str, Any]], routed: dict[str, dict[str, Any]]) ->
 
 def picture(topk: dict[int, dict[str, Any]], routed: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw each metric over the sites: TopK as a curve, RouteSAE as a line across its sites."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(10, 3.6), layout="constrained")
-    sites = list(topk)
+    figure, axes = pyplot().subplots(1, len(METRICS), figsize=(11, HEIGHT))
+    results = [*topk.values(), *routed.values()]
     for axis, (key, label) in zip(axes, METRICS.items(), strict=True):
-        axis.plot(sites, [topk[site][key] for site in sites], "o-", color="#D55E00")
-        axis.annotate(
-            "one TopK per site",
-            (sites[-1], topk[sites[-1]][key]),
-            textcoords="offset points",
-            xytext=(0, -18),
-            ha="right",
-            color="#D55E00",
-        )
-        for name, result in routed.items():
-            axis.hlines(result[key], sites[0], sites[-1], color=COLOURS[name])
-            text = f"{name}, one dictionary for all sites"
-            place = {"textcoords": "offset points", "xytext": (0, -12), "color": COLOURS[name]}
-            axis.annotate(text, (sites[-1], result[key]), ha="right", **place)
-        axis.set_ylim(0, None)
-        axis.set_xlabel("site")
-        axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    plt.close(figure)
+        draw_sites(axis, results, key, label, HEIGHT)
+    plot_style.save(figure, path.with_suffix(".png"))
 
 
 def main() -> None:

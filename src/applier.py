@@ -242,6 +242,12 @@ class Applier:
         negatives = self._pool_windows(collector)
         result |= {"negatives": negatives, "latent_context_map": entries}
         path = self._save(result, output_path)
+        print(
+            f"{result['latents_that_fire']:,} of {self.sae.latent_size:,} latents fired, "
+            f"{len(entries):,} kept (those with at least {options.lines} different contexts whose "
+            f"activation is above {options.threshold:.4g}); {collector.n_tokens:,} tokens of split "
+            f"{self.cfg.split}"
+        )
         if not entries:
             largest = collector.largest
             print(

@@ -74,7 +74,9 @@ def _program() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this checkout, or None without git or a repository."""
+    """The commit of this checkout, or None without git, a repository or a checkout."""
+    if not files.IS_CHECKOUT:
+        return None  # the environment of an installed package may lie in another repository
     command = ["git", "rev-parse", "HEAD"]
     try:
         process = subprocess.run(
@@ -220,6 +222,16 @@ def read_recipe(path: str | Path) -> dict[str, Any] | None:
     """
     path = Path(path).with_suffix(".json")
     return _checked_recipe(files.load_json(path), path) if path.exists() else None
+
+
+def language_model_name(path: str | Path) -> str | None:
+    """The name of the language model in the recipe beside a checkpoint, None if it is not known."""
+    try:
+        recipe = read_recipe(path)
+    except ValueError:  # what is damaged is told where it is needed
+        return None
+    place = (recipe or {}).get("model_path")
+    return files.data_name(Path(place).resolve()) if place else None
 
 
 def trained_recipe(path: str | Path) -> dict[str, Any] | None:
@@ -431,6 +443,8 @@ def load(
     that do not fit their recipe.
     """
     name, path, hints = str(path), import_formats.locate(path), hints or {}
+    if path.suffix == ".json" and path.with_suffix(".pt").exists():
+        path = path.with_suffix(".pt")  # the weights beside the recipe that was named
     opened = import_formats.read(path, name, hints)
     if opened:
         weights, recipe = opened

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from src import config_file, metric_table, zoo
+from src import config_file, metric_table, stage_help, zoo
 from src.files import (
     CLAMP_DIR,
     CONTEXT_DIR,
@@ -26,6 +26,7 @@ from src.files import (
     EXPORT_DIR,
     INTERPRET_DIR,
     SAE_DIR,
+    error_text,
     parse_json,
     printable,
     printable_output,
@@ -34,6 +35,7 @@ from src.files import (
 )
 
 LARGEST_INTEGER = 2**63 - 1
+LONGEST_METAVAR = 50  # characters; more choices are listed in the help text alone
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, in three ways
 LARGEST_FLOAT = 3.4e38  # of float32
 LOWEST_TEMPERATURE = 1e-4  # a smaller one takes logits beyond float32
@@ -41,15 +43,55 @@ LOWEST_TEMPERATURE = 1e-4  # a smaller one takes logits beyond float32
 # ------------------------------------------------------------------------------ types of options
 
 
-def assignment(text: str) -> tuple[int, float]:
-    """LATENT=VALUE, as in 12=5.0."""
-    latent, _, value = text.partition("=")
+SCALES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def whole_number(text: str) -> int:
+    """A whole number; 100k, 1M and 1.5B are understood."""
+    scale = SCALES.get(text[-1:].lower())
     try:
-        if abs(float(value)) > LARGEST_FLOAT:
-            raise ValueError("not a float32")
-        return int(latent), float(value)
+        if scale is None:
+            return int(text)
+        # 1.1 million is 1100000.0000000002 before it is rounded.
+        value = round(float(text[:-1]) * scale, 3)
+        if not value.is_integer():
+            raise ValueError
+        return int(value)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LATENT=VALUE, as in 12=5.0") from error
+        message = f"invalid int value: {text!r}; write a whole number, such as 250, 100k or 1M"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+class TimesMaximum(float):
+    """A strength in units of the largest one that a latent had in the text of apply.py."""
+
+
+def assignment(text: str) -> tuple[int, float]:
+    """LATENT=VALUE, as in 12=5.0; 12=1.5x is one and a half times the latent's maximum."""
+    latent, _, value = text.partition("=")
+    kind = TimesMaximum if value[-1:] == "x" else float
+    try:
+        number = kind(value.removesuffix("x"))
+        if abs(number) > LARGEST_FLOAT:
+            raise ValueError("not a float32")
+        return int(latent), number
+    except ValueError as error:
+        message = f"{text!r} is not LATENT=VALUE, as in 12=5.0 or 12=1.5x"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def one_of(choices: str) -> Callable[[str], str]:
+    """The type of an option with choices, which may be typed in upper or lower case."""
+    known = {name.lower(): name for name in choices.split()}
+
+    def choice(text: str) -> str:
+        if text.lower() in known:
+            return known[text.lower()]
+        near = stage_help.did_you_mean(text, known.values())
+        listed = ", ".join(known.values())
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (known: {listed}){near}")
+
+    return choice
 
 
 def boolean(text: str) -> bool:
@@ -117,8 +159,8 @@ OPTIONS: dict[str, Option] = {
         "text interpretation",
         str,
         None,
-        "Text: a file, folder, glob or hub name; for interpret.py, the contexts file. "
-        "Default: $DATA_PATH, else the demo's text.",
+        "Text: a file, folder, glob or hub name. Default: $DATA_PATH, else the demo's text. "
+        "For interpret.py: the contexts file.",
     ),
     "output_dir": Option(
         "common", str, "outputs", "Folder for all results. Default: $OUTPUT_DIR, else outputs."
@@ -205,7 +247,7 @@ OPTIONS: dict[str, Option] = {
         low=1,
     ),
     "n_layers": Option(
-        "sae export",
+        "sae export unlabelled",
         int,
         None,
         "Number of blocks that the language model is expected to have; another one is an "
@@ -216,7 +258,7 @@ OPTIONS: dict[str, Option] = {
         "sae", int, None, "Number of latents. Default: 16384; with the demo LM 2048.", low=1
     ),
     "k": Option(
-        "sae export",
+        "sae export unlabelled",
         int,
         None,
         "Active latents per token. Several values train one SAE each. Default: 64; with the "
@@ -225,7 +267,7 @@ OPTIONS: dict[str, Option] = {
         many=True,
     ),
     "layer": Option(
-        "sae export",
+        "sae export unlabelled",
         int,
         None,
         "Site of models that read one site; site n is the output of block n, counted from 1. "
@@ -234,14 +276,14 @@ OPTIONS: dict[str, Option] = {
         many=True,
     ),
     "start_layer": Option(
-        "sae",
+        "sae unlabelled",
         int,
         None,
         "First of the sites that a routed model reads. Default: a quarter of the depth.",
         low=1,
     ),
     "end_layer": Option(
-        "sae",
+        "sae unlabelled",
         int,
         None,
         "Site after the last one that a routed model reads. Default: three quarters of the "
@@ -299,14 +341,14 @@ OPTIONS: dict[str, Option] = {
         low=0,
     ),
     "aggre": Option(
-        "sae",
+        "sae unlabelled",
         str,
         None,
         "How the router combines the states of the sites. Default: sum.",
         choices="sum mean",
     ),
     "routing": Option(
-        "sae",
+        "sae evaluation unlabelled",
         str,
         None,
         "Site of a token: the router's choice (hard), a mixture of all (soft), a random "
@@ -387,7 +429,7 @@ OPTIONS: dict[str, Option] = {
         choices="geom_median mean zero",
     ),
     "norm_eps": Option(
-        "sae export",
+        "sae export unlabelled",
         float,
         1e-5,
         "Added to the standard deviation when inputs are standardised.",
@@ -662,7 +704,12 @@ OPTIONS: dict[str, Option] = {
     ),
     # steering
     "set": Option(
-        "steering", assignment, None, "Hold latents at these values. Default: none.", many=True
+        "steering",
+        assignment,
+        None,
+        "Hold latents at these values; 46=1.5x is one and a half times the maximum of latent 46. "
+        "Default: none.",
+        many=True,
     ),
     "add": Option("steering", assignment, None, "Add these values to latents.", many=True),
     "multiply": Option(
@@ -714,13 +761,14 @@ OPTIONS: dict[str, Option] = {
 # Sections of each stage's command line, in the order of its --help.
 STAGES: dict[str, tuple[str, ...]] = {
     "train": ("training", "sae", "text", "lm", "common"),
-    "evaluate": ("evaluation", "inference", "text", "sae", "lm", "common"),
-    "apply": ("application", "inference", "text", "sae", "lm", "common"),
+    "evaluate": ("evaluation", "inference", "text", "unlabelled", "lm", "common", "sae"),
+    "apply": ("application", "inference", "text", "unlabelled", "lm", "common", "sae"),
     "interpret": ("interpretation", "common"),
     "steer": ("steering", "inference", "lm", "common"),
     "export": ("export", "common"),
     "explore": ("exploring", "inference", "lm", "common"),
 }
+NOT_SHOWN = "options of the training"  # accepted by stages that do not use them
 ABOUT = {
     "train": "Train sparse autoencoders on a language model's residual stream.",
     "evaluate": "Measure trained sparse autoencoders. No result replaces one of more tokens, or of "
@@ -735,7 +783,7 @@ ABOUT = {
 }
 PRECEDENCE = (
     "Typed options win over the --config file, the file over the recipe of a checkpoint, "
-    "and the recipe over the defaults above."
+    "and the recipe over the defaults."
 )
 # Stages that several processes may share (src/distributed.py).
 SHARED_STAGES = ("train", "evaluate", "apply")
@@ -790,7 +838,26 @@ OF_EACH_PROCESS = frozenset(
 # --------------------------------------------------------------------------------- command lines
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Keeps the lines of the examples, which begin with spaces."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        lines = text.split("\n")
+        return "\n".join(line if line[:1] == " " else fill(line, width, indent) for line in lines)
+
+
+class _Help(argparse.Action):
+    """`--help` shows the options that matter, `--help all` every one."""
+
+    def __call__(self, command_line: Any, _cfg: Any, value: Any, _word: str | None = None) -> None:
+        shown = command_line if value == "all" else parser(command_line.stage, brief=True)
+        shown.print_help()
+        command_line.exit()
+
+
 class _Parser(argparse.ArgumentParser):
+    stage = ""
     source = ""  # prefix of error messages: the file whose options are being parsed
 
     def error(self, message: str) -> None:
@@ -799,10 +866,51 @@ class _Parser(argparse.ArgumentParser):
         line = f"{self.prog}: error: {printable(text)}; see --help\n"
         self.exit(2, line if is_main else None)
 
+    def parse_args(self, *args: Any) -> Namespace:  # type: ignore[override]
+        cfg, unknown = self.parse_known_args(*args)
+        if unknown:
+            self.error(_advice(self.stage, unknown))
+        return cfg
+
+
+def _advice(stage: str, unknown: list[str]) -> str:
+    """What to do about words of a command line that are no options."""
+    word = next((word for word in unknown if word.startswith("-")), unknown[0])
+    name = word.partition("=")[0]
+    bare = name.lstrip("-")
+    others = [other for other in STAGES if bare in dict(_options_of(other))]
+    if name.startswith("--") and others:
+        owners = ", ".join(map(program, others))
+        return f"{name} is no option of {program(stage)}; it belongs to {owners}"
+    near = stage_help.did_you_mean(bare, dict(_options_of(stage)), "--")
+    what = "there is no option" if name.startswith("-") else "unrecognized arguments:"
+    return f"{what} {name if near else ' '.join(unknown)}{near}"
+
+
+def program(stage: str) -> str:
+    """How this process calls a stage: train.py, or routesae train where that is installed."""
+    return f"routesae {stage}" if _is_installed_command() else f"{stage}.py"
+
+
+def _is_installed_command() -> bool:
+    return Path(sys.argv[0]).stem == "routesae"
+
+
+def command(stage: str) -> str:
+    """What a person types to run a stage."""
+    return program(stage) if _is_installed_command() else f"python {program(stage)}"
+
+
+def module_command(module: str) -> str:
+    """What a person types to run a small program beside the stages, such as src.page."""
+    if _is_installed_command():
+        return f"routesae {module.removeprefix('src.')}"
+    return f"python -m {module}"
+
 
 def small_parser(module: str, about: str) -> argparse.ArgumentParser:
-    """Command line of a small program beside the stages, run by `python -m MODULE`."""
-    return argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    """Command line of a small program beside the stages."""
+    return argparse.ArgumentParser(prog=module_command(module), description=about)
 
 
 def _options_of(stage: str) -> Iterator[tuple[str, Option]]:
@@ -825,12 +933,16 @@ def _help_of(option: Option) -> str:
 def _argument(option: Option) -> dict[str, Any]:
     """Arguments of argparse.add_argument for an option."""
     argument: dict[str, Any] = {"type": option.type, "help": _help_of(option).replace("%", "%%")}
+    if option.type is int:
+        argument["type"] = whole_number
     if option.type is boolean:
         return argument | {"nargs": "?", "const": True, "metavar": "0|1"}
     if option.many or option.count:
         argument["nargs"] = option.count or "+"
     if option.choices:
-        argument["choices"] = option.choices.split()
+        argument["type"] = one_of(option.choices)
+        listed = "{" + ",".join(option.choices.split()) + "}"
+        argument["metavar"] = listed if len(listed) < LONGEST_METAVAR else "NAME"
     elif option.type is assignment:
         argument["metavar"] = "LATENT=VALUE"
     else:
@@ -838,28 +950,63 @@ def _argument(option: Option) -> dict[str, Any]:
     return argument
 
 
-def parser(stage: str) -> _Parser:
-    """The command line of one stage. Options that are not typed stay absent from its result."""
+def parser(stage: str, brief: bool = False) -> _Parser:
+    """The command line of one stage. Options that are not typed stay absent from its result.
+
+    brief: with the options that matter alone, for the short help.
+    """
     usage = "%(prog)s [options]"
     if stage == "interpret":
         usage += " [contexts]"
     command_line = _Parser(
-        f"{stage}.py",
+        program(stage),
         usage,
         ABOUT[stage],
-        PRECEDENCE,
+        _epilog(stage),
+        formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
-    for group in STAGES[stage]:
-        section = command_line.add_argument_group(group)
-        for name, option in OPTIONS.items():
-            if group in option.group.split():
-                section.add_argument(f"--{name}", **_argument(option))
+    command_line.stage = stage
+    added: set[str] = set()
+    for title, names in _sections(stage, brief).items():
+        section = command_line.add_argument_group(title)
+        for name in [name for name in names if name not in added]:
+            added.add(name)
+            argument = _argument(OPTIONS[name])
+            if title == NOT_SHOWN:
+                argument["help"] = argparse.SUPPRESS
+            if title == stage_help.SECTIONS["unlabelled"]:  # what follows is about training
+                argument["help"] = OPTIONS[name].help.split(". ")[0].rstrip(".") + "."
+            section.add_argument(f"--{name}", **argument)
+    text = "Show the options that matter, or with `all` every one."
+    about_help = {"nargs": "?", "choices": ["all"], "metavar": "all", "help": text}
+    section.add_argument("-h", "--help", action=_Help, **about_help)
     if stage == "interpret":
         text = "Contexts file. Default: the newest."
         command_line.add_argument("contexts", nargs="?", default=None, help=text)
     return command_line
+
+
+def _sections(stage: str, brief: bool) -> dict[str, list[str]]:
+    """Options by section of the help; an option of two sections is shown in the first."""
+    if brief:
+        return {"options that matter": stage_help.MAIN[stage].split()}
+    sections = {}
+    for group in STAGES[stage]:
+        title = stage_help.SECTIONS.get(group, group)
+        if group == "sae" and stage != "train":
+            title = NOT_SHOWN
+        names = [name for name, option in OPTIONS.items() if group in option.group.split()]
+        sections[title] = names
+    return sections
+
+
+def _epilog(stage: str) -> str:
+    examples = [f"  {command(stage)} {example}" for example in stage_help.EXAMPLES[stage]]
+    lines = ["Examples:", *examples]
+    return "\n".join([*lines, "", PRECEDENCE])
 
 
 def parse(stage: str, argv: Sequence[str] | None = None) -> Namespace:
@@ -946,6 +1093,9 @@ def check(cfg: Namespace) -> None:
                 _check_range(name, option, number)
     if getattr(cfg, "betas", None) and max(cfg.betas) >= 1:
         raise ValueError(f"--betas {' '.join(map(str, cfg.betas))}: each must be below 1")
+    for latent, value in getattr(cfg, "multiply", None) or []:
+        if isinstance(value, TimesMaximum):
+            raise ValueError(f"--multiply {latent}={value:g}x: it takes a factor; leave out the x")
     temperature = getattr(cfg, "temperature", 0)
     if 0 < temperature < LOWEST_TEMPERATURE:
         advice = f"must be 0, or at least {LOWEST_TEMPERATURE:g}"
@@ -1159,9 +1309,9 @@ def _run(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] |
             job.stop()
         return 0
     except KeyboardInterrupt as stop:
-        reason = f"; {stop}" if str(stop) else ""
+        why = f"; {stop}" if str(stop) else ""
         if _ended_first():
-            print(f"{stage}.py: interrupted{reason}", file=sys.stderr)
+            print(f"{program(stage)}: interrupted{why}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         out_of_memory = _is_out_of_memory(error)
@@ -1214,12 +1364,10 @@ def _report(cfg: Namespace, error: Exception, advice: str) -> None:
     key = getattr(cfg, "api_key", None)
     if cfg.debug:
         print(printable(redacted(traceback.format_exc(), key)), file=sys.stderr)
-    text = f"{error}{advice}"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"cannot use {error.filename} ({error.strerror}){advice}"
-        if error.errno in DISK_ERRORS:
-            text += "; earlier results are intact: free some space and run the same command again"
+    text = f"{error_text(error)}{advice}"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename:
+        text += "; earlier results are intact: free some space and run the same command again"
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     message = redacted(" ".join(lines) or type(error).__name__, key)
     if _ended_first():
-        print(f"{cfg.stage}.py: error: {printable(message)}", file=sys.stderr, flush=True)
+        print(f"{program(cfg.stage)}: error: {printable(message)}", file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_LM = ROOT / "assets" / "demo_lm"
+IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()  # else this is an installed package
 
 # Folders under the output folder, one for each kind of result.
 SAE_DIR = "SAE_models"
@@ -66,8 +67,8 @@ class Unusable(ValueError):
 
 
 def data_dir() -> Path:
-    """Folder of downloaded and built text: $DATA_DIR, else ./data in the checkout."""
-    return Path(os.environ.get("DATA_DIR") or ROOT / "data")
+    """Folder of downloaded and built text: $DATA_DIR, else data in the checkout or in ./."""
+    return Path(os.environ.get("DATA_DIR") or (ROOT / "data" if IS_CHECKOUT else "data"))
 
 
 def safe_name(name: str) -> str:
@@ -153,6 +154,15 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text that is not blank, or the name of its type."""
     lines = (line.strip() for line in str(error).split("\n"))
     return next(filter(None, lines), type(error).__name__)
+
+
+def error_text(error: BaseException) -> str:
+    """An error as a sentence: one of the system names the file, and not its own number."""
+    if not (isinstance(error, OSError) and error.filename and error.strerror):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"there is no {error.filename}; check the name"
+    return f"cannot use {error.filename} ({error.strerror})"
 
 
 def text_records(text: str) -> list[str]:

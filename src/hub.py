@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from src.files import printable, printable_output
+from src.files import error_text, printable, printable_output
 
 # Other formats of weights that are fetched as safetensors.
 RARELY_NEEDED = ("original/*", "*.gguf", "*.onnx", "onnx/*", "*.msgpack", "*.h5")
@@ -127,7 +127,7 @@ def main() -> int:
     try:
         print(f"{args.name} is in {download(args.name, args.folder)}")
     except ValueError as error:
-        print(f"download_model: error: {printable(str(error))}", file=sys.stderr)
+        print(f"download_model: error: {printable(error_text(error))}", file=sys.stderr)
         return 2
     return 0
 

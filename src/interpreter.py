@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from src import files, rule_labels
+from src import config, files, rule_labels
 from src.contexts import CLOSE, OPEN, marked, sentence
 from src.endpoint import ANSWER_CHARS, NO_USAGE, Answer, Endpoint, Failed, read_key, sum_usage
 from src.interrupt import Interrupted, Signals
+from src.latent_notes import BY_RULE
 
-BY_RULE = "heuristic"  # the engine that asks no language model
 PRICES = {  # USD per million tokens: prompt, answer
     "gpt-4o": (2.5, 10.0),
     "gpt-4o-mini": (0.15, 0.6),
@@ -885,8 +885,15 @@ class Interpreter:
         files.save_json(summary, job.out.with_suffix(".summary.json"))
         mean = summary["average_score"]
         files.say(
-            f"{len(labels)} features in {job.out}" + (f"; mean score {mean:.2f}" if mean else "")
+            f"{len(labels):,} features in {job.out}" + (f"; mean score {mean:.2f}" if mean else "")
         )
+        for kind in TESTS:
+            if f"{kind}_features" in summary:
+                files.say(
+                    f"{kind}: balanced accuracy {summary[f'{kind}_balanced_accuracy']:.2f} of "
+                    f"{summary[f'{kind}_features']:,} tested labels (chance: 0.50)"
+                )
+        files.say(f"next: {config.module_command('src.page')} {job.path} report.html")
         n_kept = sum(latent not in new or labels[latent] is not new[latent] for latent in labels)
         if n_kept:
             files.say(f"{n_kept} of them are kept from earlier runs")

@@ -11,12 +11,14 @@ import copy
 import functools
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import pickle
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from src.files import first_line
 COMPILE_FROM = 200
 # Tokens whose logits exist at one time: 1024 x 128k x 4 bytes = 0.5 GB in float32.
 HEAD_CHUNK = 1024
+MAX_LISTED = 1000  # files of a folder that are looked at
+TEXT_ENDINGS = (".jsonl", ".parquet", ".txt")
 PROBE_TOKENS = 8  # with which a model is tried before it is used
 # What the code of a family raises where it is used in a way that it does not know.
 PROBE_ERRORS = (RuntimeError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -103,8 +107,10 @@ def get_language_model(
 def sizes_by_config(model_path: str, trust_remote_code: bool) -> tuple[int, int] | None:
     """(hidden size, number of blocks) as the configuration says, without the weights.
 
-    None if it cannot be read or does not say: loading the model then tells why.
+    None if it cannot be read or does not say: loading the model then tells why. Raises ValueError
+    for a file or folder that can be no language model.
     """
+    _check_place(Path(model_path))
     import transformers
 
     try:
@@ -116,6 +122,24 @@ def sizes_by_config(model_path: str, trust_remote_code: bool) -> tuple[int, int]
     config = config.get_text_config()
     sizes = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
     return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def _check_place(path: Path) -> None:
+    """Raise ValueError for a local file or folder that can be no language model."""
+    if path.is_file() and not gguf_file.is_gguf(path):
+        raise ValueError(
+            f"--model_path {path} is a file; a language model is a folder, a hub name or a .gguf "
+            "file. Text is named by --data_path, an SAE by --SAE_path"
+        )
+    if not path.is_dir() or (path / "config.json").exists():
+        return
+    names = [item.name for item in itertools.islice(path.iterdir(), MAX_LISTED)]
+    advice = "check --model_path, or run scripts/download_model.sh"
+    if any(name.removesuffix(".gz").removesuffix(".zst").endswith(TEXT_ENDINGS) for name in names):
+        advice = "it holds text, which --data_path names"
+    if any(name.endswith(gguf_file.SUFFIX) for name in names):
+        advice = "name the .gguf file inside it"
+    raise ValueError(f"--model_path {path} is no language model (it has no config.json); {advice}")
 
 
 def _load(

@@ -57,6 +57,15 @@ SCALE = (
     "NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, "
     "above 0.8 failed. KLDiv: nats per real token."
 )
+HOW_TO_COMPARE = (
+    "Compare rows of the same site and of about the same L0: NormMSE falls with L0, and KL follows "
+    "the depth of the site."
+)
+
+
+def keys_of(names: Container[str]) -> list[str]:
+    """Return the keys of the metrics of these names."""
+    return [metric.key for metric in METRICS if metric.name in names]
 
 
 def needs(names: Container[str]) -> set[str]:

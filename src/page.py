@@ -42,6 +42,7 @@ from src.files import (
     EVAL_DIR,
     ROOT,
     data_name,
+    error_text,
     is_stale_result,
     load_json,
     printable,
@@ -508,5 +509,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"page: error: {printable(str(error))}", file=sys.stderr)
+        print(f"page: error: {printable(error_text(error))}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from src import names, plot_style
 from src.config import small_parser
 from src.files import (
+    error_text,
     load_json,
     parse_json,
     printable,
@@ -22,17 +24,27 @@ from src.files import (
     save_text,
     say,
     text_records,
-    write_atomic,
 )
 from src.metric_table import METRICS, SCALE, TABLE, columns
+from src.plot_style import DARK, L0_LABEL, LABEL_SIZE, Label, label_lines, pyplot
+from src.plot_style import save as _save
 
 Result = dict[str, Any]  # the JSON of one evaluation
 
 COLUMNS = columns(TABLE)
 SPEED, SPEED_TITLE = "step_tokens_per_s", "training step, tokens/s"
-SWEPT = re.compile(r"_(target_l0|l1_coeff)[\d.e+-]+(?=_|$)")
+SWEPT = re.compile(r"_(k|target_l0|l1_coeff)[\d.e+-]+(?=_|$)")
 L0_TOLERANCE = 0.1  # an L0 farther than this share from the row's own k is starred
-L0_LABEL = "L0, active latents a token"
+CURVE = 3  # sites of a model from which it is drawn as a curve over sites
+COURSE_HEIGHT = 3.2  # inches of a panel
+MAX_LABELS = 9  # of lines in a panel
+# Lines of a training that end so near each other, if they are more than so many, have one label.
+SAME_END, MOST_AT_ONE_END = 0.002, 3
+QUANTITIES = {
+    "NormMSE": "NormMSE, share of squared norm",
+    "L0": L0_LABEL,
+    "dead": "dead latents, share",
+}
 DENSITY_TICKS = ("never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1")
 STAR = (
     "\\* L0 is more than 10 % off the common k: not comparable at this row. A Crosscoder's code "
@@ -192,92 +204,188 @@ def _document(results: list[Result], picture_name: str) -> str:
 # ------------------------------------------------------------------------------------- the pictures
 
 
-def pyplot() -> Any:
-    """Return matplotlib's pyplot, set to draw to files alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    kind = path.suffix.removeprefix(".") or "png"
-    write_atomic(path, lambda file: figure.savefig(file, dpi=110, format=kind))
-    pyplot().close(figure)
-
-
-def _site_colours(count: int) -> Any:
-    return pyplot().get_cmap("viridis")([i / max(1, count - 1) for i in range(count)])
-
-
 def picture(results: list[Result], path: Path) -> None:
-    """Draw the metrics that have a panel against L0, then routing shares and firing rates."""
-    drawn = [metric for metric in METRICS if metric.panel]
-    rows = math.ceil(len(drawn) / 2) + 1
-    figure, axes = pyplot().subplots(rows, 2, figsize=(13, 4.5 * rows), constrained_layout=True)
-    metric_axes = list(axes[:-1].flat)
-    share, density = axes[-1]
-    result_families = families(results)
-    styles = {
-        name: {"color": f"C{i % 10}", "marker": "osD^vP"[i // 10]}
-        for i, name in enumerate(result_families)
-    }
-    for metric, axis in zip(drawn, metric_axes, strict=False):
-        _draw_frontiers(axis, result_families, styles, metric.key, metric.panel)
-    for axis in metric_axes[len(drawn) :]:
-        axis.remove()
-    _draw_routing(share, [result for result in results if "Routing" in result])
-    _draw_densities(density, result_families, styles)
-    handles, labels = metric_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    """Draw the metrics that have a panel, then routing shares and firing rates where measured.
+
+    Of a sweep, shares and rates are those of its middle.
+
+    The metrics are drawn over the sites where one model was trained at several, as bars grouped by
+    the patched site where all L0 are alike, and otherwise against L0.
+    """
+    drawn = [m for m in METRICS if m.panel and any(r.get(m.key) is not None for r in results)]
+    middles = [family[len(family) // 2] for family in families(results).values()]
+    routed = [result for result in middles if result.get("Routing")]
+    counted = [result for result in middles if _histogram(result)]
+    l0 = [result["L0"] for result in results]
+    draw, height = draw_frontiers, 4.2
+    if max(l0) <= (1 + L0_TOLERANCE) * min(l0):
+        draw, height = draw_bars, 1.1 + 0.24 * (len(results) + len({_sites(r) for r in results}))
+        if any(len({_sites(r) for r in curve}) >= CURVE for curve in curves(results).values()):
+            draw, height = draw_sites, 3.9
+    n_rows = 1 + bool(routed or counted)
+    figure = pyplot().figure(figsize=(13, height + 3.9 * (n_rows - 1)))
+    grid = figure.add_gridspec(n_rows, 1, height_ratios=[height, 3.9][:n_rows])
+    above = grid[0].subgridspec(1, len(drawn))
+    for number, metric in enumerate(drawn):
+        measured = [result for result in results if result.get(metric.key) is not None]
+        draw(figure.add_subplot(above[number]), measured, metric.key, metric.panel, height)
+    if n_rows == 2:
+        panels = [(_draw_routing, routed), (_draw_densities, counted)]
+        panels = [(function, of_it) for function, of_it in panels if of_it]
+        below = grid[1].subgridspec(1, len(panels))
+        for number, (function, of_it) in enumerate(panels):
+            function(figure.add_subplot(below[number]), of_it)
     _save(figure, path)
 
 
-def _draw_frontiers(
-    axis: Any, result_families: dict[str, list[Result]], styles: dict, name: str, label: str
-) -> None:
-    for title, family in result_families.items():
-        measured = [result for result in family if result.get(name) is not None]
-        if measured:
-            l0 = [result["L0"] for result in measured]
-            values = [result[name] for result in measured]
-            axis.plot(l0, values, **styles[title], label=title)
-    axis.set(xlabel=L0_LABEL, ylabel=label, xscale="log", yscale="log")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter("{x:g}")
-        # The labels of all nine minor ticks would overlap.
-        side.set_minor_locator(pyplot().matplotlib.ticker.LogLocator(subs=(2, 3, 5)))
-        side.set_minor_formatter("{x:.2g}")
-    axis.grid(alpha=0.3, which="both")
+def _sites(result: Result) -> tuple[int, ...]:
+    return tuple(result["sites"])
+
+
+def _colour(result: Result) -> str:
+    return plot_style.colour(names.model_of(result))
+
+
+def curves(results: list[Result]) -> dict[str, list[Result]]:
+    """Group the results of one-site models by their title without the site, ordered by site."""
+    result_curves: dict[str, list[Result]] = {}
+    for result in sorted(results, key=_sites):
+        if len(result["sites"]) == 1:
+            key = names.SWEPT.sub("", result["title"])
+            result_curves.setdefault(key, []).append(result)
+    return result_curves
+
+
+def _several_sites(results: list[Result]) -> list[tuple[Result, str]]:
+    """The results of models that read several sites, with their names, variants last."""
+    named = zip(results, names.of_results(results), strict=True)
+    several = [(result, name) for result, name in named if len(result["sites"]) > 1]
+    return sorted(several, key=lambda pair: len(pair[1]))
+
+
+def _line_styles(results: list[Result]) -> dict[int, str]:
+    """{place in results: line style}: the variants of a model differ in their lines."""
+    counts: dict[str, int] = {}
+    styles = {}
+    for place, result in enumerate(results):
+        number = counts.setdefault(names.model_of(result), 0)
+        styles[place] = ("-", "--", ":", "-.")[number % 4]
+        counts[names.model_of(result)] += 1
+    return styles
+
+
+def draw_sites(axis: Any, results: list[Result], key: str, label: str, height: float) -> None:
+    """Draw one metric over the sites: a curve for a model at several sites, a level line for a
+    model that reads them all."""
+    labels = []
+    for curve in curves(results).values():
+        sites = [result["sites"][0] for result in curve]
+        values = [result[key] for result in curve]
+        colour = _colour(curve[0])
+        axis.plot(sites, values, "o-", color=colour)
+        what = "one a site" if len(curve) > 1 else names.sites(curve[0]["sites"])
+        labels.append(Label(sites[-1], values[-1], f"{names.model_of(curve[0])}, {what}", colour))
+    several = _several_sites(results)
+    styles = _line_styles([result for result, _ in several])
+    for place, (result, name) in enumerate(several):
+        first, last = result["sites"][0], result["sites"][-1]
+        colour = _colour(result)
+        axis.hlines(result[key], first, last, color=colour, linestyle=styles[place], lw=2)
+        labels.append(Label(last, result[key], name, colour))
+    axis.set(xlabel="site", title=label)
+    axis.grid(axis="x", visible=False)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    plot_style.set_zero_axis(axis, "y", [result[key] for result in results])
+    label_lines(axis, labels, height)
+
+
+def draw_bars(axis: Any, results: list[Result], key: str, label: str, height: float) -> None:
+    """Draw one metric as bars, grouped by the sites that are patched."""
+    del height
+    named = zip(results, names.of_results(results), strict=True)
+    by_site = sorted(named, key=lambda pair: (len(pair[0]["sites"]), _sites(pair[0]), pair[0][key]))
+    row = 0.0
+    ticks, texts = [], []
+    for sites, group in itertools.groupby(by_site, lambda pair: _sites(pair[0])):
+        axis.text(0, row, f" {names.sites(sites)}", va="center", fontweight="bold", color=DARK)
+        row += 1
+        for result, name in group:
+            axis.barh(row, result[key], 0.72, color=_colour(result))
+            axis.text(result[key], row, f" {result[key]:.3g}", va="center", color=DARK)
+            ticks.append(row)
+            texts.append(name.removesuffix(f", {names.sites(sites)}"))
+            row += 1
+    axis.set_yticks(ticks, texts)
+    axis.tick_params(axis="y", length=0)
+    axis.set(title=label, ylim=(row - 0.4, -0.6))
+    axis.grid(axis="y", visible=False)
+    axis.spines["left"].set_visible(False)
+    plot_style.set_zero_axis(axis, "x", [result[key] for result in results], room=1.15)
+
+
+def draw_frontiers(axis: Any, results: list[Result], key: str, label: str, height: float) -> None:
+    """Draw one metric against L0, with one line for each family of swept sparsity."""
+    labels = []
+    lines = list(families(results).values())
+    markers = plot_style.site_markers(result["sites"] for result in results)
+    middles = [line[len(line) // 2] | {"title": SWEPT.sub("", line[0]["title"])} for line in lines]
+    styles = _line_styles(middles)
+    several = names.of_results(middles)
+    for place, (line, name) in enumerate(zip(lines, several, strict=True)):
+        colour = _colour(line[0])
+        l0, values = [result["L0"] for result in line], [result[key] for result in line]
+        look = {"color": colour, "marker": markers[_sites(line[0])], "linestyle": styles[place]}
+        look["markerfacecolor"] = "white" if styles[place] != "-" else colour
+        look["markersize"] = 5 if len(line[0]["sites"]) == 1 else 9  # of a star
+        axis.plot(l0, values, **look)
+        labels.append(Label(l0[-1], values[-1], name, colour))
+    axis.set(xlabel=L0_LABEL, title=label)
+    plot_style.set_log_axis(axis, "x", [result["L0"] for result in results])
+    plot_style.set_log_axis(axis, "y", [result[key] for result in results])
+    label_lines(axis, labels, height)
 
 
 def _draw_routing(axis: Any, routed: list[Result]) -> None:
-    axis.set(xlabel="site", ylabel="share of tokens", title="Routing")
-    for i, result in enumerate(routed):
+    axis.set(xlabel="site", title="Share of tokens at each site")
+    width = 0.8 / len(routed)
+    hatches = ("", "////", "....", "xxxx")
+    for i, (result, name) in enumerate(zip(routed, names.of_results(routed), strict=True)):
         routing = result["Routing"]
-        width = 0.8 / len(routed)
-        positions = [site + 0.8 * (i / len(routed) - 0.5) for site in routing["sites"]]
-        axis.bar(positions, routing["share"], width=width, label=result["title"], align="edge")
-    if routed:
-        axis.set_xticks(routed[0]["Routing"]["sites"])
-        axis.legend(fontsize=8)
+        positions = [site + width * (i + 0.5) - 0.4 for site in routing["sites"]]
+        look = {"facecolor": _colour(result) if not i else "white"}
+        look |= {"edgecolor": _colour(result), "hatch": hatches[i % 4]}
+        axis.bar(positions, routing["share"], width, label=name, linewidth=0.8, **look)
+    sites = sorted({site for result in routed for site in result["Routing"]["sites"]})
+    axis.set_xticks(sites)
+    axis.axhline(1 / len(sites), color=DARK, lw=0.9, ls=":", label="equal shares")
+    axis.grid(axis="x", visible=False)
+    axis.legend(fontsize=LABEL_SIZE, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
 
-def _draw_densities(axis: Any, result_families: dict[str, list[Result]], styles: dict) -> None:
-    for title, family in result_families.items():
-        middle = family[len(family) // 2]
-        latents = middle["Density_histogram"]["latents"]
-        shares = [n / sum(latents) for n in latents]
-        axis.plot(range(len(latents)), shares, **styles[title])
+def _histogram(result: Result) -> list[int]:
+    histogram = result.get("Density_histogram")
+    return histogram["latents"] if isinstance(histogram, dict) else []
+
+
+def _draw_densities(axis: Any, results: list[Result]) -> None:
+    """Draw the share of latents by firing rate, one line for each SAE, one label for each model."""
+    labels = {}
+    for result in results:
+        latents = _histogram(result)
+        shares = [n / max(1, sum(latents)) for n in latents]
+        colour = _colour(result)
+        axis.plot(range(len(latents)), shares, color=colour, lw=1, alpha=0.8)
+        # Lines end together near zero, so that each is named at its peak, by the legend.
+        labels[names.model_of(result)] = colour
+    for model, colour in labels.items():
+        axis.plot([], [], color=colour, label=model)
     axis.set_xticks(range(len(DENSITY_TICKS)), DENSITY_TICKS)
-    axis.set(
-        xlabel="share of tokens a latent is active on",
-        ylabel="share of latents",
-        title="Firing rates",
-    )
+    axis.set(xlabel="share of tokens on which a latent is active", title="Share of latents")
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 5}
+    axis.legend(fontsize=LABEL_SIZE, **place)
 
+
+# ---------------------------------------------------------------------------- course of a training
 
 Course = list[dict[str, Any]]  # the lines of one SAE in a metrics.jsonl
 
@@ -301,70 +409,131 @@ def load_courses(path: Path) -> dict[str, Course]:
     return courses
 
 
-def run_picture(courses: dict[str, Course], path: Path) -> None:
-    """Draw the course of a training over its tokens.
-
-    It shows every term of the loss, L0, the share of dead latents and, for routed models, the
-    share of tokens at each site.
-    """
-    routed = [title for title, course in courses.items() if any("share" in line for line in course)]
-    rows = 2 + math.ceil(len(routed) / 2)
-    figure, axes = pyplot().subplots(
-        rows, 2, figsize=(13, 4.2 * rows), constrained_layout=True, squeeze=False
-    )
-    (mse, terms), (l0, dead) = axes[:2]
-    for i, (title, course) in enumerate(courses.items()):
-        colour = f"C{i % 10}"
-        for axis, name in ((mse, "NormMSE"), (l0, "L0"), (dead, "dead")):
-            _draw_measure(axis, course, name, color=colour, label=title)
-        _draw_other_terms(terms, course, title, colour)
-    _label_panel(mse, "NormMSE", log=True)
-    _label_panel(terms, "other terms of the loss", log=True)
-    _label_panel(l0, L0_LABEL, log=True)
-    _label_panel(dead, "dead latents", log=False)
-    site_axes = list(axes[2:].flat)
-    for title, axis in zip(routed, site_axes, strict=False):
-        _draw_site_shares(axis, title, [line for line in courses[title] if "share" in line])
-    for axis in site_axes[len(routed) :]:
-        axis.remove()
-    _save(figure, path)
-
-
-def _draw_measure(axis: Any, course: Course, name: str, *line_style: str, **style: str) -> None:
-    tokens = [line["tokens"] for line in course]
-    values = [line.get(name, math.nan) for line in course]
-    axis.plot(tokens, values, *line_style, **style)
-
-
-def _draw_other_terms(axis: Any, course: Course, title: str, colour: str) -> None:
-    names = [name for line in course for name in _loss_terms(line) if name != "NormMSE"]
-    line_styles = itertools.cycle(("-", "--", ":", "-."))
-    for name in dict.fromkeys(names):
-        _draw_measure(axis, course, name, next(line_styles), color=colour, label=f"{title}: {name}")
-
-
 def _loss_terms(line: dict[str, Any]) -> list[str]:
     """The names of the loss's terms: the trainer writes them between `loss` and `L0`."""
     keys = list(line)
     return keys[keys.index("loss") + 1 : keys.index("L0")]
 
 
-def _label_panel(axis: Any, label: str, log: bool) -> None:
-    axis.set(xlabel="tokens", ylabel=label)
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(fontsize=8)
-    if log:
-        axis.set_yscale("log")
+def run_picture(courses: dict[str, Course], path: Path) -> None:
+    """Draw the course of a training over its tokens, with one panel for each quantity.
+
+    These are every term of the loss, L0, the share of dead latents and, for routed models, the
+    share of tokens at each site. A quantity that no SAE has, or that stays 0, has no panel.
+    """
+    lines = [line for course in courses.values() for line in course]
+    terms = list(dict.fromkeys(name for line in lines for name in _loss_terms(line)))
+    quantities = [name for name in (*terms, "L0", "dead") if any(line.get(name) for line in lines)]
+    routed = [title for title, course in courses.items() if any("share" in line for line in course)]
+    n_panels = len(quantities) + len(routed)
+    n_columns = min(n_panels, 3)
+    n_rows = math.ceil(n_panels / n_columns)
+    size = (5.4 * n_columns, COURSE_HEIGHT * n_rows)
+    figure, axes = pyplot().subplots(n_rows, n_columns, figsize=size, squeeze=False)
+    panels = list(axes.flat)
+    looks = _course_looks(courses)
+    for name, axis in zip(quantities, panels, strict=False):
+        _draw_quantity(axis, courses, name, looks)
+    for title, axis in zip(routed, panels[len(quantities) :], strict=False):
+        _draw_site_shares(
+            axis, looks[title][0], [line for line in courses[title] if "share" in line]
+        )
+    for axis in panels[n_panels:]:
+        axis.remove()
+    _save(figure, path)
 
 
-def _draw_site_shares(axis: Any, title: str, course: Course) -> None:
+def _course_looks(courses: dict[str, Course]) -> dict[str, tuple[str, Any]]:
+    """{title: (name, colour)}: one colour for each model, or for each site of a model at many."""
+    models = {title: title.split("_")[0] for title in courses}
+    named = [
+        {"title": title, "model": models[title], "sites": course[0].get("sites") or [0]}
+        for title, course in courses.items()
+    ]
+    texts = names.of_results(named)
+    single = [of_one["model"] for of_one in named if len(of_one["sites"]) == 1]
+    at_many = {model for model in single if single.count(model) >= CURVE}
+    sites = sorted({of["sites"][0] for of in named if of["model"] in at_many})
+    shades = dict(zip(sites, plot_style.site_colours(len(sites)), strict=True))
+    return {
+        of["title"]: (
+            text,
+            shades[of["sites"][0]]
+            if of["model"] in at_many and len(of["sites"]) == 1
+            else plot_style.colour(of["model"]),
+        )
+        for of, text in zip(named, texts, strict=True)
+    }
+
+
+def _draw_quantity(
+    axis: Any, courses: dict[str, Course], name: str, looks: dict[str, tuple[str, Any]]
+) -> None:
+    labels, drawn = [], []
+    for title, course in courses.items():
+        if not any(line.get(name) for line in course):
+            continue
+        text, colour = looks[title]
+        tokens = [line["tokens"] for line in course]
+        values = [line.get(name, math.nan) for line in course]
+        axis.plot(tokens, values, color=colour, lw=1.4)
+        labels.append(Label(tokens[-1], values[-1], text, colour))
+        drawn += values
+    axis.set(xlabel="tokens", title=QUANTITIES.get(name, f"{name}, term of the loss"))
+    axis.xaxis.set_major_formatter(_short_count)
+    axis.xaxis.get_major_locator().set_params(nbins=5)
+    if name == "dead":
+        plot_style.set_zero_axis(axis, "y", drawn)
+    else:
+        plot_style.set_log_axis(axis, "y", drawn)
+    label_lines(axis, _few(labels), COURSE_HEIGHT - 0.9)
+
+
+def _few(labels: list[Label]) -> list[Label]:
+    """One label for lines that end together, and of many others a choice by height."""
+    groups: list[list[Label]] = []
+    for label in sorted(labels, key=lambda label: label.y):
+        if groups and label.y <= (1 + SAME_END) * groups[-1][0].y:
+            groups[-1].append(label)
+        else:
+            groups.append([label])
+    chosen = []
+    for group in groups:
+        is_many = len(group) > MOST_AT_ONE_END
+        chosen += [group[0]._replace(text=f"{len(group)} SAEs", colour=DARK)] if is_many else group
+    if len(chosen) <= MAX_LABELS:
+        return chosen
+    step = (len(chosen) - 1) / (MAX_LABELS - 1)
+    return [chosen[round(step * number)] for number in range(MAX_LABELS)]
+
+
+def _short_count(value: float, _place: Any = None) -> str:
+    """1500000 -> 1.5M; 20000 -> 20k."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _draw_site_shares(axis: Any, name: str, course: Course) -> None:
     tokens = [line["tokens"] for line in course]
     shares = list(zip(*(line["share"] for line in course), strict=True))
-    labels = [f"site {site}" for site in course[0]["sites"]]
-    axis.stackplot(tokens, shares, labels=labels, colors=_site_colours(len(shares)))
-    axis.set(xlabel="tokens", ylabel="share of tokens", title=title, ylim=(0, 1))
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    sites = course[0]["sites"]
+    colours = plot_style.site_colours(len(shares))
+    axis.stackplot(tokens, shares, colors=colours)
+    axis.set(xlabel="tokens", title=f"{name}: share of tokens by site", ylim=(0, 1))
+    axis.xaxis.set_major_formatter(_short_count)
+    axis.xaxis.get_major_locator().set_params(nbins=5)
+    axis.margins(x=0)
+    axis.grid(visible=False)
+    heights = [share[-1] for share in shares]
+    middles = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+    labels = [
+        Label(tokens[-1], middle, f"site {site}", colour)
+        for site, middle, height, colour in zip(sites, middles, heights, colours, strict=True)
+        if height > 0.02
+    ]
+    label_lines(axis, [label._replace(colour=DARK) for label in labels], COURSE_HEIGHT - 0.9)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -396,5 +565,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"plots: error: {printable(str(error))}", file=sys.stderr)
+        print(f"plots: error: {printable(error_text(error))}", file=sys.stderr)
         sys.exit(2)

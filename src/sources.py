@@ -27,6 +27,7 @@ from tqdm import tqdm
 from src import hub
 from src.files import (
     data_dir,
+    error_text,
     first_line,
     load_json,
     locked,
@@ -653,7 +654,7 @@ def main() -> int:
     try:
         counts = write_splits(args.source, args.folder, int(args.max_mb * 1e6), args.text_key)
     except (ValueError, OSError) as error:
-        print(f"download_data: error: {printable(str(error))}", file=sys.stderr)
+        print(f"download_data: error: {printable(error_text(error))}", file=sys.stderr)
         return getattr(error, "exit_code", 3)
     summary = ", ".join(f"{name}.jsonl {count} documents" for name, count in counts.items())
     print(summary, f"in {args.folder}")

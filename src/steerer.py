@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, files, hooks
+from src import checkpoint, config, demo, files, hooks, latent_notes, names
 from src.metrics import token_kl
 from src.sae import Edit
 from src.sources import CHAT_KEYS, Report, chat_turns
@@ -150,6 +152,10 @@ class Steerer(SteeredText):
         self.prompts = [{"prompt": text} for text in cfg.prompt or []]
         if cfg.prompts:
             self.prompts += conversations(Path(cfg.prompts))
+        if not any((cfg.set, cfg.add, cfg.multiply, cfg.zero)):
+            raise ValueError(
+                "no latent to edit; give --set LATENT=VALUE, --add, --multiply or --zero LATENT"
+            )
         opened = checkpoint.open_all(cfg)
         if len(opened) != 1:
             raise ValueError(
@@ -157,6 +163,7 @@ class Steerer(SteeredText):
             )
         sae, self.recipe = opened[0]
         super().__init__(cfg, sae, self.recipe["title"])
+        self.notes = latent_notes.of_sae(cfg.output_dir, self.title, self.recipe["weights_sum"])
         self.operations = self._operations()
         if cfg.site is not None and cfg.site not in self.sae.sites():
             raise ValueError(f"--site {cfg.site}: {self.title} reads {self.sae.sites()}")
@@ -170,7 +177,20 @@ class Steerer(SteeredText):
             operations += [(kind, *pair) for pair in getattr(self.cfg, kind) or []]
         operations += [("set", latent, 0.0) for latent in self.cfg.zero or []]
         self.check_operations(operations)
-        return operations
+        return [(kind, latent, self._strength(latent, value)) for kind, latent, value in operations]
+
+    def _strength(self, latent: int, value: float) -> float:
+        """Return a value in units of strength; 1.5x is one and a half times the maximum."""
+        if not isinstance(value, config.TimesMaximum):
+            return value
+        maximum = self.notes.get(latent, latent_notes.Note()).maximum
+        if maximum is None:
+            raise ValueError(
+                f"{latent}={value:g}x needs the maximum of latent {latent}, which no contexts file "
+                f"of {self.title} in {self.cfg.output_dir} holds; run apply.py first, or type "
+                "the value itself"
+            )
+        return value * maximum
 
     def _site(self, ids: Tensor) -> int | None:
         return self.site(ids, [latent for _, latent, _ in self.operations])
@@ -191,8 +211,11 @@ class Steerer(SteeredText):
         result = self._result(texts)
         earlier = {"earlier_runs": _runs_in(path)}
         files.save_json(result | checkpoint.environment() | earlier, path)
+        for kind, latent, value in self.operations:
+            note = self.notes.get(latent, latent_notes.Note())
+            print(files.printable(f"latent {latent}: {kind} {value:.4g};{note}"))
         for text in texts:
-            _print_comparison(text)
+            _print_comparison(text, self.sae.sites())
         print(f"\n{path}")
         return result
 
@@ -255,9 +278,17 @@ def _perplexity(logits: Tensor, new: Tensor) -> float:
     return math.exp(float(-log_p.mean()))
 
 
-def _print_comparison(text: dict[str, Any]) -> None:
+def _print_comparison(text: dict[str, Any], sites: list[int]) -> None:
     before, after = text["perplexity_original"], text["perplexity_clamped"]
+    edited = names.sites(sites if text["site"] is None else [text["site"]])
+    measures = f"{edited}, KL {text['KL']:.3f} nats a token, perplexity {before:.1f} -> {after:.1f}"
     print(f"\n{files.printable(text['Human'])}")
-    print(f"  as it is: {text['original_output']!r}")
-    print(f"  steered:  {text['clamped_output']!r}")
-    print(f"  KL {text['KL']:.3f} nats a token; perplexity {before:.1f} -> {after:.1f}")
+    for name, shown in (
+        ("as it is", repr(text["original_output"])),
+        ("steered", repr(text["clamped_output"])),
+        ("change", measures),
+    ):
+        width = shutil.get_terminal_size().columns
+        print(
+            textwrap.fill(shown, width, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+        )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from src import files
+from src.stage_help import did_you_mean
 
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Times that zip may make an .npz smaller. Random weights in float32 pack to 0.93 of their size,
@@ -74,7 +75,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_torch(path: Path, device: str = "cpu") -> Any:
     """What torch.save wrote: tensors and plain values. Raises ValueError for anything else."""
     if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}; check --SAE_path")
+        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.pt")])
+        raise ValueError(f"no checkpoint at {path}{near or '; check --SAE_path'}")
     try:
         is_packed = _is_packed(path)
         value = None if is_packed else torch.load(path, map_location=device, weights_only=True)

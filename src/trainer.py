@@ -27,7 +27,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from src import checkpoint, config, demo, distributed, files, hooks, identity, lm, model, zoo
+from src import (
+    checkpoint,
+    config,
+    demo,
+    distributed,
+    files,
+    hooks,
+    identity,
+    lm,
+    model,
+    names,
+    zoo,
+)
 from src.data import Rows
 from src.device import pick_device
 from src.estimate import Estimate, of_training
@@ -43,6 +55,9 @@ MIN_SPACING = 10
 LOG_NAME = "metrics.jsonl"
 STATES_NAME = "state"
 MAX_DIFFERENCES = 4  # in a message
+# What the bar and the final table show of a report, with the unit in the table.
+SHOWN = {"NormMSE": "share of norm", "L0": "latents/token", "dead": "of latents"}
+TABLE_COLUMN = 15  # characters
 # Steps after which L0 is within 5 % of --target_l0 (demo LM; after 250 steps within 20 %),
 # and how far from it L0 may end without a warning.
 CONTROL_STEPS = 500
@@ -177,11 +192,21 @@ class TrainingLoop:
         spacing = min(MIN_SPACING, self.total // 10)
         self.report_every = max(1, spacing, self.total // MAX_REPORTS)
         self.sites = sorted({site for training in trainings for site in training.sae.sites()})
-        print(
-            f"{len(rows)} rows of {cfg.max_length} tokens, {self.total} steps; "
-            f"sites {self.sites}; {', '.join(self.titles)}"
-        )
+        self._announce()
         self.text_sum = identity.of_tokens(rows.tokens)
+
+    def _announce(self) -> None:
+        """Print what is trained on what."""
+        cfg = self.cfg
+        parameter = next(self.language_model.parameters())
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        print(f"device {cfg.device}; language model {cfg.model_path} in {dtype}, SAEs in float32")
+        width = max(map(len, self.titles))
+        for training in self.trainings:
+            sae = training.sae
+            size = f"{sae.latent_size:,} latents" + (f", k {sae.k}" if sae.k else "")
+            print(f"  {training.title:<{width}}  {names.sites(sae.sites())}, {size}")
+        print(f"{len(self.rows):,} rows of {cfg.max_length} tokens, {self.total:,} steps")
 
     def restore(self, path: Path, meta: dict[str, Any]) -> None:
         """Continue from a saved state. Raises ValueError for another language model or text."""
@@ -348,8 +373,8 @@ class TrainingLoop:
                 self.wandb.log(sent, step=progress.step)
         if progress.finals:
             first = next(iter(progress.finals.values()))
-            names = [name for name in ("NormMSE", "L0", "dead") if name in first]
-            self.bar.set_postfix({name: f"{first[name]:.3g}" for name in names}, tok_s=speed)
+            shown = [f"{name} {first[name]:.3g}" for name in SHOWN if name in first]
+            self.bar.set_postfix_str(f"{first['sae']}: {', '.join(shown)}; {speed:,} tokens/s")
 
     def _check(self, active: list[SAETraining]) -> None:
         """Find SAEs with a loss or gradient that was not finite, and save the batch of each."""
@@ -393,6 +418,20 @@ def _update(training: SAETraining, batch: LocalBatch, step: int, report_due: boo
         raise ValueError(f"{training.title}: out of memory at step {step} {advice}") from error
 
 
+def _print_results(trainings: list[SAETraining], progress: Progress) -> None:
+    """Print one row for each SAE, with units: its figures on the batch of the last report."""
+    width = max(len(training.title) for training in trainings) + 2
+    columns = {"site": "", **SHOWN}
+    print(" " * width + "".join(f"{name:>{TABLE_COLUMN}}" for name in columns))
+    print(" " * width + "".join(f"{unit:>{TABLE_COLUMN}}" for unit in columns.values()))
+    for training in trainings:
+        final = progress.finals[training.title]
+        site = names.site_numbers(training.sae.sites())
+        cells = [site, *(f"{final[name]:.4g}" if name in final else "-" for name in SHOWN)]
+        cells = [f"{cell:>{TABLE_COLUMN}}" for cell in cells]
+        print(f"{training.title:<{width}}" + "".join(cells))
+
+
 def _warn_of_missed_l0(training: SAETraining, l0: float) -> None:
     target = training.options.get("target_l0")
     if target and abs(l0 / target - 1) > L0_TOLERANCE:
@@ -419,7 +458,7 @@ class Trainer:
         cfg.device = pick_device(cfg.device)
         self.folder = Path(cfg.output_dir) / files.SAE_DIR
         self.combinations = list(self._combine())
-        self.titles = [self._title(name, swept) for name, _, swept in self.combinations]
+        self.titles = distributed.from_main(self._make_titles)
         self.run_folder = self._run_folder(cfg.tag or "+".join(self.titles))
         self.states = self.run_folder / STATES_NAME
         self.log = self.run_folder / LOG_NAME
@@ -433,6 +472,21 @@ class Trainer:
                 chosen = dict(zip(swept_keys, values, strict=True))
                 swept = {key: value for key, value in chosen.items() if len(options[key]) > 1}
                 yield name, options | chosen, swept
+
+    def _make_titles(self) -> list[str]:
+        """Return the title of each SAE.
+
+        The language model's name joins them if an SAE of another one has such a title.
+        """
+        cfg = self.cfg
+        titles = [self._title(name, swept) for name, _, swept in self.combinations]
+        own_name = files.data_name(Path(cfg.model_path).resolve())
+        for title in titles:
+            other = checkpoint.language_model_name(self.folder / f"{title}.pt")
+            if other not in (None, own_name):
+                print(f"{title} is an SAE of {other}; these get {own_name} in their names")
+                return [files.safe_name(f"{title}_{own_name}") for title in titles]
+        return titles
 
     def _title(self, name: str, swept: dict[str, Any]) -> str:
         values = [f"{key}{config.short_number(value)}" for key, value in swept.items()]
@@ -702,12 +756,17 @@ class Trainer:
         if not progress.tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
         used = estimate.compare(progress.seconds)
-        for training in trainings:
-            if not training.failed:
-                training.mode(False)
-                unit_norm_decoder(training.sae)
-                distributed.from_main(partial(self._save, training, rows, progress, used))
-                _warn_of_missed_l0(training, progress.finals[training.title]["L0"])
+        trained = [training for training in trainings if not training.failed]
+        for training in trained:
+            training.mode(False)
+            unit_norm_decoder(training.sae)
+            distributed.from_main(partial(self._save, training, rows, progress, used))
+            _warn_of_missed_l0(training, progress.finals[training.title]["L0"])
+        if trained:
+            _print_results(trained, progress)
+            paths = [str(self.folder / f"{training.title}.pt") for training in trained]
+            evaluate = config.command("evaluate")
+            print(f"next: {evaluate} --metric NormMSE KLDiv --SAE_path {' '.join(paths)}")
         if distributed.main():
             shutil.rmtree(self.states, ignore_errors=True)
         failures = [training.failed for training in trainings if training.failed]
@@ -737,5 +796,4 @@ class Trainer:
             **checkpoint.environment(),
         }
         path = checkpoint.save(sae, recipe, self.folder, training.title)
-        shown = {name: v for name, v in final.items() if isinstance(v, float) and name != "lr"}
-        print(f"saved {path}  " + "  ".join(f"{name} {v:.4g}" for name, v in shown.items()))
+        print(f"saved {path}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from src.stage_help import did_you_mean
+
 
 class Entry(NamedTuple):
     """One model of the zoo."""
@@ -116,5 +118,6 @@ def canonical(name: str) -> str:
     known = {key.lower(): key for key in ZOO}
     known |= {alias.lower(): key for alias, key in ALIASES.items()}
     if name.lower() not in known:
-        raise ValueError(f"unknown model {name!r}; the zoo has {', '.join(ZOO)}")
+        near = did_you_mean(name, known.values())
+        raise ValueError(f"unknown model {name!r} (the zoo has {', '.join(ZOO)}){near}")
     return known[name.lower()]

@@ -44,7 +44,7 @@ OUTPUT = {
     "apply": "latents with contexts",
     "interpret": "mean score",
     "read": "strongest latents",
-    "steer": "steered:",
+    "steer": "\n  steered ",
 }
 
 

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.stem: path for path in sorted((ROOT / "src").glob("*.py"))}
 # A file imports only files of lower floors. The entries at the root are floor 6 too.
 FLOORS = (
-    "zoo files contexts draws config_file hub metric_table",
+    "zoo stage_help names files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt "
-    "endpoint gguf_file rule_labels tensor_files",
-    "sae reference identity feature_files",
+    "endpoint gguf_file rule_labels tensor_files plot_style",
+    "sae reference identity feature_files latent_notes",
     "model data lm metrics config formats neuronpedia",
     "hooks checkpoint import_formats export_formats demo events sae_training estimate page "
     "steering",
@@ -36,6 +36,7 @@ SAME_FLOOR = {
     ("steering", "hooks"),
     ("config_file", "files"),
     ("hub", "files"),
+    ("zoo", "stage_help"),
 }
 ENTRIES = (
     *("train.py", "evaluate.py", "apply.py", "interpret.py"),

@@ -41,26 +41,60 @@ def metrics_lines():
         }
 
 
-def test_every_term_l0_dead_share_and_the_sites_are_drawn(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, which stay open."""
     import matplotlib.pyplot as plt
 
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    return figures
+
+
+def is_inside(figure):
+    """Whether every axis and every tick label lies inside the picture."""
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    return all(
+        b.x0 >= -2 and b.y0 >= -2 and b.x1 <= width + 2 and b.y1 <= height + 2 for b in boxes
+    )
+
+
+def tick_texts(axis):
+    return [text.get_text() for text in axis.get_xticklabels() if text.get_text()]
+
+
+def test_the_course_has_one_panel_a_quantity_and_none_that_is_empty(
+    tmp_path, monkeypatch, capsys, drawn
+):
     path = tmp_path / "metrics.jsonl"
     cut_line = '{"sae": "Gat'  # the process was killed while it wrote
     path.write_text("\n".join([*map(json.dumps, metrics_lines()), cut_line]))
-    closed = []
-    monkeypatch.setattr(plt, "close", closed.append)
     monkeypatch.setattr(sys, "argv", ["plots", str(path), str(tmp_path / "course.png")])
     plots.main()
-    mse, terms, l0, dead, shares = closed[0].axes
-    labels = [line.get_label() for line in terms.lines]
-    assert labels == ["RouteSAE_t: AuxK", "Gated_t: L1", "Gated_t: GateAux"]
+    (figure,) = drawn
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert list(panels) == [
+        "NormMSE, share of squared norm",
+        "AuxK, term of the loss",
+        "L1, term of the loss",
+        "GateAux, term of the loss",
+        "L0, active latents a token",
+        "dead latents, share",
+        "RouteSAE: share of tokens by site",
+    ]
+    mse, l0 = panels["NormMSE, share of squared norm"], panels["L0, active latents a token"]
     assert list(mse.lines[1].get_ydata()) == [0.5 / step for step in STEPS]
     assert list(mse.lines[1].get_xdata()) == [100 * step for step in STEPS]
     assert list(l0.lines[0].get_ydata()) == [16.0] * 5
-    assert list(dead.lines[0].get_ydata()) == [0.1] * 5
-    sites = [text.get_text() for text in shares.get_legend().get_texts()]
-    assert sites == ["site 4", "site 5", "site 6"]
+    (dead,) = panels["dead latents, share"].lines  # that of Gated stays 0
+    assert list(dead.get_ydata()) == [0.1] * 5
+    shares = panels["RouteSAE: share of tokens by site"]
+    assert [text.get_text() for text in shares.texts] == ["site 4", "site 5", "site 6"]
+    assert is_inside(figure)
     assert (tmp_path / "course.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "course.pdf").read_bytes().startswith(b"%PDF")
     assert "course.png" in capsys.readouterr().out
 
 
@@ -106,6 +140,7 @@ def test_a_picture_replaces_a_planted_link_and_is_whole_or_absent(tmp_path, monk
         plots.run_picture(courses, picture)
     assert picture.read_bytes() == before
     assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "course.pdf",
         "course.png",
         "metrics.jsonl",
         "precious",
@@ -177,3 +212,107 @@ def test_the_table_groups_rows_by_the_sites_they_are_patched_at():
         ["RouteSAE_d", "7 ... 22"],
         ["Crosscoder_d", "7 14 22"],
     ]
+
+
+def at(model, site, l0, error, rest=""):
+    """The result of an SAE at one site, or at several."""
+    sites = site if isinstance(site, list) else [site]
+    title = f"{model}_d_layer{site}{rest}" if len(sites) == 1 else f"{model}_d{rest}"
+    result = evaluation(title, l0, error) | {"sites": sites, "KLDiv": 2 * error, "model": model}
+    histogram = {"latents": [1, 0, 2, 5, 9, 3, 1]}
+    return result | {"Density_histogram": histogram}
+
+
+def test_where_all_l0_are_alike_there_are_bars_grouped_by_the_patched_site(tmp_path, drawn):
+    results = [
+        at("TopK", 4, 31.999, 0.1),
+        at("Vanilla", 12, 32.0001, 0.3),
+        at("TopK", 12, 32.0001, 0.2),
+        at("RouteSAE", [4, 8, 12], 32.0, 0.15),
+    ]
+    plots.picture(results, tmp_path / "bars.png")
+    (figure,) = drawn
+    error = figure.axes[0]
+    groups = [t.get_text().strip() for t in error.texts if t.get_fontweight() == "bold"]
+    assert groups == ["site 4", "site 12", "sites 4, 8, 12"]
+    assert [t.get_text() for t in error.get_yticklabels()] == [
+        "TopK",
+        "TopK",
+        "Vanilla",
+        "RouteSAE",
+    ]
+    assert [bar.get_width() for bar in error.patches] == [0.1, 0.2, 0.3, 0.15]
+    colours = [bar.get_facecolor() for bar in error.patches]
+    assert colours[0] == colours[1] and len(set(colours)) == 3  # one colour a model
+    assert is_inside(figure)
+
+
+def test_a_model_at_many_sites_is_a_curve_and_a_routed_one_a_level_line(tmp_path, drawn):
+    results = [at("TopK", site, 32.0, site / 100) for site in (4, 6, 8, 10)]
+    results += [at("RouteSAE", [4, 6, 8, 10], 32.0, 0.05)]
+    results += [at("RouteSAE", [4, 6, 8, 10], 32.0, 0.09, "_random")]
+    plots.picture(results, tmp_path / "sites.png")
+    (figure,) = drawn
+    error = figure.axes[0]
+    (curve,) = error.lines
+    assert list(curve.get_xdata()) == [4, 6, 8, 10]
+    assert [text.get_text() for text in error.texts] == [
+        "TopK, one a site",
+        "RouteSAE",
+        "RouteSAE, random",
+    ]
+    assert is_inside(figure)
+
+
+@pytest.mark.parametrize("l0", [(31.999, 32.0001), (8.0, 64.0), (0.5, 3000.0), (32.0, 36.0)])
+@pytest.mark.parametrize("error", [(0.1, 0.1), (0.1, 0.1000001), (1e-4, 0.9)])
+def test_no_axis_of_a_frontier_collapses(tmp_path, drawn, l0, error):
+    results = [
+        at("TopK", 12, l0[0], error[0], "_k1"),
+        at("TopK", 12, l0[1], error[1], "_k2"),
+        at("Gated", 12, l0[1], error[0]),
+    ]
+    figure = plots.pyplot().figure(figsize=(6, 4))
+    axis = figure.add_subplot()
+    plots.draw_frontiers(axis, results, "NormMSE", "NormMSE", 4)
+    for line in (axis.xaxis, axis.yaxis):
+        low, high = line.get_view_interval()
+        assert high / low > 1.2
+        texts = [label.get_text() for label in line.get_ticklabels()]
+        assert 2 <= len(texts) == len(set(texts)), texts
+    assert is_inside(figure)
+    assert [text.get_text() for text in axis.texts] == ["TopK, site 12", "Gated, site 12"]
+
+
+def test_a_site_has_one_marker_and_a_model_one_colour_in_every_panel(tmp_path, drawn):
+    results = [at(m, s, l0, 0.1) for m in ("TopK", "Gated") for s in (4, 12) for l0 in (8.0, 64.0)]
+    plots.picture(results, tmp_path / "frontier.png")
+    panels = drawn[0].axes[:2]
+    looks = [[(line.get_color(), line.get_marker()) for line in axis.lines] for axis in panels]
+    assert looks[0] == looks[1]
+    assert len(set(looks[0])) == 4
+    assert {len({look[i] for look in looks[0]}) for i in (0, 1)} == {2}
+
+
+def test_labels_are_moved_apart_and_keep_their_order():
+    moved = plots.plot_style.spread([0.5, 0.5, 0.51, 0.1], 0.1)
+    assert moved[3] == 0.1
+    assert sorted(moved[:3])[1] - min(moved[:3]) >= 0.099
+    assert moved[0] < moved[1] < moved[2]
+
+
+def test_names_say_the_model_and_what_is_special():
+    results = [
+        at("TopK", 4, 32, 0.1, "_s1"),
+        at("TopK", 8, 32, 0.1, "_s1"),
+        at("RouteSAE", [4, 5, 6], 32, 0.1, "_random_s1"),
+        at("TopK", 4, 64, 0.1, "_k64_s1"),
+    ]
+    assert plots.names.of_results(results) == [
+        "TopK, site 4",
+        "TopK, site 8",
+        "RouteSAE, random",
+        "TopK, site 4, k 64",
+    ]
+    assert plots.names.sites([4, 5, 6]) == "sites 4 to 6"
+    assert plots.names.sites([4, 6]) == "sites 4, 6"

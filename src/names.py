@@ -1,0 +1,67 @@
+"""Names for people: of sites, and of SAEs beside each other in a table or a picture.
+
+Works on titles and the JSON of results alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Parts of a title that tell swept values; "layer" is told by the site of the result.
+SWEPT = re.compile(r"_(k|layer|l1_coeff|target_l0|sites)([\d.e+-]+)(?=_|$)")
+UNITS = {"k": "k {}", "l1_coeff": "coefficient {}", "target_l0": "L0 {} asked for"}
+
+
+def sites(numbers: Sequence[int]) -> str:
+    """Return "site 12", "sites 7 to 22" where none is left out, else "sites 7, 10, 13"."""
+    return ("site " if len(numbers) == 1 else "sites ") + site_numbers(numbers)
+
+
+def site_numbers(numbers: Sequence[int]) -> str:
+    """Return "12", "7 to 22" or "7, 10, 13"."""
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def model_of(result: Mapping[str, Any]) -> str:
+    """The model of a result: what it says, or else the first word of its title."""
+    return str(result.get("model") or str(result["title"]).split("_")[0])
+
+
+def of_results(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a name for each result, such as "TopK, site 12" or "RouteSAE, random".
+
+    results: dicts with "title", "model" and "sites". What all titles share, such as the name of the
+    text, is left out; the sites of models of several sites are told only where they differ; swept
+    values are told where names would be the same without them.
+    """
+    own_words = _own_words([str(result["title"]) for result in results])
+    several = {tuple(result["sites"]) for result in results if len(result["sites"]) > 1}
+    names = []
+    for result, words in zip(results, own_words, strict=True):
+        parts = [model_of(result)]
+        parts += [" ".join(words)] if words else []
+        if len(result["sites"]) == 1 or len(several) > 1:
+            parts.append(sites(result["sites"]))
+        names.append(", ".join(parts))
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else ", ".join([name, *_swept(str(result["title"]))])
+        for name, result in zip(names, results, strict=True)
+    ]
+
+
+def _own_words(titles: list[str]) -> list[list[str]]:
+    """The words of each title, without the model's name, swept values and what all share."""
+    words = [SWEPT.sub("", title).split("_")[1:] for title in titles]
+    shared = set.intersection(*map(set, words)) if words else set()
+    return [[word for word in of_one if word not in shared] for of_one in words]
+
+
+def _swept(title: str) -> list[str]:
+    found = SWEPT.findall(title)
+    return [UNITS[key].format(value) for key, value in found if key in UNITS]
