@@ -21,6 +21,8 @@ MAIN: dict[str, str] = {
     "steer": "SAE_path set add multiply zero prompt prompts max_new_tokens temperature mode site "
     "model_path device output_dir",
     "export": "SAE_path format overwrite output_dir",
+    "explore": "SAE_path model_path port max_new_tokens mode site dtype device "
+    "output_dir",
 }
 EXAMPLES: dict[str, tuple[str, str]] = {
     "train": (
@@ -46,6 +48,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "export": (
         "--format hf",
         "--SAE_path outputs/SAE_models/TopK_demo.pt --format saelens",
+    ),
+    "explore": (
+        "--SAE_path outputs/SAE_models/RouteSAE_demo.pt",
+        "--SAE_path outputs/SAE_models/*.pt --model_path data/model --port 8000",
     ),
 }
 SECTIONS = {

@@ -381,7 +381,7 @@ def test_addresses_of_no_feature_say_so(browser, show, anchor):
     [
         ("foreign.json", '{"a": 1}', "is no contexts file"),
         ("cut.json", '{"title": "TopK', "is not readable JSON"),
-        ("missing.json", None, "No such file"),
+        ("missing.json", None, "check the name"),
     ],
 )
 def test_a_file_that_is_no_contexts_file_is_one_line(tmp_path, name, content, message):
