@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_formats import random_sae, recipe_of
 
-from src import checkpoint, export_formats, import_formats, tensor_files
+from src import checkpoint, export_formats, files, import_formats, lm, tensor_files
+from src.config import parse
+from src.evaluator import Evaluator
 
 D, F, K, BLOCK = 24, 80, 7, 5
 SITE = BLOCK + 1
@@ -480,6 +482,47 @@ def test_what_no_model_here_holds_is_refused_by_name_in_one_line(name, tmp_path)
     with pytest.raises(ValueError, match=f"cannot be held exactly here: .*{reason}") as caught:
         checkpoint.load(make(tmp_path).path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_name_asks_for_the_files_of_every_format_in_its_folder(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo, revision=None, allow_patterns=None):
+        asked[repo] = allow_patterns
+        return str(tmp_path / repo.partition("/")[2])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    case = gemma_scope(tmp_path)
+    name = "/".join(case.path.parts[-4:])
+    sae, recipe = checkpoint.load(f"google/{name}")
+    assert sae.sites() == [SITE] and recipe["model_path"] == case.language_model
+    assert recipe["title"] == f"layer_{BLOCK}_width_16k_average_l0_71"
+    inside = name.partition("/")[2]
+    assert f"{inside}/params.npz" in asked["google/gemma-scope-2b-pt-res"]
+    sparsify(tmp_path)
+    _, recipe = checkpoint.load(f"org/run/layers.{BLOCK}")
+    assert recipe["title"] == f"run_layers.{BLOCK}" and recipe["model_path"] == "org/lm"
+    wanted = {f"layers.{BLOCK}/cfg.json", f"layers.{BLOCK}/sae.safetensors", "config.json"}
+    assert wanted <= set(asked["org/run"])
+
+
+def test_one_evaluation_measures_saes_of_several_formats(tmp_path, monkeypatch):
+    """Their hidden size is that of the built-in language model."""
+    monkeypatch.setitem(globals(), "D", lm.sizes_by_config(str(files.DEMO_LM), False)[0])
+    text = [
+        json.dumps({"text": f"Return the value {n} of the array, or None. " * 9}) for n in range(99)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(text))
+    names = ("sparsify", "AutoEncoderTopK", "Gemma Scope", "Llamascopium", "OpenAI TopK")
+    cases = [CASES[name](tmp_path / str(number)) for number, name in enumerate(names)]
+    argv = ["--SAE_path", *(str(case.path) for case in cases), "--metric", "NormMSE", "FVU", "L0"]
+    argv += ["--model_path", str(files.DEMO_LM), "--data_path", str(tmp_path / "text.jsonl")]
+    argv += ["--max_length", "32", "--max_samples", "16", "--dtype", "float32"]
+    results = Evaluator(parse("evaluate", [*argv, "--output_dir", str(tmp_path / "out")])).run()
+    assert len(results) == len(cases)
+    for result, name in zip(results.values(), names, strict=True):
+        assert math.isfinite(result["NormMSE"]) and result["FVU"] > 0
+        assert result["L0"] == K or "Gemma" in name or "Llama" in name
 
 
 # ------------------------------------------------------------------------------- hostile files
