@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from src import feature_files, files, metric_table, neuronpedia
-from src.formats import SiteSAE, site_saes
-from src.import_formats import (
+from src.formats import (
     CENTRED,
     HUB_NAME,
     LENS_CONFIG,
@@ -28,6 +27,8 @@ from src.import_formats import (
     NORM_EPS,
     OWN_CONFIG,
     OWN_WEIGHTS,
+    SiteSAE,
+    site_saes,
 )
 from src.sae import SAE
 from src.tensor_files import check_tensors

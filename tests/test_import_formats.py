@@ -504,6 +504,10 @@ def test_a_hub_name_asks_for_the_files_of_every_format_in_its_folder(tmp_path, m
     assert recipe["title"] == f"run_layers.{BLOCK}" and recipe["model_path"] == "org/lm"
     wanted = {f"layers.{BLOCK}/cfg.json", f"layers.{BLOCK}/sae.safetensors", "config.json"}
     assert wanted <= set(asked["org/run"])
+    # Without a folder only configurations are fetched, which is enough to say what there is.
+    (tmp_path / "run" / f"layers.{BLOCK}" / "sae.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"it has SAEs in layers\.{BLOCK}: name one"):
+        checkpoint.load("org/run")
 
 
 def test_one_evaluation_measures_saes_of_several_formats(tmp_path, monkeypatch):
