@@ -64,6 +64,8 @@ def export(
     folder = Path(output_dir) / files.EXPORT_DIR / kind / files.safe_name(recipe["title"])
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists already; --overwrite replaces it")
+    if licence and not re.fullmatch(r"[\w.+-]+", licence):
+        raise ValueError(f"--license {licence!r}; write it as the hub does, such as apache-2.0")
     check_tensors(sae.state_dict(), recipe["title"])
     evaluation = _read_evaluation(Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json", recipe)
     shown = public_recipe(recipe)

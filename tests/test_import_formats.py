@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import random_sae, recipe_of
 
 from src import checkpoint, export_formats, files, import_formats, lm, tensor_files
-from src.config import parse
+from src.config import model_options, parse
 from src.evaluator import Evaluator
 
 D, F, K, BLOCK = 24, 80, 7, 5
@@ -333,6 +333,29 @@ def test_each_format_gives_the_codes_and_reconstructions_of_its_documentation(na
         h_hat = h_hat * std + mean
     assert torch.allclose(patch[SITE](h), h_hat, atol=1e-4)
     assert fvu(h, patch[SITE](h)) == pytest.approx(fvu(h, h_hat), rel=1e-5)
+
+
+@torch.no_grad()
+def test_weights_in_bfloat16_become_float32_of_the_same_values(tmp_path, monkeypatch):
+    rounded = {name: value.bfloat16().float() for name, value in tensors().items()}
+    monkeypatch.setitem(globals(), "tensors", lambda: rounded)
+    for case in (sparsify(tmp_path), gemma_scope_2(tmp_path)):
+        (path,) = case.path.glob("*.safetensors")
+        save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
+        sae, _ = checkpoint.load(case.path)
+        assert {value.dtype for value in sae.state_dict().values()} == {torch.float32}
+        latents = sae.encode(sae.gather({SITE: states()}))
+        assert torch.allclose(latents, case.code(states()), atol=1e-5)
+
+
+def test_without_a_configuration_the_folder_of_gemma_scope_2_says_the_site(tmp_path):
+    case = gemma_scope_2(tmp_path)
+    (case.path / "config.json").unlink()
+    assert checkpoint.load(case.path)[0].sites() == [SITE]
+    attention = gemma_scope_2(tmp_path, "attn_out/layer_5_width_16k_l0_medium")
+    (attention.path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"attn_out/layer_5.*\(attention\)"):
+        checkpoint.load(attention.path)
 
 
 def test_a_topk_of_openai_may_keep_negative_values(tmp_path):
@@ -691,6 +714,13 @@ def test_what_a_library_cannot_express_is_refused_with_the_reason(kind, make, re
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_input_norm_trains_an_sae_of_raw_states():
+    cfg = parse("train", ["--input_norm", "none", "--model", "TopK", "RouteSAE"])
+    assert model_options(cfg, "TopK")["input_norm"] == "none"
+    # A router compares the sites, for which it needs standardised states.
+    assert "input_norm" not in model_options(cfg, "RouteSAE")
+
+
 def test_sparsify_files_hold_what_its_loader_wants(tmp_path):
     sae, h = raw_sae("TopK"), states()
     folder = export_formats.export(sae, recipe_of(sae), tmp_path, "sparsify") / "layers.5"
@@ -706,3 +736,5 @@ def test_the_card_names_the_licence_that_was_chosen(tmp_path):
     folder = export_formats.export(sae, recipe_of(sae), tmp_path, "hf", licence="mit")
     head = (folder / "README.md").read_text().split("---")[1]
     assert "\nlicense: mit\n" in head and "library_name: routesae-repro" in head
+    with pytest.raises(ValueError, match="write it as the hub does"):
+        export_formats.export(sae, recipe_of(sae), tmp_path, "saelens", licence="mit\n---")
