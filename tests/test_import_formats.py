@@ -696,6 +696,17 @@ def test_an_export_reads_back_with_the_same_codes(kind, name, model, tmp_path):
     assert f"library_name: {kind}" in text and f'"{sites[0].name}"' in text
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sparsify", "AutoEncoderNew", "Gemma Scope", "OpenAI TopK"])
+def test_a_published_sae_is_converted_by_exporting_it(name, tmp_path):
+    case, h = CASES[name](tmp_path / "from"), states()
+    sae, recipe = checkpoint.load(case.path)
+    folder = export_formats.export(sae, recipe, tmp_path, "saelens")
+    again, recipe = checkpoint.load(folder / f"blocks.{BLOCK}.hook_resid_post")
+    assert recipe["model_path"] == case.language_model
+    assert (again.encode(again.gather({SITE: h})) - case.code(h)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     "kind, make, reason",
     [
