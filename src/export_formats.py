@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from src import feature_files, files, metric_table, neuronpedia
-from src.formats import SiteSAE, site_saes
-from src.import_formats import (
+from src.formats import (
     CENTRED,
     HUB_NAME,
     LENS_CONFIG,
@@ -28,6 +27,8 @@ from src.import_formats import (
     NORM_EPS,
     OWN_CONFIG,
     OWN_WEIGHTS,
+    SiteSAE,
+    site_saes,
 )
 from src.sae import SAE
 from src.tensor_files import check_tensors
@@ -63,6 +64,8 @@ def export(
     folder = Path(output_dir) / files.EXPORT_DIR / kind / files.safe_name(recipe["title"])
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists already; --overwrite replaces it")
+    if licence and not re.fullmatch(r"[\w.+-]+", licence):
+        raise ValueError(f"--license {licence!r}; write it as the hub does, such as apache-2.0")
     check_tensors(sae.state_dict(), recipe["title"])
     evaluation = _read_evaluation(Path(output_dir) / files.EVAL_DIR / f"{folder.name}.json", recipe)
     shown = public_recipe(recipe)

@@ -19,6 +19,18 @@ from torch import Tensor, nn
 
 from src.sae import SAE, StandardForm
 
+OWN_CONFIG = "config.json"
+OWN_WEIGHTS = "model.safetensors"
+LENS_CONFIG = "cfg.json"
+LENS_WEIGHTS = "sae_weights.safetensors"
+NORM_EPS = 1e-5  # what SAELens and OpenAI add to the standard deviation; neither has an option
+# TransformerLens changes the weights of a language model so that no state has a mean. It does so
+# only where layers normalise by the mean; in families with RMSNorm it leaves them.
+CENTRED = "center_writing_weights"
+HUB_NAME = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
+)
+
 
 def _topk(pre_acts: Tensor, k: int) -> Tensor:
     values, indices = pre_acts.topk(k, dim=-1, sorted=False)

@@ -1,7 +1,7 @@
 """SAEs that other programs wrote, read as the models here that give the same codes.
 
-FORMATS has one entry for each format. A reader says what its files mean in the terms of
-Published; `hold` turns that into a state dict and a recipe, or refuses it. Knows no model by name.
+FORMATS has one entry for each format. Its reader says what the files mean, in the terms of
+published.py, which finds the model here that computes the same.
 
 Shapes: D hidden, F latents.
 """
@@ -17,63 +17,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from src import files, hub, model, tensor_files
-from src.formats import hook_of, site_of
-from src.sae import STANDARD_NAMES
+from src import files, hub, tensor_files
+from src.formats import (
+    CENTRED,
+    HUB_NAME,
+    LENS_CONFIG,
+    LENS_WEIGHTS,
+    OWN_CONFIG,
+    OWN_WEIGHTS,
+    hook_of,
+    site_of,
+)
+from src.published import (
+    Published,
+    Source,
+    hold,
+    number,
+    refuse,
+    renamed,
+    state_of,
+    typed_site,
+    whole,
+)
 
-OWN_CONFIG = "config.json"
-OWN_WEIGHTS = "model.safetensors"
-LENS_CONFIG = "cfg.json"
-LENS_WEIGHTS = "sae_weights.safetensors"
-NORM_EPS = 1e-5  # what SAELens and OpenAI add to the standard deviation; neither has an option
-# TransformerLens changes the weights of a language model so that no state has a mean. It does so
-# only where layers normalise by the mean; in families with RMSNorm it leaves them.
-CENTRED = "center_writing_weights"
+# Families whose layers normalise by the mean square, not by the mean.
 RMS_FAMILIES = re.compile(
     r"llama|mistral|mixtral|gemma|qwen|olmo-2|yi-|deepseek|smollm|baichuan|internlm", re.I
 )
-HUB_NAME = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"
-)
-MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30  # of an option, so that float32 holds its products
-SHIFT_LATENTS = 8192  # of which a bias is computed in float64 at one time
-
-
-class Source(NamedTuple):
-    """Where an SAE was found."""
-
-    folder: Path
-    name: str  # as it was typed: a path, or a hub name with repository and folder
-    hints: Mapping[str, Any]  # options that were typed: layer, k ...
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the folders on the way, the innermost last."""
-        typed = Path(self.name.partition("@")[0])
-        return self.folder.resolve().parts if self.folder.exists() else typed.parts
-
-
-class Published(NamedTuple):
-    """What an SAE of another program computes.
-
-    With x the input times `scale`, its pre-activations are (x - b_dec) W_enc + b_enc, or
-    x W_enc + b_enc, and its reconstruction is (latents W_dec + b_dec) / scale. With `unit_rows`
-    the codes are multiplied by the norms of decoder rows before they are chosen, and divided by
-    them where they are decoded.
-    """
-
-    architecture: str  # of a model here
-    tensors: Mapping[str, Tensor]  # by the standard name: W_enc [D,F], W_dec [F,D] ...
-    site: int
-    k: int | None = None
-    clips: bool = True  # negative values among the k largest become 0
-    subtracts_b_dec: bool = True
-    unit_rows: bool = False  # its codes, and thresholds, are those of decoder rows of norm 1
-    scale: float = 1.0
-    input_norm: str = "none"
-    language_model: str | None = None
-    title: str | None = None
-    notes: tuple[str, ...] = ()  # what was assumed, or differs here
 
 
 class Format(NamedTuple):
@@ -147,8 +117,11 @@ def _read_folder(folder: Path, name: str, hints: Mapping[str, Any]) -> tuple[dic
     known = _format_of(folder)
     if known:
         return _read_as(known, Source(folder, name, hints))
-    inside = sorted(path for path in folder.glob("*") if path.is_dir() and _format_of(path))
-    if len(inside) == 1:
+    # Of a repository without a folder in its name, the configurations alone were fetched.
+    inside = sorted(
+        path for path in folder.glob("*") if (path / LENS_CONFIG).is_file() or _format_of(path)
+    )
+    if len(inside) == 1 and _format_of(inside[0]):
         return _read_folder(inside[0], f"{name}/{inside[0].name}", hints)
     hint = f"; files of an SAE are {', '.join(sorted(known.weights for known in FORMATS))}"
     if inside:
@@ -195,170 +168,6 @@ def read_state(value: Any, path: Path, hints: Mapping[str, Any]) -> tuple[dict, 
         ) from error
 
 
-# ------------------------------------------------------------------------------- holding
-
-
-def hold(published: Published, source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, recipe) of the model here that gives the same codes and reconstructions.
-
-    Raises ValueError, which names the tensor or the option, if there is none.
-    """
-    name = _model_of(published.architecture)
-    _check_shapes(published.tensors)
-    k, n_latents = published.k, published.tensors["W_enc"].shape[1]
-    if k is not None and not 0 < k <= n_latents:
-        raise ValueError(f"its k is {k}, of {n_latents} latents")
-    weights = _state_dict(_folded(published))
-    latent_size, hidden_size = weights["encoder.weight"].shape
-    values = {
-        "hidden_size": hidden_size,
-        "n_layers": None,
-        "latent_size": latent_size,
-        "layer": published.site,
-        "norm_eps": source.hints.get("norm_eps") or NORM_EPS,
-        "input_norm": published.input_norm,
-    }
-    if k is not None:
-        values |= {"k": k, "topk_relu": published.clips}
-    recipe = {"model": name, "config": values, "options": {}}
-    if published.title:
-        recipe["title"] = published.title
-    language_model = published.language_model
-    if isinstance(language_model, str) and language_model:
-        is_hub_name = HUB_NAME.fullmatch(language_model)
-        recipe["model_path" if is_hub_name else "model_name"] = language_model
-    for note in published.notes:
-        print(files.printable(f"{source.name}: {note}"))
-    return weights, recipe
-
-
-def _model_of(architecture: str) -> str:
-    """The first model that defines this architecture itself, instead of inheriting it."""
-    for name, cls in model.CLASSES.items():
-        if vars(cls).get("architecture") == architecture:
-            return name
-    known = sorted({cls.architecture for cls in model.CLASSES.values()} - {""})
-    raise ValueError(f"its architecture is {architecture!r}; known are {', '.join(known)}")
-
-
-def _check_shapes(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for tensors that are missing, too many, or do not go together."""
-    encoder = tensors.get("W_enc")
-    is_complete = {"W_enc", "W_dec", "b_dec"} <= tensors.keys() <= STANDARD_NAMES.keys()
-    if not is_complete or encoder.dim() != 2:
-        raise ValueError(f"its tensors are {', '.join(sorted(tensors))}")
-    width, n_latents = encoder.shape
-    expected = {"W_enc": (width, n_latents), "W_dec": (n_latents, width), "b_dec": (width,)}
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected.get(name, (n_latents,)):
-            raise ValueError(f"its {name} has the shape {tuple(tensor.shape)}")
-
-
-def _folded(published: Published) -> dict[str, Tensor]:
-    """Tensors that give the same codes without the options that the models here lack.
-
-    A factor of the input, norms of decoder rows that scale the codes, and a decoder bias that is
-    not subtracted from the input go into the weights and biases.
-    """
-    folded = {name: value.float() for name, value in published.tensors.items()}
-    if published.unit_rows:
-        norms = folded["W_dec"].norm(dim=-1)
-        norms = torch.where(norms > 0, norms, 1)  # a row of zeros stays one
-        folded["W_dec"] = folded["W_dec"] / norms[:, None]
-        folded["W_enc"] = folded["W_enc"] * norms
-        folded["b_enc"] = folded["b_enc"] * norms
-    if published.scale != 1:
-        folded["W_enc"] = folded["W_enc"] * published.scale
-        folded["W_dec"] = folded["W_dec"] / published.scale
-        folded["b_dec"] = folded["b_dec"] / published.scale
-    if not published.subtracts_b_dec:
-        # x W + b = (x - b_dec) W + (b_dec W + b); a gated SAE scales the product by exp(r_mag).
-        shift = _product(folded["b_dec"], folded["W_enc"])
-        for bias in folded.keys() & {"b_enc", "b_gate"}:
-            folded[bias] = (folded[bias] + shift).float()
-        if "b_mag" in folded:
-            scale = folded["r_mag"].double().exp() if "r_mag" in folded else 1.0
-            folded["b_mag"] = (folded["b_mag"] + shift * scale).float()
-    if "threshold" in folded:
-        # They clip negative values, which a threshold below 0 would let through here.
-        folded["threshold"] = folded["threshold"].clamp_min(0)
-    return folded
-
-
-def _product(vector: Tensor, matrix: Tensor) -> Tensor:
-    """vector @ matrix in float64, block by block, since the memory for all of it may be short."""
-    blocks = matrix.split(SHIFT_LATENTS, dim=1)
-    return torch.cat([vector.double() @ block.double() for block in blocks])
-
-
-def _state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a standard form under the names and in the orientation of our parameters."""
-    return {
-        ours: tensors[name].T if tensors[name].dim() == 2 else tensors[name]
-        for name, ours in STANDARD_NAMES.items()
-        if name in tensors
-    }
-
-
-# ------------------------------------------------------------------------------- what readers share
-
-
-def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors by their standard names; matrices of nn.Linear are transposed.
-
-    names: {name in the file: standard name}. A linear layer's name ends in ".weight". Raises
-    ValueError that lists what the file holds if a name is missing, or unknown.
-    """
-    if tensors.keys() != names.keys():
-        raise ValueError(f"its tensors are {', '.join(sorted(map(str, tensors)))}")
-    is_linear = {standard: name.endswith(".weight") for name, standard in names.items()}
-    renamed = {standard: tensors[name] for name, standard in names.items()}
-    return {
-        standard: value.T if is_linear[standard] and value.dim() == 2 else value
-        for standard, value in renamed.items()
-    }
-
-
-def _state_of(value: Any) -> dict[str, Tensor]:
-    """A state dict of weights that torch.save wrote. Raises ValueError for anything else."""
-    is_dict = isinstance(value, dict) and value
-    if not is_dict or not all(isinstance(tensor, Tensor) for tensor in value.values()):
-        raise ValueError("it is not a state dict of tensors")
-    tensor_files.check_tensors(value, "its state dict")
-    return value
-
-
-def _whole(value: Any, name: str) -> int:
-    """A whole number above 0 from a configuration. Raises ValueError for anything else."""
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point():
-        value = value.item()
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"it does not say {name}" if value is None else f"its {name} is {value!r}")
-    return value
-
-
-def _refuse(config: Mapping[str, Any], unsupported: Mapping[str, str]) -> None:
-    """Raise ValueError with the reason if one of these options is on. {option: reason}"""
-    for name, reason in unsupported.items():
-        if config.get(name):
-            raise ValueError(f"{reason} ({name} {config[name]!r})")
-
-
-def _number(value: Any, name: str) -> float:
-    """A number above 0 from a configuration. Raises ValueError for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not MIN_NUMBER < value < MAX_NUMBER:
-        raise ValueError(f"its {name} is {value!r}; a number above 0 is needed")
-    return float(value)
-
-
-def _typed_site(source: Source, what_is_missing: str) -> int:
-    """The site of --layer. Raises ValueError that asks for it."""
-    if not source.hints.get("layer"):
-        raise ValueError(f"{what_is_missing}; say the site with --layer (block 0 ends at site 1)")
-    return source.hints["layer"]
-
-
 # ------------------------------------------------------------------------------- SAELens
 
 
@@ -397,7 +206,7 @@ def _lens_architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:
         architecture, k = "topk", arguments.get("k") if isinstance(arguments, dict) else None
     elif activation != "relu":
         raise ValueError(f"its activation is {activation!r}")
-    return architecture, _whole(k, "k") if architecture == "topk" else None
+    return architecture, whole(k, "k") if architecture == "topk" else None
 
 
 def _lens_input_norm(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -437,7 +246,7 @@ def _sparsify(tensors: Any, config: dict[str, Any], source: Source) -> Published
         "skip_connection": "it adds a linear map of its input to the reconstruction",
         "signed": "it keeps the values of largest size, with their sign",
     }
-    _refuse(config, reasons)
+    refuse(config, reasons)
     if config.get("activation", "topk") != "topk":
         raise ValueError(f"its activation is {config['activation']!r}; known is topk")
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -447,9 +256,9 @@ def _sparsify(tensors: Any, config: dict[str, Any], source: Source) -> Published
     language_model = run_options.get("model") if isinstance(run_options, dict) else None
     return Published(
         "topk",
-        _renamed(tensors, names),
+        renamed(tensors, names),
         source.hints.get("layer") or site_of(hook),
-        _whole(config.get("k"), "k"),
+        whole(config.get("k"), "k"),
         language_model=language_model,
     )
 
@@ -503,10 +312,10 @@ def _learned(value: Any, config: dict[str, Any], source: Source) -> Published:
     if isinstance(state, dict):
         k = state.pop("k", k)
         state.pop("group_sizes", None)
-    state = _state_of(state)
+    state = state_of(state)
     if "threshold" not in names.values():
         state.pop("threshold", None)  # TopK keeps one, which its encode does not use
-    tensors = _renamed(state, names)
+    tensors = renamed(state, names)
     threshold = tensors.get("threshold")
     if threshold is not None and threshold.dim() == 0:
         tensors["threshold"] = threshold.expand(tensors["W_enc"].shape[-1])
@@ -514,7 +323,7 @@ def _learned(value: Any, config: dict[str, Any], source: Source) -> Published:
         architecture,
         tensors,
         _learned_site(trainer, buffer if isinstance(buffer, dict) else {}, source),
-        _whole(k, "k") if architecture == "topk" else None,
+        whole(k, "k") if architecture == "topk" else None,
         language_model=trainer.get("lm_name"),
         **options,
     )
@@ -528,7 +337,7 @@ def _learned_site(trainer: dict[str, Any], buffer: dict[str, Any], source: Sourc
     if source.hints.get("layer"):
         return source.hints["layer"]
     if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-        return _typed_site(source, f"its layer is {layer!r}")
+        return typed_site(source, f"its layer is {layer!r}")
     match = re.match(r"resid_(pre|post)(?!\w*_(?:mlp|attn))", place)
     return site_of(f"blocks.{layer}.hook_resid_{match[1]}" if match else place)
 
@@ -546,7 +355,7 @@ def _gemma_scope(tensors: Any, config: dict[str, Any], source: Source) -> Publis
         site_of("embedding" if place == "res" else release[0])  # which refuses it
     layer = re.search(r"layer_(\d+)(?!.*layer_\d)", where)
     site = source.hints.get("layer") or (layer and int(layer[1]) + 1)
-    site = site or _typed_site(source, "no folder is named layer_N")
+    site = site or typed_site(source, "no folder is named layer_N")
     language_model, notes = None, ()
     if release:
         suffix = "-it" if release[2] == "it" else ""
@@ -580,7 +389,7 @@ def _gemma_scope_2(tensors: Any, config: dict[str, Any], source: Source) -> Publ
         language_model = f"google/{language_model}"
     return Published(
         "jumprelu",
-        _renamed(tensors, names),
+        renamed(tensors, names),
         site_of(str(hook)),
         subtracts_b_dec=False,
         language_model=language_model,
@@ -604,15 +413,15 @@ def _llama_scope(tensors: Any, config: dict[str, Any], source: Source) -> Publis
 
     Inputs are scaled to a mean norm of sqrt(D). The one threshold was found on unscaled inputs.
     """
-    _refuse(config, {"use_glu_encoder": "its encoder has a second, gating layer"})
+    refuse(config, {"use_glu_encoder": "its encoder has a second, gating layer"})
     activation = str(config.get("act_fn", "relu")).lower()
     if activation not in ("relu", "jumprelu", "topk"):
         raise ValueError(f"its activation is {activation!r}; known are relu, jumprelu, topk")
     scale = _norm_factor(config, config.get("dataset_average_activation_norm"), "in", "out")
     names = LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"}
-    standard = _renamed(tensors, names)
+    standard = renamed(tensors, names)
     if activation == "jumprelu":
-        threshold = _number(config.get("jump_relu_threshold"), "jump_relu_threshold") * scale
+        threshold = number(config.get("jump_relu_threshold"), "jump_relu_threshold") * scale
         standard["threshold"] = torch.full((standard["W_enc"].shape[-1],), threshold)
     published = _scope(standard, config, activation, scale)
     # Its loader gave the decoder rows of norm 1 before the threshold was found.
@@ -630,7 +439,7 @@ def _llamascopium(tensors: Any, config: dict[str, Any], source: Source) -> Publi
     """
     if config.get("sae_type", "sae") != "sae":
         raise ValueError(f"its kind is {config['sae_type']!r}; known is sae")
-    _refuse(config, {"use_glu_encoder": "its encoder has a second, gating layer"})
+    refuse(config, {"use_glu_encoder": "its encoder has a second, gating layer"})
     activation = str(config.get("act_fn", "relu")).lower()
     prefix = "dataset_average_activation_norm."
     norms = {
@@ -667,8 +476,8 @@ def _llamascopium_tensors(
         tensors["b_D"] = torch.zeros(tensors["W_D"].shape[-1])
     logarithm = next((name for name in tensors if name.endswith("log_jumprelu_threshold")), None)
     if logarithm is None:
-        return _renamed(tensors, names)
-    standard = _renamed(tensors, names | {logarithm: "threshold"})
+        return renamed(tensors, names)
+    standard = renamed(tensors, names | {logarithm: "threshold"})
     threshold = standard["threshold"].float().exp()
     # Compared with pre-activation times norm; the codes keep their own scale.
     norms = standard["W_dec"].float().norm(dim=-1) if has_norms else 1.0
@@ -683,7 +492,7 @@ def _scope(
     if hook_out not in (None, hook_in):
         raise ValueError(f"it reads {hook_in!r} and predicts {hook_out!r}")
     architecture = {"relu": "standard"}.get(activation, activation)
-    k = _whole(config.get("top_k"), "top_k") if activation == "topk" else None
+    k = whole(config.get("top_k"), "top_k") if activation == "topk" else None
     return Published(architecture, standard, site_of(str(hook_in)), k, scale=scale)
 
 
@@ -697,10 +506,10 @@ def _norm_factor(config: dict[str, Any], norms: Any, hook_in: str, hook_out: str
     norm_in, norm_out = (
         norms.get(hook) if isinstance(norms, dict) else None for hook in (hook_in, hook_out)
     )
-    norm_in = _number(norm_in, "dataset_average_activation_norm")
+    norm_in = number(norm_in, "dataset_average_activation_norm")
     if norm_out not in (None, norm_in):
         raise ValueError(f"it scales inputs by {norm_in} and outputs by {norm_out}")
-    return math.sqrt(_whole(config.get("d_model"), "d_model")) / norm_in
+    return math.sqrt(whole(config.get("d_model"), "d_model")) / norm_in
 
 
 # ------------------------------------------------------------------------------- OpenAI
@@ -742,9 +551,9 @@ def _openai(value: dict[str, Any], path: Path, hints: Mapping[str, Any]) -> Publ
     site = int(path.stem) + 1 if path.stem.isdecimal() else None
     return Published(
         "topk" if is_topk else "standard",
-        _renamed(_state_of(state), names),
-        hints.get("layer") or site or _typed_site(source, f"{path.name} is no number of a block"),
-        _whole(options.get("k"), "k") if is_topk else None,
+        renamed(state_of(state), names),
+        hints.get("layer") or site or typed_site(source, f"{path.name} is no number of a block"),
+        whole(options.get("k"), "k") if is_topk else None,
         clips=after == "ReLU",
         input_norm="token" if is_topk else "none",
         language_model=language_model,

@@ -171,16 +171,19 @@ class Reconstruction(Measure):
         """Return the means over the sites, and the values per site if there are several.
 
         FVU is the error over the variance around the data mean. Shrinkage is
-        E|x_hat|^2 / E<x_hat, x>; it is below 1 where norms are too small.
+        E|x_hat|^2 / E<x_hat, x>; it is below 1 where norms are too small, and negative where
+        reconstructions point away from the states.
         """
         square_of_sum = self.target.value().square().sum(-1)
         variance = self.target_square.value() - square_of_sum / self.count
+        product = self.product.value()
+        shrinkage = self.x_hat_square.value() / product
         # An SAE that gives only zeros has shrinkage 0, not 0 / 0.
-        product = self.product.value().clamp_min(1e-300)
+        shrinkage = torch.where(product == 0, 0, shrinkage)
         values = {
             "NormMSE": self.norm_mse.compute(),
             "FVU": (self.error.value() / variance).tolist(),
-            "Shrinkage": (self.x_hat_square.value() / product).tolist(),
+            "Shrinkage": shrinkage.tolist(),
         }
         result: dict[str, Any] = {}
         for name, value in values.items():

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
-from src import checkpoint, export_formats, files, formats, import_formats
+from src import checkpoint, export_formats, files, formats, import_formats, published
 from src.config import run_stage
 from src.model import build
 from src.zoo import ZOO
@@ -370,9 +370,9 @@ def test_saelens_tensors_of_other_shapes_are_named(tmp_path, name):
         tensors = load_file(path) | {name: torch.zeros(shape)}
         save_file(tensors, folder / "other.safetensors")
         with pytest.raises(ValueError, match="its .* has the shape|its tensors are"):
-            source = import_formats.Source(folder, "sae", {})
-            published = import_formats._lens(tensors, read_json(folder / "cfg.json"), source)
-            import_formats.hold(published, source)
+            source = published.Source(folder, "sae", {})
+            lens = import_formats._lens(tensors, read_json(folder / "cfg.json"), source)
+            published.hold(lens, source)
 
 
 def test_folders_written_by_saelens_before_version_6_load(tmp_path):

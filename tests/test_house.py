@@ -20,8 +20,8 @@ FLOORS = (
     "endpoint gguf_file rule_labels tensor_files plot_style",
     "sae reference identity feature_files latent_notes",
     "model data lm metrics config formats neuronpedia",
-    "hooks checkpoint import_formats export_formats demo events sae_training estimate page "
-    "steering",
+    "hooks checkpoint published import_formats export_formats demo events sae_training estimate "
+    "page steering",
     "trainer evaluator applier interpreter steerer reader plots",
     "utils explorer server",
 )
@@ -31,7 +31,7 @@ SAME_FLOOR = {
     ("ops", "device"),
     ("sparse", "device"),
     ("checkpoint", "import_formats"),
-    ("export_formats", "import_formats"),
+    ("import_formats", "published"),
     ("estimate", "hooks"),
     ("steering", "hooks"),
     ("config_file", "files"),

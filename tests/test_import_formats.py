@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_formats import random_sae, recipe_of
 
-from src import checkpoint, export_formats, import_formats, tensor_files
+from src import checkpoint, export_formats, files, import_formats, lm, tensor_files
+from src.config import model_options, parse
+from src.evaluator import Evaluator
 
 D, F, K, BLOCK = 24, 80, 7, 5
 SITE = BLOCK + 1
@@ -333,6 +335,29 @@ def test_each_format_gives_the_codes_and_reconstructions_of_its_documentation(na
     assert fvu(h, patch[SITE](h)) == pytest.approx(fvu(h, h_hat), rel=1e-5)
 
 
+@torch.no_grad()
+def test_weights_in_bfloat16_become_float32_of_the_same_values(tmp_path, monkeypatch):
+    rounded = {name: value.bfloat16().float() for name, value in tensors().items()}
+    monkeypatch.setitem(globals(), "tensors", lambda: rounded)
+    for case in (sparsify(tmp_path), gemma_scope_2(tmp_path)):
+        (path,) = case.path.glob("*.safetensors")
+        save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
+        sae, _ = checkpoint.load(case.path)
+        assert {value.dtype for value in sae.state_dict().values()} == {torch.float32}
+        latents = sae.encode(sae.gather({SITE: states()}))
+        assert torch.allclose(latents, case.code(states()), atol=1e-5)
+
+
+def test_without_a_configuration_the_folder_of_gemma_scope_2_says_the_site(tmp_path):
+    case = gemma_scope_2(tmp_path)
+    (case.path / "config.json").unlink()
+    assert checkpoint.load(case.path)[0].sites() == [SITE]
+    attention = gemma_scope_2(tmp_path, "attn_out/layer_5_width_16k_l0_medium")
+    (attention.path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"attn_out/layer_5.*\(attention\)"):
+        checkpoint.load(attention.path)
+
+
 def test_a_topk_of_openai_may_keep_negative_values(tmp_path):
     case = openai(tmp_path, postact="Identity")
     sae, _ = checkpoint.load(case.path)
@@ -482,6 +507,51 @@ def test_what_no_model_here_holds_is_refused_by_name_in_one_line(name, tmp_path)
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_name_asks_for_the_files_of_every_format_in_its_folder(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo, revision=None, allow_patterns=None):
+        asked[repo] = allow_patterns
+        return str(tmp_path / repo.partition("/")[2])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    case = gemma_scope(tmp_path)
+    name = "/".join(case.path.parts[-4:])
+    sae, recipe = checkpoint.load(f"google/{name}")
+    assert sae.sites() == [SITE] and recipe["model_path"] == case.language_model
+    assert recipe["title"] == f"layer_{BLOCK}_width_16k_average_l0_71"
+    inside = name.partition("/")[2]
+    assert f"{inside}/params.npz" in asked["google/gemma-scope-2b-pt-res"]
+    sparsify(tmp_path)
+    _, recipe = checkpoint.load(f"org/run/layers.{BLOCK}")
+    assert recipe["title"] == f"run_layers.{BLOCK}" and recipe["model_path"] == "org/lm"
+    wanted = {f"layers.{BLOCK}/cfg.json", f"layers.{BLOCK}/sae.safetensors", "config.json"}
+    assert wanted <= set(asked["org/run"])
+    # Without a folder only configurations are fetched, which is enough to say what there is.
+    (tmp_path / "run" / f"layers.{BLOCK}" / "sae.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"it has SAEs in layers\.{BLOCK}: name one"):
+        checkpoint.load("org/run")
+
+
+def test_one_evaluation_measures_saes_of_several_formats(tmp_path, monkeypatch):
+    """Their hidden size is that of the built-in language model."""
+    monkeypatch.setitem(globals(), "D", lm.sizes_by_config(str(files.DEMO_LM), False)[0])
+    text = [
+        json.dumps({"text": f"Return the value {n} of the array, or None. " * 9}) for n in range(99)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(text))
+    names = ("sparsify", "AutoEncoderTopK", "Gemma Scope", "Llamascopium", "OpenAI TopK")
+    cases = [CASES[name](tmp_path / str(number)) for number, name in enumerate(names)]
+    argv = ["--SAE_path", *(str(case.path) for case in cases), "--metric", "NormMSE", "FVU", "L0"]
+    argv += ["--model_path", str(files.DEMO_LM), "--data_path", str(tmp_path / "text.jsonl")]
+    argv += ["--max_length", "32", "--max_samples", "16", "--dtype", "float32"]
+    results = Evaluator(parse("evaluate", [*argv, "--output_dir", str(tmp_path / "out")])).run()
+    assert len(results) == len(cases)
+    for result, name in zip(results.values(), names, strict=True):
+        assert math.isfinite(result["NormMSE"]) and result["FVU"] > 0
+        assert result["L0"] == K or "Gemma" in name or "Llama" in name
+
+
 # ------------------------------------------------------------------------------- hostile files
 
 
@@ -626,6 +696,17 @@ def test_an_export_reads_back_with_the_same_codes(kind, name, model, tmp_path):
     assert f"library_name: {kind}" in text and f'"{sites[0].name}"' in text
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sparsify", "AutoEncoderNew", "Gemma Scope", "OpenAI TopK"])
+def test_a_published_sae_is_converted_by_exporting_it(name, tmp_path):
+    case, h = CASES[name](tmp_path / "from"), states()
+    sae, recipe = checkpoint.load(case.path)
+    folder = export_formats.export(sae, recipe, tmp_path, "saelens")
+    again, recipe = checkpoint.load(folder / f"blocks.{BLOCK}.hook_resid_post")
+    assert recipe["model_path"] == case.language_model
+    assert (again.encode(again.gather({SITE: h})) - case.code(h)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     "kind, make, reason",
     [
@@ -644,6 +725,13 @@ def test_what_a_library_cannot_express_is_refused_with_the_reason(kind, make, re
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_input_norm_trains_an_sae_of_raw_states():
+    cfg = parse("train", ["--input_norm", "none", "--model", "TopK", "RouteSAE"])
+    assert model_options(cfg, "TopK")["input_norm"] == "none"
+    # A router compares the sites, for which it needs standardised states.
+    assert "input_norm" not in model_options(cfg, "RouteSAE")
+
+
 def test_sparsify_files_hold_what_its_loader_wants(tmp_path):
     sae, h = raw_sae("TopK"), states()
     folder = export_formats.export(sae, recipe_of(sae), tmp_path, "sparsify") / "layers.5"
@@ -659,3 +747,5 @@ def test_the_card_names_the_licence_that_was_chosen(tmp_path):
     folder = export_formats.export(sae, recipe_of(sae), tmp_path, "hf", licence="mit")
     head = (folder / "README.md").read_text().split("---")[1]
     assert "\nlicense: mit\n" in head and "library_name: routesae-repro" in head
+    with pytest.raises(ValueError, match="write it as the hub does"):
+        export_formats.export(sae, recipe_of(sae), tmp_path, "saelens", licence="mit\n---")

@@ -25,6 +25,7 @@ def test_the_package_needs_what_the_requirement_files_say():
     project = PROJECT["project"]
     assert project["dependencies"] == lines_of("requirements.txt")
     assert project["optional-dependencies"]["gguf"] == lines_of("requirements-gguf.txt")
+    assert project["optional-dependencies"]["explore"] == lines_of("requirements-explore.txt")
 
 
 @pytest.fixture(scope="module")

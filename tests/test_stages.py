@@ -370,6 +370,9 @@ def test_reconstruction_metrics_agree_with_values_computed_by_hand():
     mean = x.mean(0).expand_as(x)
     assert reconstruction_metrics((x, mean))["FVU"] == pytest.approx(1.0, abs=1e-5)
     assert reconstruction_metrics((x, 0.8 * x))["Shrinkage"] == pytest.approx(0.8, abs=1e-5)
+    # Of an SAE for another place: an infinite value would lose the whole result.
+    assert reconstruction_metrics((x, -0.5 * x))["Shrinkage"] == pytest.approx(-0.5, abs=1e-5)
+    assert reconstruction_metrics((x, 0 * x))["Shrinkage"] == 0
     assert Mean().compute() is None
 
 
