@@ -44,6 +44,7 @@ MAX_AUXK = 512  # dead latents that AuxK revives at one time
 # papers' 10M tokens (docs/LOG.md).
 DEAD_SHARE_OF_RUN, MAX_DEAD_TOKENS = 0.03, 1e7
 CUT_RATE = 20  # BatchTopK's threshold remembers 1/20 of a run
+MATRYOSHKA_PARTS = (1, 3, 7, 15)  # of 32: where the paper's prefixes end, before the whole
 MIN_THRESHOLD = 1e-4
 DEFAULT_L0_COEFFICIENT = 1e-3
 
@@ -202,6 +203,59 @@ class BatchTopK(TopK):
             self.cut.copy_(smallest)
         else:
             self.cut.lerp_(smallest, weight)
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK in which the first latents must also reconstruct alone (Bussmann et al. 2025).
+
+    arXiv:2503.17547. The loss adds the errors of nested prefixes: what the first m latents of the
+    code reconstruct, for each m of `matryoshka_widths` [numbers of latents]. General features then
+    come first, and more latents do not split them. The default has the paper's groups, of 1/32,
+    1/16, 1/8 and 1/4 of the latents, and the rest. Raises ValueError for a width that is no prefix.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        latent_size: int,
+        k: int,
+        *,
+        matryoshka_widths: list[int] | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(hidden_size, latent_size, k, **rest)
+        if matryoshka_widths is None:
+            matryoshka_widths = [latent_size * parts // 32 for parts in MATRYOSHKA_PARTS]
+            matryoshka_widths = [width for width in matryoshka_widths if width]
+        for width in matryoshka_widths:
+            if not 0 < width <= latent_size:
+                raise ValueError(
+                    f"matryoshka_widths {width} with {latent_size} latents; "
+                    "a prefix has at least 1 of them and at most all"
+                )
+        # NormMSE is the error of the whole code.
+        self.shorter_widths = sorted(set(matryoshka_widths) - {latent_size})
+
+    def penalty(self, out, batch=WHOLE_BATCH):
+        terms = super().penalty(out, batch)
+        if self.shorter_widths:
+            errors = sum(self._prefix_errors(out, width) for width in self.shorter_widths)
+            terms["Prefixes"] = batch.share_of_mean(errors)
+        return terms
+
+    def _prefix_errors(self, out: SAEOutput, width: int) -> Tensor:
+        """Return each token's error when the first `width` latents decode alone. [...]"""
+        token, latent, _ = sparse.active(out.code)
+        inside = latent < width
+        index = token[inside] * width + latent[inside]
+
+        def choose(_pre_acts, _tokens):
+            return index
+
+        selection = Selection(choose, self.k, clip=True, per_token=False)
+        prefix = self._weights().subset(slice(width))
+        _, x_hat = sparse.sparse_autoencode(out.target, prefix, selection)
+        return squared_errors(out.target, x_hat)
 
 
 class RandomK(TopK):
@@ -912,7 +966,8 @@ def _check_shares(shares: list[float] | None, routing: str, objective: str) -> N
 CLASSES = {
     cls.__name__: cls
     for cls in (
-        TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK
+        TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK,
+        Matryoshka,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The nine models as their formulas read: dense, and differentiated by autograd alone.
+"""The ten models as their formulas read: dense, and differentiated by autograd alone.
 
 src/model.py computes the same models fast. tests/test_reference.py checks in float64 that both
 have equal losses, gradients and trainings.
@@ -24,6 +24,7 @@ DEFAULTS = {  # of the options that a model may leave out
     "gated_aux": True,
     "l0_post_jump": False,
     "l1_mean": False,
+    "matryoshka_widths": (),
     "routing": "hard",
     "seed": 42,
     "sparsity_warmup": 0.05,  # share of the training
@@ -202,6 +203,21 @@ class BatchTopK(TopK):
         return F.relu(kept.view_as(pre_acts))
 
 
+class Matryoshka(BatchTopK):
+    """BatchTopK that adds the error of what each prefix z[:m] reconstructs (Bussmann et al. 2025).
+
+    The widths m are all but the whole dictionary, whose error is NormMSE.
+    """
+
+    def autoencode(self, x, token_keys):
+        z, x_hat, penalties = super().autoencode(x, token_keys)
+        errors = 0.0
+        for width in self.options["matryoshka_widths"]:
+            prefix = torch.arange(z.shape[-1]) < width
+            errors = errors + normalised_error(x, self.decode(z * prefix)).mean()
+        return z, x_hat, penalties | {"Prefixes": errors}
+
+
 class RandomK(TopK):
     """k latents drawn at random for each token: a control."""
 
@@ -328,7 +344,8 @@ class Crosscoder(ReferenceSAE):
 MODELS = {
     cls.__name__: cls
     for cls in (
-        TopK, BatchTopK, RandomK, MLSAE, RouteSAE, Vanilla, Gated, JumpReLU, Crosscoder
+        TopK, BatchTopK, Matryoshka, RandomK, MLSAE, RouteSAE, Vanilla, Gated, JumpReLU,
+        Crosscoder,
     )
 }  # fmt: skip
 

@@ -150,8 +150,8 @@ class DictionaryWeights(NamedTuple):
     latent_bias: Tensor  # [F]
     decoder: Tensor  # [D,F]
 
-    def subset(self, latents: Tensor) -> DictionaryWeights:
-        """Return the dictionary of these latents alone."""
+    def subset(self, latents: Tensor | slice) -> DictionaryWeights:
+        """Return the dictionary of these latents alone, given by their numbers or as a slice."""
         decoder = self.decoder[:, latents]
         return DictionaryWeights(
             self.pre_bias, self.encoder[latents], self.latent_bias[latents], decoder

@@ -107,8 +107,14 @@ ZOO: dict[str, Entry] = {
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),
+    "Matryoshka": Entry(
+        "BatchTopK whose first latents also reconstruct alone",
+        ("k", "layer", "matryoshka_widths", *_AUXK),
+        _DICTIONARY,
+        published=_PUBLISHED_TOPK,
+    ),
 }
-ALIASES = {"Random": "RandomK"}
+ALIASES = {"Random": "RandomK", "MatryoshkaBatchTopK": "Matryoshka"}
 
 
 def canonical(name: str) -> str:

@@ -32,6 +32,7 @@ def build_pair(name, recipe, changes):
         "threshold": 0.3,
         "bandwidth": 0.2,
         "dead_tokens": DEAD_TOKENS,
+        "matryoshka_widths": [12, 40],
     }
     options |= getattr(ZOO[name], recipe) | changes
     if name == "RouteSAE":
