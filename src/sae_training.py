@@ -21,6 +21,8 @@ from src.sae import SAE, WARM_START_TOKENS, BatchInfo, SAEOutput
 
 SIGNUM_MOMENTUM = 0.95
 ADAM_LR = 5e-4  # of parameters that keep Adam beside another optimiser
+# The option of an SAE that began with another's weights (--init_from): the sum of these weights.
+SOURCE_SUM = "init_weights_sum"
 WARMUP_SHARE, DECAY_SHARE = 0.05, 0.2  # of a run
 
 
@@ -228,11 +230,15 @@ class SAETraining:
     # ------------------------------------------------------------------------- one step
 
     def warm_start(self, batch: LocalBatch) -> None:
-        """Initialise from the first tokens of the whole batch; then make the processes equal."""
-        first = slice(max(0, WARM_START_TOKENS - batch.token_offset))
-        inputs = self.sae.gather(batch.states(first))
-        self.sae.warm_start(distributed.concat(inputs))
-        unit_norm_decoder(self.sae)
+        """Initialise from the first tokens of the whole batch; then make the processes equal.
+
+        Weights of another SAE stay as they are.
+        """
+        if SOURCE_SUM not in self.options:
+            first = slice(max(0, WARM_START_TOKENS - batch.token_offset))
+            inputs = self.sae.gather(batch.states(first))
+            self.sae.warm_start(distributed.concat(inputs))
+            unit_norm_decoder(self.sae)
         distributed.copy_from_main_(list(self._tensors().values()))
         self.mode(True)
 

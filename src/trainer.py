@@ -33,7 +33,8 @@ from src.device import pick_device
 from src.estimate import Estimate
 from src.interrupt import Interrupted, Signals
 from src.ops import unit_norm_decoder
-from src.sae_training import LocalBatch, SAETraining
+from src.sae import SAE
+from src.sae_training import SOURCE_SUM, LocalBatch, SAETraining
 from src.tracking import wandb_init
 
 # About 50 reports, at least 10 steps apart; each costs a forward pass. Runs of fewer than 100
@@ -47,6 +48,7 @@ MAX_DIFFERENCES = 4  # in a message
 # and how far from it L0 may end without a warning.
 CONTROL_STEPS = 500
 L0_TOLERANCE = 0.1
+MAX_NORM_ERROR = 0.01  # of the decoder columns of another SAE, which training keeps at 1
 
 
 def set_seed(seed: int) -> None:
@@ -86,7 +88,7 @@ def as_typed(value: Any) -> str:
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Return 'option saved -> wanted' for each option with another value."""
     result = []
-    for key, value in wanted.items():
+    for key, value in ({SOURCE_SUM: None} | wanted).items():
         # An option that is younger than what was saved had its default value then.
         default = config.OPTIONS[key].default if key in config.OPTIONS else None
         old = saved.get(key, default)
@@ -413,6 +415,10 @@ class Trainer:
         for line in config.unused(cfg):
             print(f"warning: {line}")
         demo.use_demo_defaults(cfg)
+        self.source: SAE | None = None
+        self.inherited: dict[str, Any] = {}
+        if cfg.init_from:
+            self._open_source()
         config.complete(cfg)
         if cfg.deterministic:
             _use_deterministic_algorithms()
@@ -424,10 +430,44 @@ class Trainer:
         self.states = self.run_folder / STATES_NAME
         self.log = self.run_folder / LOG_NAME
 
+    def _open_source(self) -> None:
+        """Load the SAE of --init_from, and take from it the options that were not typed.
+
+        Raises ValueError for an SAE that no training can begin with.
+        """
+        hints = {"model": self.cfg.model[0]} if "model" in self.cfg.typed else {}
+        self.source, recipe = checkpoint.load(self.cfg.init_from, hints=hints)
+        norms = [decoder.weight.norm(dim=0) for decoder in self.source.decoders()]
+        if norms and (torch.cat(norms) - 1).abs().max() > MAX_NORM_ERROR:
+            smallest, largest = torch.cat(norms).aminmax()
+            raise ValueError(
+                f"--init_from {self.cfg.init_from}: its decoder columns have norms from "
+                f"{smallest:.3g} to {largest:.3g}, which training would set to 1; fold them into "
+                "the encoder first (fold_W_dec_norm of SAELens)"
+            )
+        self.inherited = config.inherit(self.cfg, self.source.name, self.source.config)
+        self.inherited[SOURCE_SUM] = recipe["weights_sum"]
+
+    def _check_source(self, sae: SAE) -> None:
+        """Raise ValueError if the weights of --init_from do not fit an SAE of this run."""
+        of_source, of_run = (checkpoint.shapes(one.state_dict()) for one in (self.source, sae))
+        sizes = {
+            "hidden size": (self.source.hidden_size, sae.hidden_size),
+            "latent size": (self.source.latent_size, sae.latent_size),
+        }
+        names = of_source.keys() | of_run.keys()
+        sizes |= {name: (of_source.get(name), of_run.get(name)) for name in sorted(names)}
+        for name, (there, here) in sizes.items():
+            if there != here:
+                raise ValueError(
+                    f"--init_from {self.cfg.init_from} has {name} {there}, but this run needs "
+                    f"{here}; an SAE can only begin with weights of its own shape"
+                )
+
     def _combine(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Yield (model, options, swept values) of each SAE; a model crosses the lists it uses."""
         for name in self.cfg.model:
-            options = config.model_options(self.cfg, name)
+            options = config.model_options(self.cfg, name) | self.inherited
             swept_keys = [key for key in config.SWEPT if isinstance(options.get(key), list)]
             for values in itertools.product(*(options[key] for key in swept_keys)):
                 chosen = dict(zip(swept_keys, values, strict=True))
@@ -552,8 +592,10 @@ class Trainer:
         cfg = self.cfg
         sizes = lm.sizes_by_config(cfg.model_path, cfg.trust_remote_code)
         if sizes is None:
-            # A size that is not known yet is taken as large.
-            self._check_options(todo, cfg.hidden_size or 2**20, cfg.n_layers or 2**10)
+            # A size that is not known yet is taken as that of --init_from, or as large.
+            known = self.source.config if self.source is not None else {}
+            width = cfg.hidden_size or known.get("hidden_size") or 2**20
+            self._check_options(todo, width, cfg.n_layers or known.get("n_layers") or 2**10)
             return
         self._check_sizes(*sizes)
         self._check_options(todo, *sizes)
@@ -563,7 +605,9 @@ class Trainer:
         for i in todo:
             name, options, _ = self.combinations[i]
             with torch.device("meta"):
-                model.build(name, hidden_size, n_layers, options)
+                sae = model.build(name, hidden_size, n_layers, options)
+            if self.source is not None:
+                self._check_source(sae)
 
     def _run_folders(self) -> list[Path]:
         """Return the folders to lock: without a tag, another run may train one of these SAEs."""
@@ -690,6 +734,8 @@ class Trainer:
         set_seed(self.cfg.seed)  # each SAE begins as it would alone
         name, options, _ = self.combinations[index]
         sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options)
+        if self.source is not None:
+            sae.load_state_dict(self.source.state_dict())
         return SAETraining(sae.to(self.cfg.device), self.titles[index], options, self.cfg, total)
 
     def _finish(
