@@ -372,6 +372,15 @@ OPTIONS: dict[str, Option] = {
         "Default: 3 % of the tokens of the run, at most 10 million.",
         low=1,
     ),
+    "hierarchical_k": Option(
+        "sae",
+        int,
+        None,
+        "Numbers of latents below k to which the code of a TopK is also cut in training, such as "
+        "2 4 8, so that one SAE serves every --infer_k up to k. Default: none.",
+        low=1,
+        many=True,
+    ),
     "matryoshka_widths": Option(
         "sae",
         int,

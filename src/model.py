@@ -56,6 +56,8 @@ class TopK(Dictionary):
     """Exactly the k largest pre-activations (Gao et al. 2024).
 
     Dead latents are revived by AuxK (same paper, appendix A.2): they code the residual.
+    With hierarchical_k the loss also adds the errors of the code cut to its j largest values, for
+    each j listed, so that one SAE serves several k (HierarchicalTopK, arXiv:2505.24473).
     """
 
     architecture = "topk"
@@ -70,6 +72,7 @@ class TopK(Dictionary):
         auxk_coeff: float = 1 / 32,
         dead_tokens: int | None = None,
         topk_relu: bool = False,
+        hierarchical_k: list[int] | None = None,
         **dictionary: Any,
     ) -> None:
         super().__init__(hidden_size, latent_size, **dictionary)
@@ -77,7 +80,11 @@ class TopK(Dictionary):
             raise ValueError(
                 f"k {k} with {latent_size} latents; it must lie between 1 and the latent size"
             )
+        if any(not 0 < smaller <= k for smaller in hierarchical_k or ()):
+            listed = " ".join(map(str, hierarchical_k))
+            raise ValueError(f"hierarchical_k {listed} with k {k}; each lies between 1 and k")
         self.k = k
+        self.smaller_k = sorted(set(hierarchical_k or ()) - {k})
         self.auxk_coeff = auxk_coeff
         self.dead_tokens = dead_tokens
         self.topk_relu = topk_relu
@@ -117,6 +124,33 @@ class TopK(Dictionary):
         )
 
     def penalty(self, out, batch=WHOLE_BATCH):
+        return self._nested(out, batch) | self._auxk(out, batch)
+
+    def _nested(self, out: SAEOutput, batch: BatchInfo) -> dict[str, Tensor]:
+        """Return the errors of parts of the code that must reconstruct alone, added up."""
+        if not self.smaller_k:
+            return {}
+        rank = sparse.ranks(out.code)
+        errors = sum(self._part_errors(out, rank < k, self.latent_size) for k in self.smaller_k)
+        return {"Nested": batch.share_of_mean(errors)}
+
+    def _part_errors(self, out: SAEOutput, kept: Tensor, width: int) -> Tensor:
+        """Return each token's error if only the kept entries of its code are active. [...]
+
+        They must lie within the first `width` latents.
+        """
+        token, latent, _ = sparse.active(out.code)
+        index = token[kept] * width + latent[kept]
+
+        def choose(_pre_acts, _tokens):
+            return index
+
+        selection = Selection(choose, self.k, self.topk_relu, per_token=False)
+        part = self._weights().subset(slice(width))
+        _, x_hat = sparse.sparse_autoencode(out.target, part, selection)
+        return squared_errors(out.target, x_hat)
+
+    def _auxk(self, out: SAEOutput, batch: BatchInfo) -> dict[str, Tensor]:
         dead = self._dead_latents()
         if not len(dead):
             return {}
@@ -236,26 +270,12 @@ class Matryoshka(BatchTopK):
         # NormMSE is the error of the whole code.
         self.shorter_widths = sorted(set(matryoshka_widths) - {latent_size})
 
-    def penalty(self, out, batch=WHOLE_BATCH):
-        terms = super().penalty(out, batch)
-        if self.shorter_widths:
-            errors = sum(self._prefix_errors(out, width) for width in self.shorter_widths)
-            terms["Prefixes"] = batch.share_of_mean(errors)
-        return terms
-
-    def _prefix_errors(self, out: SAEOutput, width: int) -> Tensor:
-        """Return each token's error when the first `width` latents decode alone. [...]"""
-        token, latent, _ = sparse.active(out.code)
-        inside = latent < width
-        index = token[inside] * width + latent[inside]
-
-        def choose(_pre_acts, _tokens):
-            return index
-
-        selection = Selection(choose, self.k, clip=True, per_token=False)
-        prefix = self._weights().subset(slice(width))
-        _, x_hat = sparse.sparse_autoencode(out.target, prefix, selection)
-        return squared_errors(out.target, x_hat)
+    def _nested(self, out, batch):
+        if not self.shorter_widths:
+            return {}
+        _, latent, _ = sparse.active(out.code)
+        errors = sum(self._part_errors(out, latent < m, m) for m in self.shorter_widths)
+        return {"Nested": batch.share_of_mean(errors)}
 
 
 class RandomK(TopK):

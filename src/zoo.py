@@ -52,7 +52,7 @@ _PUBLISHED_ROUTER = {
 ZOO: dict[str, Entry] = {
     "TopK": Entry(
         "k largest pre-activations of one site",
-        ("k", "layer", "topk_relu", "input_norm", *_AUXK),
+        ("k", "layer", "topk_relu", "hierarchical_k", "input_norm", *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),

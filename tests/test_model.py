@@ -223,14 +223,26 @@ def test_the_first_latents_of_a_matryoshka_learn_to_reconstruct_alone(hidden):
     first = out.latents.clone()
     first[:, 8:] = 0
     by_hand = ops.squared_errors(x, sae.decode(first)).mean()
-    prefixes = sae.penalty(out)["Prefixes"]
-    assert torch.isclose(prefixes, by_hand, rtol=1e-5)
-    prefixes.backward()
+    nested = sae.penalty(out)["Nested"]
+    assert torch.isclose(nested, by_hand, rtol=1e-5)
+    nested.backward()
     used = (sae.encoder.weight.grad != 0).any(1)
     assert used[:8].any() and not used[8:].any()
     assert make("Matryoshka").shorter_widths == [2, 6, 14, 30]
     with pytest.raises(ValueError, match="matryoshka_widths 65 with 64 latents"):
         make("Matryoshka", matryoshka_widths=[65])
+
+
+def test_a_hierarchical_topk_adds_the_errors_of_its_code_cut_to_fewer_latents(hidden):
+    sae = make("TopK", hierarchical_k=[3, 1], topk_relu=True)
+    x = sae.gather(hidden)
+    out = sae.autoencode(x, INFO)
+    cut = [sae.autoencode(x, BatchInfo(token_keys=TOKEN_KEYS, infer_k=k)).x_hat for k in (1, 3)]
+    by_hand = sum(ops.squared_errors(x, x_hat).mean() for x_hat in cut)
+    assert torch.isclose(sae.penalty(out)["Nested"], by_hand, rtol=1e-5)
+    assert "Nested" not in make("TopK").penalty(out)
+    with pytest.raises(ValueError, match="hierarchical_k 5 with k 4"):
+        make("TopK", hierarchical_k=[5])
 
 
 @pytest.mark.parametrize("name, options", [("RandomK", {}), ("RouteSAE", {"routing": "random"})])
