@@ -469,6 +469,15 @@ OPTIONS: dict[str, Option] = {
         "Begin with the weights of this trained SAE (checkpoint, folder or hub name) and, where "
         "nothing else is typed, with its model options. Default: begin anew.",
     ),
+    "kl_finish": Option(
+        "training",
+        float,
+        0.0,
+        "Share of the steps, at the end, that also lower the KL divergence of the patched language "
+        "model (docs/choosing_k.md). These steps cost several times as much. Default: 0.",
+        low=0,
+        high=1,
+    ),
     "num_epochs": Option("training", int, 1, "Passes over the text.", low=1),
     "steps": Option(
         "training",

@@ -17,23 +17,23 @@ import random
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import checkpoint, config, demo, distributed, files, hooks, identity, lm, model, zoo
-from src.data import Rows
+from src.data import Batch, Rows
 from src.device import pick_device
 from src.estimate import Estimate
 from src.interrupt import Interrupted, Signals
 from src.ops import unit_norm_decoder
-from src.sae import SAE
+from src.sae import SAE, Patch
 from src.sae_training import SOURCE_SUM, LocalBatch, SAETraining
 from src.tracking import wandb_init
 
@@ -176,6 +176,7 @@ class TrainingLoop:
         self.progress = Progress()
         self.steps_per_epoch = math.ceil(len(rows) / cfg.batch_size)
         self.total = trainings[0].total  # it is the same for all
+        self.finish_step = self.total - round(cfg.kl_finish * self.total)
         spacing = min(MIN_SPACING, self.total // 10)
         self.report_every = max(1, spacing, self.total // MAX_REPORTS)
         self.sites = sorted({site for training in trainings for site in training.sae.sites()})
@@ -251,13 +252,34 @@ class TrainingLoop:
         # Other keys in each epoch, so that what is drawn for a token differs between epochs.
         epoch_offset = step // self.steps_per_epoch * len(self.rows) * self.cfg.max_length
         keys = (local.token_keys() + epoch_offset).to(self.cfg.device)
-        hidden = hooks.read(self.language_model, local.to(self.cfg.device), self.sites)
-        local_batch = LocalBatch(hidden, keys, batch_tokens, token_offset)
+        read = self._read_for_kl if step >= self.finish_step else self._read
+        local_batch = read(local.to(self.cfg.device), batch, keys, token_offset)
         for training in active:
             if not self.progress.tokens:
                 training.warm_start(local_batch)
+            if step == self.finish_step:
+                training.begin_kl_finish()
             _update(training, local_batch, step, report_due)
         self.progress.tokens += batch_tokens
+
+    def _read(self, local: Batch, batch: Batch, keys: Tensor, token_offset: int) -> LocalBatch:
+        """Return this process's tokens of a batch."""
+        hidden = hooks.read(self.language_model, local, self.sites)
+        return LocalBatch(hidden, keys, int(batch.mask.sum()), token_offset)
+
+    def _read_for_kl(
+        self, local: Batch, batch: Batch, keys: Tensor, token_offset: int
+    ) -> LocalBatch:
+        """Return the same with the KL of patched passes, a share of the whole batch's mean."""
+        clean = hooks.CleanPass(self.language_model, local, self.sites)
+        n_predictions = max(1, int(hooks.predictions(batch.mask).sum()))
+
+        def patched_kl(tokens: slice, patches: Mapping[int, Patch]) -> Tensor:
+            return clean.total_kl(tokens, patches) / n_predictions
+
+        return LocalBatch(
+            clean.hidden(), keys, int(batch.mask.sum()), token_offset, clean.row_ends, patched_kl
+        )
 
     def _after_step(self, active: list[SAETraining], report_due: bool, signals: Signals) -> None:
         # `received` stays as it is: a signal may come while the processes agree.
