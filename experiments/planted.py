@@ -3,9 +3,11 @@
     python -m experiments.planted --samples 1000000 --seeds 1 2 3
     python -m experiments.planted --sites 6 --models MLSAE RouteSAE Crosscoder
 
-The toy follows SynthSAEBench (arXiv:2602.14687): more features than dimensions, with Zipfian firing
-rates, a hierarchy (a child fires only with its parent, and siblings exclude each other) and
-correlations. Over several sites features are born, kept, rotated and dropped.
+What is done is kept in OUT.json, and the same command continues.
+
+The toy follows SynthSAEBench (arXiv:2602.14687): more features than dimensions, with Zipfian
+firing rates, a hierarchy (a child fires only with its parent, and siblings exclude each other)
+and correlations. Over several sites features are born, kept, rotated and dropped.
 
 | measure | meaning |
 |---|---|
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import config, model
-from src.files import save_json, save_text
+from src.files import load_json, save_json, save_text
 from src.ops import squared_errors, unit_norm_decoder
 from src.sae import SAE, BatchInfo
 from src.sae_training import LocalBatch, SAETraining
@@ -323,7 +325,6 @@ def _places(rates: Tensor, present: Tensor) -> dict[str, float]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the Markdown table: means over seeds, with half of the range, one row a model."""
-    measures = [key for key in results[0] if key not in ("model", "seed")]
     by_model: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_model.setdefault(result["model"], []).append(result)
@@ -364,17 +365,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _earlier(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of the same command that were stopped or had other models and seeds."""
+    if not path.exists():
+        return []
+    earlier = load_json(path)
+    if earlier["about"] != about:
+        raise SystemExit(f"{path} is of another world; give another --out")
+    return earlier["results"]
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
-    results = []
+    about = {name: getattr(args, name) for name in ("sites", "level", "width", "latents", "k")}
+    about["samples"] = args.samples
+    results = _earlier(args.out.with_suffix(".json"), about)
+    done = {(result["model"], result["seed"]) for result in results}
     for seed in args.seeds:
         for name in args.models:
+            if (name, seed) in done:
+                continue
             # A world draws its samples in order, so each model gets the same ones.
             world = World(args.sites, args.width, LEVELS[args.level] * args.width, seed)
             sae = train(name, world, args, seed)
             results.append({"model": name, "seed": seed} | measure(sae, world))
             print(results[-1], flush=True)
-            save_json(results, args.out.with_suffix(".json"))
+            save_json({"about": about, "results": results}, args.out.with_suffix(".json"))
     save_text(table(results), args.out.with_suffix(".md"))
     print(table(results))
     return results

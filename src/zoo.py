@@ -109,7 +109,7 @@ ZOO: dict[str, Entry] = {
     ),
     "Matryoshka": Entry(
         "BatchTopK whose first latents also reconstruct alone",
-        ("k", "layer", "matryoshka_widths", *_AUXK),
+        ("k", "layer", "matryoshka_widths", "input_norm", *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),
