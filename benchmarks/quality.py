@@ -28,7 +28,7 @@ from src import config, demo, hooks, lm, model
 from src.data import Batch
 from src.files import ROOT, load_json, save_json, save_text
 from src.metrics import token_kl
-from src.ops import pre_process, squared_errors, unit_norm_decoder
+from src.ops import pre_process, squared_errors
 from src.sae import BatchInfo
 from src.sae_training import LocalBatch, SAETraining
 from src.zoo import ZOO
@@ -53,11 +53,13 @@ class States:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.site, self.path = args.site, folder / "states.pt"
-        self.train = self._read(args, "train", args.tokens)
-        self.test = self._read(args, "eval", args.held_out)
+        if self.path.exists():
+            self.train = torch.load(self.path)["train"]
+        else:
+            self.train = self._read(args, "train", args.tokens)
+        self.test = self._read(args, "eval", args.held_out)  # last: it keeps the batches
         sizes = lm.text_config(self.language_model)
         self.width, self.depth = sizes.hidden_size, len(lm.blocks(self.language_model))
-        # Both have no cut: the last rows are left out, so that all see whole batches.
         torch.save({"train": self.train, "test": self.test}, self.path)
 
     def _read(self, args: argparse.Namespace, split: str, tokens: int) -> Tensor:
@@ -101,9 +103,7 @@ def _kl(language_model: nn.Module, batch: Batch, site: int, states: Tensor) -> T
     """KL at each prediction if these states [N,D] replace those of the counted tokens. [M]"""
     clean, final = lm.read_through(language_model, batch.input_ids, [site])
     patched = hooks.patched_states(language_model, batch, {site: lambda _h: states}, clean)
-    predicts = batch.mask.clone()
-    predicts[:, :-1] &= batch.mask[:, 1:]
-    predicts[:, -1] = False
+    predicts = hooks.predictions(batch.mask)
     pairs = zip(final[predicts].split(1024), patched[predicts].split(1024), strict=True)
     return torch.cat(
         [
@@ -127,17 +127,11 @@ def train_ours(name: str, factor: float | None, states: States, args: argparse.N
     # The states are standardised already.
     sae = model.build(name, states.width, states.depth, options | {"input_norm": "none"})
     steps = len(states.train) // args.batch
-    training = SAETraining(sae, name, options, cfg, steps)
-    for step in range(steps):
-        tokens = torch.arange(step * args.batch, (step + 1) * args.batch)
-        batch = LocalBatch({states.site: states.train[tokens]}, tokens, args.batch, 0)
-        if not step:
-            training.warm_start(batch)
-        training.step(batch, step, report_due=False)
-        if training.failed:
-            raise ValueError(training.failed)
-    training.mode(False)
-    unit_norm_decoder(sae)
+    batches = (
+        LocalBatch({states.site: states.train[tokens]}, tokens, args.batch, token_offset=0)
+        for tokens in torch.arange(steps * args.batch).split(args.batch)
+    )
+    SAETraining(sae, name, options, cfg, steps).run(batches)
     parts, fired, codes = [], 0, 0
     with torch.no_grad():
         for x in states.test.split(4096):
@@ -162,17 +156,13 @@ class Bench:
         self.args, self.folder = args, args.output_dir
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "results.json"
-        self.about = {
-            name: getattr(args, name)
-            for name in ("tokens", "held_out", "latents", "k", "site", "batch", "seed")
-        }
-        saved = load_json(self.path) if self.path.exists() else {"about": self.about}
+        names = ("tokens", "held_out", "latents", "k", "site", "batch", "seed")
+        self.about = {name: getattr(args, name) for name in names}
+        saved = load_json(self.path) if self.path.exists() else {"about": self.about, "results": []}
         if saved["about"] != self.about:
             raise SystemExit(f"{self.path} is of another run; give another --output_dir")
-        self.results: list[Result] = saved.get("results", [])
+        self.results: list[Result] = saved["results"]
         self.states = States(args, self.folder)
-        self.about |= {"trained": len(self.states.train), "measured": len(self.states.test)}
-        self.about = saved["about"] | {}
 
     def missing(self, library: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings that have no result yet."""

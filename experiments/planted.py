@@ -34,7 +34,7 @@ from torch import Tensor
 
 from src import config, model
 from src.files import load_json, save_json, save_text
-from src.ops import squared_errors, unit_norm_decoder
+from src.ops import squared_errors
 from src.sae import SAE, BatchInfo
 from src.sae_training import LocalBatch, SAETraining
 from src.sparse import active
@@ -43,6 +43,7 @@ from src.zoo import ZOO
 LEVELS = {"easy": 2, "medium": 4, "hard": 8}  # features for each dimension
 TREE_SHARE = 0.6  # of the features belong to trees
 BRANCHES, DEPTH = 3, 2  # a tree has 1 + 3 + 9 features
+ZIPF = 0.5  # exponent of the rates by rank
 CHILD_RATE = 0.8  # how often one of the children of an active feature is active
 MAX_RATE, MIN_RATE = 0.25, 0.01  # of features without a parent
 FACTORS, CORRELATED = 8, 0.25  # hidden causes of firing, and the share of variance they explain
@@ -72,7 +73,7 @@ class World:
         self.parent = _forest(n_features)
         self.roots = (self.parent < 0).nonzero()[:, 0]
         ranks = torch.arange(1, len(self.roots) + 1).float()
-        rate = MIN_RATE + (MAX_RATE - MIN_RATE) / ranks**0.5
+        rate = MIN_RATE + (MAX_RATE - MIN_RATE) / ranks**ZIPF
         order = torch.randperm(len(self.roots), generator=self.generator)
         self.threshold = torch.special.ndtri(1 - rate[order])
         loadings = self._normal(len(self.roots), FACTORS)
@@ -172,18 +173,12 @@ def train(name: str, world: World, args: argparse.Namespace, seed: int, **change
     torch.manual_seed(seed)
     sae = model.build(name, args.width, world.n_sites, options)
     steps = args.samples // BATCH
-    training = SAETraining(sae, name, options, cfg, steps)
-    for step in range(steps):
-        keys = torch.arange(BATCH) + step * BATCH
-        batch = LocalBatch(world.sample(BATCH).hidden, keys, BATCH, token_offset=0)
-        if not step:
-            training.warm_start(batch)
-        training.step(batch, step, report_due=False)
-        if training.failed:
-            raise ValueError(training.failed)
-    training.mode(False)
-    unit_norm_decoder(sae)
-    return sae
+    first_keys = range(0, steps * BATCH, BATCH)
+    batches = (
+        LocalBatch(world.sample(BATCH).hidden, torch.arange(BATCH) + key, BATCH, token_offset=0)
+        for key in first_keys
+    )
+    return SAETraining(sae, name, options, cfg, steps).run(batches)
 
 
 def world_sites(world: World) -> range:

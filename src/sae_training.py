@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -417,6 +417,26 @@ class SAETraining:
                 f"{self.title}: {what} is not finite at step {self.failed_step} ({listed})"
             )
         self.unread.clear()
+
+    def finish(self) -> None:
+        """Take the weights that are kept: the average, with decoder columns of norm 1."""
+        self.mode(False)
+        unit_norm_decoder(self.sae)
+
+    def run(self, batches: Iterable[LocalBatch]) -> SAE:
+        """Train on states that are there already, one step a batch; return the SAE.
+
+        Raises ValueError if a loss or a gradient is not finite.
+        """
+        for step, batch in enumerate(batches):
+            if not step:
+                self.warm_start(batch)
+            self.step(batch, step, report_due=False)
+            self.check()
+            if self.failed:
+                raise ValueError(self.failed)
+        self.finish()
+        return self.sae
 
     def report(self) -> dict[str, Any]:
         """Return means since the last report, the dead share, and what the model adds."""

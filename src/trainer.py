@@ -32,7 +32,6 @@ from src.data import Batch, Rows
 from src.device import pick_device
 from src.estimate import Estimate
 from src.interrupt import Interrupted, Signals
-from src.ops import unit_norm_decoder
 from src.sae import SAE, Patch
 from src.sae_training import SOURCE_SUM, LocalBatch, SAETraining
 from src.tracking import wandb_init
@@ -772,8 +771,7 @@ class Trainer:
         used = estimate.compare(progress.seconds)
         for training in trainings:
             if not training.failed:
-                training.mode(False)
-                unit_norm_decoder(training.sae)
+                training.finish()
                 distributed.from_main(partial(self._save, training, rows, progress, used))
                 _warn_of_missed_l0(training, progress.finals[training.title]["L0"])
         if distributed.main():
