@@ -234,7 +234,7 @@ def next_coefficient(tried, target):
     above = [point for point in points if point[1] >= wanted]
     below = [point for point in points if point[1] < wanted]
     if not above or not below:  # a larger coefficient gives a smaller L0
-        c, l0 = min(points, key=lambda point: abs(point[1] - wanted))
+        c, l0 = points[-1] if above else points[0]
         return math.exp(c + max(-3.0, min(3.0, 1.5 * (l0 - wanted))))
     (c1, l1), (c2, l2) = above[-1], below[0]
     share = (l1 - wanted) / (l1 - l2)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from src import checkpoint, config, files, formats
+from src import checkpoint, config, export_formats, files
 from src.config import parse, run_stage
 from src.files import DEMO_LM
 from src.model import build
@@ -75,7 +75,7 @@ def test_the_first_step_begins_with_the_source_bit_for_bit(name, hidden, tmp_pat
 def test_a_folder_of_saelens_is_a_source_with_its_own_input_norm(hidden, tmp_path):
     sae = build("TopK", D, BLOCKS, {"latent_size": LATENTS, "k": 3, "topk_relu": True, "layer": 4})
     recipe = {"title": "lens", "model": "TopK", "config": sae.config}
-    folder = formats.export(sae, recipe, tmp_path, "saelens") / "blocks.3.hook_resid_post"
+    folder = export_formats.export(sae, recipe, tmp_path, "saelens") / "blocks.3.hook_resid_post"
     lens_config = files.load_json(folder / "cfg.json")
     files.save_json(lens_config | {"normalize_activations": "none"}, folder / "cfg.json")
     source, _ = checkpoint.load(folder)
