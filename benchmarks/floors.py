@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from src.device import fast_bfloat16
+from src.zoo import ZOO
 
 
 class Machine(NamedTuple):
@@ -124,7 +125,7 @@ def sae(
     """
     codes = sites if model == "MLSAE" else 1  # codes of one token
     dictionaries = sites if model == "Crosscoder" else 1  # dictionaries that share one code
-    has_k = model in ("TopK", "RandomK", "BatchTopK", "RouteSAE", "MLSAE")
+    has_k = "k" in ZOO[model].options
     sites_read = sites if model in ("RouteSAE", "MLSAE", "Crosscoder") else 1
     sites_standardised = 1 if model == "RouteSAE" else sites_read
     product = Work(2 * hidden * latents)

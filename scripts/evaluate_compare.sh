@@ -33,7 +33,8 @@ targets=($((l0 * 3 / 4)) "$l0" $((l0 * 3 / 2)))
 # Each call reads the language model once, for all SAEs that it names.
 # shellcheck disable=SC2086
 python train.py --model RouteSAE TopK MLSAE --layer $sites "${common[@]}"
-python train.py --model BatchTopK RandomK "${penalised[@]}" --target_l0 "${targets[@]}" "${common[@]}"
+python train.py --model BatchTopK Matryoshka RandomK "${penalised[@]}" \
+  --target_l0 "${targets[@]}" "${common[@]}"
 python train.py --model RouteSAE --routing random "${common[@]}" --tag compare_random_routing
 measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"

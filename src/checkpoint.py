@@ -410,12 +410,12 @@ def _derive_recipe(
     for name in dict.fromkeys(map(zoo.canonical, names)):
         with torch.device("meta"):
             candidate = model.build(name, hidden_size, n_layers, options)
-        if _shapes(candidate.state_dict()) == _shapes(weights):
+        if shapes(candidate.state_dict()) == shapes(weights):
             sizes = {"hidden_size": hidden_size, "n_layers": n_layers}
             _report_derived(path, name, candidate.config)
             return {"model": name, "config": candidate.config | sizes, "options": {}}
-    shapes = ", ".join(f"{key} {shape}" for key, shape in list(_shapes(weights).items())[:8])
-    raise ValueError(f"{path} fits no model known here: {shapes}")
+    listed = ", ".join(f"{key} {shape}" for key, shape in list(shapes(weights).items())[:8])
+    raise ValueError(f"{path} fits no model known here: {listed}")
 
 
 def _report_derived(path: Path, name: str, values: Mapping[str, Any]) -> None:
@@ -425,7 +425,8 @@ def _report_derived(path: Path, name: str, values: Mapping[str, Any]) -> None:
     print(files.printable(f"{path.name}: no recipe beside it; {stated}"))
 
 
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a state dict."""
     return {key: tuple(value.shape) for key, value in weights.items()}
 
 
@@ -500,15 +501,15 @@ def _build(recipe: Mapping[str, Any], path: Path) -> SAE:
 
 def _check_shapes(sae: SAE, weights: Mapping[str, Tensor], name: str, path: Path) -> None:
     """Raise ValueError, naming the parameter, if the weights are not those of the SAE."""
-    shapes, expected_shapes = _shapes(weights), _shapes(sae.state_dict())
+    found_shapes, expected_shapes = shapes(weights), shapes(sae.state_dict())
     for key, expected in expected_shapes.items():
-        shape = shapes.get(key, "missing")
+        shape = found_shapes.get(key, "missing")
         if shape != expected:
             raise ValueError(
                 f"{path}: {key} is {shape}, the recipe of {name} needs {expected}; "
                 "weights and recipe do not match"
             )
-    extra = sorted(set(shapes) - set(expected_shapes))
+    extra = sorted(set(found_shapes) - set(expected_shapes))
     if extra:
         raise ValueError(f"{path} holds parameters that {name} lacks: {', '.join(extra[:5])}")
 

@@ -414,11 +414,30 @@ OPTIONS: dict[str, Option] = {
         "Default: 3 % of the tokens of the run, at most 10 million.",
         low=1,
     ),
+    "hierarchical_k": Option(
+        "sae",
+        int,
+        None,
+        "Numbers of latents below k to which the code of a TopK is also cut in training, such as "
+        "2 4 8, so that one SAE serves every --infer_k up to k. Default: none.",
+        low=1,
+        many=True,
+    ),
+    "matryoshka_widths": Option(
+        "sae",
+        int,
+        None,
+        "Numbers of latents whose prefixes of the code Matryoshka trains to reconstruct alone, "
+        "such as 64 192 448; the whole dictionary is always added. Default: 1, 3, 7 and 15 of "
+        "32 parts of it.",
+        low=1,
+        many=True,
+    ),
     "topk_relu": Option(
         "sae",
         boolean,
         None,
-        "Set negative values among the k largest to 0. Default: 0; 1 for BatchTopK.",
+        "Set negative values among the k largest to 0. Default: 0; 1 for BatchTopK and Matryoshka.",
     ),
     "b_pre_init": Option(
         "sae",
@@ -484,6 +503,22 @@ OPTIONS: dict[str, Option] = {
         "Largest norm of the gradient; 0 turns clipping off. Default: 1; 0 with --recipe "
         "published.",
         low=0,
+    ),
+    "init_from": Option(
+        "training",
+        str,
+        None,
+        "Begin with the weights of this trained SAE (checkpoint, folder or hub name) and, where "
+        "nothing else is typed, with its model options. Default: begin anew.",
+    ),
+    "kl_finish": Option(
+        "training",
+        float,
+        0.0,
+        "Share of the steps, at the end, that also lower the KL divergence of the patched language "
+        "model (docs/choosing_k.md). These steps cost several times as much. Default: 0.",
+        low=0,
+        high=1,
     ),
     "num_epochs": Option("training", int, 1, "Passes over the text.", low=1),
     "steps": Option(
@@ -789,7 +824,10 @@ PRECEDENCE = (
 SHARED_STAGES = ("train", "evaluate", "apply")
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
-NOT_EMPTY = ("model_path", "data_path", "output_dir", "SAE_path", "config", "prompts", "device")
+OF_THE_LM = {"hidden_size", "n_layers"}  # constructor values that the language model decides
+NOT_EMPTY = (
+    "model_path", "data_path", "output_dir", "SAE_path", "init_from", "config", "prompts", "device",
+)  # fmt: skip
 # What a recipe sets beside the constructor values in the zoo.
 RECIPES: dict[str, dict[str, Any]] = {
     "standard": {"optimizer": "signum", "grad_clip": 1.0, "steps": 1},
@@ -814,8 +852,8 @@ STAGE_SPLIT = {"train": "train", "evaluate": "eval", "apply": "apply"}
 # Options that do not change the trained weights.
 NEUTRAL = frozenset(
     "output_dir config debug tag overwrite save_every resume max_memory_hint use_wandb "
-    "wandb_project device device_map trust_remote_code typed from_file stage".split()
-)
+    "wandb_project device device_map trust_remote_code init_from typed from_file stage".split()
+)  # init_from: recipes record the sum of its weights instead of its place
 SECRET = frozenset({"api_key", "api_key_file"})
 # Options that a recipe may set, from a checkpoint, an export or the hub: those of the model and
 # its training. Only a person decides what code runs, what is sent to whom, and what is written.
@@ -831,7 +869,7 @@ PERSON_ONLY = frozenset(OPTIONS) - FROM_RECIPE
 # Options in which the processes of a job may differ: places on their machines, and devices. The
 # language models and texts are compared by content, once they are loaded.
 OF_EACH_PROCESS = frozenset(
-    "output_dir model_path data_path SAE_path config debug device device_map".split()
+    "output_dir model_path data_path SAE_path init_from config debug device device_map".split()
 )
 
 
@@ -1196,6 +1234,25 @@ def model_options(cfg: Namespace, name: str) -> dict[str, Any]:
     typed = {key: value for key, value in own.items() if key in cfg.typed}
     untyped = {key: value for key, value in own.items() if key not in cfg.typed}
     return shared | untyped | recipe | typed
+
+
+def inherit(cfg: Namespace, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Take from a source of weights (--init_from) its model's name and options, where not typed.
+
+    values: the source's constructor values. Returns those that were taken; swept ones are lists.
+    Raises ValueError for another model, and for values that no stage would accept.
+    """
+    if "model" in cfg.typed and cfg.model != [name]:
+        raise ValueError(
+            f"--init_from {cfg.init_from} holds a {name}; it cannot begin "
+            f"--model {' '.join(cfg.model)}: give --model {name}"
+        )
+    cfg.model = [name]
+    taken = {key: value for key, value in values.items() if key not in cfg.typed | OF_THE_LM}
+    for key in taken.keys() & OPTIONS.keys() & vars(cfg).keys():
+        setattr(cfg, key, taken[key])
+    check(cfg)
+    return taken | {key: getattr(cfg, key) for key in taken.keys() & set(SWEPT)}
 
 
 def short_number(value: float) -> str:

@@ -99,10 +99,7 @@ class LogitComparison:
 
     def __init__(self, model: nn.Module, final_states: Tensor, batch: Batch) -> None:
         self.model = model
-        # A prediction counts if its token counts and if it is made where states may be patched.
-        self.predicts = torch.zeros_like(batch.mask)
-        self.predicts[:, :-1] = batch.mask[:, 1:]
-        self.predicts &= batch.mask
+        self.predicts = hooks.predictions(batch.mask)
         self.clean_states = final_states[self.predicts]
         self.targets = batch.input_ids.roll(-1, 1)[self.predicts]
         self.waiting: list[tuple[list[Subscriber], Tensor]] = []

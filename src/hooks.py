@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from src import distributed, identity, lm
 from src.data import Batch
+from src.metrics import token_kl
 from src.sae import SAE, BatchInfo, Edit, Patch
 
 CHECKED_TOKENS = 64  # of a row, whose logits are compared with the model's own
@@ -94,25 +96,76 @@ def patch_hooks(patches: Mapping[int, Patch], mask: Tensor) -> dict[int, Any]:
     return {site: hook(patch) for site, patch in patches.items()}
 
 
-@torch.no_grad()
 def patched_states(
     model: nn.Module,
     batch: Batch,
     patches: Mapping[int, Patch],
     clean: Mapping[int, Tensor] | None = None,
+    with_grad: bool = False,
 ) -> Tensor:
     """Return the final states [B,S,D] with the patches in place.
 
     With clean {site: hidden [B,S,D]}, the blocks below the first patch are not run again.
+    with_grad: gradients reach the patches.
     """
     first = min(patches)
-    if clean is None or first not in clean:
-        with lm.hooked(model, patch_hooks(patches, batch.mask)):
-            return lm.final_states(model, batch.input_ids)
-    start = patch_hooks({first: patches[first]}, batch.mask)[first](clean[first])
-    later = {site: patch for site, patch in patches.items() if site != first}
-    with lm.resumed_at(model, first, start), lm.hooked(model, patch_hooks(later, batch.mask)):
-        return lm.final_states(model, batch.input_ids)
+    with torch.set_grad_enabled(with_grad):
+        if clean is None or first not in clean:
+            with lm.hooked(model, patch_hooks(patches, batch.mask)):
+                return lm.final_states(model, batch.input_ids, with_grad)
+        start = patch_hooks({first: patches[first]}, batch.mask)[first](clean[first])
+        later = {site: patch for site, patch in patches.items() if site != first}
+        with lm.resumed_at(model, first, start), lm.hooked(model, patch_hooks(later, batch.mask)):
+            return lm.final_states(model, batch.input_ids, with_grad)
+
+
+def predictions(mask: Tensor) -> Tensor:
+    """Return where predictions count. [B,S] -> bool [B,S]
+
+    The next token counts, and the prediction is made where states may be patched.
+    """
+    predicts = torch.zeros_like(mask)
+    predicts[:, :-1] = mask[:, 1:]
+    return predicts & mask
+
+
+class CleanPass:
+    """One batch through the language model, and what patched passes of its rows change."""
+
+    def __init__(self, model: nn.Module, batch: Batch, sites: list[int]) -> None:
+        self.model = model
+        self.batch = batch
+        self.states, self.final = lm.read_through(model, batch.input_ids, sites)
+        self.row_ends = batch.mask.sum(1).cumsum(0).tolist()  # counted tokens up to each row's end
+
+    def hidden(self) -> dict[int, Tensor]:
+        """Return {site: residual [N,D]} of the counted tokens."""
+        return {site: state[self.batch.mask] for site, state in self.states.items()}
+
+    def total_kl(self, tokens: slice, patches: Mapping[int, Patch]) -> Tensor:
+        """Return the sum over predictions of KL(clean || patched), in nats. []
+
+        tokens: the counted tokens of whole rows, which the patches replace. Gradients reach the
+        patches through the frozen language model.
+        """
+        if not tokens.stop:
+            return self.final.new_zeros(())
+        starts = [0, *self.row_ends]
+        rows = slice(starts.index(tokens.start or 0), starts.index(tokens.stop))
+        batch = self.batch.part(rows)
+        states = {site: state[rows] for site, state in self.states.items()}
+        patched = patched_states(self.model, batch, patches, states, with_grad=True)
+        predicts = predictions(batch.mask)
+        clean = self.final[rows][predicts].split(lm.HEAD_CHUNK)
+        total = self.final.new_zeros((), dtype=torch.float32)
+        for clean_part, part in zip(clean, patched[predicts].split(lm.HEAD_CHUNK), strict=True):
+            # The logits are made again in the backward pass: they would be the largest tensors.
+            total = total + checkpoint(self._sum_kl, clean_part, part, use_reentrant=False)
+        return total
+
+    def _sum_kl(self, clean: Tensor, patched: Tensor) -> Tensor:
+        logits = lm.logits_of(self.model, clean)
+        return token_kl(logits, lm.logits_of(self.model, patched, with_grad=True)).sum()
 
 
 def check_finite(states: Mapping[Any, Tensor], model: nn.Module) -> None:

@@ -369,21 +369,24 @@ def read_through(
         return states, final_states(model, input_ids)
 
 
-@torch.no_grad()
-def final_states(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The last hidden state of the decoder, after the final norm: what the head reads. [B,S,D]"""
-    return _decode(model, input_ids, use_cache=False)[0].to(input_ids.device)
+def final_states(model: nn.Module, input_ids: Tensor, with_grad: bool = False) -> Tensor:
+    """The last hidden state of the decoder, after the final norm: what the head reads. [B,S,D]
+
+    with_grad: gradients pass through the frozen model, from where a hook brings them in.
+    """
+    with torch.set_grad_enabled(with_grad):
+        return _decode(model, input_ids, use_cache=False)[0].to(input_ids.device)
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+def logits_of(model: nn.Module, states: Tensor, with_grad: bool = False) -> Tensor:
     """Logits in float32 of final states: [N,D] -> [N,V], as the model itself makes them.
 
-    Raises ValueError if that cannot be done for this model.
+    with_grad: gradients pass through. Raises ValueError if that cannot be done for this model.
     """
-    if _head_is_enough(model):
-        return _head_logits(model, states)
-    return _own_logits(model, states)
+    with torch.set_grad_enabled(with_grad):
+        if _head_is_enough(model):
+            return _head_logits(model, states)
+        return _own_logits(model, states)
 
 
 def _head_logits(model: nn.Module, states: Tensor) -> Tensor:

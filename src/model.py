@@ -44,6 +44,7 @@ MAX_AUXK = 512  # dead latents that AuxK revives at one time
 # papers' 10M tokens (docs/LOG.md).
 DEAD_SHARE_OF_RUN, MAX_DEAD_TOKENS = 0.03, 1e7
 CUT_RATE = 20  # BatchTopK's threshold remembers 1/20 of a run
+MATRYOSHKA_PARTS = (1, 3, 7, 15)  # of 32: where the paper's prefixes end, before the whole
 MIN_THRESHOLD = 1e-4
 DEFAULT_L0_COEFFICIENT = 1e-3
 
@@ -55,6 +56,8 @@ class TopK(Dictionary):
     """Exactly the k largest pre-activations (Gao et al. 2024).
 
     Dead latents are revived by AuxK (same paper, appendix A.2): they code the residual.
+    With hierarchical_k the loss also adds the errors of the code cut to its j largest values, for
+    each j listed, so that one SAE serves several k (HierarchicalTopK, arXiv:2505.24473).
     """
 
     architecture = "topk"
@@ -69,6 +72,7 @@ class TopK(Dictionary):
         auxk_coeff: float = 1 / 32,
         dead_tokens: int | None = None,
         topk_relu: bool = False,
+        hierarchical_k: list[int] | None = None,
         **dictionary: Any,
     ) -> None:
         super().__init__(hidden_size, latent_size, **dictionary)
@@ -76,7 +80,11 @@ class TopK(Dictionary):
             raise ValueError(
                 f"k {k} with {latent_size} latents; it must lie between 1 and the latent size"
             )
+        if any(not 0 < smaller <= k for smaller in hierarchical_k or ()):
+            listed = " ".join(map(str, hierarchical_k))
+            raise ValueError(f"hierarchical_k {listed} with k {k}; each lies between 1 and k")
         self.k = k
+        self.smaller_k = sorted(set(hierarchical_k or ()) - {k})
         self.auxk_coeff = auxk_coeff
         self.dead_tokens = dead_tokens
         self.topk_relu = topk_relu
@@ -116,6 +124,33 @@ class TopK(Dictionary):
         )
 
     def penalty(self, out, batch=WHOLE_BATCH):
+        return self._nested(out, batch) | self._auxk(out, batch)
+
+    def _nested(self, out: SAEOutput, batch: BatchInfo) -> dict[str, Tensor]:
+        """Return the errors of parts of the code that must reconstruct alone, added up."""
+        if not self.smaller_k:
+            return {}
+        rank = sparse.ranks(out.code)
+        errors = sum(self._part_errors(out, rank < k, self.latent_size) for k in self.smaller_k)
+        return {"Nested": batch.share_of_mean(errors)}
+
+    def _part_errors(self, out: SAEOutput, kept: Tensor, width: int) -> Tensor:
+        """Return each token's error if only the kept entries of its code are active. [...]
+
+        They must lie within the first `width` latents.
+        """
+        token, latent, _ = sparse.active(out.code)
+        index = token[kept] * width + latent[kept]
+
+        def choose(_pre_acts, _tokens):
+            return index
+
+        selection = Selection(choose, self.k, self.topk_relu, per_token=False)
+        part = self._weights().subset(slice(width))
+        _, x_hat = sparse.sparse_autoencode(out.target, part, selection)
+        return squared_errors(out.target, x_hat)
+
+    def _auxk(self, out: SAEOutput, batch: BatchInfo) -> dict[str, Tensor]:
         dead = self._dead_latents()
         if not len(dead):
             return {}
@@ -202,6 +237,45 @@ class BatchTopK(TopK):
             self.cut.copy_(smallest)
         else:
             self.cut.lerp_(smallest, weight)
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK in which the first latents must also reconstruct alone (Bussmann et al. 2025).
+
+    arXiv:2503.17547. The loss adds the errors of nested prefixes: what the first m latents of the
+    code reconstruct, for each m of `matryoshka_widths` [numbers of latents]. General features then
+    come first, and more latents do not split them. The default has the paper's groups, of 1/32,
+    1/16, 1/8 and 1/4 of the latents, and the rest. Raises ValueError for a width that is no prefix.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        latent_size: int,
+        k: int,
+        *,
+        matryoshka_widths: list[int] | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(hidden_size, latent_size, k, **rest)
+        if matryoshka_widths is None:
+            matryoshka_widths = [latent_size * parts // 32 for parts in MATRYOSHKA_PARTS]
+            matryoshka_widths = [width for width in matryoshka_widths if width]
+        for width in matryoshka_widths:
+            if not 0 < width <= latent_size:
+                raise ValueError(
+                    f"matryoshka_widths {width} with {latent_size} latents; "
+                    "a prefix has at least 1 of them and at most all"
+                )
+        # NormMSE is the error of the whole code.
+        self.shorter_widths = sorted(set(matryoshka_widths) - {latent_size})
+
+    def _nested(self, out, batch):
+        if not self.shorter_widths:
+            return {}
+        _, latent, _ = sparse.active(out.code)
+        errors = sum(self._part_errors(out, latent < m, m) for m in self.shorter_widths)
+        return {"Nested": batch.share_of_mean(errors)}
 
 
 class RandomK(TopK):
@@ -912,7 +986,8 @@ def _check_shares(shares: list[float] | None, routing: str, objective: str) -> N
 CLASSES = {
     cls.__name__: cls
     for cls in (
-        TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK
+        TopK, Vanilla, Gated, JumpReLU, RouteSAE, Crosscoder, MLSAE, RandomK, BatchTopK,
+        Matryoshka,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The nine models as their formulas read: dense, and differentiated by autograd alone.
+"""The ten models as their formulas read: dense, and differentiated by autograd alone.
 
 src/model.py computes the same models fast. tests/test_reference.py checks in float64 that both
 have equal losses, gradients and trainings.
@@ -22,8 +22,10 @@ DEFAULTS = {  # of the options that a model may leave out
     "auxk_coeff": 1 / 32,
     "dead_tokens": float("inf"),  # a latent is dead once it was silent for this many tokens
     "gated_aux": True,
+    "hierarchical_k": (),  # all below k
     "l0_post_jump": False,
     "l1_mean": False,
+    "matryoshka_widths": (),  # all below the number of latents
     "routing": "hard",
     "seed": 42,
     "sparsity_warmup": 0.05,  # share of the training
@@ -171,7 +173,22 @@ class TopK(ReferenceSAE):
     def autoencode(self, x, token_keys):
         z = self.activate(self.pre_acts(x), token_keys)
         x_hat = self.decode(z)
-        return z, x_hat, self.auxk(x, x_hat)
+        return z, x_hat, self.nested(x, z) | self.auxk(x, x_hat)
+
+    def nested(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """sum_j ||x - W_dec TopK_j(z) - b_pre||^2 / ||x||^2 for the j of hierarchical_k.
+
+        HierarchicalTopK (arXiv:2505.24473): the j largest values of the code reconstruct alone.
+        """
+        parts = [keep_topk(z, j) for j in self.options["hierarchical_k"]]
+        return self.errors_of(x, parts)
+
+    def errors_of(self, x: Tensor, parts: list[Tensor]) -> dict[str, Tensor]:
+        """The errors of parts of the code [N,F], averaged over tokens and added up."""
+        if not parts:
+            return {}
+        errors = [normalised_error(x, self.decode(part)).mean() for part in parts]
+        return {"Nested": sum(errors)}
 
     def auxk(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
         """Dead latents reconstruct the residual e = x - x_hat (Gao et al. 2024, appendix A.2).
@@ -200,6 +217,18 @@ class BatchTopK(TopK):
         count = self.options["k"] * len(pre_acts)
         kept = keep_topk(pre_acts.flatten(), count)
         return F.relu(kept.view_as(pre_acts))
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK that adds the error of what each prefix z[:m] reconstructs (Bussmann et al. 2025).
+
+    The widths m are all but the whole dictionary, whose error is NormMSE.
+    """
+
+    def nested(self, x, z):
+        latent = torch.arange(z.shape[-1])
+        parts = [z * (latent < width) for width in self.options["matryoshka_widths"]]
+        return self.errors_of(x, parts)
 
 
 class RandomK(TopK):
@@ -328,7 +357,8 @@ class Crosscoder(ReferenceSAE):
 MODELS = {
     cls.__name__: cls
     for cls in (
-        TopK, BatchTopK, RandomK, MLSAE, RouteSAE, Vanilla, Gated, JumpReLU, Crosscoder
+        TopK, BatchTopK, Matryoshka, RandomK, MLSAE, RouteSAE, Vanilla, Gated, JumpReLU,
+        Crosscoder,
     )
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from src import config, distributed
 from src.device import bf16_matmuls
 from src.ops import project_decoder_grad, sign_step_, unit_norm_decoder
-from src.sae import SAE, WARM_START_TOKENS, BatchInfo, SAEOutput
+from src.sae import SAE, WARM_START_TOKENS, BatchInfo, Patch, SAEOutput
 
 SIGNUM_MOMENTUM = 0.95
 ADAM_LR = 5e-4  # of parameters that keep Adam beside another optimiser
+# The option of an SAE that began with another's weights (--init_from): the sum of these weights.
+SOURCE_SUM = "init_weights_sum"
 WARMUP_SHARE, DECAY_SHARE = 0.05, 0.2  # of a run
+KL_LR = 0.1  # learning rate of the KL finish, in units of that before (docs/LOG.md)
 
 
 class LinearWarmupLR(torch.optim.lr_scheduler.LambdaLR):
@@ -79,6 +82,17 @@ class Signum(torch.optim.Optimizer):
         self._move_weights(False, 1 - 1 / self.momentum)
 
     @torch.no_grad()
+    def restart(self, lr_factor: float) -> None:
+        """Begin a new mean at x, with another learning rate."""
+        self.eval()
+        for p, state in self.state.items():
+            state["z"].copy_(p)
+        for group in self.param_groups:
+            group["k"] = 0
+            group["lr"] *= lr_factor
+        self.train()
+
+    @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Make x the mean of all z: y moves towards z by 1/k, then z along the sign, y with it."""
         for group in self.param_groups:
@@ -111,6 +125,9 @@ class LocalBatch(NamedTuple):
     token_keys: Tensor  # int64 [N]
     batch_tokens: int  # of all processes
     token_offset: int  # index in the whole batch of the first token here
+    # Of the KL finish: where rows end, and the mean KL of patches for the tokens of whole rows.
+    row_ends: list[int] | None = None
+    patched_kl: Callable[[slice, Mapping[int, Patch]], Tensor] | None = None
 
     def info(self, tokens: slice = slice(None)) -> BatchInfo:
         """Return what an SAE is told about some of these tokens."""
@@ -127,17 +144,22 @@ class LocalBatch(NamedTuple):
         return {site: h[tokens] for site, h in self.hidden.items()}
 
     def slices(self, count: int) -> Iterator[slice]:
-        """Divide the tokens into consecutive slices; some may be empty."""
-        index = torch.arange(len(self.token_keys), device="cpu")
-        for part in index.tensor_split(count):
-            yield slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0)
+        """Divide the tokens into consecutive slices, in the KL finish of whole rows.
+
+        Some may be empty.
+        """
+        starts = range(len(self.token_keys) + 1)
+        if self.row_ends is not None:
+            starts = [0, *self.row_ends]
+        for part in torch.arange(len(starts) - 1, device="cpu").tensor_split(count):
+            yield slice(starts[part[0]], starts[part[-1] + 1]) if len(part) else slice(0)
 
 
 class SAETraining:
     """One SAE in training."""
 
     # what a saved state keeps of this object itself
-    SAVED = ("failed", "sums", "count", "seconds", "parts")
+    SAVED = ("failed", "sums", "count", "seconds", "parts", "kl_weight")
 
     def __init__(
         self, sae: SAE, title: str, options: dict[str, Any], cfg: Namespace, total_steps: int
@@ -158,6 +180,7 @@ class SAETraining:
         self.parts = 1  # slices of a batch, more where memory is short
         self.last: tuple[SAEOutput, BatchInfo] | None = None
         self.memory_tried = distributed.world() == 1
+        self.kl_weight: float | None = None  # known from the first step of the KL finish on
         # 1 from the first loss or gradient that is not finite. It stays on the device, as do the
         # numbers of the steps, until check() reads it.
         self.found_inf = torch.zeros((), device=sae.tokens_since_fired.device)
@@ -228,16 +251,41 @@ class SAETraining:
     # ------------------------------------------------------------------------- one step
 
     def warm_start(self, batch: LocalBatch) -> None:
-        """Initialise from the first tokens of the whole batch; then make the processes equal."""
-        first = slice(max(0, WARM_START_TOKENS - batch.token_offset))
-        inputs = self.sae.gather(batch.states(first))
-        self.sae.warm_start(distributed.concat(inputs))
-        unit_norm_decoder(self.sae)
+        """Initialise from the first tokens of the whole batch; then make the processes equal.
+
+        Weights of another SAE stay as they are.
+        """
+        if SOURCE_SUM not in self.options:
+            first = slice(max(0, WARM_START_TOKENS - batch.token_offset))
+            inputs = self.sae.gather(batch.states(first))
+            self.sae.warm_start(distributed.concat(inputs))
+            unit_norm_decoder(self.sae)
         distributed.copy_from_main_(list(self._tensors().values()))
         self.mode(True)
 
+    def begin_kl_finish(self) -> None:
+        """Restart the schedule-free average: its mean over all steps would hide the last ones."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Signum):
+                optimizer.restart(KL_LR)
+
+    def _kl_term(
+        self, batch: LocalBatch, step: int, tokens: slice, out: SAEOutput, info: BatchInfo
+    ) -> Tensor:
+        """Return the KL of one patched run, weighted to equal the error when the finish begins. []
+
+        The runs of a model take turns.
+        """
+        runs = list(self.sae.patches(batch.states(tokens), info, clean=out))
+        kl = batch.patched_kl(tokens, runs[step % len(runs)])
+        if self.kl_weight is None:
+            error = self.sae.loss(out, info)["NormMSE"]
+            sums = distributed.all_sum(torch.stack([error, kl]).detach())
+            self.kl_weight = float(sums[0] / sums[1].clamp_min(1e-12))
+        return self.kl_weight * kl
+
     @bf16_matmuls()
-    def _gradients(self, batch: LocalBatch) -> tuple[SAEOutput, dict[str, Tensor]]:
+    def _gradients(self, batch: LocalBatch, step: int) -> tuple[SAEOutput, dict[str, Tensor]]:
         """Run forward and backward passes over `parts` slices of the tokens.
 
         Returns the output (of several slices: their codes) and this process's shares of the loss
@@ -254,6 +302,8 @@ class SAETraining:
             info = batch.info(tokens)
             out = self.sae.autoencode(self.sae.gather(batch.states(tokens)), info)
             part_terms = self.sae.loss(out, info)
+            if batch.patched_kl is not None:
+                part_terms["KL"] = self._kl_term(batch, step, tokens, out, info)
             for name, term in part_terms.items():
                 terms[name] = terms.get(name, 0.0) + term.detach()
             torch.stack(list(part_terms.values())).sum().backward()
@@ -267,7 +317,7 @@ class SAETraining:
         """
         while True:
             try:
-                return self._gradients(batch)
+                return self._gradients(batch, step)
             except torch.OutOfMemoryError:
                 if self.parts >= len(batch.token_keys):
                     raise
@@ -286,8 +336,10 @@ class SAETraining:
         leave the others waiting.
         """
         before = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
+        kl_weight = self.kl_weight
         with distributed.alone():
             self._within_memory(step, batch)
+        self.kl_weight = kl_weight
         with torch.no_grad():
             for name, buffer in self.sae.named_buffers():
                 buffer.copy_(before[name])
@@ -307,7 +359,7 @@ class SAETraining:
         if distributed.world() == 1:
             out, terms = self._within_memory(step, batch)
         else:
-            out, terms = self._gradients(batch)
+            out, terms = self._gradients(batch, step)
         self._update(batch, step, out, terms, report_due)
         if report_due or self.found_inf.device.type == "cpu":  # elsewhere reading it waits
             self.check()
@@ -365,6 +417,26 @@ class SAETraining:
                 f"{self.title}: {what} is not finite at step {self.failed_step} ({listed})"
             )
         self.unread.clear()
+
+    def finish(self) -> None:
+        """Take the weights that are kept: the average, with decoder columns of norm 1."""
+        self.mode(False)
+        unit_norm_decoder(self.sae)
+
+    def run(self, batches: Iterable[LocalBatch]) -> SAE:
+        """Train on states that are there already, one step a batch; return the SAE.
+
+        Raises ValueError if a loss or a gradient is not finite.
+        """
+        for step, batch in enumerate(batches):
+            if not step:
+                self.warm_start(batch)
+            self.step(batch, step, report_due=False)
+            self.check()
+            if self.failed:
+                raise ValueError(self.failed)
+        self.finish()
+        return self.sae
 
     def report(self) -> dict[str, Any]:
         """Return means since the last report, the dead share, and what the model adds."""

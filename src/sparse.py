@@ -83,6 +83,16 @@ def active(code: Tensor | SparseCode) -> tuple[Tensor, Tensor, Tensor]:
     return index.div(size, rounding_mode="floor"), index.remainder(size), values
 
 
+def ranks(code: SparseCode) -> Tensor:
+    """Return how many larger values the code of its token has, for each entry. int64 [E]"""
+    token = code.flat_index.div(code.shape[-1], rounding_mode="floor")
+    order = code.values.argsort(descending=True)
+    order = order[token[order].argsort(stable=True)]  # by token, then by value
+    place = torch.arange(len(order), device=order.device)
+    first = torch.searchsorted(token[order], token[order])  # where the entries of a token begin
+    return torch.empty_like(order).scatter_(0, order, place - first)
+
+
 def firings(code: Tensor | SparseCode) -> Tensor:
     """Count in how many codes each latent is not 0. [...,F] -> int64 [F]"""
     if isinstance(code, SparseCode):
@@ -150,8 +160,8 @@ class DictionaryWeights(NamedTuple):
     latent_bias: Tensor  # [F]
     decoder: Tensor  # [D,F]
 
-    def subset(self, latents: Tensor) -> DictionaryWeights:
-        """Return the dictionary of these latents alone."""
+    def subset(self, latents: Tensor | slice) -> DictionaryWeights:
+        """Return the dictionary of these latents alone, given by their numbers or as a slice."""
         decoder = self.decoder[:, latents]
         return DictionaryWeights(
             self.pre_bias, self.encoder[latents], self.latent_bias[latents], decoder

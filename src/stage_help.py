@@ -21,8 +21,7 @@ MAIN: dict[str, str] = {
     "steer": "SAE_path set add multiply zero prompt prompts max_new_tokens temperature mode site "
     "model_path device output_dir",
     "export": "SAE_path format overwrite output_dir",
-    "explore": "SAE_path model_path port max_new_tokens mode site dtype device "
-    "output_dir",
+    "explore": "SAE_path model_path port max_new_tokens mode site dtype device output_dir",
 }
 EXAMPLES: dict[str, tuple[str, str]] = {
     "train": (

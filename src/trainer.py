@@ -17,14 +17,14 @@ import random
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import (
@@ -40,12 +40,12 @@ from src import (
     names,
     zoo,
 )
-from src.data import Rows
+from src.data import Batch, Rows
 from src.device import pick_device
 from src.estimate import Estimate, of_training
 from src.interrupt import Interrupted, Signals
-from src.ops import unit_norm_decoder
-from src.sae_training import LocalBatch, SAETraining
+from src.sae import SAE, Patch
+from src.sae_training import SOURCE_SUM, LocalBatch, SAETraining
 from src.tracking import wandb_init
 
 # About 50 reports, at least 10 steps apart; each costs a forward pass. Runs of fewer than 100
@@ -62,6 +62,7 @@ TABLE_COLUMN = 15  # characters
 # and how far from it L0 may end without a warning.
 CONTROL_STEPS = 500
 L0_TOLERANCE = 0.1
+MAX_NORM_ERROR = 0.01  # of the decoder columns of another SAE, which training keeps at 1
 
 
 def set_seed(seed: int) -> None:
@@ -101,7 +102,7 @@ def as_typed(value: Any) -> str:
 def differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Return 'option saved -> wanted' for each option with another value."""
     result = []
-    for key, value in wanted.items():
+    for key, value in ({SOURCE_SUM: None} | wanted).items():
         # An option that is younger than what was saved had its default value then.
         default = config.OPTIONS[key].default if key in config.OPTIONS else None
         old = saved.get(key, default)
@@ -189,6 +190,7 @@ class TrainingLoop:
         self.progress = Progress()
         self.steps_per_epoch = math.ceil(len(rows) / cfg.batch_size)
         self.total = trainings[0].total  # it is the same for all
+        self.finish_step = self.total - round(cfg.kl_finish * self.total)
         spacing = min(MIN_SPACING, self.total // 10)
         self.report_every = max(1, spacing, self.total // MAX_REPORTS)
         self.sites = sorted({site for training in trainings for site in training.sae.sites()})
@@ -274,13 +276,34 @@ class TrainingLoop:
         # Other keys in each epoch, so that what is drawn for a token differs between epochs.
         epoch_offset = step // self.steps_per_epoch * len(self.rows) * self.cfg.max_length
         keys = (local.token_keys() + epoch_offset).to(self.cfg.device)
-        hidden = hooks.read(self.language_model, local.to(self.cfg.device), self.sites)
-        local_batch = LocalBatch(hidden, keys, batch_tokens, token_offset)
+        read = self._read_for_kl if step >= self.finish_step else self._read
+        local_batch = read(local.to(self.cfg.device), batch, keys, token_offset)
         for training in active:
             if not self.progress.tokens:
                 training.warm_start(local_batch)
+            if step == self.finish_step:
+                training.begin_kl_finish()
             _update(training, local_batch, step, report_due)
         self.progress.tokens += batch_tokens
+
+    def _read(self, local: Batch, batch: Batch, keys: Tensor, token_offset: int) -> LocalBatch:
+        """Return this process's tokens of a batch."""
+        hidden = hooks.read(self.language_model, local, self.sites)
+        return LocalBatch(hidden, keys, int(batch.mask.sum()), token_offset)
+
+    def _read_for_kl(
+        self, local: Batch, batch: Batch, keys: Tensor, token_offset: int
+    ) -> LocalBatch:
+        """Return the same with the KL of patched passes, a share of the whole batch's mean."""
+        clean = hooks.CleanPass(self.language_model, local, self.sites)
+        n_predictions = max(1, int(hooks.predictions(batch.mask).sum()))
+
+        def patched_kl(tokens: slice, patches: Mapping[int, Patch]) -> Tensor:
+            return clean.total_kl(tokens, patches) / n_predictions
+
+        return LocalBatch(
+            clean.hidden(), keys, int(batch.mask.sum()), token_offset, clean.row_ends, patched_kl
+        )
 
     def _after_step(self, active: list[SAETraining], report_due: bool, signals: Signals) -> None:
         # `received` stays as it is: a signal may come while the processes agree.
@@ -452,6 +475,10 @@ class Trainer:
         for line in config.unused(cfg):
             print(f"warning: {line}")
         demo.use_demo_defaults(cfg)
+        self.source: SAE | None = None
+        self.inherited: dict[str, Any] = {}
+        if cfg.init_from:
+            self._open_source()
         config.complete(cfg)
         if cfg.deterministic:
             _use_deterministic_algorithms()
@@ -463,10 +490,44 @@ class Trainer:
         self.states = self.run_folder / STATES_NAME
         self.log = self.run_folder / LOG_NAME
 
+    def _open_source(self) -> None:
+        """Load the SAE of --init_from, and take from it the options that were not typed.
+
+        Raises ValueError for an SAE that no training can begin with.
+        """
+        hints = {"model": self.cfg.model[0]} if "model" in self.cfg.typed else {}
+        self.source, recipe = checkpoint.load(self.cfg.init_from, hints=hints)
+        norms = [decoder.weight.norm(dim=0) for decoder in self.source.decoders()]
+        if norms and (torch.cat(norms) - 1).abs().max() > MAX_NORM_ERROR:
+            smallest, largest = torch.cat(norms).aminmax()
+            raise ValueError(
+                f"--init_from {self.cfg.init_from}: its decoder columns have norms from "
+                f"{smallest:.3g} to {largest:.3g}, which training would set to 1; fold them into "
+                "the encoder first (fold_W_dec_norm of SAELens)"
+            )
+        self.inherited = config.inherit(self.cfg, self.source.name, self.source.config)
+        self.inherited[SOURCE_SUM] = recipe["weights_sum"]
+
+    def _check_source(self, sae: SAE) -> None:
+        """Raise ValueError if the weights of --init_from do not fit an SAE of this run."""
+        of_source, of_run = (checkpoint.shapes(one.state_dict()) for one in (self.source, sae))
+        sizes = {
+            "hidden size": (self.source.hidden_size, sae.hidden_size),
+            "latent size": (self.source.latent_size, sae.latent_size),
+        }
+        names = of_source.keys() | of_run.keys()
+        sizes |= {name: (of_source.get(name), of_run.get(name)) for name in sorted(names)}
+        for name, (there, here) in sizes.items():
+            if there != here:
+                raise ValueError(
+                    f"--init_from {self.cfg.init_from} has {name} {there}, but this run needs "
+                    f"{here}; an SAE can only begin with weights of its own shape"
+                )
+
     def _combine(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Yield (model, options, swept values) of each SAE; a model crosses the lists it uses."""
         for name in self.cfg.model:
-            options = config.model_options(self.cfg, name)
+            options = config.model_options(self.cfg, name) | self.inherited
             swept_keys = [key for key in config.SWEPT if isinstance(options.get(key), list)]
             for values in itertools.product(*(options[key] for key in swept_keys)):
                 chosen = dict(zip(swept_keys, values, strict=True))
@@ -606,8 +667,10 @@ class Trainer:
         cfg = self.cfg
         sizes = lm.sizes_by_config(cfg.model_path, cfg.trust_remote_code)
         if sizes is None:
-            # A size that is not known yet is taken as large.
-            self._check_options(todo, cfg.hidden_size or 2**20, cfg.n_layers or 2**10)
+            # A size that is not known yet is taken as that of --init_from, or as large.
+            known = self.source.config if self.source is not None else {}
+            width = cfg.hidden_size or known.get("hidden_size") or 2**20
+            self._check_options(todo, width, cfg.n_layers or known.get("n_layers") or 2**10)
             return
         self._check_sizes(*sizes)
         self._check_options(todo, *sizes)
@@ -617,7 +680,9 @@ class Trainer:
         for i in todo:
             name, options, _ = self.combinations[i]
             with torch.device("meta"):
-                model.build(name, hidden_size, n_layers, options)
+                sae = model.build(name, hidden_size, n_layers, options)
+            if self.source is not None:
+                self._check_source(sae)
 
     def _run_folders(self) -> list[Path]:
         """Return the folders to lock: without a tag, another run may train one of these SAEs."""
@@ -744,6 +809,8 @@ class Trainer:
         set_seed(self.cfg.seed)  # each SAE begins as it would alone
         name, options, _ = self.combinations[index]
         sae = model.build(name, sizes["hidden_size"], sizes["n_layers"], options)
+        if self.source is not None:
+            sae.load_state_dict(self.source.state_dict())
         return SAETraining(sae.to(self.cfg.device), self.titles[index], options, self.cfg, total)
 
     def _finish(
@@ -758,8 +825,7 @@ class Trainer:
         used = estimate.compare(progress.seconds)
         trained = [training for training in trainings if not training.failed]
         for training in trained:
-            training.mode(False)
-            unit_norm_decoder(training.sae)
+            training.finish()
             distributed.from_main(partial(self._save, training, rows, progress, used))
             _warn_of_missed_l0(training, progress.finals[training.title]["L0"])
         if trained:

@@ -54,7 +54,7 @@ _PUBLISHED_ROUTER = {
 ZOO: dict[str, Entry] = {
     "TopK": Entry(
         "k largest pre-activations of one site",
-        ("k", "layer", "topk_relu", "input_norm", *_AUXK),
+        ("k", "layer", "topk_relu", "hierarchical_k", "input_norm", *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),
@@ -109,8 +109,14 @@ ZOO: dict[str, Entry] = {
         _DICTIONARY,
         published=_PUBLISHED_TOPK,
     ),
+    "Matryoshka": Entry(
+        "BatchTopK whose first latents also reconstruct alone",
+        ("k", "layer", "matryoshka_widths", "input_norm", *_AUXK),
+        _DICTIONARY,
+        published=_PUBLISHED_TOPK,
+    ),
 }
-ALIASES = {"Random": "RandomK"}
+ALIASES = {"Random": "RandomK", "MatryoshkaBatchTopK": "Matryoshka"}
 
 
 def canonical(name: str) -> str:

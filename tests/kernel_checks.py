@@ -146,6 +146,7 @@ ADVANTAGE = {"router_objective": "advantage", "router_balance": "switch"}
 STEPS = (
     ("TopK", ("rows", "sums", "products"), ONE_SITE),
     ("BatchTopK", ("rows",), ONE_SITE),
+    ("Matryoshka", ("rows",), ONE_SITE),
     ("RandomK", ("rows",), ONE_SITE),
     ("MLSAE", ("rows",), SEVERAL_SITES),
     ("RouteSAE", ("rows", "sums"), SEVERAL_SITES),

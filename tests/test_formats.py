@@ -24,6 +24,7 @@ EXACT = {
     "Gated": "gated",
     "JumpReLU": "jumprelu",
     "BatchTopK": "jumprelu",
+    "Matryoshka": "jumprelu",
     "MLSAE": "topk",
     "RouteSAE": "topk",
 }
@@ -37,7 +38,7 @@ def random_sae(name, **options):
         for key, parameter in sae.named_parameters():
             if key != "threshold":
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        if name == "BatchTopK":
+        if "cut" in sae.state_dict():
             sae.cut.fill_(0.7)
     return sae
 

@@ -199,6 +199,52 @@ def test_batchtopk_has_a_threshold_at_inference(hidden):
     assert torch.equal(loaded.autoencode(x).latents, latents)
 
 
+def test_a_matryoshka_of_one_prefix_is_a_batchtopk_bit_for_bit(hidden):
+    batchtopk = make("BatchTopK")
+    x = batchtopk.gather(hidden)
+    for widths, is_one in (([LATENTS], True), ([8, 24], False)):
+        matryoshka = make("Matryoshka", matryoshka_widths=widths)
+        results = []
+        for sae in (batchtopk, matryoshka):
+            sae.zero_grad()
+            terms = sae.loss(sae.autoencode(x, INFO))
+            sum(terms.values()).backward()
+            results.append((terms, [p.grad.clone() for p in sae.parameters()]))
+        (terms, gradients), (nested_terms, nested_gradients) = results
+        assert torch.equal(terms["NormMSE"], nested_terms["NormMSE"])
+        assert (terms.keys() == nested_terms.keys()) == is_one
+        assert all(map(torch.equal, gradients, nested_gradients)) == is_one
+
+
+def test_the_first_latents_of_a_matryoshka_learn_to_reconstruct_alone(hidden):
+    sae = make("Matryoshka", matryoshka_widths=[8])
+    x = sae.gather(hidden)
+    out = sae.autoencode(x, INFO)
+    first = out.latents.clone()
+    first[:, 8:] = 0
+    by_hand = ops.squared_errors(x, sae.decode(first)).mean()
+    nested = sae.penalty(out)["Nested"]
+    assert torch.isclose(nested, by_hand, rtol=1e-5)
+    nested.backward()
+    used = (sae.encoder.weight.grad != 0).any(1)
+    assert used[:8].any() and not used[8:].any()
+    assert make("Matryoshka").shorter_widths == [2, 6, 14, 30]
+    with pytest.raises(ValueError, match="matryoshka_widths 65 with 64 latents"):
+        make("Matryoshka", matryoshka_widths=[65])
+
+
+def test_a_hierarchical_topk_adds_the_errors_of_its_code_cut_to_fewer_latents(hidden):
+    sae = make("TopK", hierarchical_k=[3, 1], topk_relu=True)
+    x = sae.gather(hidden)
+    out = sae.autoencode(x, INFO)
+    cut = [sae.autoencode(x, BatchInfo(token_keys=TOKEN_KEYS, infer_k=k)).x_hat for k in (1, 3)]
+    by_hand = sum(ops.squared_errors(x, x_hat).mean() for x_hat in cut)
+    assert torch.isclose(sae.penalty(out)["Nested"], by_hand, rtol=1e-5)
+    assert "Nested" not in make("TopK").penalty(out)
+    with pytest.raises(ValueError, match="hierarchical_k 5 with k 4"):
+        make("TopK", hierarchical_k=[5])
+
+
 @pytest.mark.parametrize("name, options", [("RandomK", {}), ("RouteSAE", {"routing": "random"})])
 def test_random_draws_do_not_depend_on_batching(name, options, hidden):
     sae = make(name, **options)
@@ -557,6 +603,7 @@ def train_on_planted(sae, sample, loss_of, after, steps=1500):
     [
         ("TopK", {"k": 3}),
         ("BatchTopK", {"k": 3}),
+        ("Matryoshka", {"k": 3}),
         ("Vanilla", {"l1_coeff": 0.05}),
         ("Gated", {"l1_coeff": 0.1}),
         ("JumpReLU", {"l1_coeff": 0.025, "threshold": 0.1, "bandwidth": 0.1}),

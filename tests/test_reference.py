@@ -19,6 +19,7 @@ DEAD_TOKENS = 100
 STEPS, LEARNING_RATE = 25, 1e-3
 VARIANTS = [(name, recipe, {}) for name in ZOO for recipe in ("standard", "published")]
 VARIANTS += [("RouteSAE", "standard", {"routing": routing}) for routing in ("soft", "random")]
+VARIANTS += [("TopK", "standard", {"hierarchical_k": [1, 2]})]
 VARIANTS += [("TopK", "standard", {"latent_size": 24})]  # k / F too large for the sparse kernels
 
 
@@ -32,6 +33,7 @@ def build_pair(name, recipe, changes):
         "threshold": 0.3,
         "bandwidth": 0.2,
         "dead_tokens": DEAD_TOKENS,
+        "matryoshka_widths": [12, 40],
     }
     options |= getattr(ZOO[name], recipe) | changes
     if name == "RouteSAE":

@@ -27,7 +27,7 @@ from src.files import DEMO_LM, ROOT  # noqa: E402
 from src.trainer import Trainer  # noqa: E402
 
 pytestmark = pytest.mark.interop
-SINGLE = ("TopK", "Vanilla", "Gated", "JumpReLU", "BatchTopK")
+SINGLE = ("TopK", "Vanilla", "Gated", "JumpReLU", "BatchTopK", "Matryoshka")
 NAMES = (*SINGLE, "MLSAE", "RouteSAE")
 LENGTH, EVAL_ROWS = 128, 32
 # Share of tokens on which rounding may decide between two latents, at k or at a threshold.
@@ -40,7 +40,7 @@ def flags(**options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a text, and SAEs of seven models trained on it for a minute."""
+    """A folder with a text, and SAEs of eight models trained on it for a minute."""
     folder = tmp_path_factory.mktemp("interop")
     sources = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("src/*.py"), ROOT / "README.md"])
     with open(folder / "text.jsonl", "w") as file:

@@ -1,0 +1,174 @@
+"""A training that begins with the weights of another SAE (--init_from)."""
+
+import json
+
+import pytest
+import torch
+
+from src import checkpoint, config, export_formats, files
+from src.config import parse, run_stage
+from src.files import DEMO_LM
+from src.model import build
+from src.sae import BatchInfo
+from src.sae_training import SOURCE_SUM, LocalBatch, SAETraining
+from src.trainer import Trainer
+from src.zoo import ZOO
+
+D, BLOCKS, N, LATENTS = 128, 16, 40, 64  # width and depth of the demo LM
+KEYS = torch.arange(N)
+
+
+@pytest.fixture
+def hidden():
+    generator = torch.Generator().manual_seed(1)
+    return {site: torch.randn(N, D, generator=generator) + 1 for site in range(1, BLOCKS + 1)}
+
+
+def save_source(folder, name, **options):
+    """The path of an SAE as after a training; its options are not the defaults."""
+    torch.manual_seed(5)
+    options = {"latent_size": LATENTS, "k": 5, "norm_eps": 1e-3} | ZOO[name].standard | options
+    sae = build(name, D, BLOCKS, options)
+    with torch.no_grad():
+        for key, value in sae.state_dict().items():
+            if "weight" not in key:
+                value.copy_(0.5 + 0.1 * torch.randn_like(value))
+    return checkpoint.save(sae, {"model": name, "config": sae.config}, folder, f"{name}_source")
+
+
+def trainer_of(tmp_path, source, *more):
+    argv = ["--init_from", str(source), "--model_path", str(DEMO_LM)]
+    argv += ["--data_path", str(tmp_path / "text.jsonl"), "--output_dir", str(tmp_path / "out")]
+    return Trainer(parse("train", [*argv, "--tag", "next", *more]))
+
+
+def first_step(trainer, hidden):
+    """The SAE with which training makes its first step."""
+    training = trainer._build(0, {"hidden_size": D, "n_layers": BLOCKS}, total=10)
+    training.warm_start(LocalBatch(hidden, KEYS, batch_tokens=N, token_offset=0))
+    return training.sae
+
+
+def check_equal(sae, source, hidden):
+    """Weights, codes and reconstructions must be equal bit for bit."""
+    sae.eval()
+    for key in source.config.keys() - {"n_layers"}:
+        assert sae.config[key] == source.config[key], key
+    weights = source.state_dict()
+    assert weights.keys() == sae.state_dict().keys()
+    for key, value in sae.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    info = BatchInfo(token_keys=KEYS)
+    out, expected = (one.autoencode(one.gather(hidden), info) for one in (sae, source))
+    assert torch.equal(out.latents, expected.latents)
+    assert torch.equal(out.x_hat, expected.x_hat)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_first_step_begins_with_the_source_bit_for_bit(name, hidden, tmp_path):
+    path = save_source(tmp_path, name)
+    trainer = trainer_of(tmp_path, path)
+    assert trainer.cfg.model == [name]
+    check_equal(first_step(trainer, hidden), checkpoint.load(path)[0], hidden)
+
+
+def test_a_folder_of_saelens_is_a_source_with_its_own_input_norm(hidden, tmp_path):
+    sae = build("TopK", D, BLOCKS, {"latent_size": LATENTS, "k": 3, "topk_relu": True, "layer": 4})
+    recipe = {"title": "lens", "model": "TopK", "config": sae.config}
+    folder = export_formats.export(sae, recipe, tmp_path, "saelens") / "blocks.3.hook_resid_post"
+    lens_config = files.load_json(folder / "cfg.json")
+    files.save_json(lens_config | {"normalize_activations": "none"}, folder / "cfg.json")
+    source, _ = checkpoint.load(folder)
+    assert source.input_norm == "none"
+    check_equal(first_step(trainer_of(tmp_path, folder), hidden), source, hidden)
+
+
+def test_typed_options_win_over_those_of_the_source(tmp_path):
+    path = save_source(tmp_path, "TopK", layer=4)
+    trainer = trainer_of(tmp_path, path, "--k", "2", "3", "--norm_eps", "0.5")
+    options = [options for _, options, _ in trainer.combinations]
+    assert [(o["k"], o["layer"], o["norm_eps"]) for o in options] == [(2, 4, 0.5), (3, 4, 0.5)]
+    assert config.learning_rate(trainer.cfg, "TopK") == pytest.approx(5e-3 * 16)  # of 64 latents
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--model Vanilla", "holds a TopK; it cannot begin --model Vanilla: give --model TopK"),
+        ("--latent_size 128", "has latent size 64, but this run needs 128"),
+        ("--model_path {narrow}", "has hidden size 128, but this run needs 32"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_refused_in_one_line(more, message, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": "some words"}\n')
+    narrow = tmp_path / "narrow"
+    narrow.mkdir()
+    sizes = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 16}
+    (narrow / "config.json").write_text(json.dumps(sizes))
+    path = save_source(tmp_path, "TopK")
+    argv = ["--init_from", str(path), "--model_path", str(DEMO_LM)]
+    argv += ["--data_path", str(tmp_path / "text.jsonl"), "--output_dir", str(tmp_path / "out")]
+    argv += more.format(narrow=narrow).split()
+    assert run_stage("train", lambda cfg: Trainer(cfg).run(), argv) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in line
+
+
+def test_sources_with_other_decoder_norms_or_other_sites_are_refused(tmp_path):
+    path = save_source(tmp_path, "RouteSAE")
+    trainer = trainer_of(tmp_path, path, "--start_layer", "4", "--end_layer", "6")
+    with pytest.raises(ValueError, match=r"router.weight \(9, 128\), but this run needs \(2, 128"):
+        trainer._check_options([0], D, BLOCKS)
+    weights = torch.load(path)
+    weights["sae.decoder.weight"] *= 1.5
+    torch.save(weights, tmp_path / "RouteSAE_K5.pt")
+    with pytest.raises(ValueError, match="norms from 1.5 to 1.5"):
+        trainer_of(tmp_path, tmp_path / "RouteSAE_K5.pt", "--model", "RouteSAE")
+
+
+def train(tmp_path, *more):
+    argv = ["--model_path", str(DEMO_LM), "--data_path", str(tmp_path / "text.jsonl")]
+    argv += ["--output_dir", str(tmp_path / "out"), "--dtype", "float32"]
+    argv += "--max_length 32 --batch_size 4 --max_samples 40".split()
+    Trainer(parse("train", [*argv, *more])).run()
+    return tmp_path / "out" / "SAE_models"
+
+
+def test_the_recipe_names_the_source_by_its_weights_and_a_killed_run_continues(
+    tmp_path, monkeypatch
+):
+    lines = [json.dumps({"text": f"Return the {i}th of {i * 7} values. " * 5}) for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    sources = []
+    for seed in ("1", "2"):
+        folder = train(tmp_path, "--latent_size", "64", "--k", "4", "--seed", seed, "--tag", seed)
+        sources.append(folder / f"TopK_text_{seed}.pt")
+    begun = ["--init_from", str(sources[0]), "--tag"]
+    path = train(tmp_path, *begun, "whole") / "TopK_text_whole.pt"
+    recipe = checkpoint.read_recipe(path)
+    assert recipe["options"][SOURCE_SUM] == checkpoint.read_recipe(sources[0])["weights_sum"]
+    assert str(tmp_path) not in json.dumps(recipe["options"] | {"data_path": ""})
+    with pytest.raises(ValueError, match="was trained with other options .*init_weights_sum"):
+        train(tmp_path, "--init_from", str(sources[1]), "--tag", "whole")
+    with pytest.raises(ValueError, match="init_weights_sum .* -> None"):
+        train(tmp_path, "--latent_size", "64", "--k", "4", "--seed", "1", "--tag", "whole")
+
+    class Killed(BaseException):
+        pass
+
+    step = SAETraining.step
+
+    def killed_at_step_6(self, batch, now, due):
+        if now == 6:
+            raise Killed
+        step(self, batch, now, due)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAETraining, "step", killed_at_step_6)
+        with pytest.raises(Killed):
+            train(tmp_path, *begun, "killed", "--save_every", "3")
+    with pytest.raises(ValueError, match="init_weights_sum"):
+        train(tmp_path, "--init_from", str(sources[1]), "--tag", "killed", "--seed", "1")
+    continued = train(tmp_path, *begun, "killed") / "TopK_text_killed.pt"
+    weights, expected = torch.load(continued), torch.load(path)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
