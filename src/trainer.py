@@ -42,6 +42,7 @@ MAX_REPORTS = 50
 MIN_SPACING = 10
 LOG_NAME = "metrics.jsonl"
 STATES_NAME = "state"
+EQUAL_STATES = 1e-6  # the largest difference of equal states, a share of their largest value
 MAX_DIFFERENCES = 4  # in a message
 # Steps after which L0 is within 5 % of --target_l0 (demo LM; after 250 steps within 20 %),
 # and how far from it L0 may end without a warning.
@@ -250,6 +251,8 @@ class TrainingLoop:
         epoch_offset = step // self.steps_per_epoch * len(self.rows) * self.cfg.max_length
         keys = (local.token_keys() + epoch_offset).to(self.cfg.device)
         hidden = hooks.read(self.language_model, local.to(self.cfg.device), self.sites)
+        if not self.progress.tokens:
+            _warn_of_equal_states(hidden)
         local_batch = LocalBatch(hidden, keys, batch_tokens, token_offset)
         for training in active:
             if not self.progress.tokens:
@@ -326,7 +329,7 @@ class TrainingLoop:
         progress = self.progress
         speed = round(progress.tokens / max(progress.seconds, 1e-9))
         for training in self.trainings:
-            if training.failed:
+            if training.failed or not training.count:  # no token counted since the last report
                 continue
             line = {
                 "sae": training.title,
@@ -393,6 +396,17 @@ def _update(training: SAETraining, batch: LocalBatch, step: int, report_due: boo
         raise ValueError(f"{training.title}: out of memory at step {step} {advice}") from error
 
 
+def _warn_of_equal_states(hidden: dict[int, torch.Tensor]) -> None:
+    """hidden: {site: [N,D]}. A constant reconstructs equal states, which says nothing of an SAE."""
+    for site, states in hidden.items():
+        spread = (states - states[:1]).abs().max() if len(states) > 1 else states.new_tensor(1.0)
+        if spread <= EQUAL_STATES * states.abs().max():
+            print(
+                f"warning: all {len(states)} states at site {site} are equal in the first batch; "
+                "check the text and the weights of the language model"
+            )
+
+
 def _warn_of_missed_l0(training: SAETraining, l0: float) -> None:
     target = training.options.get("target_l0")
     if target and abs(l0 / target - 1) > L0_TOLERANCE:
@@ -451,6 +465,11 @@ class Trainer:
         """Hash of the text's files; it takes up to a second."""
         return identity.of_text(self.cfg.data_path, self.cfg.split)
 
+    @functools.cached_property
+    def model_digest(self) -> str | None:
+        """Hash of the language model's weight files; it takes up to a second."""
+        return identity.of_weight_files(self.cfg.model_path)
+
     def _settings(self) -> dict[str, Any]:
         """Return the options that are the same for all SAEs of the run."""
         left_out = config.NEUTRAL | config.SECRET | {"model", *config.SWEPT}
@@ -505,14 +524,22 @@ class Trainer:
                     f"{path} was trained with other options "
                     f"({'; '.join(different[:MAX_DIFFERENCES])}); give --tag NAME or --overwrite"
                 )
-            text_digest = recipe.get("text_digest")
-            if text_digest and self.text_digest not in (None, text_digest):
-                raise ValueError(
-                    f"{path} was trained on another text: {self.cfg.data_path} has changed since; "
-                    "give --tag NAME or --overwrite"
-                )
+            self._check_unchanged(path, recipe)
             print(f"{title}: already trained ({path})")
         return untrained
+
+    def _check_unchanged(self, path: Path, recipe: dict[str, Any]) -> None:
+        """Raise ValueError if text or language model are not those of a result, as far as known."""
+        for key, what, place in (
+            ("text_digest", "another text", self.cfg.data_path),
+            ("model_digest", "another language model", self.cfg.model_path),
+        ):
+            recorded = recipe.get(key)
+            if recorded and getattr(self, key) not in (None, recorded):
+                raise ValueError(
+                    f"{path} was trained on {what}: {place} has changed since; "
+                    "give --tag NAME or --overwrite"
+                )
 
     def _earlier_loss(self) -> float:
         """Return the loss in the first SAE's recipe; remove states that nobody needs now."""
@@ -636,16 +663,15 @@ class Trainer:
         self, todo: list[int], saved: tuple[Path, dict[str, Any]] | None, signals: Signals
     ) -> float:
         cfg = self.cfg
-        tokenizer, language_model = hooks.open_language_model(cfg, [])
+        tokenizer, language_model = hooks.open_language_model(cfg)
         sizes = self._sizes(language_model)
         self._check_options(todo, **sizes)  # before a long text is tokenised
         lm.check_length(language_model, cfg.max_length)
         rows = demo.open_rows(cfg, tokenizer)
         self.identities = {
             "language_model": identity.of_language_model(language_model),
-            "text_digest": distributed.from_main(
-                lambda: identity.of_text(cfg.data_path, cfg.split)
-            ),
+            "text_digest": distributed.from_main(lambda: self.text_digest),
+            "model_digest": distributed.from_main(lambda: self.model_digest),
         }
         requested = self._requested() | self.identities
         total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs
