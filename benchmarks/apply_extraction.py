@@ -127,7 +127,7 @@ def compare(argv=None):
     started = time.perf_counter()
     applier = Applier(parse("apply", argv))
     cfg, sae = applier.cfg, applier.sae
-    applier.tokenizer, applier.language_model = hooks.open_language_model(cfg, [sae])
+    applier.tokenizer, applier.language_model = hooks.open_language_model(cfg)
     rows, applier.text = open_rows(cfg, applier.tokenizer), token_text(applier.tokenizer)
     watch.seconds["loading"] = time.perf_counter() - started
 

@@ -155,7 +155,9 @@ class Applier:
         """
         cfg = self.cfg
         if self.language_model is None:
-            self.tokenizer, self.language_model = hooks.open_language_model(cfg, [self.sae])
+            self.tokenizer, self.language_model = hooks.open_language_model(
+                cfg, [(self.sae, self.recipe)]
+            )
         lm.check_length(self.language_model, cfg.max_length)
         rows = demo.open_rows(cfg, self.tokenizer)
         self.text = token_text(self.tokenizer)

@@ -45,6 +45,7 @@ RECIPE_TYPES = {
     "tokens": int,
     "sites": list,
     "weights_sum": str,
+    "language_model": dict,
     "format_version": int,
 }
 FINAL_NUMBERS = ("loss", "tokens_per_s", "step_tokens_per_s")  # what later stages read of `final`
@@ -569,6 +570,8 @@ def _check_language_model(cfg: Namespace, recipe: Mapping[str, Any]) -> None:
             f"{recipe['title']} was trained on {name}, whose place its recipe does not say; "
             "name it with --model_path"
         )
+    if recipe.get("language_model"):  # it is compared once it is loaded
+        return
     if path and cfg.model_path and "model_path" in cfg.typed:
         if Path(path).resolve() != Path(cfg.model_path).resolve():
             print(

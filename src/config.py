@@ -7,7 +7,6 @@ Precedence of values: typed > --config file > recipe saved with a checkpoint > r
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -22,11 +21,13 @@ from src.files import (
     CLAMP_DIR,
     CONTEXT_DIR,
     DEMO_LM,
+    DISK_ERRORS,
     EVAL_DIR,
     EXPORT_DIR,
     INTERPRET_DIR,
     SAE_DIR,
     error_text,
+    one_line,
     parse_json,
     printable,
     printable_output,
@@ -36,7 +37,6 @@ from src.files import (
 
 LARGEST_INTEGER = 2**63 - 1
 LONGEST_METAVAR = 50  # characters; more choices are listed in the help text alone
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, in three ways
 LARGEST_FLOAT = 3.4e38  # of float32
 LOWEST_TEMPERATURE = 1e-4  # a smaller one takes logits beyond float32
 
@@ -703,15 +703,17 @@ OPTIONS: dict[str, Option] = {
         "environment. Default: $OPENAI_API_KEY.",
     ),
     "api_key_file": Option("interpretation", str, None, "File with the key. Default: none."),
-    "concurrency": Option("interpretation", int, 8, "Requests sent at one time.", low=1),
+    "concurrency": Option("interpretation", int, 8, "Requests sent at one time.", low=1, high=1000),
     "requests_per_minute": Option(
         "interpretation",
         float,
         None,
         "Send at most this many requests per minute. Default: no limit.",
-        above=0,
+        low=0.001,
     ),
-    "timeout": Option("interpretation", float, 60.0, "Seconds to wait for an answer.", above=0),
+    "timeout": Option(
+        "interpretation", float, 60.0, "Seconds to wait for an answer.", above=0, high=86_400
+    ),
     "budget_usd": Option(
         "interpretation",
         float,
@@ -1350,8 +1352,15 @@ def run_stage(
         if hasattr(stream, "reconfigure"):
             # A terminal without some letter must not end a run.
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _print_traceback
     with printable_output():
         return _run(stage, function, argv)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print the traceback of an error of the program itself, without secrets or escapes."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(printable(redacted(text)), file=sys.stderr)
 
 
 def _run(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] | None) -> int:
@@ -1368,7 +1377,7 @@ def _run(stage: str, function: Callable[[Namespace], Any], argv: Sequence[str] |
     except KeyboardInterrupt as stop:
         why = f"; {stop}" if str(stop) else ""
         if _ended_first():
-            print(f"{program(stage)}: interrupted{why}", file=sys.stderr)
+            print(f"{program(stage)}: interrupted{one_line(redacted(why))}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         out_of_memory = _is_out_of_memory(error)
@@ -1385,6 +1394,7 @@ def _is_out_of_memory(error: Exception) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in message
+        or "can't start new thread" in message
         or "not enough memory" in message
     )
 

@@ -9,7 +9,6 @@ Shapes: B rows, S positions per row, N counted tokens, V token ids.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -29,7 +28,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from src.files import data_dir, load_json, locked, save_json, seal, verify_folder, write_atomic
+from src.files import (
+    DISK_ERRORS,
+    data_dir,
+    load_json,
+    locked,
+    one_line,
+    save_json,
+    seal,
+    verify_folder,
+    write_atomic,
+)
 from src.sources import (
     CHUNK,
     SAVE_SECONDS,
@@ -139,12 +148,17 @@ def _with_marks(turns: list, tokenizer: Any) -> list:
     pattern = _special_pattern(tokenizer)
 
     def marked(value: Any) -> Any:
+        # Templates also render what lies inside, such as the names and arguments of tool calls.
+        if isinstance(value, dict):
+            return {marked(key): marked(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [marked(item) for item in value]
         if not isinstance(value, str):
             return value
         value = value.replace(NOT_SPECIAL, "")
         return pattern.sub(lambda match: match[0][:1] + NOT_SPECIAL + match[0][1:], value)
 
-    return [{key: marked(value) for key, value in turn.items()} for turn in turns]
+    return marked(turns)
 
 
 def chat_renderer(tokenizer: Any, **options: Any) -> Callable[[list], str]:
@@ -476,7 +490,7 @@ def _build_cache(options: StreamOptions, key: list, work: Path, folder: Path) ->
         shutil.rmtree(work)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_ERRORS:
             raise
         raise OSError(
             f"the token cache in {folder.parent} does not fit ({error.strerror}); "
@@ -485,7 +499,7 @@ def _build_cache(options: StreamOptions, key: list, work: Path, folder: Path) ->
     if report.parts_left_out:
         print(f"{source}: left out {report.parts_left_out} parts of conversations that are no text")
     if report.bad:
-        print(f"{source}: skipped {report.reasons()}; first at {report.first_bad}")
+        print(f"{source}: skipped {report.reasons()}; first at {one_line(report.first_bad)}")
     save_json({"key": key} | vars(report), unfinished / "report.json")
     seal(unfinished, folder.name)
     os.replace(unfinished, folder)

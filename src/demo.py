@@ -7,6 +7,7 @@ It is read from their source files with `ast`; nothing is imported, and no other
 from __future__ import annotations
 
 import ast
+import ctypes
 import gc
 import hashlib
 import json
@@ -14,11 +15,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import sysconfig
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src import data, distributed, identity
-from src.files import DEMO_LM, data_dir, load_json, save_json, save_text
+from src.files import DEMO_LM, Unusable, data_dir, load_json, save_json, save_text
 from src.sources import SPLIT_NAMES, SPLITS, in_split
 
 # A fixed list, so that other installed packages never enter the text.
@@ -36,6 +38,7 @@ openai pydantic PIL fontTools tqdm anyio click filelock jinja2 packaging pyparsi
 typer safetensors setuptools dill
 """.split()
 BLOCK_FILES = 128  # source files that one process reads at a time
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 WORKERS = min(8, os.cpu_count() or 1)
 BYTES_PER_TOKEN = 8  # of text made for a limit in tokens; usual tokenizers reach 3 to 5
 
@@ -103,23 +106,40 @@ def _block_path(files: list[Path], folder: Path) -> Path:
     return folder / f"{hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()}.json"
 
 
+def _kept_block(path: Path, n_files: int) -> list[list[str]] | None:
+    """What an earlier call has read from so many files; None if it is missing or damaged."""
+    try:
+        kept = load_json(path)
+    except (FileNotFoundError, Unusable):
+        return None
+    return kept if isinstance(kept, list) and len(kept) == n_files else None
+
+
+def _begin_worker() -> None:
+    """Set up a process that reads source files. It ends with the process that started it."""
+    # The trees of ast hold no cycles: looking for them takes most of the time.
+    gc.disable()
+    with suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _blocks(files: list[Path], folder: Path) -> Iterator[list[list[str]]]:
     """The documentation in each file, in blocks, which a later call does not read again."""
-    waiting: deque[tuple[Path, Future | None]] = deque()
+    waiting: deque[tuple[Path, list[list[str]] | None, Future | None]] = deque()
 
     def next_block() -> list[list[str]]:
-        path, future = waiting.popleft()
+        path, kept, future = waiting.popleft()
         if future is None:
-            return load_json(path)
+            return kept
         save_json(future.result(), path, indent=None)
         return future.result()
 
-    # The trees of ast hold no cycles: looking for them takes most of the time.
-    with ProcessPoolExecutor(WORKERS, initializer=gc.disable) as pool:
+    with ProcessPoolExecutor(WORKERS, initializer=_begin_worker) as pool:
         for start in range(0, len(files), BLOCK_FILES):
             block = files[start : start + BLOCK_FILES]
             path = _block_path(block, folder)
-            waiting.append((path, None if path.exists() else pool.submit(_read_block, block)))
+            kept = _kept_block(path, len(block))
+            waiting.append((path, kept, pool.submit(_read_block, block) if kept is None else None))
             # What is read ahead is lost if the text is long enough before it.
             if len(waiting) > WORKERS + 1:
                 yield next_block()

@@ -29,6 +29,10 @@ ERROR_CHARS = 300
 ANSWER_TOKENS = (1000, 4000, 16_000)  # room for an answer; the next one if it was cut
 NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "requests": 0}
 
+OPENAI_HOST = "api.openai.com"
+# Headers that the client fills from the environment, with names of the user at OpenAI.
+HEADERS_FOR_OPENAI = ("OpenAI-Organization", "OpenAI-Project")
+
 STATUS_OF_FORM = (400, 422)  # the server does not accept the request as it is
 STATUS_OF_ACCOUNT = (401, 402, 403, 404)  # every further request would end in the same way
 STATUS_OF_MOMENT = (408, 409, 429)  # and all from 500
@@ -407,7 +411,7 @@ class Endpoint:
         try:
             bounded = client.with_options(http_client=http, max_retries=0)
             reply = bounded.chat.completions.with_raw_response.create(
-                **request, extra_headers={"Accept-Encoding": "identity"}
+                **request, extra_headers=_headers(client)
             )
             return reply.content
         except Exception:
@@ -438,6 +442,16 @@ class Endpoint:
             self.next_request_time = turn + 60 / self.cfg.requests_per_minute
         if self.stopped.wait(max(0.0, turn - now)):
             raise Failed("stopped before it was asked")
+
+
+def _headers(client: Any) -> dict[str, Any]:
+    """The headers of a request that differ from those of the client."""
+    import openai
+
+    headers: dict[str, Any] = {"Accept-Encoding": "identity"}
+    if client.base_url.host != OPENAI_HOST:
+        headers |= dict.fromkeys(HEADERS_FOR_OPENAI, openai.Omit())
+    return headers
 
 
 def _plainer(

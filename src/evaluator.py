@@ -26,6 +26,7 @@ from src import (
     estimate,
     files,
     hooks,
+    identity,
     lm,
     metric_table,
     metrics,
@@ -43,7 +44,7 @@ MIN_COLUMN, SITE_COLUMN, MIN_TITLE = 9, 6, 24  # characters
 HELD_OUT = config.STAGE_SPLIT["evaluate"]  # results of other splits have its name in their title
 # What two results must share for one to take the place of the other.
 SAME_TEXT = ("model_path", "split", "data_path", "infer_k", "theta")
-SAME_ROWS = (*SAME_TEXT, "data_fingerprint", "max_length", "rows", "tokens")
+SAME_ROWS = (*SAME_TEXT, "data_fingerprint", "max_length", "rows", "tokens", "language_model")
 
 Result = dict[str, Any]  # the JSON of one evaluation
 Subscriber = tuple[metrics.PatchedRuns, metrics.Run]  # who takes in a run, and as which
@@ -85,6 +86,11 @@ class EvaluatedSAE:
             result["decoder_norms_per_latent"] = [
                 [round(norm, 4) for norm in norms] for norms in profile.T.tolist()
             ]
+        if names := [name for name, value in result.items() if not files.is_finite(value)]:
+            raise ValueError(
+                f"{self.title}: {', '.join(names)} cannot be computed in float32: its weights, or "
+                "the states that it reads, are too large"
+            )
         return result
 
 
@@ -258,7 +264,9 @@ class Evaluator:
         """
         cfg = self.cfg
         saes = [subject.sae for subject in self.subjects]
-        tokenizer, model = hooks.open_language_model(cfg, saes)
+        opened = [(subject.sae, subject.recipe) for subject in self.subjects]
+        tokenizer, model = hooks.open_language_model(cfg, opened)
+        self.language_model = identity.of_language_model(model)
         lm.check_length(model, cfg.max_length)
         rows = demo.open_rows(cfg, tokenizer)
         sites = sorted({site for sae in saes for site in sae.sites()})
@@ -390,7 +398,7 @@ class Evaluator:
         self._check_counts(n_tokens)
         results = {}
         for subject in self.subjects:
-            result = self._save(self._result(subject, n_tokens, rows))
+            result = _save(self._result(subject, n_tokens, rows), self.cfg.output_dir)
             results[result["title"]] = result
         print(f"{n_tokens:,} tokens of split {self.cfg.split} of {self.cfg.data_path}")
         _print_table(results, self.cfg.metric)
@@ -437,6 +445,7 @@ class Evaluator:
             "data_fingerprint": rows.fingerprint,
             "max_length": cfg.max_length,
             "model_path": str(cfg.model_path),
+            "language_model": self.language_model,
             "infer_k": cfg.infer_k,
             "theta": cfg.theta,
             "weights_sum": recipe["weights_sum"],
@@ -446,17 +455,19 @@ class Evaluator:
         measured = subject.results(len(rows))
         return header | measured | {"units": metric_table.units(measured)}
 
-    def _save(self, result: Result) -> Result:
-        """Write a result to its file; return it with the title that it got there.
 
-        Metrics that were measured before on the same rows are kept in the file. A result of other
-        text, of another language model, of fewer tokens or of fewer metrics than the one that has
-        the name gets a name of its own.
-        """
-        folder = Path(self.cfg.output_dir) / files.EVAL_DIR
-        title = result["title"]
-        own_model = files.data_name(Path(result["model_path"]).resolve())
-        name, numbers = title, itertools.count(2)
+def _save(result: Result, output_dir: str) -> Result:
+    """Write a result to its file; return it with the title that it got there.
+
+    Metrics that were measured before on the same rows are kept in the file. A result of other
+    text, of another language model, of fewer tokens or of fewer metrics than the one that has
+    the name gets a name of its own.
+    """
+    folder = Path(output_dir) / files.EVAL_DIR
+    title = result["title"]
+    own_model = files.data_name(Path(result["model_path"]).resolve())
+    name, numbers = title, itertools.count(2)
+    with files.turn(folder):
         while True:
             path = folder / f"{files.safe_name(name)}.json"
             earlier = _earlier_result(path)
@@ -471,7 +482,7 @@ class Evaluator:
         kept = earlier if _agree(result, earlier, SAME_ROWS) else {}
         units = kept.get("units", {}) | result["units"]
         files.save_json(kept | result | {"units": units} | checkpoint.environment(), path)
-        return result
+    return result
 
 
 def _earlier_result(path: Path) -> Result:
@@ -483,15 +494,24 @@ def _earlier_result(path: Path) -> Result:
     except files.Unusable as error:
         print(f"warning: {error}; it is replaced")
         return {}
-    is_result = isinstance(earlier, dict) and {"tokens", "units"} <= set(earlier)
+    is_result = (
+        isinstance(earlier, dict)
+        and isinstance(earlier.get("tokens"), int)
+        and isinstance(earlier.get("units"), dict)
+    )
     return earlier if is_result else {}
 
 
 def _agree(result: Result, earlier: Result, keys: Sequence[str]) -> bool:
-    """Whether two results are of the same weights and agree in these fields."""
+    """Whether two results are of the same weights and agree in these fields.
+
+    What an earlier version did not record counts as the same.
+    """
     if not earlier or files.is_stale_result(earlier, result):
         return False
-    return all(earlier.get(key) == result[key] for key in keys)
+    if identity.is_another_model(earlier.get("language_model"), result["language_model"]):
+        return False
+    return all(earlier.get(key, result[key]) == result[key] for key in keys)
 
 
 def _may_replace(result: Result, earlier: Result) -> bool:

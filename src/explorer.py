@@ -44,7 +44,7 @@ class Explorer:
         demo.use_demo_defaults(cfg)
         cfg.temperature = 0.0  # beside each other, texts compare only if they are the likeliest
         saes = [sae for sae, _ in opened]
-        self.tokenizer, self.model = hooks.open_language_model(cfg, saes)
+        self.tokenizer, self.model = hooks.open_language_model(cfg, opened)
         self.sites = sorted({site for sae in saes for site in sae.sites()})
         self.readers = []
         self.writers = []

@@ -79,6 +79,8 @@ def export(
 def _read_evaluation(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The evaluation of this SAE, or {} if there is none or it belongs to other weights."""
     evaluation = files.load_json(path) if path.exists() else {}
+    if not isinstance(evaluation, dict) or not isinstance(evaluation.get("units", {}), dict):
+        raise files.Unusable(f"{path} is no result of evaluate.py; move it away")
     if not files.is_stale_result(evaluation, recipe):
         return evaluation
     print(

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from src.files import INTERPRET_DIR, contexts_name, digest, load_json, say
+from src.files import INTERPRET_DIR, contexts_name, digest, load_json, read_bytes, say
 
 # What the data has to be, as types: {key: type} is an object, [type] a list of any length and
 # [type, type] a pair.
@@ -95,8 +95,9 @@ def check(value: Any, expected: Any, name: str) -> None:
             check(item, part, name)
     else:
         require(isinstance(value, expected), f"{name} is missing or of a wrong type")
-        is_huge = isinstance(value, int) and abs(value) > sys.maxsize
-        require(not is_huge, f"{name} is no number that this program writes")
+        is_number = isinstance(value, int | float)
+        is_usual = not is_number or abs(value) <= sys.maxsize  # NaN is not
+        require(is_usual, f"{name} is no number that this program writes")
 
 
 def check_parts(table: dict[str, Any], parts: dict[str, Any], name: str) -> None:
@@ -130,7 +131,7 @@ def read_features(
     labels_path: default, the file that interpret.py writes for these contexts. Raises ValueError
     for a file of another kind.
     """
-    content = path.read_bytes()
+    content = read_bytes(path)
     contexts = load_json(path, content)
     needed = {"title", "latent_context_map", "sites"}
     if not isinstance(contexts, dict) or not needed <= set(contexts):

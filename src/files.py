@@ -50,10 +50,16 @@ SECRETS = (
     "HUGGING_FACE_HUB_TOKEN",
     "WANDB_API_KEY",
 )
+BAR_MOVES = re.compile(r"(\n|\x1b\[A|\r)+")  # between the bars of tqdm
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+# What file systems answer that cannot sync a folder.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, in three ways
 SHORTEST_SECRET = 6  # characters; shorter values are placeholders and occur inside words
 MAX_PACKING = 200  # times that gzip may make a JSON file smaller; usual are 5 to 50
+TURN_SECONDS = 60
 TEMPORARY = ".tmp"  # end of the names of files that are being written
+LEFTOVER = re.compile(r"\..+\.\w+\.tmp", re.S)  # their whole names
 LONGEST_NAME = 120  # bytes of a file name; file systems allow 255, suffixes need some
 
 
@@ -150,6 +156,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+def one_line(text: Any) -> str:
+    """Text for a message that names a file of others: printable, and without line breaks."""
+    return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that is not blank, or the name of its type."""
     lines = (line.strip() for line in str(error).split("\n"))
@@ -227,15 +238,28 @@ class PrintableStream(Unfailing):
         return len(text)
 
 
+class ErrorStream(Unfailing):
+    """Standard error: printable() text, and the movements of tqdm's bars.
+
+    A bar is written as a carriage return and its text; a bar below others is reached by writes
+    that hold nothing but line feeds and steps upwards.
+    """
+
+    def write(self, text: str) -> int:
+        if not BAR_MOVES.fullmatch(text):
+            is_bar = text.startswith("\r")
+            text = "\r" * is_bar + printable(text[is_bar:])
+        super().write(text)
+        return len(text)
+
+
 @contextlib.contextmanager
 def printable_output() -> Iterator[None]:
     """Let everything that is printed inside be printable, and end no work. Also a decorator.
 
     What the streams still hold is written at the end, so that a failure then changes no exit code.
-    Standard error gets bars, which need control characters; errors are made printable by their
-    owner.
     """
-    stdout, stderr = PrintableStream(sys.stdout), Unfailing(sys.stderr)
+    stdout, stderr = PrintableStream(sys.stdout), ErrorStream(sys.stderr)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             yield
@@ -327,7 +351,7 @@ def remove_leftovers(folder: str | os.PathLike, name: str = "") -> None:
     """
     prefix = _temporary_prefix(name) if name else "."
     for path in Path(folder).iterdir():
-        if not (path.name.startswith(prefix) and path.name.endswith(TEMPORARY)):
+        if not (path.name.startswith(prefix) and LEFTOVER.fullmatch(path.name)):
             continue
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -358,12 +382,33 @@ def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Pat
     return write_atomic(path, lambda file: file.write(content))
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value for JSON holds neither NaN nor infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise Unusable for a pipe, a device or a folder: to read it may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Unusable(f"{path} is no regular file")
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a regular file. Raises Unusable for anything else."""
+    check_regular(path)
+    return Path(path).read_bytes()
+
+
 def load_json(path: str | os.PathLike, content: bytes | None = None) -> Any:
     """Read a JSON file, also a compressed one (`.gz`). Raises Unusable for a damaged file.
 
     content: the bytes of the file, if they were read before.
     """
-    content = Path(path).read_bytes() if content is None else content
+    content = read_bytes(path) if content is None else content
     try:
         if str(path).endswith(".gz"):
             content = _unpacked(content)
@@ -428,7 +473,7 @@ def newest(folder: str | os.PathLike, pattern: str) -> Path | None:
     for path in Path(folder).glob(pattern):
         # A killed writer leaves a hidden temporary file; another process may remove a file.
         with contextlib.suppress(FileNotFoundError):
-            if not path.name.startswith("."):
+            if not path.name.startswith(".") and path.is_file():
                 times[path] = path.stat().st_mtime
     return max(times, key=times.__getitem__, default=None)
 
@@ -463,12 +508,19 @@ class HashingFile:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, where the file system can."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make the names in a folder survive a power cut, where the file system can.
+
+    Raises OSError that names the folder if the disk fails.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written but not read
+        return
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in NO_FOLDER_SYNC:
+            _name_file(error, folder)
             raise
     finally:
         os.close(handle)
@@ -534,6 +586,17 @@ def _is_running(number: str) -> bool:
     return True
 
 
+def work_folder(path: Path) -> Path:
+    """A new folder beside `path`, to be renamed to it. Those of killed processes are removed."""
+    for leftover in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):
+        if not _is_running(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    work = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return work
+
+
 def write_folder(
     path: str | os.PathLike, writers: Mapping[str, Callable[[Any], Any]], manifest: bool = True
 ) -> Path:
@@ -544,12 +607,7 @@ def write_folder(
     """
     path = Path(path)
     restore_folder(path)
-    for leftover in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):
-        if not _is_running(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    work = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = work_folder(path)
     try:
         entries = {name: _write_hashed(work / name, write) for name, write in writers.items()}
         if manifest:
@@ -660,14 +718,38 @@ def locked(
                 f"wait for it or {advice} (if it is gone, delete {path})"
             )
         file.truncate(0)
-        file.write(json.dumps(_this_process()))
-        file.flush()
+        try:
+            # Not through the buffer, whose rest would fail again where the file is closed.
+            os.write(file.fileno(), json.dumps(_this_process()).encode())
+        except OSError as error:
+            _name_file(error, path)
+            raise
         try:
             yield
         finally:
             # The empty file stays. Were it removed, a process that still has it open and one
             # that makes it anew could both hold a lock.
             file.truncate(0)
+
+
+@contextlib.contextmanager
+def turn(folder: str | os.PathLike) -> Iterator[None]:
+    """Wait until no other process changes the results in a folder, which takes milliseconds.
+
+    For results that are read, joined and written again. Raises ValueError after TURN_SECONDS.
+    """
+    deadline = time.monotonic() + TURN_SECONDS
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(folder, ".lock", "try again"))
+                break
+            except ValueError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield
 
 
 # File systems that one machine mounts at a time.

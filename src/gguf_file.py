@@ -10,12 +10,11 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
-from src.files import data_dir, umask
+from src.files import data_dir, work_folder
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
@@ -57,12 +56,11 @@ def convert(path: Path, folder: Path) -> None:
             f"pip install {' '.join(missing)}"
         )
     print(f"converting {path} to {folder} (once)")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".gguf-", dir=folder.parent))
+    made = work_folder(folder)
     try:
         _write(path, made)
-        made.chmod(0o777 & ~umask())
-        os.replace(made, folder)
+        if not (folder / "config.json").exists():  # another process may have been quicker
+            os.replace(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -22,21 +22,30 @@ CHECKED_TOKENS = 64  # of a row, whose logits are compared with the model's own
 OUTPUT = "the language model's output"
 
 
-def open_language_model(cfg: Namespace, saes: list[SAE]) -> tuple[Any, nn.Module]:
+def open_language_model(
+    cfg: Namespace, opened: Sequence[tuple[SAE, Mapping[str, Any]]] = ()
+) -> tuple[Any, nn.Module]:
     """Return (tokenizer, language model) of a stage.
 
-    Raises ValueError if one of the SAEs does not fit the language model, or if another process has
-    loaded other weights.
+    opened: the SAEs that read it, with their recipes. One that was trained on other weights gives
+    a warning: to read a fine-tuned model is a use. Raises ValueError if an SAE does not fit the
+    language model, or if another process has loaded other weights.
     """
     tokenizer, model = lm.get_language_model(
         cfg.model_path, cfg.device, cfg.dtype, cfg.trust_remote_code, cfg.device_map
     )
-    distributed.require_same({"language model": identity.of_language_model(model)})
+    loaded = identity.of_language_model(model)
+    distributed.require_same({"language model": loaded})
     lm.check_family(model)
     width = lm.text_config(model).hidden_size
     depth = len(lm.blocks(model))
-    for sae in saes:
+    for sae, recipe in opened:
         sae.check_language_model(width, depth)
+        if identity.is_another_model(recipe.get("language_model"), loaded):
+            print(
+                f"warning: {recipe['title']} was trained on a language model with other weights "
+                f"than {cfg.model_path}"
+            )
     return tokenizer, model
 
 
@@ -173,10 +182,12 @@ def check_finite(states: Mapping[Any, Tensor], model: nn.Module) -> None:
     for site, hidden in states.items():
         if not bool(hidden.isfinite().all()):
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            other = "bfloat16" if dtype == "float16" else "float32"
+            advice = "bfloat16" if dtype == "float16" else "float32"
+            advice = f"overflows in {dtype}; try --dtype {advice}"
+            if dtype == "float32":
+                advice = "overflows, or has damaged weights"
             raise ValueError(
-                f"the states at site {site} are not finite: {type(model).__name__} overflows in "
-                f"{dtype}; try --dtype {other}"
+                f"the states at site {site} are not finite: {type(model).__name__} {advice}"
             )
 
 

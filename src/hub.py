@@ -95,6 +95,17 @@ def reason(error: BaseException, name: str, page: str = "") -> str | None:
     return None
 
 
+def cached_folder(name: str) -> Path | None:
+    """The folder in the cache with a language model of the hub, None if it is not there."""
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # it cannot be the name of a repository
+        return None
+    return Path(path).parent if isinstance(path, str) else None
+
+
 def download(name: str, folder: str | os.PathLike) -> Path:
     """Fetch a language model into folder, without files that are already in it.
 

@@ -8,33 +8,50 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from src import hub
 from src.sources import find_files, is_local, split_files
 
 SAMPLED_VALUES = 256  # of each parameter; all values of a large model would take seconds to read
-READ_BYTES = 2**28  # of a text; a larger one is sampled, which takes a second at most
+READ_BYTES = 2**28  # of a text or model; a larger one is sampled, which takes a second at most
 BLOCK_BYTES = 2**16
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
 def of_language_model(model: nn.Module) -> dict[str, str]:
-    """Return {"weights": a hash of names, shapes and sampled values, "dtype": their format}."""
-    digest = hashlib.blake2b(digest_size=8)
+    """Return {"weights": a hash of names, shapes and sampled values, "dtype": their format,
+    "rounded": the same hash of the values rounded to bfloat16}.
+
+    float32 and bfloat16 weights of one model have the same "rounded". It is left out where a part
+    of the values is on disk, in the care of accelerate.
+    """
+    exact, rounded = (hashlib.blake2b(digest_size=8) for _ in range(2))
     dtypes = set()
+    is_whole = True
     for name, parameter in sorted(model.named_parameters()):
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        if parameter.device.type == "meta":  # its values are on disk, in the care of accelerate
+        for digest in (exact, rounded):
+            digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        if parameter.device.type == "meta":
+            is_whole = False
             continue
         values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // SAMPLED_VALUES)]
-        digest.update(values.float().cpu().contiguous().view(torch.uint8).numpy())
-    return {"weights": digest.hexdigest(), "dtype": " ".join(sorted(dtypes))}
+        values = values[:: max(1, len(values) // SAMPLED_VALUES)].float().cpu()
+        exact.update(_bytes(values))
+        rounded.update(_bytes(values.bfloat16()))
+    identity = {"weights": exact.hexdigest(), "dtype": " ".join(sorted(dtypes))}
+    return identity | ({"rounded": rounded.hexdigest()} if is_whole else {})
+
+
+def _bytes(values: torch.Tensor) -> np.ndarray:
+    return values.contiguous().view(torch.uint8).numpy()
 
 
 def of_tokens(tokens: np.ndarray) -> str:
@@ -48,17 +65,37 @@ def of_text(source: str | os.PathLike, split: str) -> str | None:
         return None
     try:
         paths, _ = split_files(find_files(source), split)
-        sizes = [path.stat().st_size for path in paths]
     except (OSError, ValueError):
         return None
+    return _of_files(paths)
+
+
+def of_weight_files(model_path: str | os.PathLike) -> str | None:
+    """Return a hash of the weight files of a language model, which is not loaded for it.
+
+    None without such files, as for a model on the hub that is not in the cache.
+    """
+    path = Path(model_path)
+    if not path.exists():
+        path = hub.cached_folder(str(model_path)) or path
+    found = [path] if path.is_file() else path.glob("*")
+    return _of_files(sorted(file for file in found if file.suffix in WEIGHT_SUFFIXES))
+
+
+def _of_files(paths: Sequence[Path]) -> str | None:
+    """Return a hash of the content of files, None if there are none or they cannot be read."""
     digest = hashlib.blake2b(digest_size=8)
-    # One block in so many is read.
-    every = max(1, -(-sum(sizes) // READ_BYTES))
-    for path, size in zip(paths, sizes, strict=True):
-        digest.update(f"{size}\n".encode())
-        for block in _blocks(path, size, every):
-            digest.update(block)
-    return digest.hexdigest()
+    try:
+        sizes = [path.stat().st_size for path in paths]
+        # One block in so many is read.
+        every = max(1, -(-sum(sizes) // READ_BYTES))
+        for path, size in zip(paths, sizes, strict=True):
+            digest.update(f"{size}\n".encode())
+            for block in _blocks(path, size, every):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest() if paths else None
 
 
 def _blocks(path: Path, size: int, every: int) -> Iterator[bytes]:
@@ -71,12 +108,26 @@ def _blocks(path: Path, size: int, every: int) -> Iterator[bytes]:
 def language_model_difference(
     saved: Mapping[str, str] | None, current: Mapping[str, str]
 ) -> str | None:
-    """Return in words how two language models differ, None if they do not.
+    """Return in words how the language model of a run differs from an earlier one of that run,
+    None if it does not.
 
-    What earlier versions saved names no language model.
+    What earlier versions saved names no language model, or says less of it.
     """
-    if not saved or saved == current:
+    if not saved or all(current.get(key) == value for key, value in saved.items()):
         return None
     if saved["dtype"] != current["dtype"]:
         return f"its weights were {saved['dtype']} then and are {current['dtype']} now"
     return "its weights have other values"
+
+
+def is_another_model(recorded: Any, current: Mapping[str, str]) -> bool:
+    """Return whether a recipe or result was made with other weights, as far as it tells.
+
+    The number format is left out: it belongs to each run.
+    """
+    if not isinstance(recorded, Mapping):
+        return False
+    if "rounded" in recorded and "rounded" in current:
+        return recorded["rounded"] != current["rounded"]
+    same_format = recorded.get("dtype") == current["dtype"]
+    return same_format and recorded.get("weights") != current["weights"]

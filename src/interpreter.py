@@ -775,7 +775,7 @@ class Interpreter:
     ) -> Job:
         cfg = self.cfg
         path = Path(data_path or self._contexts_file())
-        content = path.read_bytes()
+        content = files.read_bytes(path)
         data = files.load_json(path, content)
         entries = read_entries(data, path)
         # An entry names its negatives by their place, so that a damaged one has to keep its own.

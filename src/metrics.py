@@ -19,6 +19,8 @@ from src import device, router
 from src.ops import squared_errors
 from src.sae import SAEOutput
 
+# Of the mean square of the states. The variance of equal states is not 0 but rounding.
+NO_VARIANCE = 1e-9
 CHUNK_TOKENS = 4096  # tokens in float64 at one time
 
 
@@ -171,11 +173,18 @@ class Reconstruction(Measure):
         """Return the means over the sites, and the values per site if there are several.
 
         FVU is the error over the variance around the data mean. Shrinkage is
-        E|x_hat|^2 / E<x_hat, x>; it is below 1 where norms are too small, and negative where
-        reconstructions point away from the states.
+        E|x_hat|^2 / E<x_hat, x>; it is below 1 where norms are too small, and negative
+        where reconstructions point away from the states. Raises ValueError if
+        all states of a site are equal: a constant then reconstructs them without error.
         """
         square_of_sum = self.target.value().square().sum(-1)
-        variance = self.target_square.value() - square_of_sum / self.count
+        mean_square = self.target_square.value()
+        variance = mean_square - square_of_sum / self.count
+        if bool((variance <= NO_VARIANCE * mean_square).any()):
+            raise ValueError(
+                f"all {self.count} counted tokens have the same state, so that no reconstruction "
+                "can be measured; check the text and the weights of the language model"
+            )
         product = self.product.value()
         shrinkage = self.x_hat_square.value() / product
         # An SAE that gives only zeros has shrinkage 0, not 0 / 0.
@@ -397,6 +406,7 @@ class PatchedRuns(Measure):
         for kind, ablated in by_ablation.items():
             increase = sum(run.ce_increase() for run in ablated)
             ablated_kl = [run.kl.compute() for run in ablated]
-            result[f"Recovered_{kind}"] = 1 - sum(delta) / increase
+            # An ablation that changes no prediction leaves nothing to recover.
+            result[f"Recovered_{kind}"] = 1 - sum(delta) / increase if increase else None
             result[f"KLDiv_{kind}_ablation"] = _mean(ablated_kl)
         return result

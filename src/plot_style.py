@@ -44,6 +44,7 @@ def pyplot() -> Any:
 
     plt.rcParams.update(
         {
+            "text.parse_math": False,  # titles of others may hold $
             "font.size": 9.5,
             "axes.spines.top": False,
             "axes.spines.right": False,

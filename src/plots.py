@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from src.plot_style import DARK, L0_LABEL, LABEL_SIZE, Label, label_lines, pyplo
 from src.plot_style import save as _save
 
 Result = dict[str, Any]  # the JSON of one evaluation
+LONGEST_SHOWN = 4096  # characters of a path
+LARGEST_SHOWN = 1e300  # of a number in a table or picture; NaN and infinity are not shown either
 
 COLUMNS = columns(TABLE)
 SPEED, SPEED_TITLE = "step_tokens_per_s", "training step, tokens/s"
@@ -69,13 +72,51 @@ def load(folder: Path, only: str = "") -> list[Result]:
 def _load_result(path: Path) -> Result:
     """The evaluation in a file. Raises ValueError if it lacks what every evaluation has."""
     result = load_json(path)
-    keys = {"title": str, "NormMSE": int | float, "L0": int | float, "sites": list}
-    is_result = isinstance(result, dict) and all(
-        isinstance(result.get(key), kind) for key, kind in keys.items()
-    )
-    if not is_result or not result["sites"]:
+    if not isinstance(result, dict) or not all(_is_valid(result, key) for key in VALUES):
         raise ValueError(f"{path} is no result of evaluate.py; remove it or use --only NAME")
     return result
+
+
+def _is_valid(result: Result, key: str) -> bool:
+    """Whether a result has a value that can be shown, or leaves out one that not every has."""
+    value = result.get(key)
+    return key not in REQUIRED if value is None else VALUES[key](value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST_SHOWN
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(map(_is_number, values))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_SHOWN
+
+
+def _is_routing(value: Any) -> bool:
+    parts = [value.get(key) for key in ("sites", "share")] if isinstance(value, dict) else []
+    return bool(parts) and all(map(_are_numbers, parts)) and len(parts[0]) == len(parts[1])
+
+
+def _is_histogram(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and _are_numbers(value.get("latents")) and sum(value["latents"]) > 0
+    )
+
+
+# What the table and the pictures take from a result, and what must be there.
+REQUIRED = ("title", "NormMSE", "L0", "sites")
+VALUES: dict[str, Callable[[Any], bool]] = {
+    **{metric.key: _is_number for metric in METRICS},
+    **dict.fromkeys(("k", "tokens", "trained_tokens", SPEED), _is_number),
+    **dict.fromkeys(("title", "split", "data_path", "git_commit"), _is_text),
+    "sites": _are_numbers,
+    "Routing": _is_routing,
+    "Density_histogram": _is_histogram,
+    "versions": lambda value: isinstance(value, dict),
+}
 
 
 def groups(results: list[Result]) -> list[list[Result]]:
@@ -122,7 +163,7 @@ def interpolate(family: list[Result], l0: float) -> Result | None:
     Returns None if no two neighbouring points of the family lie around this L0.
     """
     for low, high in itertools.pairwise(family):
-        if not (low["L0"] <= l0 <= high["L0"] and low["L0"] < high["L0"]):
+        if not (0 < low["L0"] <= l0 <= high["L0"] and low["L0"] < high["L0"]):
             continue
         low_log = math.log(low["L0"])
         share = (math.log(l0) - low_log) / (math.log(high["L0"]) - low_log)
@@ -186,11 +227,18 @@ def _cells(result: Result, target_l0: float | None, with_speed: bool) -> list[st
 
 def _about(result: Result) -> str:
     """What a group of results was measured on, from its first."""
-    return (
-        f"{result['tokens']:,} tokens of split {result['split']} of "
-        f"{Path(result['data_path']).name}; commit {str(result['git_commit'])[:10]}; "
-        f"torch {result['versions']['torch']}; trained on {result['trained_tokens']:,} tokens each."
-    )
+    parts = [
+        f"{_count(result, 'tokens')} tokens of split {result.get('split')} of "
+        f"{Path(result.get('data_path') or 'unknown').name}",
+        f"commit {str(result.get('git_commit'))[:10]}",
+        f"torch {(result.get('versions') or {}).get('torch')}",
+        f"trained on {_count(result, 'trained_tokens')} tokens each.",
+    ]
+    return "; ".join(parts)
+
+
+def _count(result: Result, key: str) -> str:
+    return f"{result[key]:,}" if result.get(key) else "an unknown number of"
 
 
 def _document(results: list[Result], picture_name: str) -> str:
@@ -401,12 +449,23 @@ def load_courses(path: Path) -> dict[str, Course]:
             line = parse_json(text)
         except ValueError:  # it was being written when the process was killed
             continue
-        if not isinstance(line, dict) or not {"sae", "tokens", "loss", "L0"} <= line.keys():
+        earlier = courses.get(str(line["sae"]), []) if _is_line(line) else None
+        if earlier is None or (earlier and line.get("sites") != earlier[0].get("sites")):
             raise ValueError(f"{path} is no metrics.jsonl of a training")
         courses.setdefault(str(line["sae"]), []).append(line)
     if not courses:
         raise ValueError(f"{path} has no line yet")
     return courses
+
+
+def _is_line(line: Any) -> bool:
+    """Whether it is a line of a training: numbers, and shares of as many sites as it names."""
+    if not isinstance(line, dict) or not {"sae", "tokens", "loss", "L0"} <= line.keys():
+        return False
+    if "share" in line and not _is_routing(line):
+        return False
+    names = ("tokens", "loss", "L0", "NormMSE", "dead", *_loss_terms(line))
+    return all(isinstance(line.get(name, 0), int | float) for name in names)
 
 
 def _loss_terms(line: dict[str, Any]) -> list[str]:

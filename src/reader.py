@@ -135,7 +135,7 @@ class Reader:
         config.check(cfg)
         sae, recipe = checkpoint.open_all(cfg)[0]
         demo.use_demo_defaults(cfg)
-        self._set(cfg, sae, recipe, *hooks.open_language_model(cfg, [sae]))
+        self._set(cfg, sae, recipe, *hooks.open_language_model(cfg, [(sae, recipe)]))
 
     @classmethod
     def of(

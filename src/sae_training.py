@@ -440,9 +440,7 @@ class SAETraining:
 
     def report(self) -> dict[str, Any]:
         """Return means since the last report, the dead share, and what the model adds."""
-        line = {}
-        if self.count:
-            line = {name: float(value) / self.count for name, value in self.sums.items()}
+        line = {name: float(value) / self.count for name, value in self.sums.items()}
         self.sums = {}
         self.count = 0
         line["dead"] = self.sae.dead_fraction()

@@ -6,6 +6,7 @@ splits.
 
 from __future__ import annotations
 
+import contextlib
 import glob as globbing
 import gzip
 import hashlib
@@ -27,10 +28,12 @@ from tqdm import tqdm
 from src import hub
 from src.files import (
     data_dir,
+    digest,
     error_text,
     first_line,
     load_json,
     locked,
+    one_line,
     parse_json,
     printable,
     printable_output,
@@ -441,8 +444,9 @@ class Documents:
         names = [file.name for file in files if _starts_with_word(file, words)]
         if names:
             print(
-                f"warning: {', '.join(names[:3])} is not used as a split (that needs files train*, "
-                "eval* and apply*); the documents of all files are split by their hash"
+                f"warning: {one_line(', '.join(names[:3]))} is not used as a split (that needs "
+                "files train*, eval* and apply*); the documents of all files are split by their "
+                "hash"
             )
 
     def _warn_of_folders(self, files: list[Path]) -> None:
@@ -459,7 +463,7 @@ class Documents:
         if unread:
             print(
                 f"warning: {len(unread)} files in sub folders of {folder} are not read, such as "
-                f"{unread[0]}; --data_path '{folder}/**/*' reads them too"
+                f"{one_line(unread[0])}; --data_path '{folder}/**/*' reads them too"
             )
 
     def _hub_records(self) -> Iterator[tuple[Any, str]]:
@@ -500,26 +504,70 @@ def is_local(source: str) -> bool:
     return not hub_name or source.startswith((".", "/"))
 
 
+def _sum_of_start(path: Path, size: int) -> Any:
+    """The SHA-256 of the first bytes of a file, as far as it has them."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size and (block := file.read(min(size, CHUNK))):
+            total.update(block)
+            size -= len(block)
+    return total
+
+
 class _SplitFiles:
     """The three files of write_splits while they grow; what `save` has saved survives a kill."""
 
     def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+        self.folder = folder
         self.path = folder / "progress.json"
         self.request = request
-        progress = load_json(self.path) if self.path.exists() else {}
-        if progress.get("what") != request:
-            progress = {}
-        self.sizes = progress.get("sizes", dict.fromkeys(SPLIT_NAMES, 0))  # bytes
-        self.counts = progress.get("counts", dict.fromkeys(SPLIT_NAMES, 0))  # documents
-        self.position = progress.get("position")
+        self._begin()
+        if self.path.exists():
+            self._continue()
         self.files = {name: open(folder / f"{name}.jsonl", "ab") for name in SPLIT_NAMES}
         for name, file in self.files.items():
             file.truncate(self.sizes[name])
 
+    def _begin(self) -> None:
+        self.sizes = dict.fromkeys(SPLIT_NAMES, 0)  # bytes
+        self.counts = dict.fromkeys(SPLIT_NAMES, 0)  # documents
+        self.sums = {name: hashlib.sha256() for name in SPLIT_NAMES}
+        self.position: dict[str, Any] | None = None
+
+    def _continue(self) -> None:
+        """Takes over what was saved for the same request, if the files hold it."""
+        try:
+            progress = load_json(self.path)
+            if progress["what"] != self.request:
+                return
+            self.sizes, self.counts = progress["sizes"], progress["counts"]
+            for name in SPLIT_NAMES:
+                path = self.folder / f"{name}.jsonl"
+                self.sums[name] = _sum_of_start(path, self.sizes[name])
+            if self._progress(progress["position"]) != progress:
+                raise ValueError("its files are not what was saved")
+            self.position = progress["position"]
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            print(f"warning: the unfinished download is damaged ({error}); beginning again")
+            self._begin()
+
+    def _progress(self, position: Any) -> dict[str, Any]:
+        """What was done so far; `sum` is over all of it."""
+        progress = {
+            "what": self.request,
+            "sizes": self.sizes,
+            "counts": self.counts,
+            "position": position,
+        }
+        sums = [value.hexdigest() for value in self.sums.values()]
+        return progress | {"sum": digest(json.dumps([progress, sums]).encode())}
+
     def add(self, text: str) -> int:
         """Writes a text into the file of its split; returns the number of bytes."""
         split = next(name for name in SPLIT_NAMES if in_split(text, name))
-        size = self.files[split].write(json.dumps({"text": text}).encode() + b"\n")
+        line = json.dumps({"text": text}).encode() + b"\n"
+        size = self.files[split].write(line)
+        self.sums[split].update(line)
         self.counts[split] += 1
         self.sizes[split] += size
         return size
@@ -545,17 +593,12 @@ class _SplitFiles:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        progress = {
-            "what": self.request,
-            "sizes": self.sizes,
-            "counts": self.counts,
-            "position": position,
-        }
-        save_json(progress, self.path, indent=None)
+        save_json(self._progress(position), self.path, indent=None)
 
     def close(self) -> None:
         for file in self.files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which save() or add() has told
+                file.close()
 
 
 def write_splits(
@@ -620,6 +663,9 @@ def _fill_splits(work: Path, request: dict[str, Any]) -> dict[str, int]:
         raise
     except DataError:
         shutil.rmtree(work)
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(work)
         raise
     finally:
         files.close()

@@ -205,12 +205,13 @@ class Steerer(SteeredText):
         folder = Path(self.cfg.output_dir) / files.CLAMP_DIR
         path = folder / f"clamp_{files.safe_name(self.title)}.json"
         _runs_in(path)  # a damaged file is refused before the work
-        self.attach(*hooks.open_language_model(self.cfg, [self.sae]))
+        self.attach(*hooks.open_language_model(self.cfg, [(self.sae, self.recipe)]))
         progress = tqdm(self.prompts, "steering", unit=" texts", mininterval=1)
         texts = [self._compare(prompt) for prompt in progress]
         result = self._result(texts)
-        earlier = {"earlier_runs": _runs_in(path)}
-        files.save_json(result | checkpoint.environment() | earlier, path)
+        with files.turn(folder):
+            earlier = {"earlier_runs": _runs_in(path)}
+            files.save_json(result | checkpoint.environment() | earlier, path)
         for kind, latent, value in self.operations:
             note = self.notes.get(latent, latent_notes.Note())
             print(files.printable(f"latent {latent}: {kind} {value:.4g};{note}"))
@@ -266,16 +267,19 @@ def _runs_in(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     newest = files.load_json(path)
-    if not isinstance(newest, dict):
+    earlier = newest.pop("earlier_runs", []) if isinstance(newest, dict) else None
+    if not isinstance(earlier, list) or not files.is_finite([newest, *earlier]):
         raise files.Unusable(f"{path} is no file of steer.py; move it away")
-    earlier = newest.pop("earlier_runs", [])
     return [newest, *earlier]
 
 
 def _perplexity(logits: Tensor, new: Tensor) -> float:
-    """Return the perplexity of tokens [1,T] under the logits [T,V] that predict them."""
+    """Return the perplexity of tokens [1,T] under the logits [T,V] that predict them.
+
+    It is at most 1e304, the largest that a file can hold.
+    """
     log_p = logits.log_softmax(-1).gather(1, new[0][:, None])
-    return math.exp(float(-log_p.mean()))
+    return math.exp(min(700.0, float(-log_p.mean())))
 
 
 def _print_comparison(text: dict[str, Any], sites: list[int]) -> None:

@@ -64,6 +64,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    files.check_regular(path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -78,8 +79,8 @@ def read_torch(path: Path, device: str = "cpu") -> Any:
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.pt")])
         raise ValueError(f"no checkpoint at {path}{near or '; check --SAE_path'}")
     try:
-        is_packed = _is_packed(path)
-        value = None if is_packed else torch.load(path, map_location=device, weights_only=True)
+        problem = _problem_of_zip(path)
+        value = None if problem else torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds other things than tensors, or is damaged; nothing in it was run"
@@ -87,17 +88,22 @@ def read_torch(path: Path, device: str = "cpu") -> Any:
     except Exception as error:  # a damaged file can end in any: IndexError, KeyError, MemoryError
         reason = files.first_line(error)[:120] if str(error) else "damaged"
         raise ValueError(f"{path} is not a readable checkpoint ({reason})") from error
-    if is_packed:
-        raise ValueError(f"{path} is compressed; torch.save stores weights as they are")
+    if problem:
+        raise ValueError(f"{path} {problem}")
     return value
 
 
-def _is_packed(path: Path) -> bool:
-    """Whether a file is a compressed one, of which a small one can fill the memory."""
+def _problem_of_zip(path: Path) -> str | None:
+    """Why a small file could fill the memory, or None."""
     if not zipfile.is_zipfile(path):
-        return False
+        return None
     with zipfile.ZipFile(path) as archive:
-        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return "is compressed; torch.save stores weights as they are"
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        return "has entries that overlap, which torch.save does not write"
+    return None
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -106,6 +112,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     Objects in it would be pickles, so it is refused with them. Arrays that claim more than
     MAX_NPZ_PACKING times the file are refused before they are unpacked.
     """
+    files.check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(_npy_bytes(archive, entry, path) for entry in archive.infolist())

@@ -54,6 +54,7 @@ MAX_REPORTS = 50
 MIN_SPACING = 10
 LOG_NAME = "metrics.jsonl"
 STATES_NAME = "state"
+EQUAL_STATES = 1e-6  # the largest difference of equal states, a share of their largest value
 MAX_DIFFERENCES = 4  # in a message
 # What the bar and the final table show of a report, with the unit in the table.
 SHOWN = {"NormMSE": "share of norm", "L0": "latents/token", "dead": "of latents"}
@@ -278,6 +279,8 @@ class TrainingLoop:
         keys = (local.token_keys() + epoch_offset).to(self.cfg.device)
         read = self._read_for_kl if step >= self.finish_step else self._read
         local_batch = read(local.to(self.cfg.device), batch, keys, token_offset)
+        if not self.progress.tokens:
+            _warn_of_equal_states(local_batch.hidden)
         for training in active:
             if not self.progress.tokens:
                 training.warm_start(local_batch)
@@ -374,7 +377,7 @@ class TrainingLoop:
         progress = self.progress
         speed = round(progress.tokens / max(progress.seconds, 1e-9))
         for training in self.trainings:
-            if training.failed:
+            if training.failed or not training.count:  # no token counted since the last report
                 continue
             line = {
                 "sae": training.title,
@@ -453,6 +456,17 @@ def _print_results(trainings: list[SAETraining], progress: Progress) -> None:
         cells = [site, *(f"{final[name]:.4g}" if name in final else "-" for name in SHOWN)]
         cells = [f"{cell:>{TABLE_COLUMN}}" for cell in cells]
         print(f"{training.title:<{width}}" + "".join(cells))
+
+
+def _warn_of_equal_states(hidden: dict[int, torch.Tensor]) -> None:
+    """hidden: {site: [N,D]}. A constant reconstructs equal states, which says nothing of an SAE."""
+    for site, states in hidden.items():
+        spread = (states - states[:1]).abs().max() if len(states) > 1 else states.new_tensor(1.0)
+        if spread <= EQUAL_STATES * states.abs().max():
+            print(
+                f"warning: all {len(states)} states at site {site} are equal in the first batch; "
+                "check the text and the weights of the language model"
+            )
 
 
 def _warn_of_missed_l0(training: SAETraining, l0: float) -> None:
@@ -566,6 +580,11 @@ class Trainer:
         """Hash of the text's files; it takes up to a second."""
         return identity.of_text(self.cfg.data_path, self.cfg.split)
 
+    @functools.cached_property
+    def model_digest(self) -> str | None:
+        """Hash of the language model's weight files; it takes up to a second."""
+        return identity.of_weight_files(self.cfg.model_path)
+
     def _settings(self) -> dict[str, Any]:
         """Return the options that are the same for all SAEs of the run."""
         left_out = config.NEUTRAL | config.SECRET | {"model", *config.SWEPT}
@@ -620,14 +639,22 @@ class Trainer:
                     f"{path} was trained with other options "
                     f"({'; '.join(different[:MAX_DIFFERENCES])}); give --tag NAME or --overwrite"
                 )
-            text_digest = recipe.get("text_digest")
-            if text_digest and self.text_digest not in (None, text_digest):
-                raise ValueError(
-                    f"{path} was trained on another text: {self.cfg.data_path} has changed since; "
-                    "give --tag NAME or --overwrite"
-                )
+            self._check_unchanged(path, recipe)
             print(f"{title}: already trained ({path})")
         return untrained
+
+    def _check_unchanged(self, path: Path, recipe: dict[str, Any]) -> None:
+        """Raise ValueError if text or language model are not those of a result, as far as known."""
+        for key, what, place in (
+            ("text_digest", "another text", self.cfg.data_path),
+            ("model_digest", "another language model", self.cfg.model_path),
+        ):
+            recorded = recipe.get(key)
+            if recorded and getattr(self, key) not in (None, recorded):
+                raise ValueError(
+                    f"{path} was trained on {what}: {place} has changed since; "
+                    "give --tag NAME or --overwrite"
+                )
 
     def _earlier_loss(self) -> float:
         """Return the loss in the first SAE's recipe; remove states that nobody needs now."""
@@ -755,16 +782,15 @@ class Trainer:
         self, todo: list[int], saved: tuple[Path, dict[str, Any]] | None, signals: Signals
     ) -> float:
         cfg = self.cfg
-        tokenizer, language_model = hooks.open_language_model(cfg, [])
+        tokenizer, language_model = hooks.open_language_model(cfg)
         sizes = self._sizes(language_model)
         self._check_options(todo, **sizes)  # before a long text is tokenised
         lm.check_length(language_model, cfg.max_length)
         rows = demo.open_rows(cfg, tokenizer)
         self.identities = {
             "language_model": identity.of_language_model(language_model),
-            "text_digest": distributed.from_main(
-                lambda: identity.of_text(cfg.data_path, cfg.split)
-            ),
+            "text_digest": distributed.from_main(lambda: self.text_digest),
+            "model_digest": distributed.from_main(lambda: self.model_digest),
         }
         requested = self._requested() | self.identities
         total = math.ceil(len(rows) / cfg.batch_size) * cfg.num_epochs

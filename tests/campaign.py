@@ -22,6 +22,7 @@ import json
 import mmap
 import os
 import random
+import shlex
 import shutil
 import signal
 import statistics
@@ -653,7 +654,7 @@ def parse_args():
     add("--only", nargs="+", help="kinds of trials, as named in OUT/trials.jsonl (all)")
     out = Path("outputs/campaign")
     add("--out", type=Path, default=out, help="folder of the results (outputs/campaign)")
-    add("--publish", action="store_true", help="write docs/fault_campaign.json too")
+    add("--publish", action="store_true", help="write to docs/fault_campaign.json too")
     return parser.parse_args()
 
 
@@ -692,16 +693,21 @@ def write_results(args, results, trainings):
     """Write campaign.json and table.md, and print the table."""
     figures, markdown = report(results, trainings)
     commits = {result["commit"] for by_key in results.values() for result in by_key.values()}
+    command = f"python -m tests.campaign --trials {args.trials}"
+    if args.only:
+        command += " --only " + " ".join(map(shlex.quote, args.only))
     summary = {
-        "command": f"python -m tests.campaign --trials {args.trials}",
+        "command": command,
         "commits": sorted(commits),
         "trials": figures,
         "table": markdown.splitlines(),
     }
     files.save_json(summary | {"results": results}, args.out / "campaign.json", indent=None)
     files.save_text(markdown, args.out / "table.md")
-    if args.publish:
-        files.save_json(summary, files.ROOT / "docs" / "fault_campaign.json")
+    if args.publish:  # beside those of other commands
+        path = files.ROOT / "docs" / "fault_campaign.json"
+        published = [old for old in files.load_json(path) if old["command"] != command]
+        files.save_json([*published, summary], path)
     print(markdown)
 
 

@@ -63,7 +63,7 @@ class Pairs:
     def tasks(self, trials):
         """{kind: (trial(folder, key), keys)}, as in tests.campaign."""
         return {
-            "recipe and weights": (self.checkpoint_pair, range(trials)),
+            "recipe and weights": (self.checkpoint_pair, range(trials * 6 // 5)),
             "exports": (self.export_pair, range(max(4, trials // 4))),
             "labels and contexts": (self.labels_pair, range(max(4, trials // 4))),
             "output": (self.output, range(max(24, trials * 6 // 5))),

@@ -1,5 +1,6 @@
 """Weights and recipes on disk: which pairs load, which files are refused, and what is replaced."""
 
+import errno
 import functools
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import time
 import zipfile
@@ -359,20 +361,54 @@ def test_entries_of_another_type_are_one_line(tmp_path, entries):
         checkpoint.load(path)
 
 
-def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path, monkeypatch):
+def test_a_pipe_or_device_in_the_place_of_a_file_is_named(tmp_path):
+    path = save(tmp_path)
+    for plant in (os.mkfifo, lambda name: os.symlink("/dev/zero", name)):
+        path.with_suffix(".json").unlink()
+        plant(path.with_suffix(".json"))
+        with pytest.raises(files.Unusable, match="TopK_text.json is no regular file"):
+            checkpoint.load(path)
+    (tmp_path / "z_contexts.json").mkdir()
+    (tmp_path / "a_contexts.json").write_text("{}")
+    assert files.newest(tmp_path, "*_contexts.json").name == "a_contexts.json"
+
+
+def test_entries_of_a_file_that_overlap_are_refused(tmp_path):
+    path = save(tmp_path)
+    content = path.read_bytes()
+    at = content.rfind(b"PK\5\6")
+    count, size, start = struct.unpack_from("<HII", content, at + 10)
+    # The directory names each entry 100 times; torch would take memory for each.
+    end = bytearray(content[at:])
+    struct.pack_into("<HHII", end, 8, 100 * count, 100 * count, 100 * size, start)
+    path.write_bytes(content[:start] + 100 * content[start : start + size] + end)
+    with pytest.raises(ValueError, match="entries that overlap"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EACCES, errno.EIO])
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path, monkeypatch, number):
     original = os.fsync
 
     def fsync(handle):
         if os.path.isdir(f"/proc/self/fd/{handle}"):
-            raise OSError(22, "Invalid argument")
+            raise OSError(number, os.strerror(number))
         original(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    path = files.write_folder(tmp_path / "x", {"a": lambda file: file.write(b"1")})
-    files.verify_folder(path)
+
+    def write():
+        return files.write_folder(tmp_path / "x", {"a": lambda file: file.write(b"1")})
+
+    if number == errno.EIO:  # of a disk that fails, which is named
+        with pytest.raises(OSError, match="Input/output error") as failure:
+            write()
+        assert str(tmp_path) in failure.value.filename
+    else:
+        files.verify_folder(write())
 
 
-@pytest.mark.parametrize("what", ["weights", "folder", "json"])
+@pytest.mark.parametrize("what", ["weights", "folder", "json", "lock"])
 def test_a_disk_that_is_full_is_named_with_its_file_and_keeps_the_old_result(tmp_path, what):
     path = save(tmp_path)
     before = sum_and_k(path)
@@ -391,11 +427,16 @@ def test_a_disk_that_is_full_is_named_with_its_file_and_keeps_the_old_result(tmp
             elif what == "folder":
                 sae = random_sae("TopK")
                 export_formats.export(sae, recipe_of(sae), tmp_path, "hf", overwrite=True)
+            elif what == "lock":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+                with files.locked(tmp_path, "a.lock"):
+                    pass
             else:
                 files.save_json({"a": "x" * 5000}, tmp_path / "big.json")
         except OSError as error:
             message = str(error)
         names = {"weights": "TopK_text.pt", "folder": "model.safetensors", "json": "big.json"}
+        names["lock"] = "a.lock"
         os._exit(0 if "File too large" in message and names[what] in message else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert sum_and_k(path) == before

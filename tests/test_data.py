@@ -19,7 +19,15 @@ import zstandard
 from transformers import AddedToken, AutoTokenizer
 
 from src import data, sources
-from src.data import OpenWebTextDataset, Rows, count_mask, create_dataloader, special_token_table
+from src.data import (
+    OpenWebTextDataset,
+    Rows,
+    chat_renderer,
+    count_mask,
+    create_dataloader,
+    encode_chat,
+    special_token_table,
+)
 from src.files import DEMO_LM, ROOT, data_name, load_json, save_json, text_records
 from src.sources import ABOUT, DataError, Documents, Report, find_files, write_splits
 
@@ -181,6 +189,22 @@ def test_parquet_columns_of_several_types_are_read_or_counted(tmp_path):
     assert read(pyarrow.array([None, *TEXTS]), max_bad_frac=0.1) == TEXTS
     with pytest.raises(DataError, match="text is not a string"):
         read(pyarrow.array([3, 4]))
+
+
+def test_special_tokens_inside_tool_calls_stay_text():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{{ m['tool_calls'][0]['name'] }}"
+        "{% for key, value in m['tool_calls'][0]['arguments'].items() %}{{ key }}{{ value }}"
+        "{% endfor %}{% endfor %}"
+    )
+    end = tokenizer.eos_token
+    call = {"name": f"f{end}", "arguments": {f"a{end}": f"b{end}"}}
+    turns = [{"role": "assistant", "content": "ok", "tool_calls": [call]}]
+    text = chat_renderer(tokenizer)(turns)
+    ids = encode_chat(tokenizer, text)
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids).replace(" ", "") == f"okf{end}a{end}b{end}".replace(" ", "")
 
 
 @pytest.mark.parametrize("separator", "\u2028 \u2029 \x85 \x0b \x0c \x1c".split(" "))
@@ -769,6 +793,35 @@ def test_a_hub_out_of_reach_is_asked_once_and_costs_no_text(tmp_path, tokenizer,
         hub |= {"breaks": None, "read": 0}
         attempt()
         assert hub["read"] < 800
+
+
+@pytest.mark.parametrize("damage", ["lost", "flipped", "gone", "progress", "no progress"])
+def test_a_damaged_download_under_way_is_begun_again(tmp_path, monkeypatch, hub, damage, capsys):
+    texts = [f"text number {i} " + "x" * 120 for i in range(300)]
+    hub["folder"] = parquet(tmp_path / "long", texts)
+    write_splits("owner/name", tmp_path / "straight", 10**9)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 500)
+        with pytest.raises(Killed):
+            write_splits("owner/name", tmp_path / "out", 10**9)
+    work = tmp_path / "out" / ".downloading"
+    train, progress = work / "train.jsonl", work / "progress.json"
+    content = train.read_bytes()
+    if damage == "lost":
+        train.write_bytes(content[:1000])
+    elif damage == "flipped":
+        train.write_bytes(b"\0" + content[1:])
+    elif damage == "gone":
+        train.unlink()
+    elif damage == "progress":
+        progress.write_text(progress.read_text().replace('"counts"', '"count"'))
+    else:
+        progress.write_text("[1]")
+    write_splits("owner/name", tmp_path / "out", 10**9)
+    assert "the unfinished download is damaged" in capsys.readouterr().out
+    for name in (f"{name}.jsonl" for name in SPLITS):
+        expected = (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == expected
 
 
 def test_the_download_script_names_a_data_set_without_code():

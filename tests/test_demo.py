@@ -2,7 +2,12 @@
 
 import importlib.util
 import json
+import os
+import signal
+import time
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +135,31 @@ def test_a_finished_training_of_the_demo_lm_is_not_repeated(make, corpus, tmp_pa
     assert score["trained_tokens"] == 16 * 256
     assert score["perplexity"] > 1
     assert torch.load(tmp_path / "data" / "demo_lm" / "training.pt")["step"] == 1
+
+
+def is_running(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_the_workers_of_a_killed_preparation_end_with_it():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with ProcessPoolExecutor(2, initializer=demo._begin_worker) as pool:
+            pool.submit(time.sleep, 60)
+            pool.submit(time.sleep, 60)
+            os.write(writer, " ".join(map(str, pool._processes)).encode())
+            time.sleep(60)
+        os._exit(0)
+    workers = os.read(reader, 1000).decode().split()
+    assert workers and all(map(is_running, workers))
+    time.sleep(0.2)  # until they are set up
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_running, workers))

@@ -125,6 +125,24 @@ def statuses(labels):
     return {label["status"] for label in labels.values()}
 
 
+@pytest.mark.parametrize("is_default", [True, False])
+def test_names_at_openai_are_sent_to_openai_alone(tmp_path, server, monkeypatch, is_default):
+    named = {"OpenAI-Organization": "org-canary", "OpenAI-Project": "proj-canary"}
+    monkeypatch.setenv("OPENAI_ORG_ID", named["OpenAI-Organization"])
+    monkeypatch.setenv("OPENAI_PROJECT_ID", named["OpenAI-Project"])
+    if is_default:
+        monkeypatch.setattr(endpoint, "OPENAI_HOST", "127.0.0.1")
+    received = []
+
+    def keep_headers(handler):
+        received.append({name: handler.headers[name] for name in named})
+        handler.write(*reply(GOOD))
+
+    server.raw = keep_headers
+    code, _ = ask(tmp_path, server, "--sample_latents", "1")
+    assert code == 0 and received == [named if is_default else dict.fromkeys(named)]
+
+
 # ------------------------------------------------------------------------------- what is read
 
 

@@ -9,6 +9,7 @@ import ast
 import errno
 import io
 import json
+import math
 import os
 import random
 import re
@@ -239,6 +240,18 @@ def test_fewer_rows_than_a_batch_are_trained_on_and_no_countable_token_is_an_err
     assert run(home, "train", *paths, "--split", "all", "--tag", "one", out=tmp_path) == 2
     assert "no counted token" in the_error(capsys)
     assert not list((tmp_path / "SAE_models").glob("*one*"))
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_a_last_step_without_counted_tokens_ends_no_run(home, tmp_path, seed):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' * 100)
+    sizes = ["--max_length", "2", "--batch_size", "1", "--max_samples", "20", "--seed", seed]
+    path = ["--data_path", tmp_path / "t.jsonl", "--split", "all", "--tag", "t"]
+    assert run(home, "train", *path, *sizes, out=tmp_path) == 0
+    lines = (tmp_path / "runs" / "t" / "metrics.jsonl").read_text().splitlines()
+    assert lines and all("loss" in json.loads(line) for line in lines)
+    (path,) = (tmp_path / "SAE_models").glob("*.json")
+    assert math.isfinite(json.loads(path.read_text())["final"]["loss"])
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -552,6 +565,11 @@ def test_a_cache_that_does_not_fit_or_cannot_be_written_says_what_to_set(home, m
 
     with monkeypatch.context() as patch:
         patch.setattr(data.np, "save", full)
+        assert run(home, "train", "--tag", "x") == 2
+    assert "make room or set DATA_DIR" in the_error(capsys)
+    with monkeypatch.context() as patch:
+        grown = OSError(errno.EFBIG, "File too large")
+        patch.setattr(data.StreamBuilder, "_append", lambda *_: (_ for _ in ()).throw(grown))
         assert run(home, "train", "--tag", "x") == 2
     assert "make room or set DATA_DIR" in the_error(capsys)
     assert all(path.name.startswith(".") for path in (data.data_dir() / "cache").iterdir())

@@ -1,6 +1,7 @@
 """A GGUF file made here is converted once and used as any model; unusable ones end in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,11 @@ def model_file(tmp_path):
 
 
 def test_a_gguf_file_is_converted_once_and_has_its_weights(model_file, capsys):
+    folder = gguf_file.as_folder(model_file)
+    shutil.rmtree(folder)
+    killed = folder.with_name(f".tmp-{folder.name}-{2**22 + 1}")  # of a process that is no more
+    killed.mkdir()
+    capsys.readouterr()
     tokenizer, model = lm.get_language_model(str(model_file), "cpu", "float32")
     assert len(lm.blocks(model)) == LAYERS and lm.text_config(model).hidden_size == HIDDEN
     assert tokenizer.decode(tokenizer.encode("the the", add_special_tokens=False)) == "the the"
@@ -76,6 +82,7 @@ def test_a_gguf_file_is_converted_once_and_has_its_weights(model_file, capsys):
     embedding = torch.from_numpy(np.array(written["token_embd.weight"])).view(len(TOKENS), HIDDEN)
     assert torch.equal(model.get_input_embeddings().weight, embedding.bfloat16().float())
     assert "converting" in capsys.readouterr().out
+    assert not killed.exists()
     lm.get_language_model(str(model_file), "cpu", "float32")
     assert "converting" not in capsys.readouterr().out
 

@@ -138,9 +138,10 @@ def test_leftovers_of_killed_writers_are_removed_at_the_start(home, tmp_path):
     for folder in RESULT_DIRS.values():
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / ".x.json.abc.tmp").write_text("half")
+        (tmp_path / folder / ".notes.tmp").write_text("of the user")
     for stage, argv in arguments(home, tmp_path).items():
         assert run(stage, argv, lambda cfg: None) == 0, stage
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert {path.name for path in tmp_path.rglob("*.tmp")} == {".notes.tmp"}
 
 
 def test_weights_that_do_not_fit_on_the_disk_leave_the_earlier_pair_and_one_line(

@@ -104,7 +104,17 @@ def test_a_run_without_lines_is_one_clear_error(tmp_path):
         plots.load_courses(tmp_path / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"a": 1}', "5"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        '{"a": 1}',
+        "5",
+        '{"sae": "x", "tokens": "many", "loss": 1, "L0": 1}',
+        '{"sae": "x", "tokens": 1, "loss": 1, "L0": 1, "share": [0.5]}',
+        '{"sae": "x", "tokens": 1, "loss": 1, "L0": 1, "share": [0.5], "sites": [1, 2]}',
+    ],
+)
 def test_lines_of_another_kind_are_one_clear_error(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl is no metrics.jsonl of a training"):
@@ -116,6 +126,56 @@ def test_a_file_that_is_no_evaluation_is_named(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=r"x.json is no result of evaluate.py"):
         plots.load(tmp_path)
+
+
+WHOLE = {
+    "title": "x",
+    "NormMSE": 0.5,
+    "L0": 2.0,
+    "sites": [1],
+    "k": 4,
+    "tokens": 9,
+    "trained_tokens": 9,
+    "split": "eval",
+    "data_path": "a",
+    "git_commit": "1",
+    "versions": {"torch": "2"},
+    "Routing": {"sites": [1, 2], "share": [0.5, 0.5]},
+    "Density_histogram": {"latents": [1, 2, 3, 4, 5, 6, 7]},
+}
+
+
+@pytest.mark.parametrize("key", WHOLE)
+@pytest.mark.parametrize("value", ["absent", None, 5, "text", [], {}, ["a"], 1e308])
+def test_a_foreign_evaluation_is_shown_or_named(tmp_path, key, value):
+    result = {name: item for name, item in WHOLE.items() if (name, value) != (key, "absent")}
+    if value != "absent":
+        result[key] = value
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    try:
+        results = plots.load(tmp_path)
+    except ValueError as error:
+        assert str(error).endswith(
+            "x.json is no result of evaluate.py; remove it or use --only NAME"
+        )
+        return
+    assert "| 0.5000 |" in plots._document(results, "p.png") or key == "NormMSE"
+
+
+def test_a_result_with_nothing_but_what_it_needs_is_drawn(tmp_path):
+    results = [{key: WHOLE[key] for key in ("title", "NormMSE", "L0", "sites")}, WHOLE]
+    plots.picture(results, tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
+
+
+def test_a_title_with_dollars_is_drawn_as_it_is(tmp_path):
+    plots.picture([WHOLE | {"title": "a$\\frac{$b"}], tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
+
+
+def test_an_sae_that_is_never_active_stands_on_its_frontier():
+    family = [evaluation("Vanilla_d_target_l08", l0, 0.3) for l0 in (0.0, 8.0)]
+    assert plots.interpolate(family, 4.0) is None
 
 
 def test_a_picture_replaces_a_planted_link_and_is_whole_or_absent(tmp_path, monkeypatch):

@@ -494,10 +494,18 @@ def test_a_second_steering_is_added_to_the_file_of_the_first(trained, tmp_path):
         first["outputs"],
     ]
     assert "earlier_runs" not in saved["earlier_runs"][0]
-    path.write_text("{")
-    with pytest.raises(ValueError, match="not readable JSON"):
-        steered(trained, tmp_path, "TopK", "--set", "3=40")
-    assert path.read_text() == "{"
+    for damaged in ("{", "5", '{"earlier_runs": 5}', '{"a": NaN}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="not readable JSON|is no file of steer.py"):
+            steered(trained, tmp_path, "TopK", "--set", "3=40")
+        assert path.read_text() == damaged
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_an_edit_beyond_the_number_format_is_one_line(trained, tmp_path, temperature):
+    with pytest.raises(ValueError, match="with this edit .* use smaller values"):
+        steered(trained, tmp_path, "TopK", "--set", "3=3e38", "--temperature", temperature)
+    assert not list((tmp_path / "clamp").glob("*.json"))
 
 
 @pytest.mark.parametrize("listed", [True, False])

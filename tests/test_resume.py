@@ -272,6 +272,19 @@ def test_a_finished_run_on_a_text_that_has_changed_since_is_not_already_trained(
     train(text)
 
 
+def test_a_finished_run_on_another_language_model_is_not_already_trained(text, capsys):
+    folder = text.parent / "lm"
+    other_language_model(folder, 1.0)
+    train(text, "--model_path", str(folder))
+    train(text, "--model_path", str(folder))
+    assert "already trained" in capsys.readouterr().out
+    other_language_model(folder, 1.5)
+    with pytest.raises(ValueError, match="was trained on another language model.*has changed"):
+        train(text, "--model_path", str(folder))
+    train(text, "--model_path", str(folder), "--overwrite")
+    train(text, "--model_path", str(folder))
+
+
 @pytest.mark.parametrize("other", [["--seed", "7"], ["--model", "Gated"], []])
 def test_states_of_another_unfinished_run_are_left_alone(text, monkeypatch, capsys, other):
     train(text)

@@ -5,17 +5,30 @@ import math
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from src import checkpoint, export_formats, files, hooks, lm, metric_table, page, plots, utils
+from src import (
+    checkpoint,
+    evaluator,
+    export_formats,
+    files,
+    hooks,
+    lm,
+    metric_table,
+    page,
+    plots,
+    utils,
+)
 from src.applier import Applier
 from src.config import OPTIONS, parse, run_stage
 from src.data import Rows
 from src.evaluator import Evaluator
 from src.files import DEMO_LM
-from src.metrics import KLDiv, Mean, Reconstruction
+from src.metrics import KLDiv, Mean, PatchedRuns, Reconstruction, Run
 from src.model import build
 from src.sae import SAEOutput
 from src.sae_training import LinearWarmupLR
@@ -218,8 +231,12 @@ def test_options_that_do_not_fit_a_checkpoint_are_reported(text, tmp_path, capsy
     evaluate(tmp_path, "--metric", "NormMSE", "--k", "2", "--model_path", str(other))
     message = capsys.readouterr().out
     assert "--k does nothing for a trained SAE" in message
-    assert f"was trained on {DEMO_LM}, not on {other}" in message
+    assert "was trained on" not in message  # it is the same language model
     recipe = json.loads(path.read_text())
+    del recipe["language_model"]  # as in recipes of earlier versions
+    path.write_text(json.dumps(recipe))
+    evaluate(tmp_path, "--metric", "NormMSE", "--model_path", str(other))
+    assert f"was trained on {DEMO_LM}, not on {other}" in capsys.readouterr().out
     del recipe["model_path"]
     path.write_text(json.dumps(recipe | {"model_name": "mine"}))
     with pytest.raises(ValueError, match="was trained on mine, .* name it with --model_path"):
@@ -376,6 +393,30 @@ def test_reconstruction_metrics_agree_with_values_computed_by_hand():
     assert Mean().compute() is None
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e-3])
+def test_equal_states_are_no_reconstruction_that_can_be_measured(scale):
+    state = torch.randn(6)
+    equal = scale * state.expand(100, 6)
+    with pytest.raises(ValueError, match="all 100 counted tokens have the same state"):
+        reconstruction_metrics((equal, equal))
+    # also where one of several sites is constant, and where rounding makes states differ
+    noisy = equal + 1e-7 * scale * torch.randn(100, 6)
+    with pytest.raises(ValueError, match="same state"):
+        reconstruction_metrics(
+            (torch.stack([torch.randn(100, 6), noisy], 1), torch.zeros(100, 2, 6))
+        )
+
+
+def test_equal_states_are_no_very_good_reconstruction(text, tmp_path, capsys):
+    scaled_language_model(tmp_path / "lm", 0.0)
+    train(text, tmp_path, "--model_path", str(tmp_path / "lm"))
+    assert "states at site 12 are equal in the first batch" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="same state"):
+        evaluate(tmp_path)
+    assert not (tmp_path / "out" / "eval").exists()
+    assert "very good" not in capsys.readouterr().out
+
+
 def test_documented_training_and_evaluation_flags_exist():
     documented = """
         model model_path hidden_size latent_size k layer n_layers l1_coeff threshold bandwidth aggre
@@ -451,6 +492,97 @@ def test_metrics_of_the_same_rows_join_those_measured_before_and_more_rows_repla
     train(text, tmp_path, "--overwrite", "1", "--seed", "7")
     evaluate(tmp_path, "--metric", "NormMSE")  # of new weights: nothing of the old ones stays
     assert "KLDiv" not in evaluations(tmp_path)["TopK_text"]
+
+
+def scaled_language_model(folder, factor):
+    """Write the demo language model with all weights multiplied by a factor."""
+    tokenizer, model = lm.get_language_model(str(DEMO_LM), "cpu", "float32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_an_sae_that_reads_another_language_model_is_named_and_measured_apart(
+    text, tmp_path, capsys
+):
+    folder = tmp_path / "lm"
+    scaled_language_model(folder, 1.0)
+    train(text, tmp_path, "--model_path", str(folder))
+    evaluate(tmp_path, "--metric", "KLDiv")
+    with_kl = (tmp_path / "out" / "eval" / "TopK_text.json").read_bytes()
+    evaluate(tmp_path, "--dtype", "bfloat16")  # another format of the same weights
+    argv = ["--output_dir", str(tmp_path / "out"), "--max_samples", "4", "--lines", "1"]
+    apply = parse("apply", [*argv, "--act_threshold", "0"])
+    Applier(apply).run()
+    warning = "TopK_text was trained on a language model with other weights than"
+    assert warning not in capsys.readouterr().out
+    scaled_language_model(folder, 1.5)  # at the same place
+    Applier(apply).run()
+    assert warning in capsys.readouterr().out
+    evaluate(tmp_path, "--metric", "DeltaCE")
+    assert warning in capsys.readouterr().out
+    # Its metrics do not join those of the other language model.
+    assert (tmp_path / "out" / "eval" / "TopK_text.json").read_bytes() == with_kl
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"tokens": "many", "units": [1]}', '{"tokens": 5, "units": {}, "sae": [1]}']
+)
+def test_what_lies_in_the_place_of_a_result_ends_no_evaluation(text, tmp_path, content):
+    train(text, tmp_path)
+    (tmp_path / "out" / "eval").mkdir()
+    (tmp_path / "out" / "eval" / "TopK_text.json").write_text(content)
+    evaluate(tmp_path)
+    assert any("NormMSE" in path.read_text() for path in (tmp_path / "out" / "eval").glob("*.json"))
+
+
+def test_results_of_evaluations_at_the_same_time_are_all_kept(text, tmp_path, monkeypatch):
+    train(text, tmp_path)
+    evaluate(tmp_path)
+    (path,) = (tmp_path / "out" / "eval").glob("*.json")
+    result = json.loads(path.read_text())
+    path.unlink()
+    earlier_result = evaluator._earlier_result
+
+    def read_and_pause(path):
+        earlier = earlier_result(path)
+        time.sleep(0.03)  # in which another process could read the same
+        return earlier
+
+    monkeypatch.setattr(evaluator, "_earlier_result", read_and_pause)
+    out = str(tmp_path / "out")
+    four = [result | {"tokens": result["tokens"] - number} for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: evaluator._save(one, out), four))
+    kept = {saved["tokens"] for saved in evaluations(tmp_path).values()}
+    assert max(kept) == result["tokens"]
+    joined = [result | {name: 1.0, "units": {name: "share"}} for name in "abcd"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: evaluator._save(one, out), joined))
+    assert set("abcd") <= json.loads(path.read_text())["units"].keys()
+
+
+def test_metrics_that_overflow_are_named(text, tmp_path):
+    train(text, tmp_path)
+    path = sae_path(tmp_path, "TopK_text")
+    sae, recipe = checkpoint.load(path)
+    with torch.no_grad():
+        sae.decoder.weight.mul_(1e30)
+        sae.encoder.weight.mul_(1e30)
+    recipe.pop("weights_sum")
+    checkpoint.save(sae, recipe, path.parent, "TopK_text")
+    with pytest.raises(ValueError, match="TopK_text: .*NormMSE.* cannot be computed in float32"):
+        evaluate(tmp_path)
+
+
+def test_an_ablation_that_changes_nothing_has_nothing_to_recover():
+    runs, nats = PatchedRuns(), torch.ones(4)
+    for ablation in ("", "mean"):
+        runs.update(Run(0, ablation), 0 * nats, nats, nats)
+    result = runs.compute(n_rows=1)
+    assert result["Recovered_mean"] is None and result["KLDiv"] == 0
 
 
 def test_a_numbered_result_does_not_replace_that_of_an_sae_of_this_name(text, tmp_path):

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 from test_security import run
+from tqdm import tqdm
 
 from src import checkpoint, config, export_formats, files, hub, page, plots, sources
 from src.files import DEMO_LM
@@ -229,6 +231,17 @@ def test_values_that_no_computation_can_use_are_one_line(capsys, argv):
     assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["--timeout", "1e300"], ["--requests_per_minute", "1e-300"], ["--concurrency", "1000000000"]],
+)
+def test_waits_that_no_clock_can_keep_and_threads_without_number_are_refused(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        config.parse("interpret", argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("value", ["1e-300", "1e300", "-1", "nan"])
 def test_a_temperature_beyond_float32_is_refused(capsys, value):
     with pytest.raises(SystemExit):
@@ -301,6 +314,48 @@ def test_what_a_recipe_or_a_name_holds_is_spelt_out(tmp_path, capsys, place):
         argv += ["--config", other]
     _, printed = run("evaluate", capsys, *argv)
     assert "\x1b" not in printed and "\x07" not in printed and "\\x1b" in printed
+
+
+def test_standard_error_gets_bars_and_no_other_control_characters(tmp_path, capsys):
+    def show(cfg):
+        with tqdm(range(2), f"bar {ESCAPE}", mininterval=0) as outer, tqdm(range(2), "inner"):
+            outer.update()
+        print(f"library {ESCAPE}\r", file=sys.stderr)
+
+    assert config.run_stage("evaluate", show, ["--output_dir", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("\rbar \\x1b]0;owned")
+    assert "\x1b" not in error.replace("\x1b[A", "") and "\x07" not in error
+    assert "library \\x1b]0;owned\\x07\\x1b[2J\\r\n" in error
+
+
+def test_an_interruption_and_a_traceback_spell_escapes_out(tmp_path):
+    script = (
+        "import sys; from src.config import run_stage\n"
+        "def fail(cfg): raise eval(sys.argv[1])\n"
+        "sys.exit(run_stage('evaluate', fail, ['--output_dir', sys.argv[2]]))"
+    )
+    secret = "canary-5e1f0c27"
+    for error, code in (("KeyError", 1), ("RuntimeError", 1), ("KeyboardInterrupt", 130)):
+        argv = [sys.executable, "-c", script, f"{error}({ESCAPE + secret!r})", str(tmp_path)]
+        environment = os.environ | {"HF_TOKEN": secret}
+        process = subprocess.run(
+            argv, cwd=files.ROOT, capture_output=True, text=True, env=environment, check=False
+        )
+        assert process.returncode == code
+        assert "\x1b" not in process.stderr and "x1b]0;owned" in process.stderr
+        assert secret not in process.stderr
+
+
+def test_a_line_break_in_a_file_name_begins_no_line(tmp_path, capsys):
+    name = tmp_path / "a\nsaved b.jsonl"
+    good = [json.dumps({"text": f"Document {i} has some words."}) for i in range(300)]
+    name.write_text("\n".join(["damaged", *good]))
+    argv = ["--data_path", name, "--model_path", DEMO_LM, "--output_dir", tmp_path / "out"]
+    sizes = ["--latent_size", "32", "--k", "2", "--max_length", "32", "--max_samples", "8"]
+    code, printed = run("train", capsys, *argv, *sizes, "--split", "all")
+    assert code == 0 and "skipped 1 not JSON; first at" in printed
+    assert "\nsaved b.jsonl" not in printed.replace(f"{name}: skipped", "")
 
 
 def test_programs_beside_the_stages_print_no_control_characters(tmp_path, capsys, monkeypatch):
