@@ -5,7 +5,6 @@ B rows, S positions per row, N counted tokens, L sites, D hidden, F latents, V t
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from argparse import Namespace
@@ -52,7 +51,7 @@ CODE_NUMBERS_ELSEWHERE = 2**28
 EVENT_BYTES = 48  # of an event beside the float16 strengths of its window
 EVENT_COPIES = 2  # of all events while those of a batch are merged with them
 CONTEXT_BYTES = 42  # of a token in a context: in the lists, and in three copies of the JSON
-GZIP_CHARS = 20_000_000  # of the contexts, above which their file is compressed by default
+GZIP_BYTES = 20_000_000  # of the contexts, above which their file is compressed by default
 # Fields of a context that a latent's entry holds as one list each.
 COLUMNS = (
     "tokens",
@@ -272,7 +271,7 @@ class Applier:
         else:
             compress = self.cfg.gzip
             if compress is None:
-                compress = len(json.dumps(result, ensure_ascii=False)) > GZIP_CHARS
+                compress = sum(map(len, files.json_pieces(result))) > GZIP_BYTES
             path, former = map(
                 self._path, (".json.gz", ".json") if compress else (".json", ".json.gz")
             )
