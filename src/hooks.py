@@ -172,12 +172,17 @@ def check_finite(states: Mapping[Any, Tensor], model: nn.Module) -> None:
     """Raise ValueError that names the first site whose states {site: [...,D]} are not finite."""
     for site, hidden in states.items():
         if not bool(hidden.isfinite().all()):
-            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            other = "bfloat16" if dtype == "float16" else "float32"
-            raise ValueError(
-                f"the states at site {site} are not finite: {type(model).__name__} overflows in "
-                f"{dtype}; try --dtype {other}"
-            )
+            raise ValueError(overflow(site, model))
+
+
+def overflow(site: Any, model: nn.Module) -> str:
+    """Say that the states at a site are not finite, and what to do."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    other = "bfloat16" if dtype == "float16" else "float32"
+    return (
+        f"the states at site {site} are not finite: {type(model).__name__} overflows in {dtype}; "
+        f"try --dtype {other}"
+    )
 
 
 def _check_logits(model: nn.Module, states: Tensor, own: Tensor) -> None:
