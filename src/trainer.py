@@ -824,10 +824,15 @@ class Trainer:
     ) -> float:
         """Save weights and recipes, remove the saved states, return the first SAE's loss.
 
-        Raises ValueError if no token counted, or if an SAE has failed.
+        Raises ValueError if no token counted or only one, or if an SAE has failed.
         """
         if not progress.tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
+        if progress.tokens <= self.cfg.num_epochs:
+            raise ValueError(
+                "only one token counts in the rows, and an SAE of one state learns that state "
+                "alone; use more text"
+            )
         used = estimate.compare(progress.seconds)
         trained = [training for training in trainings if not training.failed]
         for training in trained:
