@@ -449,7 +449,7 @@ def test_both_documented_context_files_are_read(tmp_path):
     files.save_json({"latent_context_map": {"7": ours}}, path)
     table = load_contexts(path)["7"]
     assert {name: context[0]["context"] for name, context in table.items()} == {
-        "fox": "a <ACTIVATED> fox</ACTIVATED>",
+        "fox": "a <ACTIVATED>fox</ACTIVATED>",
         "the": "<ACTIVATED>the</ACTIVATED> fox",
     }
     with pytest.raises(ValueError, match="apply.py"):
