@@ -5,7 +5,6 @@ B rows, S positions per row, N counted tokens, L sites, D hidden, F latents, V t
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from argparse import Namespace
@@ -41,6 +40,9 @@ QUARTERS = 4  # of a latent's sample, ordered by activation
 PER_QUARTER = 3  # contexts shown from each, beside the best
 # Best events kept per context wanted: several may have the same text, which is shown once.
 EVENTS_PER_CONTEXT = 3
+# Latents whose logits exist at one time: 1,024 took 0.7 GB with 49,152 words (docs/LOG.md).
+PROMOTED_CHUNK = 128
+PROMOTED_COPIES = 4  # of those logits
 PROMOTED = 8  # tokens named whose logits a decoder direction raises and lowers most
 LOGIT_BINS = 24  # of the histogram of what a direction adds to the logits
 NEAREST = 8  # latents named whose decoder directions are closest
@@ -51,8 +53,10 @@ CODE_NUMBERS = {"cpu": 2**21}
 CODE_NUMBERS_ELSEWHERE = 2**28
 EVENT_BYTES = 48  # of an event beside the float16 strengths of its window
 EVENT_COPIES = 2  # of all events while those of a batch are merged with them
-CONTEXT_BYTES = 42  # of a token in a context: in the lists, and in three copies of the JSON
-GZIP_CHARS = 20_000_000  # of the contexts, above which their file is compressed by default
+# Of a token in a context, with its share of the lists; the JSON is written in pieces (docs/LOG.md).
+CONTEXT_BYTES = 17
+CONTEXT_TOKENS = 60  # of a usual context of whole sentences, where the window is longer
+GZIP_BYTES = 20_000_000  # of the contexts, above which their file is compressed by default
 # Fields of a context that a latent's entry holds as one list each.
 COLUMNS = (
     "tokens",
@@ -213,9 +217,11 @@ class Applier:
         window = 2 * options.max_length + 1
         n_events = self.sae.latent_size * (EVENTS_PER_CONTEXT * self.cfg.top_n + SAMPLE_SIZE)
         n_contexts = self.sae.latent_size * (self.cfg.top_n + QUARTERS * PER_QUARTER)
+        n_logits = PROMOTED_CHUNK * lm.n_logits(self.language_model)
         needs = {
             "events": EVENT_COPIES * n_events * (2 * window + EVENT_BYTES),
-            "contexts of all latents": CONTEXT_BYTES * n_contexts * window,
+            "contexts of all latents": CONTEXT_BYTES * n_contexts * min(window, CONTEXT_TOKENS),
+            "logits of the latents": 4 * PROMOTED_COPIES * n_logits,
         }
         return estimate.of_reading(self.cfg, rows, time_rows, needs)
 
@@ -274,7 +280,7 @@ class Applier:
         else:
             compress = self.cfg.gzip
             if compress is None:
-                compress = len(json.dumps(result, ensure_ascii=False)) > GZIP_CHARS
+                compress = sum(map(len, files.json_pieces(result))) > GZIP_BYTES
             path, former = map(
                 self._path, (".json.gz", ".json") if compress else (".json", ".json.gz")
             )
@@ -427,8 +433,8 @@ class Applier:
         model = self.language_model
         latents = [int(latent) for latent in entries]
         chunks = [
-            latents[start : start + lm.HEAD_CHUNK]
-            for start in range(0, len(latents), lm.HEAD_CHUNK)
+            latents[start : start + PROMOTED_CHUNK]
+            for start in range(0, len(latents), PROMOTED_CHUNK)
         ]
         states = [self._final_states(chunk) for chunk in chunks]
         if not states:

@@ -328,8 +328,7 @@ class Evaluator:
     def _patched_bytes(self, model: nn.Module, rows: Rows) -> float:
         """Bytes of the final states that wait, and of the logits of a chunk with their products."""
         tokens = min(self.cfg.batch_size, len(rows)) * rows.max_length
-        head = model.get_output_embeddings()
-        n_words = len(head.weight) if head is not None else lm.text_config(model).vocab_size
+        n_words = lm.n_logits(model)
         states = (LogitComparison.MAX_WAITING + 1) * lm.text_config(model).hidden_size
         element = next(model.parameters()).element_size()
         return tokens * states * element + 4 * LOGIT_COPIES * n_words * min(tokens, lm.HEAD_CHUNK)

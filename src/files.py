@@ -372,14 +372,39 @@ def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Pat
 
     Raises ValueError for NaN and infinity.
     """
-    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
+
+    def write(file: BinaryIO) -> None:
+        file.writelines(json_pieces(data, indent))
+        file.write(b"\n")
+
+    def pack(file: BinaryIO) -> None:
+        with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed:
+            write(packed)
+
+    return write_atomic(path, pack if str(path).endswith(".gz") else write)
+
+
+def json_pieces(data: Any, indent: int | None = None, depth: int = 2) -> Iterator[bytes]:
+    """Yield UTF-8 JSON in pieces: those of each entry of an object, and of the objects in it.
+
+    As one text a large file takes four bytes for each character, if one of them is an emoji.
+    """
+    is_split = indent is None and depth and isinstance(data, dict) and data
+    if is_split and all(isinstance(key, str) for key in data):
+        before = b"{"
+        for key, value in data.items():
+            yield before
+            yield from json_pieces(key)
+            yield b": "
+            yield from json_pieces(value, depth=depth - 1)
+            before = b", "
+        yield b"}"
+        return
+    options = {"indent": indent, "allow_nan": False}
     try:
-        content = text.encode("utf-8") + b"\n"
+        yield json.dumps(data, ensure_ascii=False, **options).encode("utf-8")
     except UnicodeEncodeError:  # a file name that is not UTF-8; escaped, it is read as it was
-        content = json.dumps(data, indent=indent, allow_nan=False).encode() + b"\n"
-    if str(path).endswith(".gz"):
-        content = gzip.compress(content, mtime=0)
-    return write_atomic(path, lambda file: file.write(content))
+        yield json.dumps(data, **options).encode()
 
 
 def is_finite(value: Any) -> bool:

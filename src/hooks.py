@@ -181,14 +181,17 @@ def check_finite(states: Mapping[Any, Tensor], model: nn.Module) -> None:
     """Raise ValueError that names the first site whose states {site: [...,D]} are not finite."""
     for site, hidden in states.items():
         if not bool(hidden.isfinite().all()):
-            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            advice = "bfloat16" if dtype == "float16" else "float32"
-            advice = f"overflows in {dtype}; try --dtype {advice}"
-            if dtype == "float32":
-                advice = "overflows, or has damaged weights"
-            raise ValueError(
-                f"the states at site {site} are not finite: {type(model).__name__} {advice}"
-            )
+            raise ValueError(overflow(site, model))
+
+
+def overflow(site: Any, model: nn.Module) -> str:
+    """Say that the states at a site are not finite, and what to do."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    other = "bfloat16" if dtype == "float16" else "float32"
+    advice = f"overflows in {dtype}; try --dtype {other}"
+    if dtype == "float32":
+        advice = "overflows, or has damaged weights"
+    return f"the states at site {site} are not finite: {type(model).__name__} {advice}"
 
 
 def _check_logits(model: nn.Module, states: Tensor, own: Tensor) -> None:

@@ -405,6 +405,12 @@ def _head_logits(model: nn.Module, states: Tensor) -> Tensor:
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
+def n_logits(model: nn.Module) -> int:
+    """How many logits the head gives for a token."""
+    head = model.get_output_embeddings()
+    return len(head.weight) if head is not None else text_config(model).vocab_size
+
+
 class _DecoderOutput(tuple):
     """(states,) in the form that models expect of their decoder; every other field is None."""
 

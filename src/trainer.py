@@ -407,28 +407,34 @@ class TrainingLoop:
         for training in active:
             training.check()
             if training.failed:
-                path = self._save_batch(training)
-                training.failed += f", its batch is in {path}"
+                path, overflown = self._save_batch(training)
+                training.failed += f", its batch is in {path}; "
+                if overflown:
+                    training.failed += hooks.overflow(overflown[0], self.language_model)
+                else:
+                    training.failed += "lower --lr"
                 self.bar.write(training.failed)
 
-    def _save_batch(self, training: SAETraining) -> Path:
+    def _save_batch(self, training: SAETraining) -> tuple[Path, list[int]]:
+        """Save the batch at which an SAE failed; return the file and the sites that overflow."""
         step = training.failed_step
         batch = self.rows.batch(self._row_numbers(step))
         local = batch.part(distributed.share(len(batch.row))).to(self.cfg.device)
         hidden = hooks.read(self.language_model, local, self.sites)
         not_finite = [not torch.isfinite(h).all() for h in hidden.values()]
         not_finite = distributed.all_max_ints(*not_finite)
+        sites = list(itertools.compress(hidden, not_finite))
         content = {
             "sae": training.title,
             "step": step,
             "said": training.failed,
-            "sites_not_finite": list(itertools.compress(hidden, not_finite)),
+            "sites_not_finite": sites,
             "rows": batch.row.tolist(),
             "input_ids": batch.input_ids.tolist(),
             "mask": batch.mask.tolist(),
         }
         path = self.run_folder / f"nonfinite-{training.title}-step{step}.json"
-        return distributed.from_main(lambda: files.save_json(content, path, indent=None))
+        return distributed.from_main(lambda: files.save_json(content, path, indent=None)), sites
 
 
 def _update(training: SAETraining, batch: LocalBatch, step: int, report_due: bool) -> None:
@@ -844,10 +850,15 @@ class Trainer:
     ) -> float:
         """Save weights and recipes, remove the saved states, return the first SAE's loss.
 
-        Raises ValueError if no token counted, or if an SAE has failed.
+        Raises ValueError if no token counted or only one, or if an SAE has failed.
         """
         if not progress.tokens:
             raise ValueError("no counted token in the rows; use more text or longer rows")
+        if progress.tokens <= self.cfg.num_epochs:
+            raise ValueError(
+                "only one token counts in the rows, and an SAE of one state learns that state "
+                "alone; use more text"
+            )
         used = estimate.compare(progress.seconds)
         trained = [training for training in trainings if not training.failed]
         for training in trained:
@@ -863,7 +874,7 @@ class Trainer:
             shutil.rmtree(self.states, ignore_errors=True)
         failures = [training.failed for training in trainings if training.failed]
         if failures:
-            raise ValueError(f"{'; '.join(failures)}; lower --lr (the other SAEs are saved)")
+            raise ValueError(f"{'; '.join(failures)} (the other SAEs are saved)")
         return progress.finals[trainings[0].title]["loss"]
 
     def _save(

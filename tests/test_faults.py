@@ -102,6 +102,30 @@ def sae(home):
 # ------------------------------------------------------------------------ what a training writes
 
 
+TABLES = [
+    {"a": {"b": {"c": [1, 2.5, None]}, "d": "\u2028 \U0001f600"}, "e": {}, "f": []},
+    {"a": {1: "a key that is no text"}, "b": {"c": True}},
+    {},
+    ["a", {"b": 1}],
+    "text",
+]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_json_in_pieces_is_the_json_of_the_whole(table, tmp_path):
+    pieces = list(files.json_pieces(table))
+    whole = json.dumps(table, ensure_ascii=False)
+    assert b"".join(pieces) == whole.encode()
+    for name in ("a.json", "a.json.gz"):
+        path = files.save_json(table, tmp_path / name, indent=None)
+        assert files.load_json(path) == json.loads(whole)
+    files.save_json({"a": {"b": "\ud800"}}, tmp_path / "a.json", indent=None)
+    assert files.load_json(tmp_path / "a.json") == {"a": {"b": "\ud800"}}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.save_json({"a": {"b": math.inf}}, tmp_path / "b.json", indent=None)
+    assert not (tmp_path / "b.json").exists()
+
+
 class Killed(BaseException):
     """Stands for SIGKILL."""
 
@@ -479,6 +503,40 @@ def test_the_order_files_were_made_in_changes_nothing(tmp_path, tokenizer):
         for name in names:
             write(tmp_path / folder / f"{name}.jsonl", [f"text {name} of them"])
     assert count(tmp_path / "one", tokenizer) == count(tmp_path / "two", tokenizer)
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_a_text_of_no_or_one_counted_token_is_one_clear_line(home, tmp_path, capsys, text):
+    """One token after BOS has nothing to be compared with."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": text}))
+    read_all = ["--data_path", path, "--split", "all"]
+    of_home = [*read_all, "--SAE_path", sae(home)]
+    what = "only one token counts" if text else "no usable text|empty"
+    for epochs in (1, 3):
+        training = [*read_all, "--num_epochs", epochs, "--tag", f"one{epochs}"]
+        assert run(home, "train", *training, out=tmp_path) in (2, 3)
+        assert re.search(what, the_error(capsys))
+    assert not list((tmp_path / "SAE_models").glob("*.pt"))
+    assert run(home, "evaluate", *of_home, "--metric", "NormMSE", "KLDiv", out=tmp_path) in (2, 3)
+    assert re.search(what, the_error(capsys))
+    code = run(home, "apply", *of_home, out=tmp_path)
+    if text:  # its contexts are fewer than a latent needs
+        assert code == 0 and "nothing kept" in capsys.readouterr().out
+    else:
+        assert code == 3 and re.search(what, the_error(capsys))
+
+
+def test_a_training_whose_states_overflow_names_the_site(home, tmp_path, capsys):
+    tokenizer, model = lm.get_language_model(str(home / "lm"), "cpu", "float32")
+    lm.blocks(model)[1].mlp.down_proj.weight.data.mul_(1e38)
+    model.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    overflowing = ["--model_path", tmp_path / "lm", "--layer", 3, "--dtype", "float16"]
+    assert run(home, "train", *overflowing, out=tmp_path / "out") == 2
+    message = the_error(capsys)
+    assert "the states at site 3 are not finite" in message and "--dtype bfloat16" in message
+    assert "--lr" not in message
 
 
 UNREACHABLE = ConnectionError("Couldn't reach 'owner/name' on the Hub")

@@ -21,6 +21,7 @@ from src.interpreter import (
     quote_context,
     read_entries,
 )
+from src.utils import load_contexts
 
 N_FEATURES = 12
 ANSWER_TOKENS = 110  # the usage that the server reports for each answer
@@ -442,6 +443,15 @@ def test_both_documented_context_files_are_read(tmp_path):
     flat = {"latent_context_map": {"7": {"activations": [2.0], "tokens": [["a", " fox"]]}}}
     assert read_entries(nested, tmp_path)["7"]["contexts"][0]["token_class"] == "fox"
     assert read_entries(flat, tmp_path)["7"]["contexts"][0]["context"] == "a fox"
+    ours = {"activations": [3.0, 2.0], "tokens": [["a", " fox"], ["the", " fox"]]}
+    ours |= {"position": [1, 0], "token_class": ["fox", "the"]}
+    path = tmp_path / "c.json.gz"
+    files.save_json({"latent_context_map": {"7": ours}}, path)
+    table = load_contexts(path)["7"]
+    assert {name: context[0]["context"] for name, context in table.items()} == {
+        "fox": "a <ACTIVATED>fox</ACTIVATED>",
+        "the": "<ACTIVATED>the</ACTIVATED> fox",
+    }
     with pytest.raises(ValueError, match="apply.py"):
         read_entries([1], tmp_path)
     assert parse("interpret", []).contexts is None

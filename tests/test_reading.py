@@ -216,7 +216,7 @@ def test_a_context_is_held_once_and_large_files_are_compressed(
     for entry in plain["latent_context_map"].values():
         assert "contexts" not in entry
         assert not any("context" in context for context in entry["sample"])
-    monkeypatch.setattr(applier_module, "GZIP_CHARS", 1000)
+    monkeypatch.setattr(applier_module, "GZIP_BYTES", 1000)
     _, _, packed = applied(trained, tmp_path, "TopK", *few)
     # The earlier form is replaced, and none does not replace some.
     assert packed["latent_context_map"] == plain["latent_context_map"]
