@@ -116,7 +116,7 @@ ZOO: dict[str, Entry] = {
         "BatchTopK whose first latents also reconstruct alone",
         ("k", "layer", "matryoshka_widths", "input_norm", *_AUXK),
         _DICTIONARY,
-        published=_PUBLISHED_TOPK,
+        published=_PUBLISHED_DICTIONARY,
     ),
 }
 ALIASES = {"Random": "RandomK", "MatryoshkaBatchTopK": "Matryoshka"}
