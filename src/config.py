@@ -503,6 +503,14 @@ OPTIONS: dict[str, Option] = {
         "Default: signum; adam with --recipe published.",
         choices="signum adam",
     ),
+    "average_power": Option(
+        "training",
+        float,
+        3.0,
+        "The weights that signum keeps are a mean over the steps, in which step n has the weight "
+        "n^average_power; 0: all steps count alike.",
+        low=0,
+    ),
     "lr": Option(
         "training",
         float,

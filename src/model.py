@@ -96,10 +96,23 @@ class _RevivedSAE(SAE):
         self.auxk.update(self.tokens_seen, progress)
 
 
+class _RevivedDictionary(_RevivedSAE, Dictionary):
+    """Base of those with one encoder whose latents no bias silences."""
+
+    def _weights(self, bias: Tensor | None = None) -> DictionaryWeights:
+        pre_bias = self.pre_bias if bias is None else bias
+        return DictionaryWeights(
+            pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight
+        )
+
+    def dictionary_of(self, latents):
+        return self._weights().subset(latents)
+
+
 # --------------------------------------------------------------------- k active latents a token
 
 
-class TopK(_RevivedSAE, Dictionary):
+class TopK(_RevivedDictionary):
     """Exactly the k largest pre-activations (Gao et al. 2024).
 
     With hierarchical_k the loss also adds the errors of the code cut to its j largest values, for
@@ -158,15 +171,6 @@ class TopK(_RevivedSAE, Dictionary):
         selection = Selection(choose, self.k, self.topk_relu, self.per_token)
         code, x_hat = sparse.sparse_autoencode(x, self._weights(bias), selection)
         return SAEOutput(x, code, x_hat, pre_bias=bias)
-
-    def _weights(self, bias: Tensor | None = None) -> DictionaryWeights:
-        pre_bias = self.pre_bias if bias is None else bias
-        return DictionaryWeights(
-            pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight
-        )
-
-    def dictionary_of(self, latents):
-        return self._weights().subset(latents)
 
     def penalty(self, out, batch=WHOLE_BATCH):
         return self._nested(out, batch) | self.revival(out, batch)
@@ -368,10 +372,6 @@ class _PenaltySAE(_RevivedSAE):
 
     sparsity: SparsityController
 
-    def silencing_bias(self) -> Tensor:
-        """Return the bias by which a latent can be silent for every token. [F]"""
-        return self.latent_bias
-
     @torch.no_grad()
     def after_step(self, out, progress, batch=WHOLE_BATCH):
         super().after_step(out, progress, batch)
@@ -388,15 +388,6 @@ def _gradient_only(bias: Tensor) -> Tensor:
     gradient through it.
     """
     return bias - bias.detach()
-
-
-class _PenaltyDictionary(_PenaltySAE, Dictionary):
-    """Base of those with one site."""
-
-    def dictionary_of(self, latents):
-        encoder, decoder = self.encoder.weight[latents], self.decoder.weight[:, latents]
-        bias = _gradient_only(self.silencing_bias()[latents])
-        return DictionaryWeights(self.pre_bias, encoder, bias, decoder)
 
 
 class _L1SAE(_PenaltySAE):
@@ -436,13 +427,26 @@ class _L1SAE(_PenaltySAE):
         lowest_active = pre_acts.topk(active, dim=0).values[-1]
         self.silencing_bias().sub_(lowest_active.clamp_min(0))
 
+    def silencing_bias(self) -> Tensor:
+        """Return the bias by which a latent can be silent for every token. [F]"""
+        return self.latent_bias
+
     def _l1(self, latents: Tensor, norms: Tensor, batch: BatchInfo) -> Tensor:
         """Return the penalty: latents [N,F] weighted by decoder norms [F], or their mean."""
         per_token = latents.mean(-1) if self.l1_mean else latents @ norms
         return self.sparsity.coefficient() * batch.share_of_mean(per_token)
 
 
-class Vanilla(_L1SAE, _PenaltyDictionary):
+class _L1Dictionary(_L1SAE, Dictionary):
+    """Base of those with one site."""
+
+    def dictionary_of(self, latents):
+        encoder, decoder = self.encoder.weight[latents], self.decoder.weight[:, latents]
+        bias = _gradient_only(self.silencing_bias()[latents])
+        return DictionaryWeights(self.pre_bias, encoder, bias, decoder)
+
+
+class Vanilla(_L1Dictionary):
     """ReLU, and L1 summed over latents, weighted by decoder norms (Conerly et al. 2024)."""
 
     architecture = "standard"
@@ -453,7 +457,7 @@ class Vanilla(_L1SAE, _PenaltyDictionary):
         return {"L1": l1, **self.revival(out, batch)}
 
 
-class Gated(_L1SAE, _PenaltyDictionary):
+class Gated(_L1Dictionary):
     """A gate decides which latents are active, a magnitude how strongly.
 
     Rajamanoharan et al. 2024a. The gate is a step without gradient; it learns from L1 on
@@ -501,7 +505,7 @@ class Gated(_L1SAE, _PenaltyDictionary):
         }
 
 
-class JumpReLU(_PenaltyDictionary):
+class JumpReLU(_PenaltySAE, _RevivedDictionary):
     """A learned threshold per latent; the penalty counts the pre-activations above it.
 
     Rajamanoharan et al. 2024b.

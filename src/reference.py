@@ -181,9 +181,10 @@ class ReferenceSAE:
         return {"AuxK": auxk}
 
     def revival(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
-        """AuxK of a dictionary with a penalty, which silences a latent by its bias."""
-        pre_acts = (x - self.b_pre) @ self.W_enc.T + gradient_only(self.w["latent_bias"])
-        return self.auxk(pre_acts, x - x_hat, self.W_dec)
+        """AuxK of a dictionary, in which each state has a code of its own."""
+        pre_acts = self.pre_acts(x).flatten(0, -2)
+        residual = (x - x_hat).flatten(0, -2)
+        return self.auxk(pre_acts, residual, self.W_dec)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -220,11 +221,6 @@ class TopK(ReferenceSAE):
             return {}
         errors = [normalised_error(x, self.decode(part)).mean() for part in parts]
         return {"Nested": sum(errors)}
-
-    def revival(self, x, x_hat):
-        pre_acts = self.pre_acts(x).flatten(0, -2)
-        residual = (x - x_hat).flatten(0, -2)
-        return self.auxk(pre_acts, residual, self.W_dec)
 
 
 class BatchTopK(TopK):
@@ -314,6 +310,11 @@ class Vanilla(ReferenceSAE):
         x_hat = self.decode(z)
         l1 = self.l1(z, self.decoder_norms())
         return z, x_hat, {"L1": l1} | self.revival(x, x_hat)
+
+    def revival(self, x, x_hat):
+        """AuxK without the value of the bias, which silences dead latents."""
+        pre_acts = (x - self.b_pre) @ self.W_enc.T + gradient_only(self.w["latent_bias"])
+        return self.auxk(pre_acts, x - x_hat, self.W_dec)
 
 
 class Gated(ReferenceSAE):
