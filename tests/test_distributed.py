@@ -137,10 +137,10 @@ def poisoned(number, folder):
 def short_of_memory(number, folder):
     gradients, finish = SAETraining._gradients, Trainer._finish
 
-    def limited(self, batch):
+    def limited(self, batch, *rest):
         if number == 1 and len(batch.token_keys) / self.parts > 15:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradients(self, batch)
+        return gradients(self, batch, *rest)
 
     def save_and_finish(self, runs, *rest):
         (folder / f"parts{number}").write_text(str([run.parts for run in runs]))
