@@ -421,7 +421,7 @@ class Applier:
         """Return what one unit of each latent adds at the last of the SAE's sites. [n,D]"""
         one_hot = torch.zeros(len(latents), self.sae.latent_size, device=self.cfg.device)
         one_hot[torch.arange(len(latents)), torch.tensor(latents)] = 1
-        added = self.sae.decode(one_hot) - self.sae.decode(torch.zeros_like(one_hot[:1]))
+        added = self.sae.contribution(one_hot)
         return added.reshape(len(latents), -1, self.sae.hidden_size)[:, -1]
 
     def _add_promoted(self, entries: dict[str, Entry]) -> None:

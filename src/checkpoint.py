@@ -407,6 +407,8 @@ def _derive_recipe(
     options = {"latent_size": latent_size, "k": min(64, latent_size), "norm_eps": PUBLISHED_EPS}
     options |= named_options
     options |= {key: value for key, value in hints.items() if value is not None}
+    pre_bias = weights.get("sae.pre_bias", weights.get("pre_bias"))
+    options["site_bias"] = pre_bias is not None and pre_bias.dim() > 1
     names = [hints["model"]] if hints.get("model") else [*likely, *zoo.ZOO]
     for name in dict.fromkeys(map(zoo.canonical, names)):
         with torch.device("meta"):

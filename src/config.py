@@ -332,6 +332,14 @@ OPTIONS: dict[str, Option] = {
         above=0,
         many=True,
     ),
+    "start_l0": Option(
+        "sae",
+        float,
+        None,
+        "With --target_l0: latents that are active at the start, in units of that target; 0: no "
+        "bias at the start. Default: 4; 0 with --recipe published.",
+        low=0,
+    ),
     "sparsity_warmup": Option(
         "sae",
         float,
@@ -439,11 +447,19 @@ OPTIONS: dict[str, Option] = {
         None,
         "Set negative values among the k largest to 0. Default: 0; 1 for BatchTopK and Matryoshka.",
     ),
+    "site_bias": Option(
+        "sae",
+        boolean,
+        None,
+        "One pre_bias for each site, of models that read states of several sites. Default: 1; "
+        "0 with --recipe published.",
+    ),
     "b_pre_init": Option(
         "sae",
         str,
         None,
-        "Initial value of pre_bias, computed from the first batches. Default: geom_median; "
+        "Initial value of pre_bias, of a Crosscoder that of its decoder_bias, computed from the "
+        "first batch. Default: geom_median; "
         "zero with --recipe published.",
         choices="geom_median mean zero",
     ),
@@ -486,6 +502,14 @@ OPTIONS: dict[str, Option] = {
         "'signum' makes steps of equal size along the sign of the gradient, without a decay. "
         "Default: signum; adam with --recipe published.",
         choices="signum adam",
+    ),
+    "average_power": Option(
+        "training",
+        float,
+        3.0,
+        "The weights that signum keeps are a mean over the steps, in which step n has the weight "
+        "n^average_power; 0: all steps count alike.",
+        low=0,
     ),
     "lr": Option(
         "training",

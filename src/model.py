@@ -6,6 +6,7 @@ site index counts the routed sites from 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import router, sparse
+from src.auxk import DEFAULT_COEFFICIENT as DEFAULT_AUXK_COEFFICIENT
+from src.auxk import AuxK
 from src.draws import random_subset
 from src.ops import (
     Jump_func,
@@ -32,6 +35,7 @@ from src.sae import (
     BatchInfo,
     Dictionary,
     SAEOutput,
+    centre_,
     edited_code,
     routed_sites,
 )
@@ -39,23 +43,78 @@ from src.sparse import DictionaryWeights, Selection
 from src.sparsity import SparsityController, default_l1_coefficient
 from src.zoo import ZOO, canonical
 
-MAX_AUXK = 512  # dead latents that AuxK revives at one time
-# A run of 1.5M tokens did best with latents called dead after 3 % of it; long runs use the
-# papers' 10M tokens (docs/LOG.md).
-DEAD_SHARE_OF_RUN, MAX_DEAD_TOKENS = 0.03, 1e7
 CUT_RATE = 20  # BatchTopK's threshold remembers 1/20 of a run
 MATRYOSHKA_PARTS = (1, 3, 7, 15)  # of 32: where the paper's prefixes end, before the whole
 MIN_THRESHOLD = 1e-4
 DEFAULT_L0_COEFFICIENT = 1e-3
+DEFAULT_START_L0 = 4.0  # in units of target_l0
+START_TOKENS = 2048  # on which the biases of the start are found
+
+
+# -------------------------------------------------------------------------------- dead latents
+
+
+class _RevivedSAE(SAE):
+    """Base of the models whose dead latents are revived: AuxK lets them code the residual."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        latent_size: int,
+        *,
+        auxk_coeff: float = DEFAULT_AUXK_COEFFICIENT,
+        dead_tokens: int | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(hidden_size, latent_size, **rest)
+        self.auxk = AuxK(hidden_size, auxk_coeff, dead_tokens)
+
+    def dictionary_of(self, latents: Tensor) -> DictionaryWeights:
+        """Return the dictionary of some latents, which says what would make them active."""
+        raise NotImplementedError
+
+    def revival(self, out: SAEOutput, batch: BatchInfo) -> dict[str, Tensor]:
+        """Return the term of the loss that revives dead latents; {} where there are none."""
+        latents = self.auxk.dead(self.tokens_since_fired)
+        if not len(latents):
+            return {}
+        dead = self.dictionary_of(latents)
+        # One row for each code: a code for all sites stands for the states of all sites.
+        width = dead.encoder.shape[1]
+        n_tokens, *rest = out.target.shape
+        rows = (n_tokens, math.prod(rest) // width, width)
+        if out.pre_bias is not None:
+            dead = dead._replace(pre_bias=out.pre_bias.reshape(rows))
+        x = out.target.reshape(rows)
+        residual = x - out.x_hat.reshape(rows)
+        loss = self.auxk.loss(x, residual, dead, batch.share_of_mean, batch.mean_over_processes)
+        return {"AuxK": loss}
+
+    @torch.no_grad()
+    def after_step(self, out, progress, batch=WHOLE_BATCH):
+        super().after_step(out, progress, batch)
+        self.auxk.update(self.tokens_seen, progress)
+
+
+class _RevivedDictionary(_RevivedSAE, Dictionary):
+    """Base of those with one encoder whose latents no bias silences."""
+
+    def _weights(self, bias: Tensor | None = None) -> DictionaryWeights:
+        pre_bias = self.pre_bias if bias is None else bias
+        return DictionaryWeights(
+            pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight
+        )
+
+    def dictionary_of(self, latents):
+        return self._weights().subset(latents)
 
 
 # --------------------------------------------------------------------- k active latents a token
 
 
-class TopK(Dictionary):
+class TopK(_RevivedDictionary):
     """Exactly the k largest pre-activations (Gao et al. 2024).
 
-    Dead latents are revived by AuxK (same paper, appendix A.2): they code the residual.
     With hierarchical_k the loss also adds the errors of the code cut to its j largest values, for
     each j listed, so that one SAE serves several k (HierarchicalTopK, arXiv:2505.24473).
     """
@@ -69,13 +128,11 @@ class TopK(Dictionary):
         latent_size: int,
         k: int,
         *,
-        auxk_coeff: float = 1 / 32,
-        dead_tokens: int | None = None,
         topk_relu: bool = False,
         hierarchical_k: list[int] | None = None,
-        **dictionary: Any,
+        **rest: Any,
     ) -> None:
-        super().__init__(hidden_size, latent_size, **dictionary)
+        super().__init__(hidden_size, latent_size, **rest)
         if not 0 < k <= latent_size:
             raise ValueError(
                 f"k {k} with {latent_size} latents; it must lie between 1 and the latent size"
@@ -85,10 +142,7 @@ class TopK(Dictionary):
             raise ValueError(f"hierarchical_k {listed} with k {k}; each lies between 1 and k")
         self.k = k
         self.smaller_k = sorted(set(hierarchical_k or ()) - {k})
-        self.auxk_coeff = auxk_coeff
-        self.dead_tokens = dead_tokens
         self.topk_relu = topk_relu
-        self.register_buffer("dead_threshold", torch.tensor(float("inf")), persistent=False)
 
     def choose(self, pre_acts: Tensor, token_keys: Tensor, batch: BatchInfo) -> Tensor:
         """Return which latents stay active, as flat indices in [N,F], token by token."""
@@ -106,25 +160,20 @@ class TopK(Dictionary):
             return self.activate(pre_acts, batch)
         return batch.cut(F.relu(pre_acts) if self.topk_relu else pre_acts)  # replaces k
 
-    def autoencode(self, x, batch=WHOLE_BATCH):
+    def autoencode(self, x, batch=WHOLE_BATCH, bias=None):
         if batch.has_cut:
-            return super().autoencode(x, batch)
+            return super().autoencode(x, batch, bias)
         keys = batch.keys_of(x.flatten(0, -2))
 
         def choose(pre_acts, tokens):
             return self.choose(pre_acts, keys[tokens], batch)
 
         selection = Selection(choose, self.k, self.topk_relu, self.per_token)
-        code, x_hat = sparse.sparse_autoencode(x, self._weights(), selection)
-        return SAEOutput(x, code, x_hat)
-
-    def _weights(self) -> DictionaryWeights:
-        return DictionaryWeights(
-            self.pre_bias, self.encoder.weight, self.latent_bias, self.decoder.weight
-        )
+        code, x_hat = sparse.sparse_autoencode(x, self._weights(bias), selection)
+        return SAEOutput(x, code, x_hat, pre_bias=bias)
 
     def penalty(self, out, batch=WHOLE_BATCH):
-        return self._nested(out, batch) | self._auxk(out, batch)
+        return self._nested(out, batch) | self.revival(out, batch)
 
     def _nested(self, out: SAEOutput, batch: BatchInfo) -> dict[str, Tensor]:
         """Return the errors of parts of the code that must reconstruct alone, added up."""
@@ -146,46 +195,9 @@ class TopK(Dictionary):
             return index
 
         selection = Selection(choose, self.k, self.topk_relu, per_token=False)
-        part = self._weights().subset(slice(width))
+        part = self._weights(out.pre_bias).subset(slice(width))
         _, x_hat = sparse.sparse_autoencode(out.target, part, selection)
         return squared_errors(out.target, x_hat)
-
-    def _auxk(self, out: SAEOutput, batch: BatchInfo) -> dict[str, Tensor]:
-        dead = self._dead_latents()
-        if not len(dead):
-            return {}
-        x = out.target.flatten(0, -2)
-        residual = (out.target - out.x_hat).detach().flatten(0, -2)
-        k = min(len(dead), self.hidden_size // 2, MAX_AUXK)
-
-        def choose(pre_acts, _tokens):
-            return topk_flat_indices(pre_acts, k)
-
-        selection = Selection(choose, k, clip=True, per_token=True)
-        # Dead latents are coded by their entries too: with 300 of them a step takes 35.9 ms on a
-        # CPU in place of 47.6 (docs/LOG.md).
-        _, x_hat = sparse.sparse_autoencode(x, self._weights().subset(dead), selection)
-        by_dead = x_hat - self.pre_bias
-        error = (residual - by_dead).square().sum(-1)
-        error = error.view(out.target.shape[:-1])
-        centred = residual - batch.mean_over_processes(residual)
-        variance = batch.mean_over_processes(centred.square().sum(-1)).clamp_min(1e-12)
-        return {"AuxK": self.auxk_coeff * batch.share_of_mean(error) / variance}
-
-    def _dead_latents(self) -> Tensor:
-        """Return the numbers of the dead latents; none if AuxK is off."""
-        if not self.auxk_coeff:
-            return self.tokens_since_fired[:0]
-        return (self.tokens_since_fired > self.dead_threshold).nonzero()[:, 0]
-
-    @torch.no_grad()
-    def after_step(self, out, progress, batch=WHOLE_BATCH):
-        super().after_step(out, progress, batch)
-        run_tokens = self.tokens_seen.double() / max(progress, 1e-9)
-        threshold = (DEAD_SHARE_OF_RUN * run_tokens).clamp_max(MAX_DEAD_TOKENS)
-        if self.dead_tokens is not None:
-            threshold = torch.full_like(threshold, self.dead_tokens)
-        self.dead_threshold.copy_(threshold)
 
 
 class BatchTopK(TopK):
@@ -324,15 +336,27 @@ class MLSAE(TopK):
         start_layer: int | None = None,
         end_layer: int | None = None,
         sites: list[int] | None = None,
+        site_bias: bool = False,
         **rest: Any,
     ) -> None:
-        super().__init__(hidden_size, latent_size, k, **rest)
-        self.routed = routed_sites(n_layers, start_layer, end_layer, sites)
+        routed = routed_sites(n_layers, start_layer, end_layer, sites)
+        n_biases = len(routed) if site_bias else None
+        super().__init__(hidden_size, latent_size, k, n_biases=n_biases, **rest)
+        self.routed = routed
 
     def sites(self):
         return self.routed
 
     gather = SAE.gather
+
+    def autoencode(self, x, batch=WHOLE_BATCH, bias=None):
+        """Code the states of all sites [...,L,D], or others [...,D] with the bias of theirs."""
+        if bias is None and self.pre_bias.dim() > 1:
+            bias = self.pre_bias.expand(x.shape)
+        return super().autoencode(x, batch, bias)
+
+    def autoencode_at(self, index, x, batch=WHOLE_BATCH):
+        return self.autoencode(x, batch, self.bias_at(index).expand(x.shape))
 
     def edit_site(self, out, latents):
         strength = sparse.dense(self.strength(out))
@@ -343,7 +367,7 @@ class MLSAE(TopK):
 # ----------------------------------------------------------------- a penalty makes them sparse
 
 
-class _PenaltySAE(SAE):
+class _PenaltySAE(_RevivedSAE):
     """Base of the models whose sparsity comes from a penalty with a controlled coefficient."""
 
     sparsity: SparsityController
@@ -357,8 +381,21 @@ class _PenaltySAE(SAE):
         self.sparsity.update(mean_l0, progress)
 
 
+def _gradient_only(bias: Tensor) -> Tensor:
+    """Return 0 with the gradient of a bias.
+
+    A penalty kills a latent by a bias so low that ReLU is 0 for every token. AuxK would get no
+    gradient through it.
+    """
+    return bias - bias.detach()
+
+
 class _L1SAE(_PenaltySAE):
-    """Base of the models with an L1 penalty on their latents."""
+    """Base of the models with an L1 penalty on their latents.
+
+    With target_l0, all latents begin equally active, so that start_l0 targets of them are active
+    on a token. From a denser start L1 kills most latents on the way down (docs/LOG.md).
+    """
 
     def __init__(
         self,
@@ -369,13 +406,30 @@ class _L1SAE(_PenaltySAE):
         l1_mean: bool = False,
         target_l0: float | None = None,
         sparsity_warmup: float = 0.05,
+        start_l0: float = DEFAULT_START_L0,
         **dictionary: Any,
     ) -> None:
         super().__init__(hidden_size, latent_size, **dictionary)
         if l1_coeff is None:
             l1_coeff = default_l1_coefficient(hidden_size)
         self.l1_mean = l1_mean
+        self.start_l0 = start_l0
         self.sparsity = SparsityController(l1_coeff, target_l0=target_l0, warmup=sparsity_warmup)
+
+    @torch.no_grad()
+    def warm_start(self, x):
+        super().warm_start(x)
+        if not self.start_l0 or not self.sparsity.target_l0:
+            return
+        pre_acts = self.pre_acts(x[:START_TOKENS])
+        share = self.start_l0 * self.sparsity.target_l0 / self.latent_size  # of the tokens
+        active = min(max(1, round(share * len(pre_acts))), len(pre_acts))
+        lowest_active = pre_acts.topk(active, dim=0).values[-1]
+        self.silencing_bias().sub_(lowest_active.clamp_min(0))
+
+    def silencing_bias(self) -> Tensor:
+        """Return the bias by which a latent can be silent for every token. [F]"""
+        return self.latent_bias
 
     def _l1(self, latents: Tensor, norms: Tensor, batch: BatchInfo) -> Tensor:
         """Return the penalty: latents [N,F] weighted by decoder norms [F], or their mean."""
@@ -383,17 +437,27 @@ class _L1SAE(_PenaltySAE):
         return self.sparsity.coefficient() * batch.share_of_mean(per_token)
 
 
-class Vanilla(_L1SAE, Dictionary):
+class _L1Dictionary(_L1SAE, Dictionary):
+    """Base of those with one site."""
+
+    def dictionary_of(self, latents):
+        encoder, decoder = self.encoder.weight[latents], self.decoder.weight[:, latents]
+        bias = _gradient_only(self.silencing_bias()[latents])
+        return DictionaryWeights(self.pre_bias, encoder, bias, decoder)
+
+
+class Vanilla(_L1Dictionary):
     """ReLU, and L1 summed over latents, weighted by decoder norms (Conerly et al. 2024)."""
 
     architecture = "standard"
 
     def penalty(self, out, batch=WHOLE_BATCH):
         norms = self.decoder.weight.norm(dim=0)
-        return {"L1": self._l1(out.latents, norms, batch)}
+        l1 = self._l1(out.latents, norms, batch)
+        return {"L1": l1, **self.revival(out, batch)}
 
 
-class Gated(_L1SAE, Dictionary):
+class Gated(_L1Dictionary):
     """A gate decides which latents are active, a magnitude how strongly.
 
     Rajamanoharan et al. 2024a. The gate is a step without gradient; it learns from L1 on
@@ -416,8 +480,11 @@ class Gated(_L1SAE, Dictionary):
         for name in ("gate_bias", "mag_bias", "r_mag"):
             setattr(self, name, nn.Parameter(torch.zeros(latent_size)))
 
-    def pre_acts(self, x):
-        return linear(x, self.encoder.weight, shift=self.pre_bias)
+    def pre_acts(self, x, bias=None):
+        return linear(x, self.encoder.weight, shift=self.pre_bias if bias is None else bias)
+
+    def silencing_bias(self):
+        return self.gate_bias
 
     def activate(self, pre_acts, batch=WHOLE_BATCH):
         # One pass over the code for the product and the sum.
@@ -426,17 +493,19 @@ class Gated(_L1SAE, Dictionary):
 
     def penalty(self, out, batch=WHOLE_BATCH):
         norms = self.decoder.weight.norm(dim=0)
+        revival = self.revival(out, batch)
         if not self.gated_aux:
-            return {"L1": self._l1(out.latents, norms, batch)}
+            return {"L1": self._l1(out.latents, norms, batch), **revival}
         gate = F.relu(out.pre_acts + self.gate_bias)
         x_hat = linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
         return {
             "L1": self._l1(gate, norms.detach(), batch),
             "GateAux": batch.share_of_mean(squared_errors(out.target, x_hat)),
+            **revival,
         }
 
 
-class JumpReLU(_PenaltySAE, Dictionary):
+class JumpReLU(_PenaltySAE, _RevivedDictionary):
     """A learned threshold per latent; the penalty counts the pre-activations above it.
 
     Rajamanoharan et al. 2024b.
@@ -494,7 +563,8 @@ class JumpReLU(_PenaltySAE, Dictionary):
         counted = out.latents if self.l0_post_jump else out.pre_acts
         is_active = Step_func.apply(counted, self.threshold, self.bandwidth)
         l0 = is_active.sum(-1)
-        return {"L0_penalty": self.sparsity.coefficient() * batch.share_of_mean(l0)}
+        penalty = self.sparsity.coefficient() * batch.share_of_mean(l0)
+        return {"L0_penalty": penalty, **self.revival(out, batch)}
 
     @torch.no_grad()
     def after_step(self, out, progress, batch=WHOLE_BATCH):
@@ -523,10 +593,12 @@ class Crosscoder(_L1SAE, SAE):
         sites: list[int] | None = None,
         decoder_bias: bool = False,
         free_norms: bool = False,
+        b_pre_init: str = "geom_median",
         **rest: Any,
     ) -> None:
         super().__init__(hidden_size, latent_size, **rest)
         self.routed = routed_sites(n_layers, start_layer, end_layer, sites)
+        self.b_pre_init = b_pre_init
         self.n_processed_layers = len(self.routed)
         self.free_norms = free_norms
         self.latent_bias = nn.Parameter(torch.zeros(latent_size))
@@ -562,9 +634,33 @@ class Crosscoder(_L1SAE, SAE):
         return apply_inference_cut(latents, infer_k, theta)
 
     def decode(self, latents: Tensor) -> Tensor:
-        weight = torch.cat([decoder.weight for decoder in self.decoder])
-        x_hat = linear(latents, weight).unflatten(-1, (self.n_processed_layers, -1))
+        """Return the reconstruction at every site. [...,F] -> [...,L,D]"""
+        x_hat = self.contribution(latents)
         return x_hat if self.decoder_bias is None else x_hat + self.decoder_bias
+
+    def contribution(self, latents):
+        weight = torch.cat([decoder.weight for decoder in self.decoder])
+        return linear(latents, weight).unflatten(-1, (self.n_processed_layers, -1))
+
+    @torch.no_grad()
+    def warm_start(self, x):
+        """Centre the states of each site: without it most latents begin silent (docs/LOG.md)."""
+        if self.decoder_bias is not None:
+            sites = zip(self.decoder_bias, self.encoder, x.unbind(-2), strict=True)
+            for bias, encoder, states in sites:
+                centre_(bias, states, self.b_pre_init)
+                self.latent_bias -= encoder.weight @ bias
+        super().warm_start(x)
+
+    def dictionary_of(self, latents):
+        """Return one dictionary for the states of all sites side by side. [F,L D]"""
+        encoder = torch.cat([encoder.weight[latents] for encoder in self.encoder], 1)
+        decoder = torch.cat([decoder.weight[:, latents] for decoder in self.decoder])
+        centre = encoder.new_zeros(encoder.shape[1])
+        if self.decoder_bias is not None:
+            centre = self.decoder_bias.detach().flatten()
+        bias = _gradient_only(self.latent_bias[latents])
+        return DictionaryWeights(centre, encoder, bias, decoder)
 
     forward = Dictionary.forward  # (latents, x_hat [N,L,D])
 
@@ -586,7 +682,8 @@ class Crosscoder(_L1SAE, SAE):
 
     def penalty(self, out, batch=WHOLE_BATCH):
         norms = self.decoder_norms().mean(0)
-        return {"L1": self._l1(out.latents, norms, batch)}
+        l1 = self._l1(out.latents, norms, batch)
+        return {"L1": l1, **self.revival(out, batch)}
 
     def strength(self, out):
         return out.latents * self.decoder_norms().mean(0)
@@ -651,6 +748,7 @@ class RouteSAE(SAE):
         router_balance_coef: float | None = None,
         route_scale: str | None = None,
         route_shares: list[float] | None = None,
+        site_bias: bool = False,
         seed: int = 42,
         norm_eps: float = 1e-5,
         **topk: Any,
@@ -681,7 +779,8 @@ class RouteSAE(SAE):
             shares=route_shares,
             keep_bias=router_balance == "bias" or self.fits_shares,
         )
-        self.sae = TopK(hidden_size, latent_size, k, **topk)
+        n_biases = self.n_routed_layers if site_bias else None
+        self.sae = TopK(hidden_size, latent_size, k, n_biases=n_biases, **topk)
         self.k = k
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
@@ -733,8 +832,9 @@ class RouteSAE(SAE):
         x = self._routed_part(x)
         router_weights = self.get_router_weights(x, aggre)
         layer_weights, routed_x = self.route(x, router_weights, routing)
-        latents, x_hat = self.sae(routed_x, infer_k, theta)
-        return layer_weights, routed_x, latents, x_hat, router_weights
+        cut = BatchInfo(infer_k=infer_k, theta=theta)
+        out = self.sae.autoencode(routed_x, cut, self._bias(layer_weights))
+        return layer_weights, routed_x, out.latents, out.x_hat, router_weights
 
     def _routed_part(self, x: Tensor) -> Tensor:
         layers = x.shape[-2]
@@ -768,9 +868,16 @@ class RouteSAE(SAE):
         p_at_site = p[:, None] * F.one_hot(site, self.n_routed_layers)
         return p_at_site.view_as(weights)
 
+    def _bias(self, layer_weights: Tensor) -> Tensor | None:
+        """Return the bias of each token's site, or their mixture; None if sites share one."""
+        if self.sae.pre_bias.dim() == 1:
+            return None
+        # A product, because the gradient of an index adds up token by token.
+        return layer_weights @ self.sae.pre_bias
+
     def autoencode(self, x, batch=WHOLE_BATCH):
         weights = self._route_weights(x, batch)
-        _, routed = self.route(x, weights, self.routing)
+        layer_weights, routed = self.route(x, weights, self.routing)
         scale = weights.max(-1).values
         through = self.router.objective == "ste"
         if self.routing != "soft" and (through or self.route_scale != "p"):
@@ -780,11 +887,11 @@ class RouteSAE(SAE):
             if self.route_scale == "ste":
                 routed = routed * (scale / scale.detach())[..., None]
             scale = torch.ones_like(scale)
-        out = self.sae.autoencode(routed, batch.cut_only())
+        out = self.sae.autoencode(routed, batch.cut_only(), self._bias(layer_weights))
         return out.replace(weights=weights, scale=scale, inputs=x)
 
-    def decode(self, latents):
-        return self.sae.decode(latents)
+    def contribution(self, latents):
+        return self.sae.contribution(latents)
 
     def strength(self, out):
         if self.routing == "soft":
@@ -802,8 +909,9 @@ class RouteSAE(SAE):
         if scale is not None:
             x = x * scale[:, None, None]
         errors = []
-        for state in x.unbind(1):
-            out = self.sae.autoencode(state, batch.cut_only())
+        for index, state in enumerate(x.unbind(1)):
+            bias = self.sae.bias_at(index).expand(state.shape)
+            out = self.sae.autoencode(state, batch.cut_only(), bias)
             errors.append(squared_errors(out.target, out.x_hat))
         return torch.stack(errors, dim=1)
 
@@ -893,7 +1001,8 @@ class RouteSAE(SAE):
                 if self.routing == "soft":
                     new = self._substitute_mixture(h[routed], clean, routed, **options)
                 else:
-                    new = self.substitute(h[routed], batch, scale=scale[routed], **options)
+                    options |= {"index": index, "scale": scale[routed]}
+                    new = self.substitute(h[routed], batch, **options)
                 return h.index_put((routed,), new.to(h.dtype))
 
             return patch
@@ -907,23 +1016,25 @@ class RouteSAE(SAE):
         h: Tensor,
         batch: BatchInfo = WHOLE_BATCH,
         *,
+        index: int,
         scale: Tensor,
         edit=None,
         keep_error: bool = True,
     ) -> Tensor:
-        """Return what replaces the raw residual h [n,D] of tokens routed to one site.
+        """Return what replaces the raw residual h [n,D] of tokens routed to the site of an index.
 
         scale [n] multiplies the standardised state before it is coded, and divides what is
         decoded.
         """
         x, mean, std = self.standardise(h)
         factor = scale[:, None]
-        out = self.sae.autoencode(factor * x, batch.cut_only())
+        bias = self.sae.bias_at(index).expand(x.shape)
+        out = self.sae.autoencode(factor * x, batch.cut_only(), bias)
         if edit is None:
             return out.x_hat / factor * std + mean
         strength = out.latents / factor
         wanted = edited_code(out.latents, strength, edit, lambda w: w * factor)
-        change = self.decode(wanted) - self.decode(out.latents)
+        change = self.contribution(wanted) - self.contribution(out.latents)
         if keep_error:
             return h + change / factor * std
         return (out.x_hat + change) / factor * std + mean
@@ -946,7 +1057,7 @@ class RouteSAE(SAE):
         x_hat = clean.x_hat[routed]
         if edit is not None:
             wanted = edited_code(latents, latents, edit, lambda w: w)
-            change = self.decode(wanted) - self.decode(latents)
+            change = self.contribution(wanted) - self.contribution(latents)
             if keep_error:
                 return h + change * std
             x_hat = x_hat + change
@@ -956,7 +1067,6 @@ class RouteSAE(SAE):
         if self.routing == "soft":
             reason = "soft routing codes a mixture of sites, which is the state of no site"
             raise ValueError(f"{reason}; an SAE of one site cannot hold it")
-        (form,) = self.sae.to_standard_form().values()
         caveat = (
             "The router is left out: this is the shared dictionary, here on every token of the "
             "site, routed there or not."
@@ -966,7 +1076,10 @@ class RouteSAE(SAE):
                 " It was trained on p x, p the router's weight; here it codes x, so values stand "
                 "for z/p (alike where biases are small)."
             )
-        return {site: form._replace(caveat=caveat) for site in self.routed}
+        forms = {}
+        for index, site in enumerate(self.routed):
+            forms[site] = self.sae.standard_form_at(index)._replace(caveat=caveat)
+        return forms
 
 
 def _check_shares(shares: list[float] | None, routing: str, objective: str) -> None:

@@ -28,6 +28,7 @@ DEFAULTS = {  # of the options that a model may leave out
     "matryoshka_widths": (),  # all below the number of latents
     "routing": "hard",
     "seed": 42,
+    "site_bias": False,
     "sparsity_warmup": 0.05,  # share of the training
 }
 MAX_AUXK = 512
@@ -63,6 +64,11 @@ def rectangle(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 def zero_with_slope(threshold: Tensor, slope: Tensor) -> Tensor:
     """Return 0, whose derivative with respect to the threshold is `slope`."""
     return slope.detach() * (threshold - threshold.detach())
+
+
+def gradient_only(x: Tensor) -> Tensor:
+    """Return 0, whose derivative with respect to x is 1."""
+    return x - x.detach()
 
 
 def jump_relu(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -154,6 +160,32 @@ class ReferenceSAE:
             per_token = (z * norms).sum(-1)
         return self.coefficient() * per_token.mean()
 
+    def auxk(self, pre_acts: Tensor, residual: Tensor, W_dec: Tensor) -> dict[str, Tensor]:
+        """Dead latents reconstruct the residual e (Gao et al. 2024, appendix A.2).
+
+        auxk_coeff ||e - W_dec z_dead||^2 / ||e - mean(e)||^2, both summed over codes. z_dead keeps
+        the dead latents that would contribute most. [codes,F], [codes,W], [W,F]; W is the width of
+        what one code stands for, D or L D.
+        """
+        dead = self.tokens_since_fired > self.dead_threshold
+        if not self.options["auxk_coeff"] or not dead.any():
+            return {}
+        residual = residual.detach()
+        k = min(int(dead.sum()), self.options["hidden_size"] // 2, MAX_AUXK)
+        contribution = pre_acts * W_dec.norm(dim=0)
+        chosen = contribution.masked_fill(~dead, -torch.inf).topk(k, dim=-1).indices
+        z_dead = torch.zeros_like(pre_acts).scatter(-1, chosen, pre_acts.relu().gather(-1, chosen))
+        error = ((residual - z_dead @ W_dec.T) ** 2).sum()
+        variance = ((residual - residual.mean(0)) ** 2).sum()
+        auxk = self.options["auxk_coeff"] * error / variance
+        return {"AuxK": auxk}
+
+    def revival(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+        """AuxK of a dictionary, in which each state has a code of its own."""
+        pre_acts = self.pre_acts(x).flatten(0, -2)
+        residual = (x - x_hat).flatten(0, -2)
+        return self.auxk(pre_acts, residual, self.W_dec)
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Count for how many tokens each latent was silent."""
@@ -173,7 +205,7 @@ class TopK(ReferenceSAE):
     def autoencode(self, x, token_keys):
         z = self.activate(self.pre_acts(x), token_keys)
         x_hat = self.decode(z)
-        return z, x_hat, self.nested(x, z) | self.auxk(x, x_hat)
+        return z, x_hat, self.nested(x, z) | self.revival(x, x_hat)
 
     def nested(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
         """sum_j ||x - W_dec TopK_j(z) - b_pre||^2 / ||x||^2 for the j of hierarchical_k.
@@ -189,25 +221,6 @@ class TopK(ReferenceSAE):
             return {}
         errors = [normalised_error(x, self.decode(part)).mean() for part in parts]
         return {"Nested": sum(errors)}
-
-    def auxk(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
-        """Dead latents reconstruct the residual e = x - x_hat (Gao et al. 2024, appendix A.2).
-
-        auxk_coeff ||e - W_dec z_dead||^2 / ||e - mean(e)||^2, both summed over tokens.
-        """
-        dead = self.tokens_since_fired > self.dead_threshold
-        if not self.options["auxk_coeff"] or not dead.any():
-            return {}
-        residual = (x - x_hat).detach().flatten(0, -2)
-        n_dead = int(dead.sum())
-        k = min(n_dead, x.shape[-1] // 2, MAX_AUXK)
-        pre_acts = self.pre_acts(x.flatten(0, -2))
-        only_dead = pre_acts.masked_fill(~dead, -torch.inf)
-        z_dead = F.relu(keep_topk(only_dead, k))
-        error = ((residual - z_dead @ self.W_dec.T) ** 2).sum()
-        variance = ((residual - residual.mean(0)) ** 2).sum()
-        auxk = self.options["auxk_coeff"] * error / variance
-        return {"AuxK": auxk}
 
 
 class BatchTopK(TopK):
@@ -240,19 +253,28 @@ class RandomK(TopK):
         mask = torch.zeros_like(pre_acts).scatter(-1, chosen, 1.0)
         return pre_acts * mask
 
-    def auxk(self, x, x_hat):
+    def revival(self, x, x_hat):
         return {}
 
 
 class MLSAE(TopK):
-    """One TopK for the states of all sites (Lawson et al. 2024): each (token, site) is a sample."""
+    """One TopK for the states of all sites (Lawson et al. 2024): each (token, site) is a sample.
+
+    With site_bias, b_pre [L,D] has a row for each site.
+    """
 
 
 class RouteSAE(TopK):
     """A router picks the site of each token; one TopK codes its state (arXiv:2503.08200, eqs 5-12).
 
-    This is the published objective; src/router.py has the others, with their derivatives.
+    This is the published objective; src/router.py has the others, with their derivatives. With
+    site_bias, b_pre is that of the token's site.
     """
+
+    @property
+    def b_pre(self):
+        bias = self.w["pre_bias"]
+        return self.layer_weight @ bias if self.options["site_bias"] else bias
 
     def site_probabilities(self, x: Tensor) -> Tensor:
         """p = softmax(W_router sum_l x_l). [...,L,D] -> [...,L]"""
@@ -267,11 +289,13 @@ class RouteSAE(TopK):
         """
         weight = self.site_probabilities(x)
         n_sites = weight.shape[-1]
+        self.layer_weight = weight  # to which sites the token belongs; below to one
         if self.options["routing"] == "hard":
-            weight = weight * F.one_hot(weight.argmax(-1), n_sites)
+            self.layer_weight = F.one_hot(weight.argmax(-1), n_sites).to(x.dtype)
+            weight = weight * self.layer_weight
         elif self.options["routing"] == "random":
             site = random_integers(token_keys, self.options["seed"], n_sites)
-            weight = F.one_hot(site, n_sites).to(x.dtype)
+            weight = self.layer_weight = F.one_hot(site, n_sites).to(x.dtype)
         return (weight[..., None] * x).sum(-2)
 
     def loss_terms(self, x, token_keys):
@@ -283,8 +307,14 @@ class Vanilla(ReferenceSAE):
 
     def autoencode(self, x, token_keys):
         z = F.relu(self.pre_acts(x))
+        x_hat = self.decode(z)
         l1 = self.l1(z, self.decoder_norms())
-        return z, self.decode(z), {"L1": l1}
+        return z, x_hat, {"L1": l1} | self.revival(x, x_hat)
+
+    def revival(self, x, x_hat):
+        """AuxK without the value of the bias, which silences dead latents."""
+        pre_acts = (x - self.b_pre) @ self.W_enc.T + gradient_only(self.w["latent_bias"])
+        return self.auxk(pre_acts, x - x_hat, self.W_dec)
 
 
 class Gated(ReferenceSAE):
@@ -302,15 +332,16 @@ class Gated(ReferenceSAE):
         z = (pi_gate > 0) * magnitude
         x_hat = self.decode(z)
         norms = self.decoder_norms()
+        revival = self.auxk(pi + gradient_only(w["gate_bias"]), x - x_hat, self.W_dec)
         if not self.options["gated_aux"]:
-            return z, x_hat, {"L1": self.l1(z, norms)}
+            return z, x_hat, {"L1": self.l1(z, norms)} | revival
         gate = F.relu(pi_gate)
         by_gate = gate @ self.W_dec.detach().T + self.b_pre.detach()
         penalties = {
             "L1": self.l1(gate, norms.detach()),
             "GateAux": normalised_error(x, by_gate).mean(),
         }
-        return z, x_hat, penalties
+        return z, x_hat, penalties | revival
 
 
 class JumpReLU(ReferenceSAE):
@@ -326,8 +357,9 @@ class JumpReLU(ReferenceSAE):
         z = jump_relu(pre_acts, threshold, bandwidth)
         counted = z if self.options["l0_post_jump"] else pre_acts
         l0 = step(counted, threshold, bandwidth).sum(-1).mean()
-        penalty = self.coefficient() * l0
-        return z, self.decode(z), {"L0_penalty": penalty}
+        penalties = {"L0_penalty": self.coefficient() * l0}
+        x_hat = self.decode(z)
+        return z, x_hat, penalties | self.revival(x, x_hat)
 
     def after_step(self, progress):
         super().after_step(progress)
@@ -345,13 +377,17 @@ class Crosscoder(ReferenceSAE):
         sites = range(x.shape[-2])
         encoders = [self.w[f"encoder.{i}.weight"] for i in sites]
         decoders = [self.w[f"decoder.{i}.weight"] for i in sites]
-        pre_acts = sum(x[:, i] @ encoders[i].T for i in sites)
-        z = F.relu(pre_acts + self.w["latent_bias"])
+        pre_acts = sum(x[:, i] @ encoders[i].T for i in sites) + self.w["latent_bias"]
+        z = F.relu(pre_acts)
         by_site = [z @ decoder.T for decoder in decoders]
         x_hat = torch.stack(by_site, dim=-2)
         x_hat = x_hat + self.w.get("decoder_bias", 0.0)
         norms = torch.stack([decoder.norm(dim=0) for decoder in decoders])
-        return z, x_hat, {"L1": self.l1(z, norms.mean(0))}
+        centred = x - self.w.get("decoder_bias", torch.zeros(())).detach()
+        by_dead = sum(centred[:, i] @ encoders[i].T for i in sites)
+        by_dead = by_dead + gradient_only(self.w["latent_bias"])
+        revival = self.auxk(by_dead, (x - x_hat).flatten(1), torch.cat(decoders))
+        return z, x_hat, {"L1": self.l1(z, norms.mean(0))} | revival
 
 
 MODELS = {
@@ -369,4 +405,4 @@ def reference_of(sae: nn.Module, options: dict[str, Any]) -> ReferenceSAE:
     for name, parameter in sae.named_parameters():
         weights[name] = parameter.detach().clone().requires_grad_()
     model = MODELS[type(sae).__name__]
-    return model(weights, options)
+    return model(weights, options | {"hidden_size": sae.hidden_size})

@@ -32,7 +32,7 @@ Edit = Callable[[Tensor], Tensor]
 Reduction = Callable[[Tensor], Tensor]  # over the processes that share a batch
 WARM_START_TOKENS = 8192  # what warm_start looks at
 # A latent is reported dead if it was silent for this share of all tokens. AuxK has a threshold of
-# its own (TopK.dead_threshold).
+# its own (src/auxk.py).
 REPORTED_DEAD_SHARE = 0.1
 
 
@@ -110,6 +110,8 @@ class SAEOutput:
     pre_acts: Tensor | None = None  # before the activation; penalties read it
     weights: Tensor | None = None  # share of each site (routed models) [N,L]
     scale: Tensor | None = None  # what multiplied the routed site's state: p, or 1 [N]
+    # what was subtracted from each state before it was coded, where sites differ; shape of target
+    pre_bias: Tensor | None = None
     inputs: Tensor | None = None  # the states of all sites (routed models) [N,L,D]
 
     @cached_property
@@ -143,7 +145,7 @@ class SAEOutput:
     def detach_code(self) -> SAEOutput:
         """Return what is read after the backward pass: the code and the routing, without graph.
 
-        target, x_hat and pre_acts are None.
+        target, x_hat, pre_acts and pre_bias are None.
         """
         kept = {}
         for name in ("code", "weights", "scale", "inputs"):
@@ -287,13 +289,17 @@ class SAE(nn.Module):
             return stack_standardised(states, self.norm_eps)
         return torch.stack([self.standardise(h)[0] for h in states], dim=-2)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the reconstruction of a dense code."""
+    def contribution(self, latents: Tensor) -> Tensor:
+        """Return what the latents of a dense code add to the reconstruction: it without biases."""
         raise NotImplementedError
 
     def autoencode(self, x: Tensor, batch: BatchInfo = WHOLE_BATCH) -> SAEOutput:
         """Code an input of gather() and reconstruct it."""
         raise NotImplementedError
+
+    def autoencode_at(self, index: int, x: Tensor, batch: BatchInfo = WHOLE_BATCH) -> SAEOutput:
+        """Code the standardised states of one of its sites, given by its index. [N,D]"""
+        return self.autoencode(x, batch)
 
     def strength(self, out: SAEOutput) -> Tensor | SparseCode:
         """Return the code in units that compare between tokens and models."""
@@ -371,28 +377,29 @@ class SAE(nn.Module):
             known = None
             if clean is not None and edit is None:
                 known = clean.x_hat if clean.x_hat.dim() == 2 else clean.x_hat[:, index]
-            yield {site: functools.partial(self.substitute, known=known, **options)}
+            yield {site: functools.partial(self.substitute, index=index, known=known, **options)}
 
     def substitute(
         self,
         h: Tensor,
         batch: BatchInfo = WHOLE_BATCH,
         *,
+        index: int = 0,
         edit: Edit | None = None,
         keep_error: bool = True,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Return what replaces the raw residual h [N,D] of one site; known: its x_hat."""
+        """Return what replaces the raw residual h [N,D] of a site; known: its x_hat."""
         x, mean, std = self.standardise(h)
         if known is not None:
             return known * std + mean
-        out = self.autoencode(x, batch)
+        out = self.autoencode_at(index, x, batch)
         if edit is None:
             return out.x_hat * std + mean
-        x_hat = self.decode(edit(out.latents))
+        change = self.contribution(edit(out.latents)) - self.contribution(out.latents)
         if keep_error:
-            return h + (x_hat - self.decode(out.latents)) * std
-        return x_hat * std + mean
+            return h + change * std
+        return (out.x_hat + change) * std + mean
 
     # -------------------------------------------------------- questions that stages ask
 
@@ -433,10 +440,23 @@ class SAE(nn.Module):
         raise ValueError(f"{code}; an SAE of one site cannot hold it")
 
 
-class Dictionary(SAE):
-    """An encoder, a decoder and two biases at one site: the base of TopK, Vanilla, JumpReLU, Gated.
+@torch.no_grad()
+def centre_(bias: Tensor, x: Tensor, kind: str) -> None:
+    """Make a bias the centre of states. [D], [N,D]
 
-    pre_acts = W_enc (x - b_pre) + b_latent; x_hat = W_dec latents + b_pre.
+    kind: "geom_median", "mean", or "zero", which leaves the bias as it is.
+    """
+    if kind != "zero":
+        x = x[:WARM_START_TOKENS]
+        bias.copy_(x.mean(0) if kind == "mean" else geometric_median(x))
+
+
+class Dictionary(SAE):
+    """An encoder, a decoder and two biases: the base of TopK, Vanilla, JumpReLU, Gated.
+
+    pre_acts = W_enc (x - b_pre) + b_latent; x_hat = W_dec latents + b_pre. With n_biases, b_pre is
+    one of so many: a model that reads states of several sites has one for each of them, and says
+    which one belongs to a state (`bias`, of the shape of the states).
     """
 
     def __init__(
@@ -450,6 +470,7 @@ class Dictionary(SAE):
         b_pre_init: str = "geom_median",
         unit_encoder: bool = True,
         input_norm: str = "token",
+        n_biases: int | None = None,
     ) -> None:
         super().__init__(hidden_size, latent_size, norm_eps)
         if input_norm not in ("token", "mean", "none"):
@@ -460,7 +481,8 @@ class Dictionary(SAE):
         self.input_norm = input_norm
         self.layer = layer
         self.b_pre_init = b_pre_init
-        self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
+        shape = (hidden_size,) if n_biases is None else (n_biases, hidden_size)
+        self.pre_bias = nn.Parameter(torch.zeros(shape))
         self.latent_bias = nn.Parameter(torch.zeros(latent_size))
         self.encoder = nn.Linear(hidden_size, latent_size, bias=False)
         self.decoder = nn.Linear(latent_size, hidden_size, bias=False)
@@ -477,9 +499,12 @@ class Dictionary(SAE):
     def gather(self, hidden):
         return self.standardise(hidden[self.layer])[0]
 
-    def pre_acts(self, x: Tensor) -> Tensor:
+    def pre_acts(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return W_enc (x - b_pre) + b_latent. [...,D] -> [...,F]"""
-        return linear(x, self.encoder.weight, self.latent_bias, self.pre_bias)
+        bias = self.pre_bias if bias is None else bias
+        if bias.dim() == 1:
+            return linear(x, self.encoder.weight, self.latent_bias, bias)
+        return linear(x - bias, self.encoder.weight, self.latent_bias)
 
     def activate(self, pre_acts: Tensor, batch: BatchInfo = WHOLE_BATCH) -> Tensor:
         """Return the code of pre-activations by the trained rule. [...,F] -> [...,F]"""
@@ -498,12 +523,25 @@ class Dictionary(SAE):
         """Return the dense code of pre-activations, as the reference does. [...,F] -> [...,F]"""
         return self.cut_latents(pre_acts, BatchInfo(infer_k=infer_k, theta=theta))
 
-    def encode(self, x: Tensor, infer_k: int | None = None, theta: float | None = None) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        infer_k: int | None = None,
+        theta: float | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """Return the dense code. [...,D] -> [...,F]"""
-        return self.get_latents(self.pre_acts(x), infer_k, theta)
+        return self.get_latents(self.pre_acts(x, bias), infer_k, theta)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return linear(latents, self.decoder.weight, self.pre_bias)
+    def decode(self, latents: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return W_dec latents + b_pre. [...,F] -> [...,D]"""
+        bias = self.pre_bias if bias is None else bias
+        if bias.dim() == 1:
+            return linear(latents, self.decoder.weight, bias)
+        return self.contribution(latents) + bias
+
+    def contribution(self, latents):
+        return linear(latents, self.decoder.weight)
 
     def forward(
         self,
@@ -515,27 +553,36 @@ class Dictionary(SAE):
         out = self.autoencode(x, BatchInfo(infer_k=infer_k, theta=theta))
         return out.latents, out.x_hat
 
-    def autoencode(self, x, batch=WHOLE_BATCH):
-        pre_acts = self.pre_acts(x)
+    def autoencode(self, x, batch=WHOLE_BATCH, bias=None):
+        pre_acts = self.pre_acts(x, bias)
         latents = self.cut_latents(pre_acts, batch)
-        return SAEOutput(x, latents, self.decode(latents), pre_acts)
+        return SAEOutput(x, latents, self.decode(latents, bias), pre_acts, pre_bias=bias)
 
-    def to_standard_form(self):
-        state = self.state_dict()
+    def bias_at(self, index: int) -> Tensor:
+        """Return the pre_bias of one of its sites. [D]"""
+        return self.pre_bias if self.pre_bias.dim() == 1 else self.pre_bias[index]
+
+    def standard_form_at(self, index: int) -> StandardForm:
+        """Return the standard form that it has at one of its sites."""
+        state = self.state_dict() | {"pre_bias": self.bias_at(index).detach()}
         tensors = {}
         for standard_name, name in STANDARD_NAMES.items():
             if name in state:
                 tensors[standard_name] = state[name].t()  # a vector stays as it is
-        form = StandardForm(self.architecture, tensors, self.encode, self.k)
-        return {site: form for site in self.sites()}
+        code = functools.partial(self.encode, bias=self.bias_at(index))
+        return StandardForm(self.architecture, tensors, code, self.k)
+
+    def to_standard_form(self):
+        return {site: self.standard_form_at(index) for index, site in enumerate(self.sites())}
 
     def decoders(self):
         return [self.decoder]
 
     @torch.no_grad()
     def warm_start(self, x):
-        x = x.flatten(0, -2)[:WARM_START_TOKENS]
-        if self.b_pre_init == "mean":
-            self.pre_bias.copy_(x.mean(0))
-        elif self.b_pre_init != "zero":
-            self.pre_bias.copy_(geometric_median(x))
+        """Centre the states [N,D], or those of each site [N,L,D] where sites have biases."""
+        if self.pre_bias.dim() > 1:
+            for bias, states in zip(self.pre_bias, x.unbind(-2), strict=True):
+                centre_(bias, states, self.b_pre_init)
+        else:
+            centre_(self.pre_bias, x.flatten(0, -2), self.b_pre_init)

@@ -155,7 +155,7 @@ class Selection(NamedTuple):
 class DictionaryWeights(NamedTuple):
     """The parameters of a dictionary at one site."""
 
-    pre_bias: Tensor  # [D]
+    pre_bias: Tensor  # [D], or one for each state: the shape of the states
     encoder: Tensor  # [F,D]
     latent_bias: Tensor  # [F]
     decoder: Tensor  # [D,F]
@@ -176,6 +176,8 @@ def sparse_autoencode(
     Gradients reach x and the weights through x_hat alone.
     """
     rows = x.flatten(0, -2)
+    if weights.pre_bias.dim() > 1:
+        weights = weights._replace(pre_bias=weights.pre_bias.reshape(rows.shape))
     x_hat, values, index = _SparseAutoencode.apply(rows, *weights, selection)
     shape = torch.Size([*x.shape[:-1], len(weights.encoder)])
     return SparseCode(values, index, shape), x_hat.view_as(x)
@@ -225,6 +227,7 @@ class _SparseAutoencode(Function):
             bounds = bag_bounds(index, len(x), size)
             x_hat = weighted_embedding_bag(values, latent, bounds, columns) + pre_bias
             ctx.save_for_backward(*factors, columns, values, index, latent, bounds)
+        ctx.shared_bias = pre_bias.dim() == 1
         ctx.mark_non_differentiable(values, index)
         ctx.set_materialize_grads(False)
         return x_hat, values, index
@@ -234,14 +237,17 @@ class _SparseAutoencode(Function):
         if grad is None:
             return (None,) * 6
         backward = _backward_products if ctx.form == "products" else _backward_rows
-        input_too = ctx.needs_input_grad[0]
+        input_too = ctx.needs_input_grad[0] or not ctx.shared_bias
         by_x, by_encoder, by_bias, by_decoder = backward(
             grad, *ctx.saved_tensors, input_too, ctx.form == "sums"
         )
-        # Tokens are summed first: a vector times the encoder instead of a product of matrices, so
-        # that a step takes five products in place of six.
-        encoder = ctx.saved_tensors[1].to(by_bias.dtype)
-        by_pre_bias = grad.sum(0) - by_bias @ encoder
+        if ctx.shared_bias:
+            # Tokens are summed first: a vector times the encoder instead of a product of matrices,
+            # so that a step takes five products in place of six.
+            encoder = ctx.saved_tensors[1].to(by_bias.dtype)
+            by_pre_bias = grad.sum(0) - by_bias @ encoder
+        else:
+            by_pre_bias = grad - by_x
         return by_x, by_pre_bias, by_encoder, by_bias, by_decoder, None
 
 

@@ -29,15 +29,16 @@ class Entry(NamedTuple):
 
 _DICTIONARY = ("unit_encoder",)
 _AUXK = ("auxk_coeff", "dead_tokens", "b_pre_init")
-_SPARSE = ("l1_coeff", "target_l0", "sparsity_warmup", "b_pre_init")
+_SPARSE = ("l1_coeff", "target_l0", "sparsity_warmup", *_AUXK)
 _RANGE = ("start_layer", "end_layer", "sites")
 _ROUTER = (
     "aggre", "routing", "route_patch", "route_scale", "route_shares",
     "router_objective", "router_balance", "router_balance_coef",
 )  # fmt: skip
-_PUBLISHED = {"b_pre_init": "zero", "unit_encoder": False}
-_PUBLISHED_TOPK = _PUBLISHED | {"auxk_coeff": 0.0}
-_PUBLISHED_L1 = {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0}
+_PUBLISHED = {"b_pre_init": "zero", "auxk_coeff": 0.0}
+_PUBLISHED_DICTIONARY = _PUBLISHED | {"unit_encoder": False}
+_L1 = ("start_l0", *_SPARSE)
+_PUBLISHED_L1 = {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0, "start_l0": 0.0}
 _PUBLISHED_JUMP = {
     "l1_coeff": 5e-4,
     "threshold": 1e-3,
@@ -45,6 +46,7 @@ _PUBLISHED_JUMP = {
     "l0_post_jump": True,
     "sparsity_warmup": 0.0,
 }
+_SITE_BIAS = {"site_bias": True}
 _PUBLISHED_ROUTER = {
     "route_patch": "unscaled",
     "router_objective": "published",
@@ -56,64 +58,65 @@ ZOO: dict[str, Entry] = {
         "k largest pre-activations of one site",
         ("k", "layer", "topk_relu", "hierarchical_k", "input_norm", *_AUXK),
         _DICTIONARY,
-        published=_PUBLISHED_TOPK,
+        published=_PUBLISHED_DICTIONARY,
     ),
     "Vanilla": Entry(
         "ReLU and an L1 penalty",
-        ("layer", "input_norm", *_SPARSE),
+        ("layer", "input_norm", *_L1),
         (*_DICTIONARY, "l1_mean"),
-        published=_PUBLISHED | _PUBLISHED_L1,
+        published=_PUBLISHED_DICTIONARY | _PUBLISHED_L1,
     ),
     "Gated": Entry(
         "a gate decides, a magnitude follows",
-        ("layer", "input_norm", *_SPARSE),
+        ("layer", "input_norm", *_L1),
         (*_DICTIONARY, "l1_mean", "gated_aux"),
-        published=_PUBLISHED | _PUBLISHED_L1 | {"gated_aux": False},
+        published=_PUBLISHED_DICTIONARY | _PUBLISHED_L1 | {"gated_aux": False},
     ),
     "JumpReLU": Entry(
         "a learned threshold per latent",
         ("layer", "threshold", "bandwidth", "input_norm", *_SPARSE),
         (*_DICTIONARY, "l0_post_jump"),
-        published=_PUBLISHED | _PUBLISHED_JUMP,
+        published=_PUBLISHED_DICTIONARY | _PUBLISHED_JUMP,
     ),
     "RouteSAE": Entry(
         "a router picks the site of each token",
-        ("k", "topk_relu", *_ROUTER, *_RANGE, *_AUXK),
+        ("k", "topk_relu", "site_bias", *_ROUTER, *_RANGE, *_AUXK),
         (*_DICTIONARY, "seed"),
-        standard={"router_objective": "expected", "router_balance": "switch"},
-        published=_PUBLISHED_TOPK | _PUBLISHED_ROUTER,
+        standard=_SITE_BIAS | {"router_objective": "expected", "router_balance": "switch"},
+        published=_PUBLISHED_DICTIONARY | _PUBLISHED_ROUTER,
     ),
     "Crosscoder": Entry(
         "one code for all routed sites",
-        (*_RANGE, "l1_coeff", "target_l0", "sparsity_warmup"),
+        (*_RANGE, *_L1),
         ("l1_mean", "decoder_bias", "free_norms"),
         standard={"decoder_bias": True, "free_norms": True},
-        published=_PUBLISHED_L1,
+        published=_PUBLISHED | _PUBLISHED_L1,
         lr=0.3,
     ),
     "MLSAE": Entry(
         "one TopK for the states of all routed sites",
-        ("k", "topk_relu", "input_norm", *_RANGE, *_AUXK),
+        ("k", "topk_relu", "input_norm", "site_bias", *_RANGE, *_AUXK),
         _DICTIONARY,
-        published=_PUBLISHED_TOPK,
+        standard=_SITE_BIAS,
+        published=_PUBLISHED_DICTIONARY,
     ),
     "RandomK": Entry(
         "k latents drawn at random: the control that must lose",
         ("k", "layer", "input_norm", "b_pre_init"),
         (*_DICTIONARY, "seed", "topk_relu"),
-        published=_PUBLISHED,
+        published={"b_pre_init": "zero", "unit_encoder": False},
     ),
     "BatchTopK": Entry(
         "k active latents a token on average over a batch",
         ("k", "layer", "input_norm", *_AUXK),
         _DICTIONARY,
-        published=_PUBLISHED_TOPK,
+        published=_PUBLISHED_DICTIONARY,
     ),
     "Matryoshka": Entry(
         "BatchTopK whose first latents also reconstruct alone",
         ("k", "layer", "matryoshka_widths", "input_norm", *_AUXK),
         _DICTIONARY,
-        published=_PUBLISHED_TOPK,
+        published=_PUBLISHED_DICTIONARY,
     ),
 }
 ALIASES = {"Random": "RandomK", "MatryoshkaBatchTopK": "Matryoshka"}

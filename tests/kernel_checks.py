@@ -149,6 +149,7 @@ STEPS = (
     ("Matryoshka", ("rows",), ONE_SITE),
     ("RandomK", ("rows",), ONE_SITE),
     ("MLSAE", ("rows",), SEVERAL_SITES),
+    ("MLSAE", ("rows", "products"), SEVERAL_SITES | {"site_bias": True}),
     ("RouteSAE", ("rows", "sums"), SEVERAL_SITES),
     ("RouteSAE", ("rows",), SEVERAL_SITES | ADVANTAGE),
     ("Vanilla", ("",), ONE_SITE),
@@ -188,7 +189,7 @@ def backward(sae, hidden, with_auxk):
     if with_auxk:
         # The first 40 latents are dead.
         sae.tokens_since_fired[:40] = 1e6
-        sae.dead_threshold = torch.tensor(1e5)
+        sae.auxk.dead_threshold.fill_(1e5)
     dtype = next(sae.parameters()).dtype
     hidden = {site: h.to(dtype) for site, h in hidden.items()}
     with device.bf16_matmuls():

@@ -21,6 +21,8 @@ from test_security import train, write_text
 from src import checkpoint, export_formats, files, formats, tensor_files
 from src.config import parse
 from src.model import build
+from src.ops import squared_errors
+from src.sae import BatchInfo
 from src.trainer import Trainer
 
 
@@ -45,6 +47,86 @@ def change(path, **config):
     recipe = json.loads(path.with_suffix(".json").read_text())
     recipe["config"] |= config
     path.with_suffix(".json").write_text(json.dumps(recipe))
+
+
+# --------------------------------------------------------------------------- earlier versions
+
+# What the version before biases of single sites (cf90fbb) made of checkpoints that it wrote:
+# the values of their recipes, then NormMSE, sum of the latents, and sum of the patched states.
+SIZES = {"latent_size": 24, "k": 3, "hidden_size": 8, "n_layers": 4}
+ONE_SITE = SIZES | {"layer": 3}
+ROUTER = {"router_objective": "expected", "router_balance": "switch", "seed": 5}
+PUBLISHED_ROUTER = {"router_objective": "published", "route_patch": "unscaled", "seed": 5}
+EARLIER = [
+    ("TopK", ONE_SITE, (1.318642378, 141.0862885, 921.8757324)),
+    ("Vanilla", ONE_SITE, (1.324784994, 264.7213440, 909.0931396)),
+    ("Gated", ONE_SITE, (1.522570014, 292.2354431, 939.7561035)),
+    ("JumpReLU", ONE_SITE, (1.332074165, 251.5095062, 911.4232178)),
+    ("RandomK", ONE_SITE | {"seed": 5}, (1.277335882, -24.24690247, 951.4656372)),
+    ("BatchTopK", ONE_SITE, (1.842567205, 284.3050842, 959.1291504)),
+    ("MLSAE", SIZES, (1.383442283, 423.6410217, 1835.425110)),
+    ("RouteSAE", SIZES | ROUTER, (1.381953477, 165.9783936, 1966.062317)),
+    ("RouteSAE", SIZES | PUBLISHED_ROUTER, (1.552434444, 128.0154114, 1966.062317)),
+    (
+        "Crosscoder",
+        SIZES | {"decoder_bias": True, "free_norms": True},
+        (3.585265636, 634.15625, 2204.726746),
+    ),
+    ("Crosscoder", SIZES | {"l1_mean": True}, (2.962080479, 510.3641357, 2096.009552)),
+]
+BIASES = {"pre_bias": (8,), "latent_bias": (24,)}
+DICTIONARY = BIASES | {"encoder.weight": (24, 8), "decoder.weight": (8, 24)}
+GATES = {"gate_bias": (24,), "mag_bias": (24,), "r_mag": (24,)}
+
+
+def earlier_shapes(name, config):
+    """{key: shape} of a state dict as cf90fbb wrote it."""
+    if name == "Crosscoder":
+        shapes = {"latent_bias": (24,)}
+        if config.get("decoder_bias"):
+            shapes["decoder_bias"] = (3, 8)
+        for site in range(3):
+            shapes |= {f"encoder.{site}.weight": (24, 8), f"decoder.{site}.weight": (8, 24)}
+        return shapes
+    if name == "RouteSAE":
+        return {"router.weight": (3, 8)} | {f"sae.{key}": s for key, s in DICTIONARY.items()}
+    shapes = dict(DICTIONARY)
+    if name == "Gated":
+        del shapes["latent_bias"]
+        shapes |= GATES
+    shapes |= {"JumpReLU": {"threshold": (24,)}, "BatchTopK": {"cut": ()}}.get(name, {})
+    return shapes
+
+
+def earlier_weights(name, config):
+    """Random weights, the same in every version."""
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
+    for key, shape in sorted(earlier_shapes(name, config).items()):
+        weights[key] = 0.3 * torch.randn(shape, generator=generator)
+        if key in ("threshold", "cut"):
+            weights[key] = weights[key].abs()
+    return weights
+
+
+@pytest.mark.parametrize("name, config, expected", EARLIER)
+def test_checkpoints_of_an_earlier_version_load_and_give_the_same_figures(
+    name, config, expected, tmp_path
+):
+    path = tmp_path / f"{name}_text.pt"
+    torch.save(earlier_weights(name, config), path)
+    recipe = {"format_version": 1, "title": path.stem, "model": name, "config": config}
+    files.save_json(recipe, path.with_suffix(".json"))
+    sae, _ = checkpoint.load(path)
+    generator = torch.Generator().manual_seed(8)
+    hidden = {site: torch.randn(40, 8, generator=generator) + site for site in range(1, 5)}
+    info = BatchInfo(token_keys=torch.arange(40))
+    out = sae.autoencode(sae.gather(hidden), info)
+    error = float(squared_errors(out.target, out.x_hat).mean())
+    patched = 0.0
+    for patches in sae.patches(hidden, info):
+        patched += sum(float(patch(hidden[site]).abs().sum()) for site, patch in patches.items())
+    assert (error, float(out.latents.sum()), patched) == pytest.approx(expected, rel=1e-5)
 
 
 # ------------------------------------------------------------------------- recipe and weights

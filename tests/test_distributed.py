@@ -137,10 +137,10 @@ def poisoned(number, folder):
 def short_of_memory(number, folder):
     gradients, finish = SAETraining._gradients, Trainer._finish
 
-    def limited(self, batch):
+    def limited(self, batch, *rest):
         if number == 1 and len(batch.token_keys) / self.parts > 15:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradients(self, batch)
+        return gradients(self, batch, *rest)
 
     def save_and_finish(self, runs, *rest):
         (folder / f"parts{number}").write_text(str([run.parts for run in runs]))
@@ -503,19 +503,20 @@ def test_a_fault_read_late_has_changed_nothing_and_names_its_step(optimizer, mon
     assert all(torch.equal(a, b) for a, b in zip(before, sae.parameters(), strict=True))
 
 
-def test_signum_makes_the_steps_of_a_schedule_free_mean():
+@pytest.mark.parametrize("power", [0.0, 3.0])
+def test_signum_makes_the_steps_of_a_schedule_free_mean(power):
     """Against the three sequences written out: z, their mean x, and y between them."""
     torch.manual_seed(0)
     start, gradients = torch.randn(5), [torch.randn(5) for _ in range(7)]
     p = torch.nn.Parameter(start.clone())
-    optimizer = make_optimizer("signum", [p], 0.1, (0.9, 0.999))
+    optimizer = make_optimizer("signum", [p], 0.1, (0.9, 0.999), power)
     optimizer.train()
     z = x = start
     for k, gradient in enumerate(gradients, 1):
         p.grad = gradient
         optimizer.step()
         z = z - 0.1 * gradient.sign()
-        x = x + (z - x) / k
+        x = x + (z - x) * (power + 1) / (power + k)
         assert torch.allclose(p, 0.05 * z + 0.95 * x, atol=1e-6)
     optimizer.eval()
     assert torch.allclose(p, x, atol=1e-6)

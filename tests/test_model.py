@@ -157,6 +157,95 @@ def test_shallow_language_models_and_impossible_ranges_of_sites():
         build("RouteSAE", 8, 2**10, sizes | {"start_layer": 10, "end_layer": 5})
 
 
+# ----------------------------------------------------------------- centres and dead latents
+
+
+def product_without_biases(dictionary, x):
+    """W_enc x, summed over sites where there is an encoder for each."""
+    if isinstance(dictionary.encoder, torch.nn.Linear):
+        return dictionary.encoder(x)
+    return sum(
+        encoder(states) for encoder, states in zip(dictionary.encoder, x.unbind(1), strict=True)
+    )
+
+
+@pytest.mark.parametrize("b_pre_init", ["mean", "geom_median"])
+@pytest.mark.parametrize("name", [name for name in ZOO if "b_pre_init" in ZOO[name].options])
+def test_at_the_start_pre_activations_are_those_of_centred_states(name, b_pre_init, hidden):
+    torch.manual_seed(0)
+    sizes = {"latent_size": LATENTS, "k": 4, "b_pre_init": b_pre_init}
+    sae = build(name, D, BLOCKS, sizes | ZOO[name].standard)
+    offset = torch.linspace(0, 2, D)
+    x = sae.gather({site: h + site * offset for site, h in hidden.items()})
+    sae.warm_start(x)
+    centre = x.mean(0)
+    if b_pre_init == "geom_median":
+        sites = x.view(N, -1, D).unbind(1)
+        centre = torch.stack([ops.geometric_median(states) for states in sites]).view_as(centre)
+    assert centre.abs().max() > 0.3
+    dictionary = getattr(sae, "sae", sae)  # of a RouteSAE, its TopK
+    expected = product_without_biases(dictionary, x - centre)
+    assert (dictionary.pre_acts(x) - expected).abs().max() < 1e-6
+    # A code of zeros is decoded to the centre.
+    no_latents = torch.zeros(*x.shape[:-1], LATENTS)
+    if name == "Crosscoder":
+        no_latents = no_latents[:, 0]
+    assert torch.equal(dictionary.decode(no_latents), centre.expand(x.shape))
+
+
+REVIVED = [name for name in ZOO if "auxk_coeff" in ZOO[name].options]
+
+
+@pytest.mark.parametrize("name", REVIVED)
+def test_auxk_is_absent_without_dead_latents_and_trains_only_dead_ones(name, hidden):
+    sae = make(name)
+    x = sae.gather(hidden)
+    dictionary = getattr(sae, "sae", sae)
+    dictionary.auxk.dead_threshold.fill_(10)
+    assert "AuxK" not in sae.penalty(sae.autoencode(x))
+    dead = torch.arange(LATENTS) % 3 == 0
+    dictionary.tokens_since_fired[dead] = 11
+    sae.penalty(sae.autoencode(x))["AuxK"].backward()
+    trained = 0
+    for key, parameter in sae.named_parameters():
+        if parameter.grad is not None and LATENTS in parameter.shape:
+            by_latent = parameter.grad.movedim(parameter.shape.index(LATENTS), 0)
+            assert not by_latent[~dead].any(), key
+            trained += bool(by_latent[dead].any())
+    assert trained >= 3  # encoder, decoder and a bias
+
+
+def test_dead_latents_that_code_the_residual_leave_nothing_to_auxk(hidden):
+    sae = make("Crosscoder")
+    x = sae.gather(hidden)
+    sae.auxk.dead_threshold.fill_(10)
+    sae.tokens_since_fired[:] = 11
+    out = sae.autoencode(x)
+    # D / 2 of them code at one time; here they may add the residual of exactly these latents.
+    weights = sae.dictionary_of(torch.arange(LATENTS))
+    pre_acts = F.linear(x.flatten(1) - weights.pre_bias, weights.encoder)
+    norms = weights.decoder.norm(dim=0)
+    chosen = (pre_acts * norms).topk(D // 2).indices
+    code = torch.zeros_like(pre_acts).scatter(1, chosen, pre_acts.relu().gather(1, chosen))
+    by_dead = F.linear(code, weights.decoder).view_as(x)
+    perfect = sae.penalty(out.replace(x_hat=x - by_dead))["AuxK"]
+    assert perfect < 1e-8 < 1e-3 < sae.penalty(out)["AuxK"]
+
+
+@pytest.mark.parametrize("name", ["Vanilla", "Gated", "Crosscoder"])
+def test_a_bias_that_silences_a_latent_does_not_keep_auxk_from_it(name, hidden):
+    sae = make(name)
+    bias = sae.gate_bias if name == "Gated" else sae.latent_bias
+    with torch.no_grad():
+        bias.fill_(-100)
+    sae.auxk.dead_threshold.fill_(10)
+    sae.tokens_since_fired[:] = 11
+    out = sae.autoencode(sae.gather(hidden))
+    assert not out.fired.any()
+    sae.penalty(out)["AuxK"].backward()
+    assert (bias.grad != 0).float().mean() > 0.5
+
+
 # ------------------------------------------------------------------------- k active latents
 
 
@@ -167,19 +256,6 @@ def test_topk_keeps_exactly_k_and_negative_values_only_without_relu(hidden):
     assert ((latents != 0).sum(-1) == 40).all()
     assert latents.min() < 0
     assert make("TopK", k=40, topk_relu=True).autoencode(x).latents.min() >= 0
-
-
-def test_auxk_is_absent_without_dead_latents_and_trains_only_dead_ones(hidden):
-    sae = make("TopK", dead_tokens=10)
-    x = sae.gather(hidden)
-    out = sae.autoencode(x)
-    assert sae.penalty(out) == {}
-    sae.after_step(out, 0.1)
-    dead = sae.tokens_since_fired > 10
-    assert dead.any()
-    sae.penalty(sae.autoencode(x))["AuxK"].backward()
-    assert sae.encoder.weight.grad[dead].abs().sum() > 0
-    assert sae.encoder.weight.grad[~dead].abs().sum() == 0
 
 
 def test_batchtopk_has_a_threshold_at_inference(hidden):
@@ -383,6 +459,20 @@ def test_target_l0_moves_the_coefficient_towards_its_target(hidden, target_ratio
     assert 1 < lasting < total
 
 
+@pytest.mark.parametrize("name", ["Vanilla", "Gated", "Crosscoder"])
+def test_with_a_target_all_latents_begin_equally_active(name, hidden):
+    torch.manual_seed(0)
+    options = {"latent_size": LATENTS, "target_l0": 2.0, "sparsity_warmup": 0.0}
+    sae = build(name, D, BLOCKS, options | ZOO[name].standard)
+    sae.warm_start(sae.gather(hidden))
+    out = sae.autoencode(sae.gather(hidden))
+    active = round(4 * 2.0 / LATENTS * N)  # tokens of each latent
+    assert ((out.fired - active).abs() <= 1).all()
+    dense = build(name, D, BLOCKS, options | ZOO[name].standard | {"start_l0": 0.0})
+    dense.warm_start(dense.gather(hidden))
+    assert mean_l0(dense.autoencode(dense.gather(hidden))) > 3 * mean_l0(out)
+
+
 # ---------------------------------------------------------------------------- several sites
 
 
@@ -469,7 +559,7 @@ def test_a_crosscoder_sums_over_its_encoders_and_decodes_to_each_site():
 def test_an_mlsae_of_one_site_is_a_topk(hidden):
     topk = make("TopK", layer=4)
     mlsae = make("MLSAE", start_layer=4, end_layer=5)
-    mlsae.load_state_dict(topk.state_dict())
+    mlsae.load_state_dict(topk.state_dict() | {"pre_bias": topk.pre_bias[None]})
     out = mlsae.autoencode(mlsae.gather(hidden))
     expected = topk.autoencode(topk.gather(hidden))
     assert torch.allclose(out.x_hat[:, 0], expected.x_hat, atol=1e-6)

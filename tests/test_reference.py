@@ -69,8 +69,7 @@ def let_a_third_be_dead(sae, reference):
     dictionary = getattr(sae, "sae", sae)  # of a RouteSAE, its TopK
     for counted in (sae, dictionary):
         counted.tokens_since_fired[::3] = 2.0 * DEAD_TOKENS
-        if hasattr(counted, "dead_threshold"):
-            counted.dead_threshold.fill_(DEAD_TOKENS)
+    dictionary.auxk.dead_threshold.fill_(DEAD_TOKENS)
     reference.tokens_since_fired = dictionary.tokens_since_fired.clone()
     reference.dead_threshold = DEAD_TOKENS
 
