@@ -493,8 +493,7 @@ class Applier:
 
         Special tokens are left out, and tokens that are no whole characters.
         """
-        named = torch.tensor(self._named, device=change.device)
-        named = named[named < len(change)]
+        named = self._named[self._named < len(change)]
         change = change[named]
         for name, sign in (("promoted", 1), ("suppressed", -1)):
             values, index = (sign * change).topk(min(PROMOTED, len(change)))
@@ -504,14 +503,15 @@ class Applier:
             ]
 
     @cached_property
-    def _named(self) -> list[int]:
-        """The tokens that a list of tokens may name."""
+    def _named(self) -> Tensor:
+        """The tokens that a list of tokens may name. int64 [n]"""
         special = set(special_tokens(self.tokenizer))
-        return [
+        tokens = [
             token
             for token, text in enumerate(self.text.text)
             if text and BROKEN not in text and token not in special
         ]
+        return torch.tensor(tokens, device=self.cfg.device)
 
     def _add_effects(self, entries: dict[str, Entry], top: Table, rows: Rows) -> None:
         """Measure what the removal of a latent does at its best events.

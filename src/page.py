@@ -261,24 +261,23 @@ class FeatureWriter:
         return result
 
     def _written(self, context: dict[str, Any]) -> list[Any]:
-        """[index of its first token in the passages, tokens, index of the active one, strength,
-        [index, strength, index, strength, ...], site, router weight, document, quarter or 0]"""
-        tokens = context["tokens"]
-        strengths = [
-            number
-            for index, value in context["token_activations"]
-            if 0 <= index < len(tokens)
-            for number in (index, _short(value))
-        ]
+        """[index of its first token in the passages, tokens, index of the active one,
+        [index, strength, index, strength, ...], site, router weight, quarter or 0]
+
+        The active token comes first among the strengths; the others have two digits.
+        """
+        tokens, position = context["tokens"], context["position"]
+        strengths = [position, _short(context["activation"], 4)]
+        for index, value in context["token_activations"]:
+            if 0 <= index < len(tokens) and index != position:
+                strengths += [index, _short(value, 2)]
         return [
             self.passages.find(context.get("row"), context.get("start"), tokens),
             len(tokens),
-            context["position"],
-            _short(context["activation"], 4),
+            position,
             strengths,
             context["layer"],
             _short(context["router_weight"]),
-            context["document"],
             context.get("quarter", 0),
         ]
 
@@ -438,7 +437,11 @@ def fill_in(data: dict[str, Any], scripts: Sequence[str] = SCRIPTS, connect: str
     )
     script = "".join(parts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # The names of the fields stand once, which saves a tenth of a large page.
+    keys = list(data["features"][0]) if data["features"] else []
+    rows = [[feature[key] for key in keys] for feature in data["features"]]
+    written = data | {"features": {"keys": keys, "rows": rows}}
+    text = json.dumps(written, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     about = data["about"]
     title = f"{about['title']} on {about['language_model']}, {about['text']}"
     return Template(frame).substitute(

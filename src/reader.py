@@ -25,6 +25,7 @@ from src.sae import SAE
 from src.sparse import dense
 
 STRIP_LATENTS = 3  # latents that a token of the strip names when it is pointed at
+LABEL_CHARS = 80  # of their labels
 
 
 class Feature(NamedTuple):
@@ -86,6 +87,8 @@ class Reading(NamedTuple):
             lines.append(f"{token!r:<16}{site:>5}{error:>9.3f}  {latents}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         """Return the strip. Pointing at a token shows its strongest latents and their labels."""
         used = sorted(set(self.sites or []))
@@ -95,7 +98,8 @@ class Reading(NamedTuple):
             site = self.sites[index] if self.sites else None
             facts = [] if site is None else [f"site {site}"]
             facts += [
-                f"{latent}: {value:.2f} {self.labels.get(latent, '')}" for latent, value in pairs
+                f"{latent}: {value:.2f} {self.labels.get(latent, '')[:LABEL_CHARS]}"
+                for latent, value in pairs
             ]
             red, green, blue = colours.get(str(site), (128, 128, 128))
             style = (

@@ -1,11 +1,15 @@
 """The examples run one after the other on a small text, and print what their comments announce."""
 
+import ast
+import html
 import json
+import re
 import runpy
 import sys
 
 import pytest
 
+from src import files
 from src.files import DEMO_LM
 from src.reader import Reader
 
@@ -71,6 +75,55 @@ def test_a_reader_gives_codes_sites_and_contexts_of_a_text(user_folder):
     latent_with_contexts = next(latent for latent in range(64) if reader.contexts(latent))
     strengths = [strength for strength, _ in reader.contexts(latent_with_contexts)]
     assert strengths == sorted(strengths, reverse=True) and strengths[0] > 0.1
+
+
+def test_a_reading_names_its_strongest_features_and_is_a_strip_in_a_notebook(user_folder):
+    reader = Reader(user_folder / "out" / "SAE_models" / "RouteSAE_demo_example.pt")
+    text = "Return <b onclick=alert(1)>the</b>\nvalue of the array"
+    reading = reader.read(text)
+    features = reading.features(64)
+    strengths = [feature.strength for feature in features]
+    assert strengths == sorted(strengths, reverse=True) and min(strengths) > 0
+    for feature in features:
+        column = reading.latents[:, feature.latent]
+        assert column.max() == column[feature.token] == feature.strength
+        assert feature.label == reader.labels.get(feature.latent)
+    labelled = [feature for feature in features if feature.label]
+    assert labelled and not any("[by rule]" in feature.label for feature in labelled)
+    strip = reading._repr_html_()
+    assert "<b " not in strip and "&lt;" in strip and "\u23ce" in strip
+    assert strip.count("<span style=") == len(reading.tokens) + len(set(reading.sites))
+    named = {pair[0] for pairs in reading.strongest(3) for pair in pairs} & reader.labels.keys()
+    assert named
+    for latent in named:
+        assert html.escape(f"{latent}: ") in strip
+        assert html.escape(reader.labels[latent][:80]) in strip
+
+
+NOTEBOOK = files.ROOT / "examples" / "reading.ipynb"
+
+
+def test_the_notebook_runs_and_its_stored_results_are_of_a_run_without_errors(
+    user_folder, monkeypatch
+):
+    path = user_folder / "out" / "SAE_models" / "RouteSAE_demo_example.pt"
+    monkeypatch.setenv("SAE_PATH", str(path))
+    names = {}
+    shown = []
+    for cell in files.load_json(NOTEBOOK)["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert cell["execution_count"] and cell["outputs"], cell["source"]
+        assert all(output["output_type"] != "error" for output in cell["outputs"])
+        assert not re.search(r"/(home|tmp|root|work)/", json.dumps(cell["outputs"]))
+        # As a notebook does: the value of the last line is shown, if it is an expression.
+        *lines, last = ast.parse("".join(cell["source"])).body
+        if not isinstance(last, ast.Expr):
+            lines, last = [*lines, last], None
+        exec(compile(ast.Module(lines, []), "cell", "exec"), names)
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+    assert any(hasattr(value, "_repr_html_") for value in shown)
 
 
 def test_a_reading_without_a_router_has_no_sites_and_wrong_requests_are_refused(user_folder):

@@ -104,7 +104,7 @@ def test_hostile_text_cannot_end_the_data_or_add_elements():
     assert html.count("</script>") == html.count("<script") == 2
     assert "<img src=x" not in html
     data = json.loads(DATA.search(html).group())
-    feature = data["features"][0]
+    feature = dict(zip(data["features"]["keys"], data["features"]["rows"][0], strict=True))
     assert feature["label"] == ATTACKS[0]
     assert words_of(data, feature["contexts"][0]) == ATTACKS
     assert "default-src 'none'" in html
@@ -113,7 +113,7 @@ def test_hostile_text_cannot_end_the_data_or_add_elements():
 
 def test_a_page_without_features_is_a_page():
     html = hostile_page({}, ())
-    assert json.loads(DATA.search(html).group())["features"] == []
+    assert json.loads(DATA.search(html).group())["features"]["rows"] == []
 
 
 def test_windows_that_overlap_are_stored_once_and_cut_words_are_left_out():
@@ -256,10 +256,12 @@ def test_a_broken_part_says_so_and_leaves_the_rest(browser, show):
     data = json.loads(DATA.search(html).group())
     data["routing"]["sample"]["weights"] = data["routing"]["sample"]["weights"][:5]
     data["routing"]["share"] = None
-    feature = data["features"][0]
+    keys, (row,) = data["features"].values()
+    feature = dict(zip(keys, row, strict=True))
     feature["promoted"] = None
     feature["contexts"] = [[None], *feature["contexts"]]
-    data["features"].append(feature | {"id": "8", "max": "x", "others": None})
+    other = feature | {"id": "8", "max": "x", "others": None}
+    data["features"]["rows"] = [list(feature.values()), list(other.values())]
     html = DATA.sub(lambda _: json.dumps(data).replace("<", "\\u003c"), html)
     show(html)
     text = browser.run(VIEW_TEXT)

@@ -4,6 +4,8 @@
 
 const byId = id => document.getElementById(id);
 const data = JSON.parse(byId('data').textContent);
+data.features = data.features.rows.map(
+  row => Object.fromEntries(data.features.keys.map((key, i) => [key, row[i]])));
 const sites = data.about.sites;
 const featureById = new Map(data.features.map(feature => [feature.id, feature]));
 

@@ -56,12 +56,16 @@ function lastOnly(task) {
 
 // --------------------------------------------------------------------------------- reading
 
+let textRead = null; // the text whose reading is shown
+
 const readText = lastOnly(async signal => {
   liveNote.textContent = 'Reading …';
-  const response = await ask('read', { text: typed.value }, signal);
+  const text = typed.value;
+  const response = await ask('read', { text }, signal);
   const { tokens, saes } = await response.json();
   liveNote.textContent = 'Choose a token to see its strongest features.';
   readings.replaceChildren();
+  textRead = text;
   saes.forEach((reading, i) => {
     addPart(readings, data.live.saes[i].title, () => oneReading(tokens, reading, i));
   });
@@ -109,14 +113,14 @@ let pause = null;
 
 typed.addEventListener('input', () => {
   clearTimeout(pause);
-  pause = setTimeout(() => { readText(); steerText?.(); }, PAUSE);
+  pause = setTimeout(() => (steerText ?? readText)(), PAUSE);
 });
 
 FIRST_PARTS.push({
   name: 'The box',
   build: () => {
     steerText = null;
-    if (!readings.children.length) readText();
+    if (textRead !== typed.value) readText();
     return [wrap('div', 'live', [
       element('h3', 'A text of your own'), typed, liveNote, readings])];
   },

@@ -12,17 +12,16 @@ function shadedTokens(context, feature, first, end, sign) {
   const parts = [];
   for (let i = first; i < end; i += 1) {
     const strength = context.strengths.get(i);
-    const isActive = i === context.position;
-    const text = sign(context.words[i], Boolean(strength) || isActive);
-    if (strength === undefined && !isActive) {
+    const text = sign(context.words[i], strength !== undefined);
+    if (strength === undefined) {
       if (typeof parts.at(-1) === 'string') parts.push(parts.pop() + text);
       else parts.push(text);
       continue;
     }
-    const token = element(isActive ? 'b' : 'span', text);
-    const share = Math.min(1, Math.max(0, strength ?? context.activation) / feature.max);
+    const token = element(i === context.position ? 'b' : 'span', text);
+    const share = Math.min(1, Math.max(0, strength) / feature.max);
     token.style.background = 'rgba(var(--hot),' + (0.05 + 0.85 * share).toFixed(3) + ')';
-    token.title = formatNumber(strength ?? context.activation);
+    token.title = formatNumber(strength);
     parts.push(token);
   }
   return parts;
@@ -32,12 +31,12 @@ const inOneLine = token => visibleText(token);
 // In a whole text, only an active line end needs a sign.
 const inFull = (token, isActive) => isActive ? token.replaceAll('\n', '⏎\n') : token;
 
-function readContext([start, length, position, activation, pairs, site, weight, doc]) {
+function readContext([start, length, position, pairs, site, weight]) {
   const numbers = data.passages.slice(start, start + length);
   const strengths = new Map();
   for (let i = 0; i < pairs.length; i += 2) strengths.set(pairs[i], pairs[i + 1]);
   const words = numbers.map(number => data.words[number]);
-  return { words, position, activation, strengths, site, weight, doc };
+  return { words, position, activation: pairs[1], strengths, site, weight };
 }
 
 // One line with the active token in its middle; the whole text when it is opened.
@@ -60,7 +59,6 @@ function contextBox(raw, feature) {
     const facts = ['strength ' + formatNumber(context.activation)];
     if (context.site !== null) facts.push('site ' + context.site);
     if (context.weight !== 1) facts.push('router ' + formatNumber(context.weight));
-    facts.push('document ' + context.doc);
     box.append(
       element('small', facts.join(' · ')),
       wrap('p', 'full', tokens(0, words.length, inFull)));
@@ -76,7 +74,7 @@ function contextList(title, contexts, feature) {
 }
 
 function quarterOfSample(feature, quarter) {
-  const contexts = feature.others.filter(one => one[8] === quarter);
+  const contexts = feature.others.filter(one => one[6] === quarter);
   if (!contexts.length) return [];
   const title = 'A sample of its activations, ' + QUARTERS[quarter - 1];
   return contextList(title, contexts, feature);
@@ -94,7 +92,7 @@ function labelLine(feature) {
   const parts = [element('span', labelOf(feature), feature.ruled ? '' : 'soft')];
   if (feature.engine) parts.push(badge(feature.engine, 'where the label comes from'));
   const balanced = 'balanced accuracy on texts that the label was not made from; chance is .5';
-  for (const [kind, name] of [['detection', 'tested'], ['fuzzing', 'its tokens']]) {
+  for (const [kind, name] of [['detection', 'tested'], ['fuzzing', 'fuzzing']]) {
     const test = feature[kind];
     if (!test || test.balanced_accuracy === null) continue;
     const share = formatShare(test.balanced_accuracy);

@@ -30,7 +30,8 @@ function textSample() {
   const parts = [element('h3', title)];
   if (weights) parts.push(siteLegend());
   parts.push(wrap('div', 'pair', [wrap('div', '', [strip.box, panel]), ...(rows ? [rows.box] : [])]));
-  if (tokens.length) strip.pick(Math.min(2, tokens.length - 1));
+  const firstLong = tokens.findIndex(token => token.trim().length > 4);
+  if (tokens.length) strip.pick(Math.max(0, firstLong));
   return parts;
 }
 
@@ -136,12 +137,14 @@ function drawMap(canvas, columns) {
 
 function evaluationTable() {
   if (!data.evaluation.length) return [];
+  const metrics = data.metrics.filter(
+    key => data.evaluation.some(result => (result[key] ?? null) !== null));
   const rows = data.evaluation.map(
     result => [result.title, result.split ?? '', (result.tokens ?? '').toLocaleString('en'),
-      ...data.metrics.map(key => formatNumber(result[key]))]);
+      ...metrics.map(key => formatNumber(result[key]))]);
   const note = 'Rows compare only if they have the same split and number of tokens.';
   return [element('h3', 'Evaluation'),
-    table(['SAE', 'split', 'tokens', ...data.metrics], rows), element('p', note)];
+    table(['SAE', 'split', 'tokens', ...metrics], rows), element('p', note)];
 }
 
 function comparisonPicture() {
