@@ -22,6 +22,7 @@ from src import feature_files, files, metric_table, neuronpedia
 from src.formats import (
     CENTRED,
     HUB_NAME,
+    LEARNED_NAMES,
     LENS_CONFIG,
     LENS_WEIGHTS,
     NORM_EPS,
@@ -320,52 +321,12 @@ from dictionary_learning.utils import load_dictionary
 dictionary, config = load_dictionary("{folder}", device="cpu")  # in this folder
 ```
 """
-# By architecture: (class there, class of its trainer, {name there: standard name}). Matrices whose
-# names end in ".weight" are transposed.
-LEARNED_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {
-    "standard": (
-        "AutoEncoder",
-        "StandardTrainer",
-        {
-            "encoder.weight": "W_enc",
-            "encoder.bias": "b_enc",
-            "decoder.weight": "W_dec",
-            "bias": "b_dec",
-        },
-    ),
-    "topk": (
-        "AutoEncoderTopK",
-        "TopKTrainer",
-        {
-            "encoder.weight": "W_enc",
-            "encoder.bias": "b_enc",
-            "decoder.weight": "W_dec",
-            "b_dec": "b_dec",
-        },
-    ),
-    "jumprelu": (
-        "JumpReluAutoEncoder",
-        "JumpReluTrainer",
-        {
-            "W_enc": "W_enc",
-            "b_enc": "b_enc",
-            "W_dec": "W_dec",
-            "b_dec": "b_dec",
-            "threshold": "threshold",
-        },
-    ),
-    "gated": (
-        "GatedAutoEncoder",
-        "GatedSAETrainer",
-        {
-            "encoder.weight": "W_enc",
-            "decoder.weight": "W_dec",
-            "decoder_bias": "b_dec",
-            "gate_bias": "b_gate",
-            "mag_bias": "b_mag",
-            "r_mag": "r_mag",
-        },
-    ),
+# By architecture: (class there, class of its trainer).
+LEARNED_CLASSES = {
+    "standard": ("AutoEncoder", "StandardTrainer"),
+    "topk": ("AutoEncoderTopK", "TopKTrainer"),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
+    "gated": ("GatedAutoEncoder", "GatedSAETrainer"),
 }
 
 
@@ -397,12 +358,13 @@ def _learned_weights(site_sae: SiteSAE) -> dict[str, Tensor]:
         # It subtracts no bias from the input: (x - b_dec) W + b = x W + (b - b_dec W).
         shift = standard["b_dec"].double() @ standard["W_enc"].double()
         standard["b_enc"] = standard["b_enc"] - shift
-    names = LEARNED_CLASSES[architecture][2]
-    weights = {
-        name: standard[ours].T if name.endswith(".weight") else standard[ours]
-        for name, ours in names.items()
-    }
-    weights = _float32(weights)
+    names = LEARNED_NAMES[LEARNED_CLASSES[architecture][0]]
+    weights = _float32(
+        {
+            name: standard[ours].T if name.endswith(".weight") else standard[ours]
+            for name, ours in names.items()
+        }
+    )
     if architecture == "topk":
         weights |= {
             "k": torch.tensor(site_sae.k, dtype=torch.int),
@@ -412,7 +374,7 @@ def _learned_weights(site_sae: SiteSAE) -> dict[str, Tensor]:
 
 
 def _learned_config(site_sae: SiteSAE, recipe: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    dict_class, trainer_class, _ = LEARNED_CLASSES[site_sae.architecture]
+    dict_class, trainer_class = LEARNED_CLASSES[site_sae.architecture]
     width, n_latents = site_sae.W_enc.shape
     trainer = {
         "trainer_class": trainer_class,

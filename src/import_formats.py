@@ -21,8 +21,10 @@ from src import files, hub, tensor_files
 from src.formats import (
     CENTRED,
     HUB_NAME,
+    LEARNED_NAMES,
     LENS_CONFIG,
     LENS_WEIGHTS,
+    LINEAR,
     OWN_CONFIG,
     OWN_WEIGHTS,
     hook_of,
@@ -271,31 +273,18 @@ def _sparsify_hook(source: Source) -> str:
 
 # ---------------------------------------------------------------------- dictionary_learning
 
-# By its class: (architecture, {name in the file: standard name}, options of Published).
-LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-PLAIN = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
-TOPK = LINEAR | {"encoder.bias": "b_enc", "b_dec": "b_dec"}
-GATED = LINEAR | {
-    "decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"
-}  # fmt: skip
-THRESHOLD = {"threshold": "threshold"}
-LEARNED: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+# By its class: (architecture, options of Published).
+LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     # Loading it there divides the decoder by its norms and multiplies the codes by them.
-    "AutoEncoder": (
-        "standard", LINEAR | {"encoder.bias": "b_enc", "bias": "b_dec"}, {"unit_rows": True}
-    ),
-    "AutoEncoderNew": (
-        "standard",
-        LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"},
-        {"subtracts_b_dec": False},
-    ),
-    "GatedAutoEncoder": ("gated", GATED, {}),
-    "JumpReluAutoEncoder": ("jumprelu", PLAIN | THRESHOLD, {"subtracts_b_dec": False}),
-    "AutoEncoderTopK": ("topk", TOPK, {}),
+    "AutoEncoder": ("standard", {"unit_rows": True}),
+    "AutoEncoderNew": ("standard", {"subtracts_b_dec": False}),
+    "GatedAutoEncoder": ("gated", {}),
+    "JumpReluAutoEncoder": ("jumprelu", {"subtracts_b_dec": False}),
+    "AutoEncoderTopK": ("topk", {}),
     # At inference these two are active above one threshold.
-    "BatchTopKSAE": ("jumprelu", TOPK | THRESHOLD, {}),
-    "MatryoshkaBatchTopKSAE": ("jumprelu", PLAIN | THRESHOLD, {}),
-}  # fmt: skip
+    "BatchTopKSAE": ("jumprelu", {}),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", {}),
+}
 
 
 def _learned(value: Any, config: dict[str, Any], source: Source) -> Published:
@@ -306,7 +295,7 @@ def _learned(value: Any, config: dict[str, Any], source: Source) -> Published:
     dict_class = trainer.get("dict_class")
     if not isinstance(dict_class, str) or dict_class not in LEARNED:
         raise ValueError(f"its class is {dict_class!r}; known are {', '.join(LEARNED)}")
-    architecture, names, options = LEARNED[dict_class]
+    (architecture, options), names = LEARNED[dict_class], LEARNED_NAMES[dict_class]
     state = dict(value) if isinstance(value, dict) else value
     k = trainer.get("k")
     if isinstance(state, dict):

@@ -33,8 +33,7 @@ class Source(NamedTuple):
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the folders on the way, the innermost last."""
-        typed = Path(self.name.partition("@")[0])
-        return self.folder.resolve().parts if self.folder.exists() else typed.parts
+        return self.folder.resolve().parts
 
 
 class Published(NamedTuple):
