@@ -97,8 +97,8 @@ LEARNED_MODELS = {
     "GatedAutoEncoder": "Gated",
     "JumpReluAutoEncoder": "JumpReLU",
     "AutoEncoderTopK": "TopK",
-    "BatchTopKSAE": "JumpReLU",
-    "MatryoshkaBatchTopKSAE": "JumpReLU",
+    "BatchTopKSAE": "BatchTopK",
+    "MatryoshkaBatchTopKSAE": "Matryoshka",
 }
 
 
@@ -358,6 +358,16 @@ def test_without_a_configuration_the_folder_of_gemma_scope_2_says_the_site(tmp_p
         checkpoint.load(attention.path)
 
 
+def test_a_nested_dictionary_keeps_its_groups_and_a_threshold_below_0_lets_all_positive_pass(
+    tmp_path,
+):
+    case = learned(tmp_path, "MatryoshkaBatchTopKSAE", extra={"threshold": torch.tensor(-1.0)})
+    sae, recipe = checkpoint.load(case.path)
+    assert recipe["config"]["matryoshka_widths"] == [30] and sae.k == K and sae.cut == 0
+    latents = sae.autoencode(sae.gather({SITE: states()})).latents
+    assert (latents >= 0).all() and (latents > 0).float().mean() > 0.3
+
+
 def test_a_topk_of_openai_may_keep_negative_values(tmp_path):
     case = openai(tmp_path, postact="Identity")
     sae, _ = checkpoint.load(case.path)
@@ -401,6 +411,9 @@ def test_layer_says_the_site_where_no_name_does(tmp_path, capsys):
     with pytest.raises(ValueError, match="autoencoder.pt is no number of a block"):
         checkpoint.load(named)
     assert checkpoint.load(named, hints=hints)[0].sites() == [9]
+    # Typed, it corrects what names say.
+    for case in (gemma_scope(tmp_path), sparsify(tmp_path), learned(tmp_path)):
+        assert checkpoint.load(case.path, hints=hints)[0].sites() == [9]
 
 
 REFUSED = {
