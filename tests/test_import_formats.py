@@ -401,6 +401,9 @@ def test_layer_says_the_site_where_no_name_does(tmp_path, capsys):
     with pytest.raises(ValueError, match="autoencoder.pt is no number of a block"):
         checkpoint.load(named)
     assert checkpoint.load(named, hints=hints)[0].sites() == [9]
+    # Typed, it corrects what names say.
+    for case in (gemma_scope(tmp_path), sparsify(tmp_path), learned(tmp_path)):
+        assert checkpoint.load(case.path, hints=hints)[0].sites() == [9]
 
 
 REFUSED = {
