@@ -33,15 +33,14 @@ LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
 _PLAIN = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _TOPK = LINEAR | {"encoder.bias": "b_enc", "b_dec": "b_dec"}
 _GATED = {"decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"}
-_THRESHOLD = {"threshold": "threshold"}
 LEARNED_NAMES: dict[str, dict[str, str]] = {
     "AutoEncoder": LINEAR | {"encoder.bias": "b_enc", "bias": "b_dec"},
     "AutoEncoderNew": LINEAR | {"encoder.bias": "b_enc", "decoder.bias": "b_dec"},
     "GatedAutoEncoder": LINEAR | _GATED,
-    "JumpReluAutoEncoder": _PLAIN | _THRESHOLD,
+    "JumpReluAutoEncoder": _PLAIN | {"threshold": "threshold"},
     "AutoEncoderTopK": _TOPK,
-    "BatchTopKSAE": _TOPK | _THRESHOLD,
-    "MatryoshkaBatchTopKSAE": _PLAIN | _THRESHOLD,
+    "BatchTopKSAE": _TOPK,
+    "MatryoshkaBatchTopKSAE": _PLAIN,
 }
 HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.=-]+)*)(@(?P<revision>[\w./-]+))?"

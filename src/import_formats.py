@@ -31,6 +31,7 @@ from src.formats import (
     site_of,
 )
 from src.published import (
+    BATCH_RULES,
     Published,
     Source,
     hold,
@@ -282,8 +283,8 @@ LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "JumpReluAutoEncoder": ("jumprelu", {"subtracts_b_dec": False}),
     "AutoEncoderTopK": ("topk", {}),
     # At inference these two are active above one threshold.
-    "BatchTopKSAE": ("jumprelu", {}),
-    "MatryoshkaBatchTopKSAE": ("jumprelu", {}),
+    "BatchTopKSAE": ("batchtopk", {}),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", {}),
 }
 
 
@@ -296,26 +297,31 @@ def _learned(value: Any, config: dict[str, Any], source: Source) -> Published:
     if not isinstance(dict_class, str) or dict_class not in LEARNED:
         raise ValueError(f"its class is {dict_class!r}; known are {', '.join(LEARNED)}")
     (architecture, options), names = LEARNED[dict_class], LEARNED_NAMES[dict_class]
-    state = dict(value) if isinstance(value, dict) else value
-    k = trainer.get("k")
-    if isinstance(state, dict):
-        k = state.pop("k", k)
-        state.pop("group_sizes", None)
+    state, k, group_sizes = value, trainer.get("k"), None
+    if isinstance(value, dict):
+        state = dict(value)
+        k, group_sizes = state.pop("k", k), state.pop("group_sizes", None)
     state = state_of(state)
-    if "threshold" not in names.values():
-        state.pop("threshold", None)  # TopK keeps one, which its encode does not use
-    tensors = renamed(state, names)
-    threshold = tensors.get("threshold")
-    if threshold is not None and threshold.dim() == 0:
-        tensors["threshold"] = threshold.expand(tensors["W_enc"].shape[-1])
+    # Its TopK keeps a threshold too, which its encode does not use.
+    cut = None if "threshold" in names else state.pop("threshold", None)
+    has_cut = architecture in BATCH_RULES and cut is not None and cut.dim() == 0
     return Published(
         architecture,
-        tensors,
+        renamed(state, names),
         _learned_site(trainer, buffer if isinstance(buffer, dict) else {}, source),
-        whole(k, "k") if architecture == "topk" else None,
+        whole(k, "k") if architecture in ("topk", *BATCH_RULES) else None,
+        cut=float(cut) if has_cut else None,
+        widths=_prefixes(group_sizes),
         language_model=trainer.get("lm_name"),
         **options,
     )
+
+
+def _prefixes(group_sizes: Any) -> list[int] | None:
+    """The numbers of first latents that reconstruct alone, from the sizes of the groups."""
+    if not isinstance(group_sizes, Tensor) or group_sizes.dim() != 1:
+        return None
+    return group_sizes.cumsum(0)[:-1].tolist()
 
 
 def _learned_site(trainer: dict[str, Any], buffer: dict[str, Any], source: Source) -> int:

@@ -196,6 +196,7 @@ class BatchTopK(TopK):
     largest value, a minimum the smallest.
     """
 
+    architecture = "batchtopk"
     per_token = False
 
     def __init__(self, hidden_size: int, latent_size: int, k: int, **rest: Any) -> None:
@@ -247,6 +248,8 @@ class Matryoshka(BatchTopK):
     come first, and more latents do not split them. The default has the paper's groups, of 1/32,
     1/16, 1/8 and 1/4 of the latents, and the rest. Raises ValueError for a width that is no prefix.
     """
+
+    architecture = "matryoshka"
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from src.formats import HUB_NAME, NORM_EPS
 from src.sae import STANDARD_NAMES
 
 MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30  # of an option, so that float32 holds its products
+BATCH_RULES = ("batchtopk", "matryoshka")
 SHIFT_LATENTS = 8192  # of which a bias is computed in float64 at one time
 
 
@@ -49,6 +50,8 @@ class Published(NamedTuple):
     tensors: Mapping[str, Tensor]  # by the standard name: W_enc [D,F], W_dec [F,D] ...
     site: int
     k: int | None = None
+    cut: float | None = None  # one threshold for all latents, of a rule over a batch
+    widths: list[int] | None = None  # numbers of first latents that also reconstruct alone
     clips: bool = True  # negative values among the k largest become 0
     subtracts_b_dec: bool = True
     unit_rows: bool = False  # its codes, and thresholds, are those of decoder rows of norm 1
@@ -65,6 +68,11 @@ def hold(published: Published, source: Source) -> tuple[dict[str, Tensor], dict[
     Raises ValueError, which names the tensor or the option, if there is none.
     """
     name = _model_of(published.architecture)
+    if published.architecture in BATCH_RULES and published.cut is None:
+        raise ValueError(
+            f"its architecture {published.architecture!r} chooses over a batch, and it has no "
+            "threshold for single tokens"
+        )
     _check_shapes(published.tensors)
     k, n_latents = published.k, published.tensors["W_enc"].shape[1]
     if k is not None and not 0 < k <= n_latents:
@@ -81,6 +89,10 @@ def hold(published: Published, source: Source) -> tuple[dict[str, Tensor], dict[
     }
     if k is not None:
         values |= {"k": k, "topk_relu": published.clips}
+    if published.widths:
+        values["matryoshka_widths"] = published.widths
+    if published.cut is not None:
+        weights["cut"] = torch.tensor(max(0.0, published.cut))  # below 0 all positive values pass
     recipe = {"model": name, "config": values, "options": {}}
     if published.title:
         recipe["title"] = published.title

@@ -226,7 +226,7 @@ def edited_code(
 class SAE(nn.Module):
     """Base class of all SAEs. Trainer, evaluator, applier and steerer use only this interface."""
 
-    architecture = ""  # of the standard form
+    architecture = ""  # what other programs call it; of a standard form it may differ
     # Each token's state is standardised; "mean": its mean is subtracted; "none": as it is.
     input_norm = "token"
     evaluation_options: tuple[str, ...] = ()  # attributes that an evaluation may change

@@ -97,8 +97,8 @@ LEARNED_MODELS = {
     "GatedAutoEncoder": "Gated",
     "JumpReluAutoEncoder": "JumpReLU",
     "AutoEncoderTopK": "TopK",
-    "BatchTopKSAE": "JumpReLU",
-    "MatryoshkaBatchTopKSAE": "JumpReLU",
+    "BatchTopKSAE": "BatchTopK",
+    "MatryoshkaBatchTopKSAE": "Matryoshka",
 }
 
 
@@ -356,6 +356,16 @@ def test_without_a_configuration_the_folder_of_gemma_scope_2_says_the_site(tmp_p
     (attention.path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"attn_out/layer_5.*\(attention\)"):
         checkpoint.load(attention.path)
+
+
+def test_a_nested_dictionary_keeps_its_groups_and_a_threshold_below_0_lets_all_positive_pass(
+    tmp_path,
+):
+    case = learned(tmp_path, "MatryoshkaBatchTopKSAE", extra={"threshold": torch.tensor(-1.0)})
+    sae, recipe = checkpoint.load(case.path)
+    assert recipe["config"]["matryoshka_widths"] == [30] and sae.k == K and sae.cut == 0
+    latents = sae.autoencode(sae.gather({SITE: states()})).latents
+    assert (latents >= 0).all() and (latents > 0).float().mean() > 0.3
 
 
 def test_a_topk_of_openai_may_keep_negative_values(tmp_path):

@@ -32,6 +32,11 @@ D, F, K, BLOCK = 64, 256, 9, 5
 SITE = BLOCK + 1
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)  # the libraries draw their first weights
+
+
 def states(n_tokens=4000, width=D):
     return 3 * torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(1)) + 1
 
