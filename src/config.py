@@ -38,6 +38,7 @@ from src.files import (
 LARGEST_INTEGER = 2**63 - 1
 LONGEST_METAVAR = 50  # characters; more choices are listed in the help text alone
 LARGEST_FLOAT = 3.4e38  # of float32
+MOST_KEPT = 1_000_000  # contexts of a latent, or tokens of a context
 LOWEST_TEMPERATURE = 1e-4  # a smaller one takes logits beyond float32
 
 # ------------------------------------------------------------------------------ types of options
@@ -107,9 +108,12 @@ def placement(text: str) -> Any:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        return parse_json(text)
+        places = parse_json(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not all(isinstance(device, str | int) for device in places.values()):
+        raise argparse.ArgumentTypeError(f'{text!r} is not {{"module": device}}')
+    return places
 
 
 def interval(text: str) -> tuple[float, str]:
@@ -670,7 +674,12 @@ OPTIONS: dict[str, Option] = {
         low=0,
     ),
     "context_length": Option(
-        "application", int, 64, "Tokens kept on each side of the active token.", low=1
+        "application",
+        int,
+        64,
+        "Tokens kept on each side of the active token.",
+        low=1,
+        high=MOST_KEPT,
     ),
     "max_per_token": Option(
         "application",
@@ -682,7 +691,12 @@ OPTIONS: dict[str, Option] = {
     ),
     "lines": Option("application", int, 4, "Drop latents with fewer contexts than this.", low=1),
     "top_n": Option(
-        "application", int, 20, "Keep this many of the strongest contexts per latent.", low=1
+        "application",
+        int,
+        20,
+        "Keep this many of the strongest contexts per latent.",
+        low=1,
+        high=MOST_KEPT,
     ),
     "effect": Option(
         "application",
@@ -1148,6 +1162,8 @@ def check(cfg: Namespace) -> None:
         values = value if isinstance(value, list | tuple) else [value]
         if name in NOT_EMPTY and "" in values:
             raise ValueError(f'--{name} "": the value is empty; leave the option out, or name one')
+        if any(isinstance(item, str) and "\0" in item for item in values):
+            raise ValueError(f"--{name} holds a NUL character, which no name can have")
         if name in SWEPT:
             values = list(dict.fromkeys(values))
         if option.many:

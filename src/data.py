@@ -185,6 +185,8 @@ def chat_renderer(tokenizer: Any, **options: Any) -> Callable[[list], str]:
 
 def encode_texts(tokenizer: Any, texts: list[str], parse_special: bool = False) -> list[list[int]]:
     """Token ids of each text. "<|end_of_text|>" in it is text, unless parse_special is set."""
+    # Prompts may hold unpaired surrogates, which no tokenizer takes.
+    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     if getattr(tokenizer, "is_fast", False):
         options["split_special_tokens"] = not parse_special

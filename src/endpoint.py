@@ -248,7 +248,20 @@ class Endpoint:
         self.room = 0  # index of ANSWER_TOKENS
 
     def client(self, max_retry: int) -> Any:
-        """Return the API client: openai's, or Azure's if --api_type or the address asks for it."""
+        """Return the API client: openai's, or Azure's if --api_type or the address asks for it.
+
+        Raises ValueError if none can be made.
+        """
+        try:
+            return self._client(max_retry)
+        except Exception as error:  # its HTTP library has errors of its own for addresses
+            reason = self.storable(files.first_line(error))
+            raise ValueError(
+                f"no request can be made ({reason}); check --api_base, and the variables of the "
+                "environment for proxies and certificates"
+            ) from error
+
+    def _client(self, max_retry: int) -> Any:
         import openai
 
         cfg = self.cfg

@@ -124,7 +124,7 @@ def _safetensors(weights: Mapping[str, Tensor]) -> Callable[[Any], Any]:
 
 
 def _json(data: Any) -> Callable[[Any], Any]:
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    text = files.json_text(data, 2)
     return lambda file: file.write(text.encode())
 
 

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -370,7 +371,7 @@ def save_text(text: str, path: str | os.PathLike) -> Path:
 def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Path:
     """Write UTF-8 JSON, atomically; a name that ends in `.gz` is compressed.
 
-    Raises ValueError for NaN and infinity.
+    Raises ValueError for NaN and infinity, naming their place.
     """
 
     def write(file: BinaryIO) -> None:
@@ -381,7 +382,8 @@ def save_json(data: Any, path: str | os.PathLike, indent: int | None = 2) -> Pat
         with gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as packed:
             write(packed)
 
-    return write_atomic(path, pack if str(path).endswith(".gz") else write)
+    with _naming_what_is_not_finite(data):
+        return write_atomic(path, pack if str(path).endswith(".gz") else write)
 
 
 def json_pieces(data: Any, indent: int | None = None, depth: int = 2) -> Iterator[bytes]:
@@ -405,6 +407,34 @@ def json_pieces(data: Any, indent: int | None = None, depth: int = 2) -> Iterato
         yield json.dumps(data, ensure_ascii=False, **options).encode("utf-8")
     except UnicodeEncodeError:  # a file name that is not UTF-8; escaped, it is read as it was
         yield json.dumps(data, **options).encode()
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """JSON of data. Raises ValueError for NaN and infinity, naming their place."""
+    with _naming_what_is_not_finite(data):
+        return json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+@contextlib.contextmanager
+def _naming_what_is_not_finite(data: Any) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        place = next(_not_finite(data), None)
+        if place is None:
+            raise
+        raise ValueError(
+            f"{place} is no finite number: weights or states are too large, or damaged"
+        ) from error
+
+
+def _not_finite(data: Any, place: str = "") -> Iterator[str]:
+    """The places of NaN and infinity, as names and numbers from the outside in."""
+    if isinstance(data, float) and not math.isfinite(data):
+        yield place.strip()
+    items = enumerate(data) if isinstance(data, list | tuple) else ()
+    for key, value in data.items() if isinstance(data, dict) else items:
+        yield from _not_finite(value, f"{place} {key}")
 
 
 def is_finite(value: Any) -> bool:

@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from src.config import small_parser
 from src.files import (
     error_text,
     load_json,
+    one_line,
     parse_json,
     printable,
     printable_output,
@@ -222,7 +224,8 @@ def _cells(result: Result, target_l0: float | None, with_speed: bool) -> list[st
         numbers.append(f"{result[SPEED]:,}" if result.get(SPEED) else "-")
     n_tokens = f"{result['tokens']:,}" if result.get("tokens") else "-"
     sites = _site_text(result["sites"])
-    return [result["title"], sites, result.get("split") or "-", n_tokens, *numbers]
+    title = one_line(result["title"]).replace("|", "\\|")
+    return [title, sites, result.get("split") or "-", n_tokens, *numbers]
 
 
 def _about(result: Result) -> str:
@@ -607,6 +610,8 @@ def main() -> None:
     add("--table", type=Path, help="markdown file to write as well")
     add("--only", default="", help="only results whose name holds this")
     args = parser.parse_args()
+    # Letters that the font lacks, and an L0 of 0 on a logarithmic scale, leave the rest drawn.
+    warnings.simplefilter("ignore", UserWarning)
     if args.folder.suffix == ".jsonl":
         courses = load_courses(args.folder)
         chosen = {title: course for title, course in courses.items() if args.only in title}

@@ -443,6 +443,16 @@ def test_entries_of_another_type_are_one_line(tmp_path, entries):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named_with_their_place(tmp_path, value):
+    data = {"a": 1.0, "latents": [{"x": (1.0, {"y": value})}]}
+    with pytest.raises(ValueError, match="^latents 0 x 1 y is no finite number"):
+        files.save_json(data, tmp_path / "a.json")
+    sae = random_sae("TopK")
+    with pytest.raises(ValueError, match="^final loss is no finite number"):
+        export(sae, tmp_path, "hf", final={"loss": value})
+
+
 def test_a_pipe_or_device_in_the_place_of_a_file_is_named(tmp_path):
     path = save(tmp_path)
     for plant in (os.mkfifo, lambda name: os.symlink("/dev/zero", name)):

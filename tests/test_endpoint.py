@@ -143,6 +143,28 @@ def test_names_at_openai_are_sent_to_openai_alone(tmp_path, server, monkeypatch,
     assert code == 0 and received == [named if is_default else dict.fromkeys(named)]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("--api_base", "http://[::1/v1"),
+        ("OPENAI_BASE_URL", "::::"),
+        ("ALL_PROXY", "nothing://127.0.0.1:9"),
+        ("SSL_CERT_FILE", "/nonexistent"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_asked_is_one_line(tmp_path, monkeypatch, capsys, name, value):
+    address = "https://127.0.0.1:9/v1"
+    if name.startswith("--"):
+        address = value
+    else:
+        monkeypatch.setenv(name, value)
+    path = write_contexts(tmp_path)
+    more = [] if name == "OPENAI_BASE_URL" else ["--api_base", address]
+    code = interpret(path, "--output_dir", tmp_path / "out", "--engine", "m", *more)
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "no request can be made" in error
+
+
 # ------------------------------------------------------------------------------- what is read
 
 

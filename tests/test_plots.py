@@ -168,6 +168,11 @@ def test_a_result_with_nothing_but_what_it_needs_is_drawn(tmp_path):
     assert (tmp_path / "p.png").exists()
 
 
+def test_a_title_stays_in_its_cell():
+    table = plots.table([WHOLE | {"title": "a|b\n| c \x1b[31m"}])
+    assert len(table.splitlines()) == 3 and "| a\\|b\\n\\| c \\x1b[31m |" in table
+
+
 def test_a_title_with_dollars_is_drawn_as_it_is(tmp_path):
     plots.picture([WHOLE | {"title": "a$\\frac{$b"}], tmp_path / "p.png")
     assert (tmp_path / "p.png").exists()

@@ -501,6 +501,11 @@ def test_a_second_steering_is_added_to_the_file_of_the_first(trained, tmp_path):
         assert path.read_text() == damaged
 
 
+def test_prompts_with_half_a_character_are_continued(trained, tmp_path):
+    _, result = steered(trained, tmp_path, "TopK", "--zero", "3", "--prompt", "a \ud800 b")
+    assert len(result["outputs"]) == 1
+
+
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_an_edit_beyond_the_number_format_is_one_line(trained, tmp_path, temperature):
     with pytest.raises(ValueError, match="with this edit .* use smaller values"):

@@ -219,6 +219,8 @@ def test_a_bare_yes_is_an_answer(tmp_path):
         ["--lr", "1e300"],
         ["--norm_eps", "1e300"],
         ["--data_path", ""],
+        ["--model_path", "a\0b"],
+        ["--device_map", '{"": [1]}'],
         ["--output_dir", ""],
         ["--model_path", ""],
         ["--config", ""],
@@ -240,6 +242,13 @@ def test_waits_that_no_clock_can_keep_and_threads_without_number_are_refused(cap
         config.parse("interpret", argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--context_length", "--top_n"])
+def test_contexts_that_no_memory_holds_are_refused(capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        config.parse("apply", [option, str(2**62)])
+    assert stop.value.code == 2 and option in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["1e-300", "1e300", "-1", "nan"])
