@@ -476,7 +476,7 @@ OPTIONS: dict[str, Option] = {
         high=1,
     ),
     "input_norm": Option(
-        "sae",
+        "sae unlabelled",
         str,
         None,
         "What is done to the state of each token: standardised (token), freed of its mean (mean), "

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src import files
+from src.feature_files import NUMBER, check, read_features
+from src.rule_labels import BY_RULE_MARK
 
 BY_RULE = "heuristic"  # the engine of labels that no language model wrote
 
@@ -28,21 +30,28 @@ class Note(NamedTuple):
 def of_sae(output_dir: str | Path, title: str, weights_sum: str | None) -> dict[int, Note]:
     """Return {latent: its note} of an SAE; empty before apply.py has run.
 
-    Contexts of other weights with this title are passed over.
+    Contexts of other weights with this title are passed over, and damaged files after a warning.
     """
     folder = Path(output_dir) / files.CONTEXT_DIR
     path = files.newest(folder, f"{files.safe_name(title)}_contexts.json*")
     if path is None:
         return {}
-    contexts = files.load_json(path)
-    if not isinstance(contexts, dict) or not isinstance(contexts.get("latent_context_map"), dict):
+    try:
+        contexts, labels = read_features(path)
+        entries = contexts["latent_context_map"]
+        check(entries, {}, "latent_context_map")
+        for latent, entry in entries.items():
+            check(entry, {"max_activation": NUMBER}, f"latent {latent}")
+    except ValueError as error:
+        print(f"warning: nothing is said of the latents: {error}")
         return {}
     if files.is_stale_result(contexts, {"weights_sum": weights_sum}):
         return {}
-    labels_path = Path(output_dir) / files.INTERPRET_DIR / f"interp_{files.safe_name(title)}.json"
-    labels = files.load_json(labels_path) if labels_path.exists() else {}
-    entries = contexts["latent_context_map"]
-    return {int(latent): _note(entries[latent], labels.get(latent, {})) for latent in entries}
+    return {
+        int(latent): _note(entry, labels.get(latent, {}))
+        for latent, entry in entries.items()
+        if latent.isdecimal()
+    }
 
 
 def _note(entry: dict[str, Any], label: dict[str, Any]) -> Note:
@@ -52,5 +61,5 @@ def _note(entry: dict[str, Any], label: dict[str, Any]) -> Note:
         if (test := label.get(kind)) and test.get("balanced_accuracy") is not None
     ]
     engine = "by rule" if label.get("engine") == BY_RULE else f"by {label.get('engine')}"
-    text = str(label.get("description") or "").removeprefix("[by rule] ")
+    text = str(label.get("description") or "").removeprefix(BY_RULE_MARK).strip()
     return Note(entry.get("max_activation"), text, ", ".join([engine, *tests]))

@@ -20,7 +20,7 @@ MAIN: dict[str, str] = {
     "requests_per_minute budget_usd budget_tokens timeout dry_run seed output_dir",
     "steer": "SAE_path set add multiply zero prompt prompts max_new_tokens temperature mode site "
     "model_path device output_dir",
-    "export": "SAE_path format overwrite output_dir",
+    "export": "SAE_path format license overwrite output_dir",
     "explore": "SAE_path model_path port max_new_tokens mode site dtype device output_dir",
 }
 EXAMPLES: dict[str, tuple[str, str]] = {

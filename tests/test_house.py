@@ -18,8 +18,8 @@ FLOORS = (
     "zoo stage_help names files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt "
     "endpoint gguf_file rule_labels tensor_files plot_style",
-    "sae reference identity auxk feature_files latent_notes",
-    "model data lm metrics config formats neuronpedia",
+    "sae reference identity auxk feature_files",
+    "model data lm metrics config latent_notes formats neuronpedia",
     "hooks checkpoint published import_formats export_formats demo events sae_training estimate "
     "page steering",
     "trainer evaluator applier interpreter steerer reader plots",

@@ -127,8 +127,9 @@ def test_steering_names_the_latent_and_takes_multiples_of_its_maximum(trained, c
         assert code == 2 and message in printed, printed
 
 
-def test_a_note_of_other_weights_is_not_taken(tmp_path):
-    contexts = {"weights_sum": "a", "latent_context_map": {"3": {"max_activation": 2.0}}}
+def test_a_note_of_other_weights_or_of_a_damaged_file_is_not_taken(tmp_path, capsys):
+    entries = {"3": {"max_activation": 2.0}}
+    contexts = {"title": "X", "sites": [1], "weights_sum": "a", "latent_context_map": entries}
     files.save_json(contexts, tmp_path / "contexts" / "X_contexts.json")
     test = {"balanced_accuracy": 0.83}
     label = {"3": {"description": "[by rule] numbers", "engine": "heuristic", "detection": test}}
@@ -136,6 +137,11 @@ def test_a_note_of_other_weights_is_not_taken(tmp_path):
     notes = latent_notes.of_sae(tmp_path, "X", "a")
     assert str(notes[3]) == " numbers (by rule, detection 0.83), maximum 2"
     assert latent_notes.of_sae(tmp_path, "X", "b") == {}
+    files.save_json(
+        contexts | {"latent_context_map": [1]}, tmp_path / "contexts" / "X_contexts.json"
+    )
+    assert latent_notes.of_sae(tmp_path, "X", "a") == {}
+    assert "warning: nothing is said of the latents" in capsys.readouterr().out
 
 
 def test_an_sae_of_another_language_model_gets_a_title_with_the_models_name(home, trained, capsys):
