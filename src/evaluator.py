@@ -526,15 +526,18 @@ def _may_replace(result: Result, earlier: Result) -> bool:
     return set(earlier["units"]) <= set(result["units"])
 
 
+def _columns(results: dict[str, Result], names_asked: Collection[str]) -> list[str]:
+    measured = {key for result in results.values() for key in result}
+    shown = measured.intersection(metric_table.keys_of({*names_asked, "L0"}))
+    return [key for key in metric_table.shown_in(metric_table.CONSOLE) if key in shown]
+
+
 def _print_table(results: dict[str, Result], names_asked: Collection[str]) -> None:
     """Print one row for each SAE, grouped by the sites that are patched, and how to read it.
 
     Only the metrics that were asked for are shown; L0 always is, since errors compare at equal L0.
     """
-    measured = {key for result in results.values() for key in result}
-    asked = metric_table.keys_of({*names_asked, "L0"})
-    columns = [key for key in metric_table.shown_in(metric_table.CONSOLE) if key in measured]
-    columns = [key for key in columns if key in asked]
+    columns = _columns(results, names_asked)
     width = max(max(map(len, results)), MIN_TITLE) + 4
     units = metric_table.units(columns)
     widths = [max(len(key), len(units.get(key, "")), MIN_COLUMN) + 2 for key in columns]

@@ -41,7 +41,7 @@ SPEED, SPEED_TITLE = "step_tokens_per_s", "training step, tokens/s"
 SWEPT = re.compile(r"_(k|target_l0|l1_coeff)[\d.e+-]+(?=_|$)")
 L0_TOLERANCE = 0.1  # an L0 farther than this share from the row's own k is starred
 CURVE = 3  # sites of a model from which it is drawn as a curve over sites
-COURSE_HEIGHT = 3.2  # inches of a panel
+ROW_HEIGHT, COURSE_HEIGHT = 4.0, 3.2  # inches of a panel
 MAX_LABELS = 9  # of lines in a panel
 # Lines of a training that end so near each other, if they are more than so many, have one label.
 SAME_END, MOST_AT_ONE_END = 0.002, 3
@@ -259,34 +259,42 @@ def picture(results: list[Result], path: Path) -> None:
     """Draw the metrics that have a panel, then routing shares and firing rates where measured.
 
     Of a sweep, shares and rates are those of its middle.
-
-    The metrics are drawn over the sites where one model was trained at several, as bars grouped by
-    the patched site where all L0 are alike, and otherwise against L0.
     """
     drawn = [m for m in METRICS if m.panel and any(r.get(m.key) is not None for r in results)]
     middles = [family[len(family) // 2] for family in families(results).values()]
-    routed = [result for result in middles if result.get("Routing")]
-    counted = [result for result in middles if _histogram(result)]
-    l0 = [result["L0"] for result in results]
-    draw, height = draw_frontiers, 4.2
-    if max(l0) <= (1 + L0_TOLERANCE) * min(l0):
-        draw, height = draw_bars, 1.1 + 0.24 * (len(results) + len({_sites(r) for r in results}))
-        if any(len({_sites(r) for r in curve}) >= CURVE for curve in curves(results).values()):
-            draw, height = draw_sites, 3.9
-    n_rows = 1 + bool(routed or counted)
-    figure = pyplot().figure(figsize=(13, height + 3.9 * (n_rows - 1)))
-    grid = figure.add_gridspec(n_rows, 1, height_ratios=[height, 3.9][:n_rows])
-    above = grid[0].subgridspec(1, len(drawn))
+    panels = [
+        (_draw_routing, [result for result in middles if result.get("Routing")]),
+        (_draw_densities, [result for result in middles if _histogram(result)]),
+    ]
+    panels = [(draw, of_it) for draw, of_it in panels if of_it]
+    draw_metric, height = _form(results)
+    heights = [height, ROW_HEIGHT] if panels else [height]
+    figure = pyplot().figure(figsize=(13, sum(heights)))
+    rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    above = rows[0].subgridspec(1, len(drawn))
     for number, metric in enumerate(drawn):
         measured = [result for result in results if result.get(metric.key) is not None]
-        draw(figure.add_subplot(above[number]), measured, metric.key, metric.panel, height)
-    if n_rows == 2:
-        panels = [(_draw_routing, routed), (_draw_densities, counted)]
-        panels = [(function, of_it) for function, of_it in panels if of_it]
-        below = grid[1].subgridspec(1, len(panels))
-        for number, (function, of_it) in enumerate(panels):
-            function(figure.add_subplot(below[number]), of_it)
+        axis = figure.add_subplot(above[number])
+        draw_metric(axis, measured, metric.key, metric.panel, height)
+    below = rows[-1].subgridspec(1, max(1, len(panels)))
+    for number, (draw, of_it) in enumerate(panels):
+        draw(figure.add_subplot(below[number]), of_it)
     _save(figure, path)
+
+
+def _form(results: list[Result]) -> tuple[Callable[..., None], float]:
+    """(function that draws a metric, its height in inches).
+
+    Results are drawn over the sites where one model was trained at several, as bars grouped by the
+    patched site where all L0 are alike, and otherwise against L0.
+    """
+    l0 = [result["L0"] for result in results]
+    if max(l0) > (1 + L0_TOLERANCE) * min(l0):
+        return draw_frontiers, ROW_HEIGHT
+    if any(len(set(map(_sites, curve))) >= CURVE for curve in curves(results).values()):
+        return draw_sites, ROW_HEIGHT
+    n_rows = len(results) + len(set(map(_sites, results)))  # with a heading for each site
+    return draw_bars, 1.1 + 0.24 * n_rows
 
 
 def _sites(result: Result) -> tuple[int, ...]:
