@@ -184,9 +184,6 @@ def _lens(tensors: Any, config: dict[str, Any], source: Source) -> Published:
         raise ValueError(
             f"it reads one attention head (hook_head_index {about['hook_head_index']})"
         )
-    notes = ()
-    if about.get("prepend_bos") is False:
-        notes = ("trained on rows without BOS; rows here begin with it, and it is never counted",)
     return Published(
         architecture,
         _without_scaling(tensors),
@@ -196,8 +193,20 @@ def _lens(tensors: Any, config: dict[str, Any], source: Source) -> Published:
         unit_rows=architecture == "topk" and bool(config.get("rescale_acts_by_decoder_norm")),
         input_norm=_lens_input_norm(config, about),
         language_model=about.get("model_name"),
-        notes=notes,
+        notes=_lens_notes(about),
     )
+
+
+def _lens_notes(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an SAE of SAELens was trained on that this program does not give it by itself."""
+    notes = ()
+    if about.get("prepend_bos") is False:
+        notes = ("trained on rows without BOS; rows here begin with it, and it is never counted",)
+    options = about.get("model_from_pretrained_kwargs")
+    revision = options.get("revision") if isinstance(options, dict) else None
+    if revision:
+        notes += (f"trained on revision {revision!r} of the language model; give it as a folder",)
+    return notes
 
 
 def _lens_architecture(config: Mapping[str, Any]) -> tuple[str, int | None]:

@@ -326,6 +326,21 @@ def test_saes_of_centred_states_read_states_without_their_mean(
     assert hub.input_norm == sae.input_norm
 
 
+def test_what_an_sae_of_saelens_was_trained_on_is_told(tmp_path, capsys):
+    folder = saelens_folder(tmp_path / "sae", "standard")
+    config = read_json(folder / "cfg.json")
+    kwargs = {"revision": "step3000"}
+    config["metadata"] |= {"prepend_bos": False, "model_from_pretrained_kwargs": kwargs}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    checkpoint.load(folder)
+    out = capsys.readouterr().out
+    assert "rows without BOS" in out and "revision 'step3000'" in out
+    config["metadata"]["hook_head_index"] = 3
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"one attention head \(hook_head_index 3\)"):
+        checkpoint.load(folder)
+
+
 def test_a_scaling_factor_of_ones_is_nothing_and_another_is_refused(tmp_path):
     for factor, flag in ((1.0, True), (1.0, False), (1.5, True), (1.5, False)):
         name = f"{factor}{flag}"
