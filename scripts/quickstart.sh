@@ -109,5 +109,6 @@ python -m src.plots "$OUTPUT_DIR/eval" "$OUTPUT_DIR/comparison.png" --only "$tag
 python -m src.page "$contexts" "$OUTPUT_DIR/report.html" \
   --picture "$OUTPUT_DIR/comparison.png" --only "$tag"
 echo "Open the page above in a browser. To go on, run"
+echo "  bash scripts/explore.sh --SAE_path ${sae[0]}   (a text of your own)"
 echo "  bash scripts/evaluate_compare.sh${1:+ $1}   (all models and controls)"
 echo "  python train.py --help"

@@ -29,7 +29,7 @@ from src import (
     hooks,
     lm,
 )
-from src.contexts import BROKEN, TokenText, sentence_bounds
+from src.contexts import BROKEN, TokenText, sentence_bounds, text_decoder
 from src.data import Batch, Rows, special_tokens
 from src.estimate import Estimate
 from src.events import SAMPLE_SIZE, ContextCollector, Events, Pieces, Table, Windows
@@ -102,12 +102,8 @@ def split_batch(
 
 def token_text(tokenizer: Any) -> TokenText:
     """Return the texts of a tokenizer's tokens."""
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    ordinary = tokenizer.encode("a", add_special_tokens=False)
-    return TokenText(decode, len(tokenizer), ordinary[-1])
+    decode, ordinary = text_decoder(tokenizer)
+    return TokenText(decode, len(tokenizer), ordinary)
 
 
 def columns(contexts: list[Context]) -> Entry:

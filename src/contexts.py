@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 OPEN, CLOSE = "<ACTIVATED>", "</ACTIVATED>"
 SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*(?=\s|$)|\n")
@@ -22,6 +23,17 @@ ABBREVIATION_CHARS = 8  # before an end, in which an abbreviation is looked for
 WINDOW_TOKENS = 32  # to which whole sentences are added to a short one
 BROKEN = "\ufffd"  # decoders put it for bytes that are no whole character
 MAX_CHARACTER_TOKENS = 8  # tokens over which one character may be spread
+
+
+class _Decoded(dict):
+    """The texts of tokens, made when they are first asked for."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode = decode
+
+    def __missing__(self, token: int) -> str:
+        self[token] = self.decode([token])
+        return self[token]
 
 
 class TokenText:
@@ -39,12 +51,19 @@ class TokenText:
         self.decode = decode
         self.anchor = anchor
         self.prefix = decode([anchor])
-        self.text = [self._inside_text([token]) for token in range(vocabulary)]
+        self.text: Any = [self._inside_text([token]) for token in range(vocabulary)]
         numbers: dict[str, int] = {}
         self.group = [
             numbers.setdefault(self.name_of(token), len(numbers)) for token in range(vocabulary)
         ]
         self.names = list(numbers)
+
+    @classmethod
+    def of_few(cls, decode: Callable[[list[int]], str], anchor: int) -> TokenText:
+        """Return one that decodes a token when it is first asked for, and has no classes."""
+        result = cls(decode, 0, anchor)
+        result.text = _Decoded(result._inside_text)
+        return result
 
     def _inside_text(self, ids: list[int]) -> str:
         text = self.decode([self.anchor, *ids])
@@ -80,6 +99,15 @@ class TokenText:
             if BROKEN not in text:
                 return text, n_tokens
         return self.text[ids[start]], 1
+
+
+def text_decoder(tokenizer: Any) -> tuple[Callable[[list[int]], str], int]:
+    """Return (ids -> text, an ordinary token) of a tokenizer, as TokenText takes them."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return decode, tokenizer.encode("a", add_special_tokens=False)[-1]
 
 
 def sentence(pieces: Sequence[str], position: int) -> str:

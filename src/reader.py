@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src import checkpoint, config, demo, files, hooks, lm
+from src.contexts import TokenText, text_decoder
 from src.data import Batch, count_mask, encode_text, special_token_table
 from src.feature_files import read_features
 from src.ops import squared_errors
@@ -43,7 +44,7 @@ class Reading(NamedTuple):
     A notebook shows it as a strip of tokens, coloured by the site where the router read each.
     """
 
-    tokens: list[str]  # [N]
+    tokens: list[str]  # [N]; a character over several tokens stands whole at its first one
     latents: Tensor  # strengths [N,F]; [N,L,F] of an SAE with a code for every site
     sites: list[int] | None  # where the router read each token [N]; None without a router
     weights: Tensor | None  # the router's weight of each site [N,L]; None without a router
@@ -173,7 +174,7 @@ class Reader:
     def reading(self, batch: Batch, hidden: Mapping[int, Tensor]) -> Reading:
         """Return the codes of a batch of batch() whose states {site: [N,D]} are known."""
         out = self.sae.autoencode(self.sae.gather(hidden), hooks.batch_info(self.cfg, batch))
-        tokens = [self.tokenizer.decode([token]) for token in batch.input_ids[batch.mask].tolist()]
+        tokens = self._text.pieces(batch.input_ids[batch.mask].tolist())
         errors = squared_errors(out.target, out.x_hat)
         errors = errors.view(len(tokens), -1).mean(1)  # over the sites, if each has its own
         sites = None
@@ -200,6 +201,10 @@ class Reader:
         lm.check_length(self.language_model, len(ids))
         row = torch.zeros(1, dtype=torch.long)
         return Batch(input_ids, mask, torch.zeros_like(input_ids), row).to(self.cfg.device)
+
+    @cached_property
+    def _text(self) -> TokenText:
+        return TokenText.of_few(*text_decoder(self.tokenizer))
 
     @property
     def contexts_path(self) -> Path | None:

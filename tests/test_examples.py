@@ -79,8 +79,9 @@ def test_a_reader_gives_codes_sites_and_contexts_of_a_text(user_folder):
 
 def test_a_reading_names_its_strongest_features_and_is_a_strip_in_a_notebook(user_folder):
     reader = Reader(user_folder / "out" / "SAE_models" / "RouteSAE_demo_example.pt")
-    text = "Return <b onclick=alert(1)>the</b>\nvalue of the array"
+    text = "Return <b onclick=alert(1)>the</b>\nvalue of na\u00efve \u65e5\u672c \U0001f680"
     reading = reader.read(text)
+    assert "".join(reading.tokens) == text
     features = reading.features(64)
     strengths = [feature.strength for feature in features]
     assert strengths == sorted(strengths, reverse=True) and min(strengths) > 0

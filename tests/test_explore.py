@@ -20,6 +20,7 @@ from src.files import DEMO_LM, ROOT
 from src.interpreter import Interpreter
 from src.steerer import Steerer
 from src.trainer import Trainer
+from src.zoo import ZOO
 from tests.browser import CHROMIUM, Browser
 
 NAMES = ("RouteSAE", "TopK", "Crosscoder")
@@ -28,7 +29,7 @@ TEXT = "Returns the value of"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three SAEs of the demo LM; the first has contexts and labels."""
+    """An SAE of each model of the zoo, on the demo LM; the RouteSAE has contexts and labels."""
     folder = tmp_path_factory.mktemp("explore")
     lines = [{"text": f"The {i}th value is {i % 7}. Returns the size! " * 4} for i in range(60)]
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     sizes = "--latent_size 64 --k 4 --max_samples 40 --split all".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(folder / "data"))
-        train = ["--model", *NAMES, "--model_path", str(DEMO_LM)]
+        train = ["--model", *ZOO, "--model_path", str(DEMO_LM)]
         Trainer(parse("train", [*train, *argv, *text, *sizes])).run()
         path = ["--SAE_path", str(sae_path(folder, "RouteSAE"))]
         apply = [*path, *argv, *text, "--lines", "1", "--split", "all"]
@@ -50,11 +51,15 @@ def sae_path(folder, name):
     return folder / "SAE_models" / f"{name}_text.pt"
 
 
+def explorer_of(folder, names, n_tokens):
+    paths = [str(sae_path(folder, name)) for name in names]
+    argv = ["--SAE_path", *paths, "--output_dir", str(folder), "--dtype", "float32"]
+    return Explorer(parse("explore", [*argv, "--max_new_tokens", str(n_tokens)]))
+
+
 @pytest.fixture(scope="module")
 def explorer(folder):
-    paths = [str(sae_path(folder, name)) for name in NAMES]
-    argv = ["--SAE_path", *paths, "--output_dir", str(folder), "--dtype", "float32"]
-    return Explorer(parse("explore", [*argv, "--max_new_tokens", "5"]))
+    return explorer_of(folder, NAMES, 5)
 
 
 @pytest.fixture
@@ -95,6 +100,17 @@ def test_all_saes_are_read_from_one_pass_as_a_reader_reads_each(explorer, monkey
     labels = answer["saes"][0]["labels"]
     assert labels and all(isinstance(label, str) for label in labels.values())
     assert not answer["saes"][1]["labels"]
+
+
+def test_any_sae_of_the_zoo_is_read_and_steered(folder):
+    explorer = explorer_of(folder, ZOO, 1)
+    results = explorer.read(TEXT)["saes"]
+    assert len(results) == len(ZOO)
+    for index, name in enumerate(ZOO):
+        edits = [[["set", latent, 500.0]] for latent in range(4)]
+        steps = [step for edit in edits for step in explorer.steer(index, TEXT, edit)]
+        assert any(step["steered"] != step["as_is"] for step in steps), name
+        assert f"{name}_text on demo_lm" in explorer.page(index)
 
 
 @pytest.mark.parametrize("index", range(len(NAMES)))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from src.feature_files import ADDED, ENTRY_PARTS, HEADER_PARTS
 from src.files import ROOT, digest
 from src.page import page, page_data
 from tests.browser import CHROMIUM, Browser
@@ -248,6 +249,24 @@ def test_in_a_browser_the_page_shows_the_text_and_runs_none_of_it(browser, show)
     assert all(address.startswith("data:image/png;base64,") for address in browser.requests)
     # The bytes "png" are no picture, which is the one error.
     assert all("data:image" in json.dumps(error) for error in browser.errors)
+
+
+@needs_browser
+def test_a_file_of_an_earlier_version_is_shown_without_the_parts_it_lacks(browser, show):
+    contexts = hostile_contexts()
+    for key in (*HEADER_PARTS, "codes", "data_path"):
+        del contexts[key]
+    entry = contexts["latent_context_map"]["7"]
+    for key in (*ENTRY_PARTS.keys() - {"site_counts"}, *ADDED):
+        del entry[key]
+    for key in ADDED:
+        del entry["sample"][0][key]
+    html = page(contexts, {}, EVALUATION)
+    for anchor, shown in (("#7", "Strongest contexts"), ("", "Share of tokens by site")):
+        show(html, anchor)
+        text = browser.run(VIEW_TEXT)
+        assert shown in text and "cannot be shown" not in text
+    assert not browser.errors
 
 
 @needs_browser

