@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from src import device, model, ops, sparse
 from src.draws import random_integers, random_subset
+from src.formats import site_saes
 from src.model import RouteSAE, TopK, build
 from src.ops import (
     Jump_func,
@@ -563,6 +564,29 @@ def test_an_mlsae_of_one_site_is_a_topk(hidden):
     out = mlsae.autoencode(mlsae.gather(hidden))
     expected = topk.autoencode(topk.gather(hidden))
     assert torch.allclose(out.x_hat[:, 0], expected.x_hat, atol=1e-6)
+
+
+def test_a_patch_of_one_site_codes_its_states_with_the_bias_of_that_site(hidden):
+    sae = make("MLSAE")
+    with torch.no_grad():
+        sae.pre_bias.normal_()
+    clean = sae.autoencode(sae.gather(hidden))
+    for known, coded in zip(sae.patches(hidden, clean=clean), sae.patches(hidden), strict=True):
+        ((site, patch),) = coded.items()
+        assert torch.allclose(patch(hidden[site]), known[site](hidden[site]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MLSAE", "RouteSAE"])
+def test_the_standard_form_of_a_site_has_its_bias_and_gives_the_same_code(name, hidden):
+    sae = make(name, topk_relu=True)
+    dictionary = getattr(sae, "sae", sae)
+    with torch.no_grad():
+        dictionary.pre_bias.normal_()
+    for index, (site, site_sae) in enumerate(site_saes(sae).items()):  # it compares the codes too
+        assert torch.equal(site_sae.b_dec, dictionary.pre_bias[index])
+        x = sae.standardise(hidden[site])[0]
+        own = dictionary.encode(x, bias=dictionary.pre_bias[index])
+        assert torch.allclose(site_sae.encode(hidden[site]), own, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- functions
