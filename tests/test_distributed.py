@@ -289,8 +289,13 @@ def test_a_value_in_one_process_that_is_not_finite_stops_the_run_in_all_and_its_
     assert len(dump["input_ids"]) == 5
 
 
-def test_the_process_with_the_least_memory_decides_the_slices_of_all(server, tiny, tmp_path, alone):
-    argv = arguments(tiny, tmp_path, *SCIENCE, "--model", "Gated", "Crosscoder")
+def test_the_process_with_the_least_memory_decides_the_slices_of_all(server, tiny, tmp_path):
+    # AuxK divides by a variance, which is that of each slice.
+    options = [*SCIENCE, "--auxk_coeff", "0", "--model", "Gated", "Crosscoder"]
+    alone = tmp_path / "alone"
+    codes, errors = together(server, 1, "train", arguments(tiny, alone, *options), alone)
+    assert codes == [0], errors
+    argv = arguments(tiny, tmp_path, *options)
     codes, errors = together(server, 2, "train", argv, tmp_path, short_of_memory)
     assert codes == [0, 0], errors
     assert [(tmp_path / f"parts{n}").read_text() for n in (0, 1)] == ["[4, 4]", "[4, 4]"]
