@@ -371,7 +371,6 @@ def _about(contexts: dict[str, Any], n_shown: int) -> dict[str, Any]:
         "line": "; ".join(facts),
         "sites": sites,
         "colours": site_colours(sites),
-        "partner_tokens": contexts.get("tokens_of_partners"),
     }
 
 

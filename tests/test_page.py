@@ -270,6 +270,29 @@ def test_a_file_of_an_earlier_version_is_shown_without_the_parts_it_lacks(browse
 
 
 @needs_browser
+@pytest.mark.parametrize("sites", [[4], [4, 5]])
+def test_an_sae_without_a_router_is_shown(browser, show, sites):
+    contexts = hostile_contexts()
+    del contexts["routing"]
+    contexts["sites"] = sites
+    entry = contexts["latent_context_map"]["7"]
+    entry["layer"] = [None]
+    entry["sample"][0]["layer"] = None
+    entry["site_strengths"] = [1.0] * len(sites)
+    norms = [0.5] * len(sites) if len(sites) > 1 else None
+    entry |= {"site_counts": None if norms else [4], "decoder_norms": norms}
+    html = page(contexts, {}, EVALUATION)
+    for anchor, shown in (("#7", "Strongest contexts"), ("", "A sample of the text")):
+        show(html, anchor)
+        text = browser.run(VIEW_TEXT)
+        assert shown in text and "cannot be shown" not in text
+        assert len(sites) > 1 or "by site" not in text
+    browser.run("document.querySelector('.token').click()")
+    assert "7" in browser.run("document.querySelector('.panel').textContent")
+    assert not browser.errors
+
+
+@needs_browser
 def test_a_broken_part_says_so_and_leaves_the_rest(browser, show):
     html = hostile_page()
     data = json.loads(DATA.search(html).group())
