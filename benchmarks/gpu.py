@@ -41,7 +41,7 @@ class Scale(NamedTuple):
     peer_tokens: int  # tokens of the rows that are prepared for other libraries
     repeat_tokens: int  # tokens of the trainings that must repeat bit for bit
     repeat_sizes: dict[str, int]  # options of these trainings
-    site_tokens: int  # training tokens of the part on SmolLM2
+    epochs: int  # passes over the text in the part on SmolLM2
     site_sizes: dict[str, int]  # options of its trainings
     held_out: int  # tokens on which it is evaluated
     layers: tuple[int, ...]  # sites of its TopKs
@@ -54,7 +54,7 @@ CARD = Scale(
     peer_tokens=12_000_000,
     repeat_tokens=400_000,
     repeat_sizes={"latent_size": 4096, "k": 32, "batch_size": 32, "max_length": 256},
-    site_tokens=20_000_000,
+    epochs=7,  # of about 3M tokens that scripts/download_data.sh finds in the package index
     site_sizes={"latent_size": 16384, "k": 32, "batch_size": 64, "max_length": 512},
     held_out=200_000,
     layers=(9, 10, 11, 14, 18),
@@ -64,9 +64,9 @@ DRY = Scale(
     shape="tiny",
     held=0.5,
     peer_tokens=6_000,
-    repeat_tokens=2_400,
+    repeat_tokens=12_000,
     repeat_sizes={"latent_size": 64, "k": 4, "batch_size": 4, "max_length": 32},
-    site_tokens=3_000,
+    epochs=1,
     site_sizes={"latent_size": 64, "k": 4, "batch_size": 4, "max_length": 32},
     held_out=500,
     layers=(4, 8),
@@ -154,8 +154,7 @@ def sites(setting: Setting) -> Commands:
     """RouteSAE, TopKs at five sites and random routing at the router's own shares."""
     scale = setting.scale
     folder = setting.folder / "sites"
-    epochs = 100  # the text is read again until site_tokens are reached
-    common = {**scale.site_sizes, "num_epochs": epochs, "max_tokens": scale.site_tokens}
+    common = {**scale.site_sizes, "num_epochs": scale.epochs}
     common |= {"output_dir": folder, "overwrite": "yes"}
     train = setting.stage("train", **common, tag="gpu")
     layers = map(str, scale.layers)
