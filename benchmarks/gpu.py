@@ -182,10 +182,11 @@ def peers(setting: Setting) -> Commands:
 
 def quality(setting: Setting) -> Commands:
     """One SAE and eight from one pass on the real model, with NormMSE beside each rate."""
-    shape = "smollm2" if setting.scale.device == "cuda" else setting.scale.shape
-    tokens = setting.scale.peer_tokens // 4
-    options = {"shape": shape, "tokens": tokens, "rounds": 4}
-    yield setting.rates("quality", "training", "eight", **options)
+    on_card = setting.scale.device == "cuda"
+    shape = "smollm2" if on_card else setting.scale.shape
+    parts = ("training", "eight") if on_card else ("eight",)
+    options = {"shape": shape, "tokens": setting.scale.peer_tokens // 4, "rounds": 4}
+    yield setting.rates("quality", *parts, **options)
 
 
 class Part(NamedTuple):
@@ -211,12 +212,14 @@ PARTS = {
 def play(name: str, setting: Setting) -> dict:
     """Run one part until it ends, fails or reaches its limit, and return its record."""
     part = PARTS[name]
+    # A dry run may stand beside other work on a small machine.
+    limit = part.limit if setting.scale.device == "cuda" else 10 * part.limit
     started = time.perf_counter()
     record = {"part": name, "commands": [], "status": 0}
     log = setting.folder / f"{name}.log"
     with open(log, "w") as output:
         for command in part.commands(setting):
-            left = part.limit - (time.perf_counter() - started)
+            left = limit - (time.perf_counter() - started)
             status = run(command, left, output)
             shown = ["python", *command[1:]]
             record["commands"].append({"command": " ".join(shown), "status": status})
