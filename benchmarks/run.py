@@ -78,13 +78,16 @@ class HeldSet(NamedTuple):
     """Models trained together, and the limits of their minutes for 100M tokens."""
 
     models: tuple[str, ...]
-    must: float
-    goal: float
-    moonshot: float
+    must: float | None = None
+    goal: float | None = None
+    moonshot: float | None = None
+    options: dict[str, str] = AS_PUBLISHED  # of train.py; models without a router ignore these
 
 
 SETS = {
     "RouteSAE": HeldSet(("RouteSAE",), 8.3, 6.5, 5.0),
+    "RouteSAE_standard": HeldSet(("RouteSAE",), options={}),
+    "TopK": HeldSet(("TopK",)),
     "Crosscoder": HeldSet(("Crosscoder",), 21, 16, 13),
     "MLSAE": HeldSet(("MLSAE",), 18, 13.7, 11),
     "zoo": HeldSet(EIGHT, 45, 31, 25),
@@ -174,7 +177,10 @@ class Bench:
     def _prepare_rows(self):
         """Save training rows for other libraries, in the order in which train.py takes them."""
         rows = self._rows("train", self.cfg.tokens)
-        torch.save(rows.batch(rows.order(42, 0)).input_ids.int(), self.rows_file)
+        wanted = math.ceil(self.cfg.tokens / self.length)
+        epochs = range(max(1, math.ceil(wanted / len(rows))))  # a short text is read again
+        order = torch.cat([torch.as_tensor(rows.order(42, epoch)) for epoch in epochs])
+        torch.save(rows.batch(order[: max(wanted, len(rows))]).input_ids.int(), self.rows_file)
 
     @torch.no_grad()
     def _prepare_held_out(self):
@@ -572,14 +578,14 @@ def rates(bench):
     """Rates held for a minute, and the minutes that 100M tokens would take at these rates."""
     print("held rates ...", flush=True)
     for name in bench.cfg.rate_of:
-        models, must, goal, moonshot = SETS[name]
+        models, must, goal, moonshot, changes = SETS[name]
         options = {
             "max_tokens": None,
             "num_epochs": 100_000,  # more than the time allows
             "output_dir": bench.folder / f"held_{name}",
         }
         if "RouteSAE" in models:
-            options |= AS_PUBLISHED
+            options |= changes
 
         def start(name=name, models=models, options=options):
             return bench.ours(f"ours {name}", *models, **options)
@@ -620,13 +626,15 @@ def reading(bench):
 
 
 def read_all(bench, contender, name, must, goal, moonshot):
-    """Let a contender read the whole text; a target of its minutes for 10M tokens."""
+    """Let a contender read for cfg.read seconds; a target of its minutes for 10M tokens."""
     try:
-        contender.go(1, counted=False)
-        contender.go(math.inf)
+        turn = contender.go(1, counted=False)
+        for seconds in (bench.cfg.read / 10, bench.cfg.read):  # the first gives the rate
+            if turn.get("final"):
+                break
+            turn = contender.go(turn["done"] + seconds * turn["tokens"] / turn["seconds"])
     finally:
         contender.end()
-    turn = contender.turns[-1]
     tokens, seconds = turn["tokens"], turn["seconds"]
     target = f"{name} (from {tokens:,})"
     bench.target(target, must, goal, minutes([seconds / tokens], 1e7), "min", False, moonshot)
@@ -652,6 +660,28 @@ def against_published(bench):
 
 # ------------------------------------------------------------------------------------ command line
 
+PEERS = {  # name: (environment, options of its job)
+    "sparsify": ("sparsify", {}),
+    "sparsify, bfloat16": ("sparsify", {"dtype": "bfloat16"}),
+    "sae-lens": ("saelens", {}),
+    "sae-lens, bfloat16 and autocast": ("saelens", {"dtype": "bfloat16", "autocast": True}),
+}
+
+
+def other_libraries(bench):
+    """Held rates of other libraries, at their defaults and with the options made for speed."""
+    print("other libraries ...", flush=True)
+    for name, (environment, options) in PEERS.items():
+        contender = bench.peer(environment, name, **options)
+        if contender is None:
+            continue
+        try:
+            held(bench, lambda contender=contender: contender, warm=2)
+        except Failed as error:  # the others are still worth measuring
+            bench.results["left_out"].append(f"{name}: {error}")
+            bench.save()
+
+
 PARTS = {
     "training": training,
     "six": six,
@@ -659,6 +689,7 @@ PARTS = {
     "evaluate": evaluating,
     "apply": applying,
     "rates": rates,
+    "peers": other_libraries,
     "reading": reading,
     "published": against_published,
 }
@@ -702,6 +733,8 @@ def parse_args(argv=None):
     add("--evaluate", type=int, default=30_000, help="tokens of the evaluation contenders")
     add("--apply", type=int, default=60_000, help="tokens contexts are extracted from")
     add("--held", type=float, default=65, help="seconds for which a rate is held")
+    read_help = "seconds for which evaluation and apply read (default: the whole text)"
+    add("--read", type=float, default=math.inf, help=read_help)
     on_cuda, on_cpu = (" ".join(DEFAULT_PARTS[device]) for device in ("cuda", "cpu"))
     parts_help = f"parts (default on CUDA: {on_cuda}; else {on_cpu})"
     add("--only", nargs="+", choices=PARTS, help=parts_help)
