@@ -5,6 +5,7 @@ Reads the files of apply.py and interpret.py under an output folder. Works on JS
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from src import files
 from src.feature_files import NUMBER, check, read_features
 from src.rule_labels import BY_RULE_MARK
 
+SHOWN_CHARS = 80  # of a label in one line
 BY_RULE = "heuristic"  # the engine of labels that no language model wrote
 
 
@@ -23,7 +25,9 @@ class Note(NamedTuple):
     origin: str = ""  # who wrote the label, and how it did in its tests
 
     def __str__(self) -> str:
-        label = f" {self.label} ({self.origin})" if self.label else " no label"
+        # A label by rule lists what it covers, and then examples.
+        short = textwrap.shorten(self.label.split(", such as")[0], SHOWN_CHARS, placeholder=" ...")
+        label = f" {short} ({self.origin})" if self.label else " no label"
         return f"{label}, maximum {self.maximum:.3g}" if self.maximum is not None else label
 
 
