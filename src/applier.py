@@ -440,6 +440,7 @@ class Applier:
         common = lm.logits_of(model, mean)
         for chunk, chunk_states in zip(chunks, states, strict=True):
             changes = lm.logits_of(model, chunk_states) - common
+            hooks.check_logits(changes)
             for latent, change in zip(chunk, changes, strict=True):
                 entry = entries[str(latent)]
                 change = change - change.mean()

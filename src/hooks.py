@@ -194,6 +194,20 @@ def overflow(site: Any, model: nn.Module) -> str:
     return f"the states at site {site} are not finite: {type(model).__name__} {advice}"
 
 
+def check_logits(logits: Tensor, is_edited: bool = False) -> None:
+    """Raise ValueError for logits that are NaN: nothing can be chosen or compared by them."""
+    if not logits.isnan().any():
+        return
+    if is_edited:
+        raise ValueError(
+            "with this edit the language model gives no number as a logit: its states overflow; "
+            "use smaller values"
+        )
+    raise ValueError(
+        "the language model gives no number as a logit; check its weights, or try another --dtype"
+    )
+
+
 def _check_logits(model: nn.Module, states: Tensor, own: Tensor) -> None:
     """Raise ValueError if logits made from final states [S,D] differ from the model's own [S,V]."""
     error = lm.logits_error(own[:CHECKED_TOKENS], lm.logits_of(model, states[:CHECKED_TOKENS]))

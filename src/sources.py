@@ -322,9 +322,13 @@ def _parquet_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
                     number += 1
                     report.lines += 1
                     place = f"{file}:{number}"
+                    cells = [column[row] for column in batch.columns]
+                    if any(map(_is_too_long, cells)):
+                        report.skip("line too long", place)
+                        continue
                     try:
-                        columns = zip(batch.schema.names, batch.columns, strict=True)
-                        record = {name: column[row].as_py() for name, column in columns}
+                        values = [cell.as_py() for cell in cells]
+                        record = dict(zip(batch.schema.names, values, strict=True))
                     except UnicodeDecodeError:
                         report.skip("not UTF-8", place)
                         continue
@@ -335,6 +339,12 @@ def _parquet_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:
                 raise
             report.lines += 1
             report.skip(DAMAGED, f"{file}:{number}")
+
+
+def _is_too_long(cell: Any) -> bool:
+    """Whether a cell of parquet holds a text so long that it could fill the memory."""
+    content = cell.as_buffer() if hasattr(cell, "as_buffer") else None
+    return content is not None and content.size > MAX_LINE
 
 
 def _json_records(file: Path, report: Report) -> Iterator[tuple[Any, str]]:

@@ -127,7 +127,7 @@ class SteeredText:
             new = text[:, start:]
             with lm.hooked(self.model, self._hooks(new, start, cache, edit, site)):
                 logits, cache = lm.next_logits(self.model, new, cache)
-            _check_logits(logits, edit)
+            hooks.check_logits(logits, edit is not None)
             # A model without a cache runs the whole text again for each token.
             start = 0 if cache is None else text.shape[1]
             if self.cfg.temperature:
@@ -148,7 +148,7 @@ class SteeredText:
         """Return the logits of one pass without a cache. [1,S,V]"""
         with lm.hooked(self.model, self._hooks(ids, 0, None, edit, site)):
             logits = lm.logits_of(self.model, lm.final_states(self.model, ids))
-        _check_logits(logits, edit)
+        hooks.check_logits(logits, edit is not None)
         return logits
 
     def _logits_of_new(
@@ -157,18 +157,3 @@ class SteeredText:
         """Return the logits that predict new tokens [1,T] after ids. [T,V]"""
         logits = self._logits(torch.cat([ids, new], 1), edit, site)
         return logits[0, ids.shape[1] - 1 : -1]
-
-
-def _check_logits(logits: Tensor, edit: Edit | None) -> None:
-    """Raise ValueError for logits that are NaN: no word can be chosen by them."""
-    if not logits.isnan().any():
-        return
-    if edit is None:
-        raise ValueError(
-            "the language model gives no number as a logit; check its weights, or try another "
-            "--dtype"
-        )
-    raise ValueError(
-        "with this edit the language model gives no number as a logit: its states overflow; use "
-        "smaller values"
-    )

@@ -191,6 +191,15 @@ def test_parquet_columns_of_several_types_are_read_or_counted(tmp_path):
         read(pyarrow.array([3, 4]))
 
 
+def test_a_huge_cell_of_parquet_is_skipped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE", 1000)
+    texts = ["some words", None, "a" * 5000, "more words"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet")
+    report = Report("text", 1.0)
+    assert list(Documents(str(tmp_path), "all", report)) == ["some words", "more words"]
+    assert report.bad["line too long"] == 1 and report.lines == 4
+
+
 def test_special_tokens_inside_tool_calls_stay_text():
     tokenizer = AutoTokenizer.from_pretrained(DEMO_LM)
     tokenizer.chat_template = (

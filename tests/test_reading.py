@@ -501,6 +501,17 @@ def test_a_second_steering_is_added_to_the_file_of_the_first(trained, tmp_path):
         assert path.read_text() == damaged
 
 
+def test_logits_that_are_no_numbers_are_named(trained, tmp_path, monkeypatch):
+    logits_of = lm.logits_of
+    monkeypatch.setattr(
+        lm, "logits_of", lambda *model_and_states: logits_of(*model_and_states) * torch.nan
+    )
+    with pytest.raises(ValueError, match="no number as a logit; check its weights"):
+        applied(trained, tmp_path, "TopK")
+    with pytest.raises(ValueError, match="no number as a logit; check its weights"):
+        steered(trained, tmp_path, "TopK", "--zero", "3")
+
+
 def test_prompts_with_half_a_character_are_continued(trained, tmp_path):
     _, result = steered(trained, tmp_path, "TopK", "--zero", "3", "--prompt", "a \ud800 b")
     assert len(result["outputs"]) == 1
