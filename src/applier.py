@@ -5,8 +5,11 @@ B rows, S positions per row, N counted tokens, L sites, D hidden, F latents, V t
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import math
 import time
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -56,6 +59,8 @@ EVENT_COPIES = 2  # of all events while those of a batch are merged with them
 # Of a token in a context, with its share of the lists; the JSON is written in pieces (docs/LOG.md).
 CONTEXT_BYTES = 17
 CONTEXT_TOKENS = 60  # of a usual context of whole sentences, where the window is longer
+HEADER_BYTES = 2**20  # of a contexts file, in which its header ends
+SAME_TEXT = ("source_model", "data_path", "split")  # what contexts share that replace others
 GZIP_BYTES = 20_000_000  # of the contexts, above which their file is compressed by default
 # Fields of a context that a latent's entry holds as one list each.
 COLUMNS = (
@@ -269,17 +274,15 @@ class Applier:
         return windows
 
     def _save(self, result: dict[str, Any], output_path: str | Path | None) -> Path:
-        """Write the contexts; return their path. Contexts are not replaced by none."""
+        """Write the contexts; return their path. Contexts are not replaced by none.
+
+        Contexts of more tokens, or of another text, keep their name; these get one of their own.
+        """
         if output_path is not None:
             path = Path(output_path)
             former = path
         else:
-            compress = self.cfg.gzip
-            if compress is None:
-                compress = sum(map(len, files.json_pieces(result))) > GZIP_BYTES
-            path, former = map(
-                self._path, (".json.gz", ".json") if compress else (".json", ".json.gz")
-            )
+            path, former = self._free_name(result)
         for existing in (path, former):
             if not result["latent_context_map"] and existing.exists():
                 print(f"{existing} is left unchanged")
@@ -289,9 +292,26 @@ class Applier:
             former.unlink(missing_ok=True)  # the same contexts from before, in the other form
         return path
 
-    def _path(self, suffix: str) -> Path:
-        name = f"{files.safe_name(self.recipe['title'])}_contexts{suffix}"
-        return Path(self.cfg.output_dir) / files.CONTEXT_DIR / name
+    def _free_name(self, result: dict[str, Any]) -> tuple[Path, Path]:
+        """Return (path for the contexts, path of the other form, compressed or not)."""
+        compress = self.cfg.gzip
+        if compress is None:
+            compress = sum(map(len, files.json_pieces(result))) > GZIP_BYTES
+        suffixes = (".json.gz", ".json") if compress else (".json", ".json.gz")
+        folder = Path(self.cfg.output_dir) / files.CONTEXT_DIR
+        title = self.recipe["title"]
+        for number in itertools.count(1):
+            name = title if number == 1 else f"{title}_{number}"
+            paths = [folder / f"{files.safe_name(name)}_contexts{suffix}" for suffix in suffixes]
+            is_free = all(_may_replace(result, _header_of(path)) for path in paths)
+            if is_free or not result["latent_context_map"]:
+                break
+        if name != title:
+            print(
+                f"the contexts of {title} that are there come from more text, or from another, and "
+                f"stay; these are in {paths[0]}"
+            )
+        return paths[0], paths[1]
 
     # -------------------------------------------------------------------- contexts of a latent
 
@@ -605,6 +625,33 @@ class Applier:
 def _rounded(strongest: list[list[tuple[int, float]]]) -> list[list[list[float]]]:
     """Return the (latent, strength) of each token as they are written."""
     return [[[latent, round(value, 3)] for latent, value in token] for token in strongest]
+
+
+def _header_of(path: Path) -> dict[str, Any]:
+    """Return what a contexts file says of its run; nothing if it is damaged or of another kind.
+
+    Only its beginning is read.
+    """
+    if path.is_symlink() or not path.is_file():
+        return {}
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            start, marker, _ = file.read(HEADER_BYTES).partition(b', "negatives": ')
+        header = files.parse_json(start.decode("utf-8") + "}") if marker else {}
+    except (OSError, EOFError, ValueError, zlib.error):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _may_replace(result: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether the contexts of an earlier header are of no more text, or of other weights."""
+    if not earlier or files.is_stale_result(earlier, result):
+        return True
+    if any(earlier.get(key) != result[key] for key in SAME_TEXT):
+        return False
+    tokens = earlier.get("tokens")
+    return not isinstance(tokens, int) or tokens <= result["tokens"]
 
 
 def _logit_histogram(change: Tensor) -> Entry:

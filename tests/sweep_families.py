@@ -209,6 +209,15 @@ FAMILIES = {
     "Xmod": {"default_language": "en_XX"},
     "RecurrentGemma": {"block_types": ["recurrent", "attention"]},
 }
+# Options under which blocks of a family differ by depth, as in some published models.
+VARIANTS = {
+    "Gemma4Text, shared keys": (
+        "Gemma4Text",
+        {"num_kv_shared_layers": 1, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "Jamba, attention": ("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "Mllama, first block": ("Mllama", {"text_config": {"cross_attention_layers": [0]}}),
+}
 DECODERS = (  # encoders that transformers lists as causal models if they are told to be
     *("Bert", "BertGeneration", "BigBird", "Camembert", "Data2VecText", "Electra", "Ernie"),
     *("MegatronBert", "RemBert", "Roberta", "RobertaPreLayerNorm", "RoCBert", "RoFormer"),
@@ -288,18 +297,23 @@ def without_aliases(config, options):
     }
 
 
-def small_config(cls):
+def small_config(cls, variant=None):
+    """A small configuration of the family, with the options of a variant."""
     family = cls.__name__.removesuffix("Config")
     default = default_config(cls)
     options = small_options(default) if default is not None else dict(SMALL)
     if family in DECODERS:
         options["is_decoder"] = True
-    return cls(**(options | FAMILIES.get(family, {})))
+    options |= FAMILIES.get(family, {})
+    for name, value in (variant or {}).items():
+        is_nested = isinstance(value, dict) and isinstance(options.get(name), dict)
+        options[name] = options[name] | value if is_nested else value
+    return cls(**options)
 
 
-def small_model(cls):
+def small_model(cls, variant=None):
     """A model of the family with random weights; ValueError if it is not small."""
-    config = small_config(cls)
+    config = small_config(cls, variant)
     auto = transformers.AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(weight.numel() for weight in auto.from_config(config).parameters())
@@ -358,12 +372,12 @@ def train_and_measure(name, model, batch):
     return max(kls)
 
 
-def try_family(cls):
+def try_family(cls, variant):
     """(state, reason) of one family. States: works, refused, wrong, fails, not built, too long."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = small_model(cls)
+            model = small_model(cls, variant)
             model(input_ids=make_batch().input_ids, use_cache=False)
     except TooLong:
         raise
@@ -392,8 +406,10 @@ def last_place(error):
 
 
 def families(names):
-    """The configurations of the mapping, each once, in the order of their names."""
-    known = {cls.__name__.removesuffix("Config"): cls for cls in causal_configs()}
+    """{name: (configuration, options)} of the mapping and the variants, in the order of names."""
+    classes = {cls.__name__.removesuffix("Config"): cls for cls in causal_configs()}
+    known = {name: (cls, {}) for name, cls in classes.items()}
+    known |= {name: (classes[of], options) for name, (of, options) in VARIANTS.items()}
     unknown = sorted(set(names) - set(known))
     if unknown:
         sys.exit(f"no such family: {', '.join(unknown)}")
@@ -411,10 +427,10 @@ def main():
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     results = {}
-    for family, cls in families(args.families).items():
+    for family, (cls, variant) in families(args.families).items():
         try:
             with time_limit(SECONDS):
-                results[family] = try_family(cls)
+                results[family] = try_family(cls, variant)
         except TooLong as error:
             results[family] = "too long", str(error)
         state, reason = results[family]

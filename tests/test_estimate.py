@@ -113,6 +113,16 @@ def test_the_memory_of_a_step_is_that_of_trials_with_fewer_rows_extended():
     assert estimate.peak_resident() >= estimate.recent_peak()
 
 
+def test_a_trial_that_takes_no_memory_is_no_negative_estimate(monkeypatch):
+    """The system counts pages in parcels, so a peak may lie below what was there."""
+    monkeypatch.setattr(estimate, "resident", lambda: 10**9)
+    for peaks in ([10**9 - 4096, 10**9 - 8192], [10**9 + 4096, 10**9]):
+        monkeypatch.setattr(estimate, "recent_peak", iter([*peaks, 0, 0]).__next__)
+        monkeypatch.setattr(estimate, "count_peak_anew", lambda: None)
+        _, size = estimate._cost(lambda n: 0.1, 8, 32, "cpu")
+        assert 0 <= size < 10**5
+
+
 def test_evaluate_and_apply_say_what_they_need_before_they_start(tmp_path, capfd):
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"Return the {i}th of {i * 7} values. " * 5}) for i in range(60)]
@@ -129,6 +139,7 @@ def test_evaluate_and_apply_say_what_they_need_before_they_start(tmp_path, capfd
         run()
         written = capfd.readouterr()
         assert bar in written.err
+        assert "estimated and used: memory" in written.out
         needs = re.search(r"memory by estimate: (.*); together .* GB\. Time: .* rows", written.out)
         assert "reading a batch" in needs[1]
         assert ("patched runs" in needs[1]) == (bar == "evaluating")

@@ -505,6 +505,19 @@ def test_the_order_files_were_made_in_changes_nothing(tmp_path, tokenizer):
     assert count(tmp_path / "one", tokenizer) == count(tmp_path / "two", tokenizer)
 
 
+def test_a_number_of_thousands_of_digits_is_one_line_wherever_it_stands(home, tmp_path, capsys):
+    number = "9" * 6000
+    options = tmp_path / "options.json"
+    options.write_text(f'{{"k": {number}}}')
+    assert run(home, "train", "--config", options, "--tag", "x", out=tmp_path) == 2
+    assert str(options) in the_error(capsys)
+    copy = shutil.copytree(home / "out" / "SAE_models", tmp_path / "SAE_models") / sae(home).name
+    recipe = copy.with_suffix(".json")
+    recipe.write_text(recipe.read_text().replace("{", f'{{"x": {number},', 1))
+    assert run(home, "evaluate", "--SAE_path", copy, "--metric", "NormMSE", out=tmp_path) == 3
+    assert str(recipe) in the_error(capsys)
+
+
 @pytest.mark.parametrize("text", ["", "x"])
 def test_a_text_of_no_or_one_counted_token_is_one_clear_line(home, tmp_path, capsys, text):
     """One token after BOS has nothing to be compared with."""

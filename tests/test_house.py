@@ -214,3 +214,25 @@ def test_every_model_has_its_script():
 def test_scripts_parse():
     for script in [*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]:
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0, script
+
+
+SPINS = "import os, src; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+def test_waiting_threads_give_up_their_core_early_unless_told_otherwise():
+    """The variable is read when PyTorch is loaded, so no stage may load that before src."""
+    for given, expected in (
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ):
+        command = [sys.executable, "-S", "-c", SPINS]
+        printed = subprocess.check_output(command, cwd=ROOT, env={"PATH": ""} | given, text=True)
+        assert printed.strip() == expected
+    for stage in ("train", "evaluate", "apply", "interpret", "steer", "export"):
+        first = next(
+            node
+            for node in ast.parse((ROOT / f"{stage}.py").read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        )
+        assert first.module.startswith("src")

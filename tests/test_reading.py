@@ -228,6 +228,29 @@ def test_a_context_is_held_once_and_large_files_are_compressed(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_contexts_of_less_or_of_another_text_do_not_replace_those_that_are_there(
+    trained, tmp_path, capsys
+):
+    def apply(*more):
+        argv = [*sae_argv(trained, tmp_path, "TopK"), "--lines", "1", *more]
+        return Applier(parse("apply", argv)).run()[1]
+
+    first = apply("--max_samples", "20")
+    kept = first.read_bytes()
+    second = apply("--max_samples", "4")
+    assert second.name == "TopK_text_2_contexts.json" and str(second) in capsys.readouterr().out
+    assert apply("--max_samples", "4", "--act_threshold", "1") == second
+    third = apply("--max_samples", "20", "--split", "train", "--gzip", "yes")
+    assert third.name == "TopK_text_3_contexts.json.gz"
+    assert apply("--max_samples", "30", "--split", "train") == third.with_suffix("")
+    assert not third.exists() and first.read_bytes() == kept
+    assert apply("--max_samples", "30") == first
+    assert first.read_bytes() != kept
+    assert apply("--max_samples", "4", "--act_threshold", "1e6") == first
+    first.write_text("damaged")
+    assert apply("--max_samples", "4") == first
+
+
 def test_by_default_every_latent_that_fires_often_enough_has_contexts(trained, tmp_path):
     argv = [*sae_argv(trained, tmp_path, "TopK"), "--max_samples", "30", "--split", "train"]
     for more, threshold in (([], 0), (["--threshold_rel", "0.5"], 0.5 * 128**0.5)):
