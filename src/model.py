@@ -430,6 +430,20 @@ class _L1SAE(_PenaltySAE):
         lowest_active = pre_acts.topk(active, dim=0).values[-1]
         self.silencing_bias().sub_(lowest_active.clamp_min(0))
 
+    def revival(self, out, batch):
+        """Return AuxK, which here also lifts the bias of each dead latent until it is active.
+
+        The lift is 0 in value; AuxK alone gives dead latents a direction, but leaves them below
+        the bias that silences them (docs/LOG.md).
+        """
+        terms = super().revival(out, batch)
+        if terms:
+            dead = self.auxk.dead(self.tokens_since_fired)
+            share = batch.share_of_mean(out.target.new_ones(len(out.target)))
+            lift = _gradient_only(self.silencing_bias()[dead]).sum()
+            terms["AuxK"] = terms["AuxK"] - self.auxk.coefficient * share * lift
+        return terms
+
     def silencing_bias(self) -> Tensor:
         """Return the bias by which a latent can be silent for every token. [F]"""
         return self.latent_bias

@@ -180,6 +180,15 @@ class ReferenceSAE:
         auxk = self.options["auxk_coeff"] * error / variance
         return {"AuxK": auxk}
 
+    def auxk_of_l1(
+        self, pre_acts: Tensor, bias: Tensor, residual: Tensor, W_dec: Tensor
+    ) -> dict[str, Tensor]:
+        """AuxK of latents that L1 silences by their bias: it is left out, and lifted where dead."""
+        terms = self.auxk(pre_acts + gradient_only(bias), residual, W_dec)
+        dead = self.tokens_since_fired > self.dead_threshold
+        lift = (gradient_only(bias) * dead).sum()
+        return {name: term - self.options["auxk_coeff"] * lift for name, term in terms.items()}
+
     def revival(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
         """AuxK of a dictionary, in which each state has a code of its own."""
         pre_acts = self.pre_acts(x).flatten(0, -2)
@@ -312,9 +321,8 @@ class Vanilla(ReferenceSAE):
         return z, x_hat, {"L1": l1} | self.revival(x, x_hat)
 
     def revival(self, x, x_hat):
-        """AuxK without the value of the bias, which silences dead latents."""
-        pre_acts = (x - self.b_pre) @ self.W_enc.T + gradient_only(self.w["latent_bias"])
-        return self.auxk(pre_acts, x - x_hat, self.W_dec)
+        pre_acts = (x - self.b_pre) @ self.W_enc.T
+        return self.auxk_of_l1(pre_acts, self.w["latent_bias"], x - x_hat, self.W_dec)
 
 
 class Gated(ReferenceSAE):
@@ -332,7 +340,7 @@ class Gated(ReferenceSAE):
         z = (pi_gate > 0) * magnitude
         x_hat = self.decode(z)
         norms = self.decoder_norms()
-        revival = self.auxk(pi + gradient_only(w["gate_bias"]), x - x_hat, self.W_dec)
+        revival = self.auxk_of_l1(pi, w["gate_bias"], x - x_hat, self.W_dec)
         if not self.options["gated_aux"]:
             return z, x_hat, {"L1": self.l1(z, norms)} | revival
         gate = F.relu(pi_gate)
@@ -385,8 +393,9 @@ class Crosscoder(ReferenceSAE):
         norms = torch.stack([decoder.norm(dim=0) for decoder in decoders])
         centred = x - self.w.get("decoder_bias", torch.zeros(())).detach()
         by_dead = sum(centred[:, i] @ encoders[i].T for i in sites)
-        by_dead = by_dead + gradient_only(self.w["latent_bias"])
-        revival = self.auxk(by_dead, (x - x_hat).flatten(1), torch.cat(decoders))
+        residual = (x - x_hat).flatten(1)
+        bias = self.w["latent_bias"]
+        revival = self.auxk_of_l1(by_dead, bias, residual, torch.cat(decoders))
         return z, x_hat, {"L1": self.l1(z, norms.mean(0))} | revival
 
 
