@@ -165,7 +165,8 @@ class Bench:
         self.states = States(args, self.folder)
 
     def missing(self, library: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings that have no result yet."""
+        """The settings that were asked for and have no result yet."""
+        settings = {s: factor for s, factor in settings.items() if s in self.args.settings}
         done = {(r["library"], r["model"], r["setting"]) for r in self.results}
         return {s: factor for s, factor in settings.items() if (library, name, s) not in done}
 
@@ -236,6 +237,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--peers", type=Path, default=Path("peers"), help="folder of the libraries' environments")
     add("--models", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     add("--libraries", nargs="+", default=[OURS, "SAELens", "dictionary_learning", "sparsify"])
+    settings = list(FACTORS | PEER_FACTORS)
+    add("--settings", nargs="+", default=settings, help="default, or factors of the learning rate")
     add("--tokens", type=int, default=500_000, help="of each training")
     add("--held_out", type=int, default=20_000, help="tokens on which all are measured")
     add("--latents", type=int, default=2048)

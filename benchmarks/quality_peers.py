@@ -17,6 +17,7 @@ N states, D width, F latents.
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 L0_TOLERANCE, MAX_TRAININGS = 0.05, 5
+STUCK = 0.02  # change of L0, relative
 WARMUP, SPARSITY_WARMUP, ANNEAL_START, DECAY_START = 0.05, 0.1, 0.5, 0.8  # shares of a run
 ROW = 256  # states that sparsify takes for a row of text
 WIDTH_PARTS = (1, 3, 7, 15, 32)  # of 32: the widths of Matryoshka in its paper
@@ -67,13 +69,17 @@ def train_saelens(job, batches, factor, coefficient):
     options = {"k": job["k"]} if coefficient is None else {penalty: coefficient}
     if job["model"] == "Matryoshka":
         options["matryoshka_widths"] = [job["latents"] * part // 32 for part in WIDTH_PARTS]
+    if factor and name.endswith("BatchTopK"):
+        # Its threshold for inference remembers 1 / rate steps, 100 by default.
+        options["topk_threshold_lr"] = max(0.01, 5 / len(batches))
     config = getattr(sae_lens, f"{name}TrainingSAEConfig")(**sizes, **options)
     torch.manual_seed(job["seed"])
     sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
-    steps, schedule = len(batches), {}
+    steps = len(batches)
+    rate = 3e-4 * (factor or 1)
+    schedule = {"lr": rate, "lr_end": rate / 10}  # as its configuration of a whole run sets it
     if factor:
-        schedule = {
-            "lr": 3e-4 * factor,
+        schedule |= {
             "lr_warm_up_steps": round(WARMUP * steps),
             "lr_decay_steps": round((1 - DECAY_START) * steps),
             "dead_feature_window": max(1, round(0.03 * steps)),
@@ -169,6 +175,8 @@ class States(torch.nn.Module):
 
 def train_sparsify(job, batches, factor, coefficient):
     """sparsify: its Trainer, with states in the place of a language model."""
+    if not torch.cuda.is_available():
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it would look for a GPU
     from sparsify import SaeConfig, TrainConfig, Trainer
 
     rows = torch.arange(len(batches) * batches.batch).view(-1, ROW)
@@ -248,7 +256,9 @@ def at_target(train, states, target, coefficient):
         result = coded(train(coefficient), states)
         tried.append((coefficient, result[1], result))
         near = abs(result[1] / target - 1) <= L0_TOLERANCE
-        if coefficient is None or near or len(tried) == MAX_TRAININGS:
+        # So few steps cannot make it sparse if another coefficient leaves L0 where it was.
+        stuck = len(tried) > 1 and abs(result[1] - tried[-2][1]) < STUCK * result[1]
+        if coefficient is None or near or stuck or len(tried) == MAX_TRAININGS:
             break
         coefficient = next_coefficient([entry[:2] for entry in tried], target)
         print(f"L0 {result[1]:.1f}, next coefficient {coefficient:.3g}", file=sys.stderr)
