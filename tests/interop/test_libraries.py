@@ -460,7 +460,7 @@ def user_folder(tmp_path_factory):
     common = ["--output_dir", str(folder / "out")]
     read = [*common, "--data_path", str(folder / "demo.jsonl"), "--model_path", str(DEMO_LM)]
     read += ["--max_length", "64", "--batch_size", "8", "--dtype", "float32"]
-    sizes = ["--latent_size", "256", "--k", "8", "--max_tokens", "20000"]
+    sizes = ["--latent_size", "256", "--k", "8", "--max_tokens", "20000", "--topk_relu", "1"]
     Trainer(parse("train", [*read, *sizes, "--model", "TopK", "--tag", "example"])).run()
     path = ["--SAE_path", str(folder / "out" / "SAE_models" / "TopK_demo_example.pt")]
     Applier(parse("apply", [*read, *path, "--act_threshold", "0.5"])).run()
