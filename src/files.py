@@ -501,7 +501,7 @@ def open_to_append(path: str | os.PathLike, mode: str = "a", **options: Any) -> 
 
 def append(file: BinaryIO, data: bytes) -> None:
     """Add data to an unbuffered file, all of it or nothing. Raises OSError that names the file."""
-    size = file.tell()
+    size = os.fstat(file.fileno()).st_size  # the position stays where a failed write left it
     try:
         if file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -470,16 +470,15 @@ class AnswerLog:
     @contextmanager
     def opened(self) -> Iterator[None]:
         cut_short = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        with files.open_to_append(self.path, encoding="utf-8") as self.file:
+        with files.open_to_append(self.path, "ab", buffering=0) as self.file:
             if cut_short:
-                self.file.write("\n")
+                files.append(self.file, b"\n")
             yield
 
     def append(self, record: Record) -> None:
         record = record | {"mark": self.question}
         self.records[record["latent"]] = record
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
+        files.append(self.file, json.dumps(record, ensure_ascii=False).encode() + b"\n")
         os.fsync(self.file.fileno())
 
 

@@ -172,3 +172,35 @@ def test_weights_that_do_not_fit_on_the_disk_leave_the_earlier_pair_and_one_line
     assert (weights.read_bytes(), checkpoint.load(weights)[1]) == before
     names = {path.name for path in weights.parent.iterdir() if "cache" not in path.name}
     assert names == {"TopK_text.pt", "TopK_text.json"}
+
+
+def test_answers_that_do_not_fit_on_the_disk_are_one_line_with_the_file(tmp_path):
+    contexts = [
+        {"activation": 9.0 - i, "context": f"a <ACTIVATED>fox</ACTIVATED> {i}"} for i in range(4)
+    ]
+    table = {str(latent): {"contexts": {"fox": contexts}} for latent in range(3)}
+    path = tmp_path / "S_contexts.json"
+    path.write_text(json.dumps({"latent_context_map": table}))
+    script = (
+        "import resource, signal, sys; from src import interpreter;"
+        "from src.config import run_stage;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "ask = interpreter.Interpreter._ask_all\n"
+        "def limited(*args):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); return ask(*args)\n"
+        "interpreter.Interpreter._ask_all = limited\n"
+        "run = lambda cfg: interpreter.Interpreter(cfg).run()\n"
+        "sys.exit(run_stage('interpret', run, sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", script, str(path), "--engine", "heuristic"]
+    process = subprocess.run(
+        [*argv, "--output_dir", str(tmp_path)],
+        cwd=files.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = process.stderr.replace("\r", "\n").strip().split("\n")[-1]
+    assert process.returncode == 2 and "cannot write" in last and "interp_S.jsonl (" in last
+    kept = (tmp_path / "interpret" / "interp_S.jsonl").read_text()
+    assert not kept or kept.endswith("\n")  # whole lines
