@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -448,8 +449,10 @@ def is_finite(value: Any) -> bool:
 
 def check_regular(path: str | os.PathLike) -> None:
     """Raise Unusable for a pipe, a device or a folder: to read it may never end."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Unusable(f"{path} is no regular file")
+    # Asked once: a writer beside this process may remove the file between two questions.
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Unusable(f"{path} is no regular file")
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

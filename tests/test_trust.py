@@ -84,7 +84,8 @@ def test_a_recipe_given_as_config_decides_nothing_that_is_for_persons(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "hub folder"])
-def test_a_recipe_beside_weights_decides_nothing_that_is_for_persons(tmp_path, kind):
+def test_a_recipe_beside_weights_decides_nothing_that_is_for_persons(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(checkpoint.lm, "sizes_by_config", lambda *_: None)  # no hub is asked
     options = {"max_length": 16} | HOSTILE
     path = save_sae(tmp_path, options=options, model_path="org/lm", **{"output_dir": "/x"})
     if kind == "hub folder":
