@@ -41,7 +41,8 @@ from src.sae import SAE
 
 QUARTERS = 4  # of a latent's sample, ordered by activation
 PER_QUARTER = 3  # contexts shown from each, beside the best
-# Best events kept per context wanted: several may have the same text, which is shown once.
+# Best events kept per context wanted: several may mark the same token of the same text, which is
+# shown once.
 EVENTS_PER_CONTEXT = 3
 # Latents whose logits exist at one time: 1,024 took 0.7 GB with 49,152 words (docs/LOG.md).
 PROMOTED_CHUNK = 128
@@ -77,6 +78,7 @@ COLUMNS = (
 
 Context = dict[str, Any]
 Entry = dict[str, Any]  # of a latent in the JSON
+Marked = tuple[Pieces, int]  # a text, and the index of its active token
 
 
 class ContextOptions(NamedTuple):
@@ -326,7 +328,7 @@ class Applier:
         latents = tqdm(range(n_latents), "decoding", unit=" latents", mininterval=1)
         entries = {}
         for latent, best, drawn in zip(latents, top.by_latent(), sample.by_latent(), strict=True):
-            shown: set[Pieces] = set()
+            shown: set[Marked] = set()
             contexts = self._best_contexts(collector.windows, best, drawn, shown)
             if len(contexts) < lines:
                 continue
@@ -337,7 +339,9 @@ class Applier:
                 **self._statistics(collector, profile, latent),
                 "sample_activations": [round(activation, 4) for activation in activations],
                 "sample": spread,
-                "negatives": collector.negatives(latent, pool_texts, shown),
+                "negatives": collector.negatives(
+                    latent, pool_texts, {pieces for pieces, _ in shown}
+                ),
             }
         return entries
 
@@ -358,7 +362,7 @@ class Applier:
         }
 
     def _best_contexts(
-        self, windows: Windows, best: Events, sample: Events, shown: set[Pieces]
+        self, windows: Windows, best: Events, sample: Events, shown: set[Marked]
     ) -> list[Context]:
         """Return the best contexts of a latent, above the quantile of its sample if one is set."""
         quantile = self.cfg.quantile
@@ -369,7 +373,7 @@ class Applier:
         return self._contexts(windows, best, index, self.cfg.top_n, shown)
 
     def _contexts_by_quarter(
-        self, windows: Windows, sample: Events, shown: set[Pieces]
+        self, windows: Windows, sample: Events, shown: set[Marked]
     ) -> list[Context]:
         """Return a few contexts from each quarter of a latent's sample, the strongest first."""
         rank = sample.value.argsort(descending=True, stable=True).argsort()
@@ -388,11 +392,11 @@ class Applier:
         events: Events,
         index: Tensor,
         n: int,
-        shown: set[Pieces],
+        shown: set[Marked],
     ) -> list[Context]:
-        """Return up to n contexts of some events, and add their texts to those shown.
+        """Return up to n contexts of some events, and add them to those shown.
 
-        A text that is already shown is left out.
+        A text that is already shown with the same token marked is left out.
         """
         contexts: list[Context] = []
         for number in index.tolist():
@@ -401,9 +405,9 @@ class Applier:
             event = Events(*(part[number] for part in events))
             ids, start, document = windows.around(int(event.row), int(event.position))
             pieces, first = self._whole_sentences(ids, int(event.position) - start)
-            if tuple(pieces) not in shown:
-                shown.add(tuple(pieces))
-                position = int(event.position) - start - first
+            position = int(event.position) - start - first
+            if (tuple(pieces), position) not in shown:
+                shown.add((tuple(pieces), position))
                 around = event.around[windows.reach - position :][: len(pieces)]
                 place = {"document": document, "row": int(event.row), "start": start + first}
                 contexts.append(self._context(event, pieces, position, around) | place)

@@ -84,7 +84,9 @@ def test_every_models_contexts_are_those_of_a_plain_loop(trained, tmp_path, name
             assert tokens[at].strip().lower() in (kinds, "") or "<" in kinds
             assert dict(near)[at] == pytest.approx(value, rel=0.01, abs=2e-3)
             assert not any("<|" in t for t in tokens)
-        assert len({tuple(t) for t in entry["tokens"]}) == len(entry["tokens"])
+        # No text is shown twice with the same token marked.
+        marked = set(zip(map(tuple, entry["tokens"]), entry["position"], strict=True))
+        assert len(marked) == len(entry["tokens"])
         assert max(map(entry["token_class"].count, entry["token_class"])) <= 2
         if entry["layer"][0] is not None:
             assert set(entry["layer"]) <= set(sae.sites())
@@ -182,14 +184,16 @@ def test_beside_the_strongest_contexts_each_quarter_of_the_activations_is_shown(
     _, _, found = applied(trained, tmp_path, "TopK", "--max_samples", "60", "--top_n", "2")
     quarters = set()
     for entry in found["latent_context_map"].values():
-        values, shown = entry["sample_activations"], {tuple(tokens) for tokens in entry["tokens"]}
+        values = entry["sample_activations"]
+        shown = set(zip(map(tuple, entry["tokens"]), entry["position"], strict=True))
         assert values == sorted(values, reverse=True) and len(values) <= 64
         for context in entry["sample"]:
             quarter = context["quarter"]
             part = [v for i, v in enumerate(values) if i * 4 // len(values) + 1 == quarter]
             assert min(part) - 1e-4 <= context["activation"] <= max(part) + 1e-4
-            assert tuple(context["tokens"]) not in shown
-            shown.add(tuple(context["tokens"]))
+            marked = (tuple(context["tokens"]), context["position"])
+            assert marked not in shown
+            shown.add(marked)
         of_entry = [context["quarter"] for context in entry["sample"]]
         assert max(of_entry.count(quarter) for quarter in (1, 2, 3, 4)) <= 3
         quarters |= set(of_entry)
