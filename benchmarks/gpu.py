@@ -27,6 +27,7 @@ import torch
 from benchmarks.run import flags
 from src import checkpoint
 from src.files import DEMO_LM, ROOT, save_json
+from src.trainer import STATES_NAME
 
 PYTHON = sys.executable
 FAILED_IN_TIME = 124  # the exit status of timeout(1)
@@ -257,7 +258,7 @@ def stop_and_continue(command: list[str]) -> None:
     folder = Path(command[command.index("--output_dir") + 1])
     tag = command[command.index("--tag") + 1]
     process = subprocess.Popen([*command, "--save_every", "2"], cwd=ROOT)
-    while process.poll() is None and not checkpoint.states(folder / "runs" / tag):
+    while process.poll() is None and not checkpoint.states(folder / "runs" / tag / STATES_NAME):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     stopped = process.wait()

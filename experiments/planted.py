@@ -235,8 +235,7 @@ def similarities(sae: SAE, world: World) -> Tensor:
     decoder for each site is compared over all sites together.
     """
     with torch.no_grad():
-        at_zero = sae.decode(torch.zeros(1, sae.latent_size))
-        decoder = sae.decode(torch.eye(sae.latent_size)) - at_zero  # [F,D] or [F,L,D]
+        decoder = sae.contribution(torch.eye(sae.latent_size))  # [F,D] or [F,L,D]
     # A standardised state has no mean.
     planted = world.directions - world.directions.mean(-1, keepdim=True)
     planted = planted * world.present[..., None]

@@ -161,7 +161,8 @@ def hook_SAE(
 class RouteHook:
     """A hook that replaces, at one site, the tokens whose weight [B,S] there is not 0.
 
-    Weight 1 codes the state as it is; weight p codes p x and divides what is decoded by p.
+    Weight 1 codes the state as it is; weight p codes p x and divides what is decoded by p. The
+    index is that of the site among the model's own, for a model with a bias at each site.
     """
 
     def __init__(
@@ -172,8 +173,10 @@ class RouteHook:
         set_high: list[Triple] | None = None,
         set_low: list[Triple] | None = None,
         is_zero: bool = False,
+        index: int = 0,
     ) -> None:
         self.cut = _cut(cfg)
+        self.index = index
         self.model = model
         self.weights = weights
         self.is_zero = is_zero
@@ -190,7 +193,7 @@ class RouteHook:
             changed[routed] = 0
         else:
             scale = self.weights[routed].float()
-            options = {"scale": scale, "edit": self._edit_at(scale[:, None])}
+            options = {"scale": scale, "edit": self._edit_at(scale[:, None]), "index": self.index}
             new = self.model.substitute(hidden[routed], self.cut, **options)
             changed[routed] = new.to(hidden.dtype)
         return lm.with_hidden(output, changed)
@@ -217,7 +220,7 @@ def hook_RouteSAE(
     """
     weights = batch_layer_weights.unbind(-1)
     handles = []
-    for site, weight in zip(model.sites(), weights, strict=True):
-        hook = RouteHook(cfg, model, weight, set_high, set_low, is_zero)
+    for index, (site, weight) in enumerate(zip(model.sites(), weights, strict=True)):
+        hook = RouteHook(cfg, model, weight, set_high, set_low, is_zero, index)
         handles.append(lm.block_at(language_model, site).register_forward_hook(hook))
     return handles

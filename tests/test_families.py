@@ -295,7 +295,7 @@ def test_models_without_a_cache_of_keys_and_values_are_steered(family, tmp_path)
     steerer = Steerer(parse("steer", [*argv, "--set", "3=50"]))
     (steered,) = steerer.run()["outputs"]["0"]
     assert steered["KL"] > 0
-    text = ids = steerer._ids({"prompt": "w1 w2 w3"})
+    text = ids = steerer.ids({"prompt": "w1 w2 w3"})
     for _ in range(5):  # every token is the one that a pass over the whole text gives
         logits = steerer._logits(text, steerer.edit, None)[:, -1]
         text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
