@@ -1,9 +1,9 @@
 """Everything that is measured on a GPU, as one prepared script: `bash benchmarks/gpu.sh`.
 
 The parts run in the order of their value. Each is a process of its own with its own limit, and
-gpu.json is written after each, so that a run that is cut short loses its last part only. All parts
-take about twelve minutes on one H200. `--dry` runs the same parts at about a thousandth of the size
-on a CPU.
+gpu.json is written after each, so that a run that is cut short loses its last part only. A part
+takes at most three minutes, all of them at most 21. `--dry` runs the same parts at about a
+thousandth of the size on a CPU.
 
 Nothing is installed here. `bash benchmarks/gpu_kit.sh` collects the wheels, the peers and the
 language model beforehand, on a machine with a network.

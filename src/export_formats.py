@@ -420,12 +420,11 @@ has for it, where that is another one.
 
 def _neuronpedia_files(sae: SAE, recipe: dict[str, Any], outputs: Path) -> Folder:
     """One folder for each site, of the bodies that its upload takes."""
-    title = files.safe_name(recipe["title"])
-    folder = outputs / files.CONTEXT_DIR
-    paths = [folder / f"{title}_contexts.json{ending}" for ending in ("", ".gz")]
-    path = next((path for path in paths if path.exists()), None)
+    path = feature_files.contexts_of(outputs, recipe["title"])
     if path is None:
-        raise ValueError(f"there are no contexts at {paths[0]}; run apply.py first")
+        name = f"{files.safe_name(recipe['title'])}_contexts.json"
+        missing = outputs / files.CONTEXT_DIR / name
+        raise ValueError(f"there are no contexts at {missing}; run apply.py first")
     contexts, labels = feature_files.read_features(path)
     if files.is_stale_result(contexts, recipe):
         raise ValueError(f"{path} is of another SAE that had this name; run apply.py again")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from src import files
 from src.files import INTERPRET_DIR, contexts_name, digest, load_json, read_bytes, say
 
 # What the data has to be, as types: {key: type} is an object, [type] a list of any length and
@@ -121,6 +122,12 @@ def strongest(entry: dict[str, Any], name: str) -> list[dict[str, Any]]:
         check_length(column, len(entry["activations"]), f"{key} of {name}")
     rows = zip(*columns.values(), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def contexts_of(output_dir: str | Path, title: str) -> Path | None:
+    """Return the newest contexts file of the SAE with this title, or None."""
+    folder = Path(output_dir) / files.CONTEXT_DIR
+    return files.newest(folder, f"{files.safe_name(title)}_contexts.json*")
 
 
 def read_features(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src import files
-from src.feature_files import NUMBER, check, read_features
+from src.feature_files import NUMBER, check, contexts_of, read_features
 from src.rule_labels import BY_RULE_MARK
 
 SHOWN_CHARS = 80  # of a label in one line
@@ -36,8 +36,7 @@ def of_sae(output_dir: str | Path, title: str, weights_sum: str | None) -> dict[
 
     Contexts of other weights with this title are passed over, and damaged files after a warning.
     """
-    folder = Path(output_dir) / files.CONTEXT_DIR
-    path = files.newest(folder, f"{files.safe_name(title)}_contexts.json*")
+    path = contexts_of(output_dir, title)
     if path is None:
         return {}
     try:

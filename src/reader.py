@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from src import checkpoint, config, demo, files, hooks, lm
 from src.contexts import TokenText, text_decoder
 from src.data import Batch, count_mask, encode_text, special_token_table
-from src.feature_files import read_features
+from src.feature_files import contexts_of, read_features
 from src.ops import squared_errors
 from src.page import site_colours
 from src.rule_labels import BY_RULE_MARK
@@ -209,8 +209,7 @@ class Reader:
     @property
     def contexts_path(self) -> Path | None:
         """The contexts file of apply.py for this SAE, if there is one."""
-        folder = Path(self.cfg.output_dir) / files.CONTEXT_DIR
-        return files.newest(folder, f"{files.safe_name(self.recipe['title'])}_contexts.json*")
+        return contexts_of(self.cfg.output_dir, self.recipe["title"])
 
     @cached_property
     def feature_files(self) -> tuple[dict[str, Any], dict[str, Any]]:
