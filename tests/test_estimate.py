@@ -163,9 +163,8 @@ class MallInfo(ctypes.Structure):
     )]
 mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = MallInfo
-for _ in range(3):
-    tensors = [torch.ones(7 << 20) for _ in range(4)]
-    del tensors
+tensors = [torch.ones(7 << 20) for _ in range(4)]
+del tensors
 print(mallinfo().fordblks)
 """
 
@@ -181,5 +180,6 @@ def test_memory_that_a_step_frees_stays_for_the_next_one():
         command = [sys.executable, "-c", FREE_BYTES, mode]
         return int(subprocess.check_output(command, cwd=ROOT))
 
-    # Without the setting some blocks go back to the system, how many depends on their order.
-    assert free_bytes("kept") > 1.2 * free_bytes("not kept")
+    # Four blocks of 28 MiB. The first blocks of a size go back to the system unless it is told
+    # otherwise; of later ones, how many go back depends on their order, so one round is tried.
+    assert free_bytes("kept") > free_bytes("not kept") + 3 * (28 << 20)
