@@ -519,8 +519,8 @@ OPTIONS: dict[str, Option] = {
         "training",
         float,
         None,
-        "Learning rate. Default: for signum 5e-3 / sqrt(latent_size / 16384), for some "
-        "models 0.3 of it; for adam 5e-4.",
+        "Learning rate. Default: for signum 5e-3 / sqrt(latent_size / 16384 * hidden_size / 128), "
+        "for some models 0.3 of it; for adam 5e-4.",
         above=0,
     ),
     "betas": Option("training", float, [0.9, 0.999], "Betas of adam.", low=0, count=2),
@@ -1303,15 +1303,17 @@ def short_number(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def learning_rate(cfg: Namespace, name: str) -> float:
+def learning_rate(cfg: Namespace, name: str, width: int) -> float:
     """The typed learning rate, else the default of the optimiser.
 
-    That of signum falls with the dictionary's size; its unit depends on the model.
+    A step of signum changes each weight by the learning rate, and the weights of a unit vector of
+    this width (D) are about 1 / sqrt(D). So the rate falls with the width. It also falls with the
+    number of latents. Its unit depends on the model.
     """
     if cfg.lr is not None:
         return cfg.lr
     if cfg.optimizer == "signum":
-        return zoo.ZOO[name].lr * 5e-3 / (cfg.latent_size / 16384) ** 0.5
+        return zoo.ZOO[name].lr * 5e-3 / (cfg.latent_size / 16384 * width / 128) ** 0.5
     return 5e-4
 
 

@@ -88,7 +88,7 @@ def test_typed_options_win_over_those_of_the_source(tmp_path):
     trainer = trainer_of(tmp_path, path, "--k", "2", "3", "--norm_eps", "0.5")
     options = [options for _, options, _ in trainer.combinations]
     assert [(o["k"], o["layer"], o["norm_eps"]) for o in options] == [(2, 4, 0.5), (3, 4, 0.5)]
-    assert config.learning_rate(trainer.cfg, "TopK") == pytest.approx(5e-3 * 16)  # of 64 latents
+    assert config.learning_rate(trainer.cfg, "TopK", D) == pytest.approx(5e-3 * 16)  # of 64 latents
 
 
 @pytest.mark.parametrize(
@@ -172,3 +172,14 @@ def test_the_recipe_names_the_source_by_its_weights_and_a_killed_run_continues(
     continued = train(tmp_path, *begun, "killed") / "TopK_text_killed.pt"
     weights, expected = torch.load(continued), torch.load(path)
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_the_default_learning_rate_falls_with_width_and_latents():
+    cfg = config.complete(config.parse("train", ["--latent_size", "2048"]))
+    demo = config.learning_rate(cfg, "TopK", D)
+    assert demo == 5e-3 / (2048 / 16384) ** 0.5  # the width of the demo LM changes nothing
+    cfg.latent_size = 4 * 2048
+    assert config.learning_rate(cfg, "TopK", D) == pytest.approx(demo / 2)
+    assert config.learning_rate(cfg, "TopK", 4 * D) == pytest.approx(demo / 4)
+    cfg.lr = 0.5
+    assert config.learning_rate(cfg, "TopK", 4 * D) == 0.5
