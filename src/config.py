@@ -369,10 +369,11 @@ OPTIONS: dict[str, Option] = {
         choices="hard soft random permuted oracle",
     ),
     "route_shares": Option(
-        "sae",
+        "sae evaluation",
         float,
         None,
-        "Share of tokens per routed site, for --routing random and for a frozen router. "
+        "Share of tokens per routed site, for --routing random, --assign random and a frozen "
+        "router. "
         "Default: uniform.",
         low=0,
         many=True,
@@ -642,6 +643,23 @@ OPTIONS: dict[str, Option] = {
         choices=" ".join([*metric_table.NAMES, "all"]),
         many=True,
     ),
+    "union": Option(
+        "evaluation",
+        str,
+        None,
+        "Trained SAEs of one site each, at different sites, measured as one of which each token "
+        "uses the SAE of one site (docs/routing.md). Default: none.",
+        many=True,
+    ),
+    "assign": Option(
+        "evaluation",
+        str,
+        None,
+        "Site of a token of --union: the one with the least error (oracle), a random one, or "
+        "that which the router of a trained SAE chooses; name its checkpoint. Several values "
+        "measure one union each. Default: oracle random.",
+        many=True,
+    ),
     "route_patch": Option(
         "evaluation",
         str,
@@ -867,6 +885,7 @@ SWEPT = ("k", "l1_coeff", "target_l0", "layer")
 OF_THE_LM = {"hidden_size", "n_layers"}  # constructor values that the language model decides
 NOT_EMPTY = (
     "model_path", "data_path", "output_dir", "SAE_path", "init_from", "config", "prompts", "device",
+    "union", "assign",
 )  # fmt: skip
 # What a recipe sets beside the constructor values in the zoo.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -909,7 +928,8 @@ PERSON_ONLY = frozenset(OPTIONS) - FROM_RECIPE
 # Options in which the processes of a job may differ: places on their machines, and devices. The
 # language models and texts are compared by content, once they are loaded.
 OF_EACH_PROCESS = frozenset(
-    "output_dir model_path data_path SAE_path init_from config debug device device_map".split()
+    "output_dir model_path data_path SAE_path union assign init_from config debug device "
+    "device_map".split()
 )
 
 

@@ -31,6 +31,7 @@ from src import (
     metric_table,
     metrics,
     names,
+    union,
 )
 from src.data import Batch, Rows
 from src.estimate import Estimate
@@ -43,7 +44,7 @@ LOGIT_COPIES = 7  # logits of two runs, their logarithms, p, and two products of
 MIN_COLUMN, SITE_COLUMN, MIN_TITLE = 9, 6, 24  # characters
 HELD_OUT = config.STAGE_SPLIT["evaluate"]  # results of other splits have its name in their title
 # What two results must share for one to take the place of the other.
-SAME_TEXT = ("model_path", "split", "data_path", "infer_k", "theta")
+SAME_TEXT = ("model_path", "split", "data_path", "infer_k", "theta", "union")
 SAME_ROWS = (*SAME_TEXT, "data_fingerprint", "max_length", "rows", "tokens", "language_model")
 
 Result = dict[str, Any]  # the JSON of one evaluation
@@ -92,6 +93,37 @@ class EvaluatedSAE:
                 "the states that it reads, are too large"
             )
         return result
+
+
+def _open_subjects(cfg: Namespace) -> list[EvaluatedSAE]:
+    """Return what is measured: the SAEs of --SAE_path and the unions of those of --union.
+
+    Raises ValueError for SAEs that cannot be used.
+    """
+    measured, members, assigns = cfg.SAE_path, cfg.union or [], cfg.assign or []
+    if assigns and not members:
+        raise ValueError("--assign gives tokens to the SAEs of --union; name these too")
+    routers = [assign for assign in assigns if assign not in union.WITHOUT_ROUTER]
+    if members:
+        measured = measured or []
+        cfg.SAE_path = [*measured, *members, *routers]
+    opened = checkpoint.open_all(cfg)  # fills in SAE_path
+    by_path = dict(zip(dict.fromkeys(cfg.SAE_path), opened, strict=True))
+    paths = cfg.SAE_path if measured is None else measured
+    subjects = [EvaluatedSAE(path, *by_path[path]) for path in dict.fromkeys(paths)]
+    shares = cfg.route_shares if "route_shares" in cfg.typed else None
+    for assign in dict.fromkeys(assigns or union.WITHOUT_ROUTER) if members else []:
+        joined, recipe = union.assemble(
+            [by_path[path] for path in dict.fromkeys(members)],
+            assign,
+            by_path.get(assign),
+            shares=shares,
+            seed=cfg.seed,
+        )
+        recipe["weights_sum"] = checkpoint.weights_sum(joined)
+        subjects.append(EvaluatedSAE(recipe["title"], joined, recipe))
+        print(f"{recipe['title']}: {joined.encoders_per_token} encoders a token")
+    return subjects
 
 
 class LogitComparison:
@@ -212,11 +244,7 @@ class Evaluator:
         self.with_routing = metric_table.ROUTING in needs
         self.with_ablations = metric_table.ABLATED in needs
         self.with_patches = self.with_ablations or metric_table.PATCHED in needs
-        opened = checkpoint.open_all(cfg)  # fills in SAE_path
-        self.subjects = [
-            EvaluatedSAE(path, sae, recipe)
-            for path, (sae, recipe) in zip(dict.fromkeys(cfg.SAE_path), opened, strict=True)
-        ]
+        self.subjects = _open_subjects(cfg)
         for subject in self.subjects:
             self._vary(subject)
         self._check_titles()
@@ -440,6 +468,8 @@ class Evaluator:
             "rows": len(rows),
             "split": cfg.split,
             "k": sae.k,
+            "encoders_per_token": sae.encoders_per_token,
+            "union": recipe.get("union"),
             "data_path": str(cfg.data_path),
             "data_fingerprint": rows.fingerprint,
             "max_length": cfg.max_length,

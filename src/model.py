@@ -731,7 +731,133 @@ class Crosscoder(_L1SAE, SAE):
         return [] if self.free_norms else list(self.decoder)
 
 
-class RouteSAE(SAE):
+class TokenRouted(SAE):
+    """Base of the SAEs that give each token one of their sites and code its state there.
+
+    routing says how the site is chosen (src/router.py). A patch at a site replaces the tokens that
+    were given to it, and leaves all others.
+    """
+
+    evaluation_options = ("routing",)
+    routed: list[int]
+    router: Router
+    routing: str
+    seed: int
+    route_scale = "one"  # what multiplies the chosen state: p, one, or ste
+
+    def sites(self):
+        return self.routed
+
+    @property
+    def encoders_per_token(self):
+        return len(self.routed) if self.routing == "oracle" else 1
+
+    def route_weights(self, x: Tensor, batch: BatchInfo) -> Tensor:
+        """Return the weights of the sites: p, or p (for "random" 1) at the chosen site alone.
+
+        [...,L,D] -> [...,L]
+        """
+        keys = batch.keys_of(x.flatten(0, -3))
+        if self.routing == "random":
+            site = self.router.sample(keys, self.seed)
+            site = site.view(x.shape[:-2])
+            return router.one_hot(site, x[..., 0])
+        weights = self.router(x)
+        if self.routing in ("hard", "soft"):
+            return weights
+        p, site = weights.flatten(0, -2).max(-1)
+        if self.routing == "permuted":
+            site = router.shuffled(site, keys, self.seed)
+        else:
+            scale = p if self.route_scale == "p" else None
+            errors = self.site_errors(x.flatten(0, -3), scale, batch)
+            site = errors.argmin(-1)
+        p_at_site = p[:, None] * F.one_hot(site, len(self.routed))
+        return p_at_site.view_as(weights)
+
+    @torch.no_grad()
+    def site_errors(
+        self, x: Tensor, scale: Tensor | None = None, batch: BatchInfo = WHOLE_BATCH
+    ) -> Tensor:
+        """Return the NormMSE of a token at each site if it were sent there. [N,L,D] -> [N,L]
+
+        The states are multiplied by scale [N].
+        """
+        if scale is not None:
+            x = x * scale[:, None, None]
+        errors = []
+        for index, state in enumerate(x.unbind(1)):
+            out = self.autoencode_at(index, state, batch)
+            errors.append(squared_errors(out.target, out.x_hat))
+        return torch.stack(errors, dim=1)
+
+    def routing_errors(self, out, batch=WHOLE_BATCH):
+        return self.site_errors(out.inputs, None, batch)
+
+    def code_sites(self, out):
+        return out.weights.argmax(-1)
+
+    def patches(self, hidden, batch=WHOLE_BATCH, *, edit=None, keep_error=True, clean=None):
+        clean = clean or self.autoencode(self.gather(hidden), batch)
+        site_index = self.code_sites(clean)
+
+        def patch_at(index):
+            def patch(h):
+                routed = site_index == index
+                if not routed.any():
+                    return h
+                options = {"edit": edit, "keep_error": keep_error}
+                new = self.replacement(h[routed], index, clean, routed, batch, **options)
+                return h.index_put((routed,), new.to(h.dtype))
+
+            return patch
+
+        # the language model resumes at the first site in use
+        used = site_index.unique().tolist() or [0]
+        yield {self.routed[index]: patch_at(index) for index in used}
+
+    def replacement(
+        self,
+        h: Tensor,
+        index: int,
+        clean: SAEOutput,
+        routed: Tensor,
+        batch: BatchInfo,
+        **options: Any,
+    ) -> Tensor:
+        """Return what replaces the raw residual h [n,D] of the tokens `routed` [N] of a site."""
+        scale = clean.scale[routed]
+        return self.substitute(h, batch.part(routed), index=index, scale=scale, **options)
+
+    def substitute(
+        self,
+        h: Tensor,
+        batch: BatchInfo = WHOLE_BATCH,
+        *,
+        index: int,
+        scale: Tensor,
+        edit=None,
+        keep_error: bool = True,
+    ) -> Tensor:
+        """Return what replaces the raw residual h [n,D] of tokens routed to the site of an index.
+
+        scale [n] multiplies the standardised state before it is coded, and divides what is
+        decoded.
+        """
+        x, mean, std = self.standardise(h)
+        factor = scale[:, None]
+        out = self.autoencode_at(index, factor * x, batch)
+        if edit is None:
+            return out.x_hat / factor * std + mean
+        strength = out.latents / factor
+        wanted = edited_code(out.latents, strength, edit, lambda w: w * factor)
+        change = self.contribution(wanted) - self.contribution(out.latents)
+        if keep_error:
+            return h + change / factor * std
+        return (out.x_hat + change) / factor * std + mean
+
+
+class RouteSAE(TokenRouted):
     """A router gives each token one of the routed sites; a TopK codes its state there.
 
     arXiv:2503.08200, eqs 5-12; the paper multiplies the state by the router's p. routing: "hard"
@@ -805,9 +931,6 @@ class RouteSAE(SAE):
             state_dict[f"{prefix}router.load_bias"] = state_dict.pop(f"{prefix}load_bias")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def sites(self):
-        return self.routed
-
     # -------------------------------------------------------- the documented form
 
     def get_router_weights(self, x: Tensor, aggre: str = "sum") -> Tensor:
@@ -865,26 +988,6 @@ class RouteSAE(SAE):
 
     # ----------------------------------------------------------- routing and coding
 
-    def _route_weights(self, x: Tensor, batch: BatchInfo) -> Tensor:
-        """Return the weights of the sites: p, or p (for "random" 1) at the chosen site alone."""
-        keys = batch.keys_of(x.flatten(0, -3))
-        if self.routing == "random":
-            site = self.router.sample(keys, self.seed)
-            site = site.view(x.shape[:-2])
-            return router.one_hot(site, x[..., 0])
-        weights = self.router(x)
-        if self.routing in ("hard", "soft"):
-            return weights
-        p, site = weights.flatten(0, -2).max(-1)
-        if self.routing == "permuted":
-            site = router.shuffled(site, keys, self.seed)
-        else:
-            scale = p if self.route_scale == "p" else None
-            errors = self.site_errors(x.flatten(0, -3), scale, batch)
-            site = errors.argmin(-1)
-        p_at_site = p[:, None] * F.one_hot(site, self.n_routed_layers)
-        return p_at_site.view_as(weights)
-
     def _bias(self, layer_weights: Tensor) -> Tensor | None:
         """Return the bias of each token's site, or their mixture; None if sites share one."""
         if self.sae.pre_bias.dim() == 1:
@@ -893,7 +996,7 @@ class RouteSAE(SAE):
         return layer_weights @ self.sae.pre_bias
 
     def autoencode(self, x, batch=WHOLE_BATCH):
-        weights = self._route_weights(x, batch)
+        weights = self.route_weights(x, batch)
         layer_weights, routed = self.route(x, weights, self.routing)
         scale = weights.max(-1).values
         through = self.router.objective == "ste"
@@ -915,25 +1018,9 @@ class RouteSAE(SAE):
             return out.code
         return sparse.divided(out.code, out.scale)
 
-    @torch.no_grad()
-    def site_errors(
-        self, x: Tensor, scale: Tensor | None = None, batch: BatchInfo = WHOLE_BATCH
-    ) -> Tensor:
-        """Return the NormMSE of a token at each site if it were sent there. [N,L,D] -> [N,L]
-
-        The states are multiplied by scale [N].
-        """
-        if scale is not None:
-            x = x * scale[:, None, None]
-        errors = []
-        for index, state in enumerate(x.unbind(1)):
-            bias = self.sae.bias_at(index).expand(state.shape)
-            out = self.sae.autoencode(state, batch.cut_only(), bias)
-            errors.append(squared_errors(out.target, out.x_hat))
-        return torch.stack(errors, dim=1)
-
-    def routing_errors(self, out, batch=WHOLE_BATCH):
-        return self.site_errors(out.inputs, None, batch)
+    def autoencode_at(self, index, x, batch=WHOLE_BATCH):
+        bias = self.sae.bias_at(index).expand(x.shape)
+        return self.sae.autoencode(x, batch.cut_only(), bias)
 
     # -------------------------------------------------------------------- training
 
@@ -1000,61 +1087,12 @@ class RouteSAE(SAE):
 
     # -------------------------------------------------------------------- patching
 
-    def code_sites(self, out):
-        return out.weights.argmax(-1)
-
-    def patches(self, hidden, batch=WHOLE_BATCH, *, edit=None, keep_error=True, clean=None):
-        clean = clean or self.autoencode(self.gather(hidden), batch)
-        site_index = self.code_sites(clean)
-        unscaled = self.route_patch == "unscaled"
-        scale = torch.ones_like(clean.scale) if unscaled else clean.scale
-
-        def patch_at(index):
-            def patch(h):
-                routed = site_index == index
-                if not routed.any():
-                    return h
-                options = {"edit": edit, "keep_error": keep_error}
-                if self.routing == "soft":
-                    new = self._substitute_mixture(h[routed], clean, routed, **options)
-                else:
-                    options |= {"index": index, "scale": scale[routed]}
-                    new = self.substitute(h[routed], batch, **options)
-                return h.index_put((routed,), new.to(h.dtype))
-
-            return patch
-
-        # the language model resumes at the first site in use
-        used = site_index.unique().tolist() or [0]
-        yield {self.routed[index]: patch_at(index) for index in used}
-
-    def substitute(
-        self,
-        h: Tensor,
-        batch: BatchInfo = WHOLE_BATCH,
-        *,
-        index: int,
-        scale: Tensor,
-        edit=None,
-        keep_error: bool = True,
-    ) -> Tensor:
-        """Return what replaces the raw residual h [n,D] of tokens routed to the site of an index.
-
-        scale [n] multiplies the standardised state before it is coded, and divides what is
-        decoded.
-        """
-        x, mean, std = self.standardise(h)
-        factor = scale[:, None]
-        bias = self.sae.bias_at(index).expand(x.shape)
-        out = self.sae.autoencode(factor * x, batch.cut_only(), bias)
-        if edit is None:
-            return out.x_hat / factor * std + mean
-        strength = out.latents / factor
-        wanted = edited_code(out.latents, strength, edit, lambda w: w * factor)
-        change = self.contribution(wanted) - self.contribution(out.latents)
-        if keep_error:
-            return h + change / factor * std
-        return (out.x_hat + change) / factor * std + mean
+    def replacement(self, h, index, clean, routed, batch, **options):
+        if self.routing == "soft":
+            return self._substitute_mixture(h, clean, routed, **options)
+        if self.route_patch == "unscaled":
+            clean = clean.replace(scale=torch.ones_like(clean.scale))
+        return super().replacement(h, index, clean, routed, batch, **options)
 
     def _substitute_mixture(
         self,

@@ -65,6 +65,11 @@ class BatchInfo:
         """Return the same cut for other tokens."""
         return BatchInfo(infer_k=self.infer_k, theta=self.theta)
 
+    def part(self, tokens: Tensor) -> BatchInfo:
+        """Return the same cut for some of the tokens [n], and the keys of those."""
+        keys = None if self.token_keys is None else self.token_keys.flatten()[tokens]
+        return dataclasses.replace(self.cut_only(), token_keys=keys)
+
     def cut(self, latents: Tensor) -> Tensor:
         """Apply the cut that was asked for."""
         return apply_inference_cut(latents, self.infer_k, self.theta)
@@ -255,6 +260,11 @@ class SAE(nn.Module):
     def sites(self) -> list[int]:
         """Return the residual-stream sites that it reads."""
         raise NotImplementedError
+
+    @property
+    def encoders_per_token(self) -> int:
+        """Return how many products of a state with an encoder the code of a token takes."""
+        return len(self.sites())
 
     def check_language_model(self, width: int, depth: int) -> None:
         """Raise ValueError if it cannot read a language model of these sizes."""

@@ -21,7 +21,7 @@ FLOORS = (
     "sae reference identity auxk feature_files",
     "model data lm metrics config latent_notes formats neuronpedia",
     "hooks checkpoint published import_formats export_formats demo events sae_training estimate "
-    "page steering",
+    "page steering union",
     "trainer evaluator applier interpreter steerer reader plots",
     "utils explorer server",
 )
