@@ -8,6 +8,8 @@
 # - random routing
 # - RouteSAE with its sites shuffled over the tokens
 # - RandomK
+# - TopK at the middle one of these sites with a frozen decoder, a soft-frozen decoder, and a frozen
+#   encoder (arXiv:2602.14111)
 # A part that was stopped continues when the same command is run again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
@@ -36,6 +38,11 @@ python train.py --model RouteSAE TopK MLSAE --layer $sites "${common[@]}"
 python train.py --model BatchTopK Matryoshka RandomK "${penalised[@]}" \
   --target_l0 "${targets[@]}" "${common[@]}"
 python train.py --model RouteSAE --routing random "${common[@]}" --tag compare_random_routing
+read -ra each <<<"$sites"
+for part in decoder soft_decoder encoder; do
+  python train.py --model TopK --layer "${each[${#each[@]} / 2]}" --freeze "$part" "${common[@]}" \
+    --tag "compare_$part"
+done
 measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/RouteSAE_*_compare.pt \

@@ -459,6 +459,15 @@ OPTIONS: dict[str, Option] = {
         "One pre_bias for each site, of models that read states of several sites. Default: 1; "
         "0 with --recipe published.",
     ),
+    "freeze": Option(
+        "sae",
+        str,
+        None,
+        "Controls that train less (arXiv:2602.14111): keep the weights of the decoder or of the "
+        "encoder as they begin, or hold each decoder column within a cosine of 0.8 of its start "
+        "(soft_decoder). Default: nothing.",
+        choices="decoder soft_decoder encoder",
+    ),
     "b_pre_init": Option(
         "sae",
         str,

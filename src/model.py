@@ -1085,6 +1085,9 @@ class RouteSAE(TokenRouted):
     def decoders(self):
         return self.sae.decoders()
 
+    def constrain(self):
+        self.sae.constrain()
+
     # -------------------------------------------------------------------- patching
 
     def replacement(self, h, index, clean, routed, batch, **options):

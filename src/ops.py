@@ -19,6 +19,7 @@ from src import device
 # Values per group of the two-stage top-k on a CPU. For 4,080 x 2,048 values two stages take 11.2 ms
 # in place of 12.6 at k 16, and 22.2 in place of 36.1 at k 64 (docs/LOG.md).
 GROUP_SIZE = 8
+COSINE_MARGIN = 1e-6  # above the least cosine, so that rounding leaves it there
 MIN_NORM = 1e-12  # a decoder column that is 0 is divided by it and stays 0
 
 
@@ -351,19 +352,39 @@ def _decoders(model: nn.Module) -> list[nn.Linear]:
     return model.decoders()
 
 
-def _column_norms(decoder: nn.Linear) -> Tensor:
-    return decoder.weight.norm(dim=0, keepdim=True).clamp_min(MIN_NORM)
+def _norms(columns: Tensor) -> Tensor:
+    return columns.norm(dim=0, keepdim=True).clamp_min(MIN_NORM)
+
+
+@torch.no_grad()
+def hold_cosine_(weight: Tensor, start: Tensor, least: float) -> None:
+    """Turn columns back, in place, to a cosine of `least` with those of start. [D,F], [D,F]
+
+    Columns of a larger cosine stay bit for bit; the norms of all stay.
+    """
+    direction = start / _norms(start)
+    along = (weight * direction).sum(0, keepdim=True)
+    norm = _norms(weight)
+    outside = along < least * norm
+    across = weight - along * direction
+    cosine = least + COSINE_MARGIN
+    turned = cosine * direction + (1 - cosine**2) ** 0.5 * across / _norms(across)
+    weight.copy_(torch.where(outside, norm * turned, weight))
 
 
 @torch.no_grad()
 def unit_norm_decoder(model: nn.Module, only_if: Tensor | None = None) -> None:
     """Scale every decoder column to norm 1, in place; a zero column stays zero.
 
+    A decoder that does not train stays bit for bit.
+
     Where only_if, a 0-dim bool, is False, nothing changes. Raises TypeError for a module without
     decoders().
     """
     for decoder in _decoders(model):
-        norm = _column_norms(decoder)
+        if not decoder.weight.requires_grad:
+            continue
+        norm = _norms(decoder.weight)
         if only_if is not None:
             norm = torch.where(only_if, norm, 1)
         decoder.weight.div_(norm)
@@ -375,7 +396,7 @@ def project_decoder_grad(model: nn.Module) -> None:
     for decoder in _decoders(model):
         grad = decoder.weight.grad
         if grad is not None:
-            unit = decoder.weight / _column_norms(decoder)
+            unit = decoder.weight / _norms(decoder.weight)
             grad -= unit * (unit * grad).sum(0, keepdim=True)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from src.ops import (
     apply_inference_cut,
     geometric_median,
+    hold_cosine_,
     linear,
     pre_process,
     squared_errors,
@@ -34,6 +35,9 @@ WARM_START_TOKENS = 8192  # what warm_start looks at
 # A latent is reported dead if it was silent for this share of all tokens. AuxK has a threshold of
 # its own (src/auxk.py).
 REPORTED_DEAD_SHARE = 0.1
+# What a training may hold fast, as controls (arXiv:2602.14111).
+FROZEN = ("decoder", "soft_decoder", "encoder")
+LEAST_COSINE = 0.8  # of a soft-frozen decoder's columns with their start
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -330,6 +334,9 @@ class SAE(nn.Module):
         """Return the decoders whose columns are kept at unit norm."""
         return []
 
+    def constrain(self) -> None:
+        """Bring the weights back to what they are held to, after each step and at the end."""
+
     def adam_parameters(self) -> list[Tensor]:
         """Return the parameters that are not part of a dictionary.
 
@@ -461,12 +468,23 @@ def centre_(bias: Tensor, x: Tensor, kind: str) -> None:
         bias.copy_(x.mean(0) if kind == "mean" else geometric_median(x))
 
 
+@torch.no_grad()
+def _begin_here(sae: Dictionary, _keys: Any) -> None:
+    """Take the weights of another SAE, now loaded, as the start of a soft-frozen decoder."""
+    sae.decoder_start.copy_(sae.decoder.weight)
+
+
 class Dictionary(SAE):
     """An encoder, a decoder and two biases: the base of TopK, Vanilla, JumpReLU, Gated.
 
     pre_acts = W_enc (x - b_pre) + b_latent; x_hat = W_dec latents + b_pre. With n_biases, b_pre is
     one of so many: a model that reads states of several sites has one for each of them, and says
     which one belongs to a state (`bias`, of the shape of the states).
+
+    freeze, for controls (arXiv:2602.14111): "decoder" or "encoder" keep the weights of that matrix
+    as they are at the start of the training, random or from another SAE; with "soft_decoder" each
+    column keeps a cosine of at least .8 with its start. All else trains, biases and thresholds
+    too. Raises ValueError for another value.
     """
 
     def __init__(
@@ -481,10 +499,13 @@ class Dictionary(SAE):
         unit_encoder: bool = True,
         input_norm: str = "token",
         n_biases: int | None = None,
+        freeze: str | None = None,
     ) -> None:
         super().__init__(hidden_size, latent_size, norm_eps)
         if input_norm not in ("token", "mean", "none"):
             raise ValueError(f"input_norm {input_norm!r}; known are token, mean, none")
+        if freeze not in (None, *FROZEN):
+            raise ValueError(f"freeze {freeze!r}; known are {', '.join(FROZEN)}")
         if n_layers is not None and not 1 <= layer <= n_layers:
             where = f"layer {layer} of a {n_layers}-block model"
             raise ValueError(f"{where}; sites run from 1 to {n_layers}")
@@ -502,6 +523,12 @@ class Dictionary(SAE):
                 start = F.normalize(torch.randn(latent_size, hidden_size), dim=1)
             self.encoder.weight.copy_(start)
             self.decoder.weight.copy_(F.normalize(start, dim=1).T)
+        self.encoder.weight.requires_grad_(freeze != "encoder")
+        self.decoder.weight.requires_grad_(freeze != "decoder")
+        self.register_buffer("decoder_start", None, persistent=False)
+        if freeze == "soft_decoder":
+            self.decoder_start = self.decoder.weight.detach().clone()
+            self.register_load_state_dict_post_hook(_begin_here)
 
     def sites(self):
         return [self.layer]
@@ -587,6 +614,10 @@ class Dictionary(SAE):
 
     def decoders(self):
         return [self.decoder]
+
+    def constrain(self):
+        if self.decoder_start is not None:
+            hold_cosine_(self.decoder.weight, self.decoder_start, LEAST_COSINE)
 
     @torch.no_grad()
     def warm_start(self, x):

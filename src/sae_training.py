@@ -404,6 +404,7 @@ class SAETraining:
             stepper.step()
         if step % self.normalise_every == 0:
             unit_norm_decoder(self.sae, self.found_inf == 0)
+        self.sae.constrain()
         info = batch.info()
         self.sae.after_step(out, (step + 1) / self.total, info)
         reported = {"loss": loss} | dict(zip([*terms, "L0"], values, strict=True))
@@ -437,6 +438,7 @@ class SAETraining:
         """Take the weights that are kept: the average, with decoder columns of norm 1."""
         self.mode(False)
         unit_norm_decoder(self.sae)
+        self.sae.constrain()
 
     def run(self, batches: Iterable[LocalBatch]) -> SAE:
         """Train on states that are there already, one step a batch; return the SAE.

@@ -573,6 +573,8 @@ class Trainer:
         values = [f"{key}{config.short_number(value)}" for key, value in swept.items()]
         if self.cfg.sites and "sites" in zoo.ZOO[name].options:
             values.append(f"sites{'-'.join(map(str, self.cfg.sites))}")
+        if self.cfg.freeze and "freeze" in zoo.ZOO[name].options:
+            values.append(f"frozen-{self.cfg.freeze.replace('_', '-')}")
         parts = [name, files.data_name(self.cfg.data_path), *values]
         if self.cfg.tag:
             parts.append(files.safe_name(self.cfg.tag))

@@ -30,6 +30,7 @@ class Entry(NamedTuple):
 _DICTIONARY = ("unit_encoder",)
 _AUXK = ("auxk_coeff", "dead_tokens", "b_pre_init")
 _SPARSE = ("l1_coeff", "target_l0", "sparsity_warmup", *_AUXK)
+_ONE_SITE = ("layer", "input_norm", "freeze")
 _RANGE = ("start_layer", "end_layer", "sites")
 _ROUTER = (
     "aggre", "routing", "route_patch", "route_scale", "route_shares",
@@ -56,31 +57,31 @@ _PUBLISHED_ROUTER = {
 ZOO: dict[str, Entry] = {
     "TopK": Entry(
         "k largest pre-activations of one site",
-        ("k", "layer", "topk_relu", "hierarchical_k", "input_norm", *_AUXK),
+        ("k", "topk_relu", "hierarchical_k", *_ONE_SITE, *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_DICTIONARY,
     ),
     "Vanilla": Entry(
         "ReLU and an L1 penalty",
-        ("layer", "input_norm", *_L1),
+        (*_ONE_SITE, *_L1),
         (*_DICTIONARY, "l1_mean"),
         published=_PUBLISHED_DICTIONARY | _PUBLISHED_L1,
     ),
     "Gated": Entry(
         "a gate decides, a magnitude follows",
-        ("layer", "input_norm", *_L1),
+        (*_ONE_SITE, *_L1),
         (*_DICTIONARY, "l1_mean", "gated_aux"),
         published=_PUBLISHED_DICTIONARY | _PUBLISHED_L1 | {"gated_aux": False},
     ),
     "JumpReLU": Entry(
         "a learned threshold per latent",
-        ("layer", "threshold", "bandwidth", "input_norm", *_SPARSE),
+        ("threshold", "bandwidth", *_ONE_SITE, *_SPARSE),
         (*_DICTIONARY, "l0_post_jump"),
         published=_PUBLISHED_DICTIONARY | _PUBLISHED_JUMP,
     ),
     "RouteSAE": Entry(
         "a router picks the site of each token",
-        ("k", "topk_relu", "site_bias", *_ROUTER, *_RANGE, *_AUXK),
+        ("k", "topk_relu", "site_bias", "freeze", *_ROUTER, *_RANGE, *_AUXK),
         (*_DICTIONARY, "seed"),
         standard=_SITE_BIAS | {"router_objective": "expected", "router_balance": "switch"},
         published=_PUBLISHED_DICTIONARY | _PUBLISHED_ROUTER,
@@ -95,7 +96,7 @@ ZOO: dict[str, Entry] = {
     ),
     "MLSAE": Entry(
         "one TopK for the states of all routed sites",
-        ("k", "topk_relu", "input_norm", "site_bias", *_RANGE, *_AUXK),
+        ("k", "topk_relu", "input_norm", "site_bias", "freeze", *_RANGE, *_AUXK),
         _DICTIONARY,
         standard=_SITE_BIAS,
         published=_PUBLISHED_DICTIONARY,
@@ -108,13 +109,13 @@ ZOO: dict[str, Entry] = {
     ),
     "BatchTopK": Entry(
         "k active latents a token on average over a batch",
-        ("k", "layer", "input_norm", *_AUXK),
+        ("k", *_ONE_SITE, *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_DICTIONARY,
     ),
     "Matryoshka": Entry(
         "BatchTopK whose first latents also reconstruct alone",
-        ("k", "layer", "matryoshka_widths", "input_norm", *_AUXK),
+        ("k", "matryoshka_widths", *_ONE_SITE, *_AUXK),
         _DICTIONARY,
         published=_PUBLISHED_DICTIONARY,
     ),

@@ -1,5 +1,7 @@
 """Unions of trained SAEs of one site each: whose site a token gets, and what that measures."""
 
+# ruff: noqa: F811  (the fixture `text` is imported)
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from src.model import build
 from src.ops import squared_errors
 from src.sae import BatchInfo
 from src.union import assemble
-from tests.test_stages import evaluate, sae_path, text, train  # noqa: F401  (text is a fixture)
+from tests.test_stages import evaluate, sae_path, text, train  # noqa: F401
 
 N, D, BLOCKS, SITES = 50, 24, 20, list(range(3, 19))  # sixteen sites
 SIZES = {"latent_size": 32, "k": 3}
@@ -60,8 +62,9 @@ def test_a_router_gives_each_token_the_sae_of_its_site(members, hidden):
         own = slice(32 * index, 32 * index + 32)
         assert torch.allclose(out.latents[token, own], expected.latents[0], atol=1e-6)
         assert out.latents[token].count_nonzero() == 3
-    assert torch.allclose(union.contribution(out.latents)[0] + members[site[0]][0].pre_bias,
-                          out.x_hat[0], atol=1e-5)  # fmt: skip
+    assert torch.allclose(
+        union.contribution(out.latents)[0] + members[site[0]][0].pre_bias, out.x_hat[0], atol=1e-5
+    )
 
 
 def test_the_oracle_gives_the_site_of_least_error_and_counts_its_encoders(members, hidden):
@@ -105,8 +108,9 @@ def test_a_patch_replaces_the_tokens_of_its_site_alone_with_their_keys(hidden):
     (patches,) = union.patches(hidden, keys, clean=out)
     for index, at in enumerate(SITES):
         mean, std = hidden[at].mean(-1, keepdim=True), hidden[at].std(-1, keepdim=True)
-        expected = torch.where((site == index)[:, None], out.x_hat * (std + 1e-5) + mean,
-                               hidden[at])  # fmt: skip
+        expected = torch.where(
+            (site == index)[:, None], out.x_hat * (std + 1e-5) + mean, hidden[at]
+        )
         patched = patches[at](hidden[at]) if at in patches else hidden[at]
         assert torch.allclose(patched, expected, atol=1e-4)
 
@@ -129,9 +133,22 @@ def test_what_cannot_be_joined_is_one_clear_line(members):
         assemble(members, "random", shares=[1, 2, 3])
 
 
-def test_unions_are_measured_with_every_metric_beside_the_router_they_use(text, tmp_path, capsys):  # noqa: F811
-    train(text, tmp_path, "--model", "TopK", "RouteSAE", "--layer", "5", "8", "11",
-          "--sites", "5", "8", "11")  # fmt: skip
+def test_unions_are_measured_with_every_metric_beside_the_router_they_use(text, tmp_path):
+    train(
+        text,
+        tmp_path,
+        "--model",
+        "TopK",
+        "RouteSAE",
+        "--layer",
+        "5",
+        "8",
+        "11",
+        "--sites",
+        "5",
+        "8",
+        "11",
+    )
     paths = [str(sae_path(tmp_path, f"TopK_text_layer{site}")) for site in (5, 8, 11)]
     routed = str(sae_path(tmp_path, "RouteSAE_text_sites5-8-11"))
     argv = ["--SAE_path", routed, "--union", *paths, "--assign", routed, "oracle", "random"]
@@ -155,11 +172,13 @@ def test_unions_are_measured_with_every_metric_beside_the_router_they_use(text, 
     # Other shares are another measurement, which replaces none.
     for shares in (["1", "1", "2"], ["1", "2", "1"]):
         evaluate(tmp_path, *argv[2:], "--route_shares", *shares, "--assign", "random")
-    kept = [load_json(path)["union"]["shares"]
-            for path in (tmp_path / "out" / "eval").glob("Union*random*.json")]  # fmt: skip
+    kept = [
+        load_json(path)["union"]["shares"]
+        for path in (tmp_path / "out" / "eval").glob("Union*random*.json")
+    ]
     assert sorted(map(str, kept)) == ["None", "[1.0, 1.0, 2.0]", "[1.0, 2.0, 1.0]"]
 
 
-def test_assign_needs_a_union(text, tmp_path):  # noqa: F811
+def test_assign_needs_a_union(text, tmp_path):
     with pytest.raises(ValueError, match="name these too"):
         evaluate(tmp_path, "--assign", "oracle")

@@ -1,0 +1,130 @@
+"""Controls whose decoder or encoder does not train, or only within a cosine of its start."""
+
+# ruff: noqa: F811  (the fixture `text` is imported)
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src import checkpoint
+from src.model import build
+from src.ops import hold_cosine_
+from src.sae_training import SAETraining
+from src.zoo import ZOO
+from tests.test_resume import Killed, interrupt, kill
+from tests.test_stages import sae_path, text, train  # noqa: F401
+
+FREEZABLE = [name for name, entry in ZOO.items() if "freeze" in entry.options]
+FREEZABLE_ARGV = ["--model", *FREEZABLE, *"--dead_tokens 40 --lr 0.02 --max_samples 48".split()]
+
+
+def dictionary(sae):
+    return getattr(sae, "sae", sae)
+
+
+def least_cosine(sae, start):
+    weight = dictionary(sae).decoder.weight
+    return F.cosine_similarity(weight, start, dim=0).min().item()
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """{title: (encoder, decoder) before the first step}"""
+    seen = {}
+    warm_start = SAETraining.warm_start
+
+    def record(self, batch):
+        warm_start(self, batch)
+        own = dictionary(self.sae)
+        seen[self.title] = own.encoder.weight.clone(), own.decoder.weight.clone()
+
+    monkeypatch.setattr(SAETraining, "warm_start", record)
+    return seen
+
+
+def test_every_model_with_one_dictionary_can_be_frozen():
+    assert set(FREEZABLE) == set(ZOO) - {"Crosscoder", "RandomK"}
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_frozen_weights_are_bit_for_bit_those_of_the_start(text, tmp_path, starts, kind, optimizer):
+    train(text, tmp_path, *FREEZABLE_ARGV, "--freeze", kind, "--optimizer", optimizer)
+    assert len(starts) == len(FREEZABLE)
+    for title, (encoder, decoder) in starts.items():
+        assert title.endswith(f"_text_frozen-{kind}")
+        sae, recipe = checkpoint.load(sae_path(tmp_path, title))
+        own = dictionary(sae)
+        assert torch.equal(own.encoder.weight, encoder) == (kind == "encoder")
+        assert torch.equal(own.decoder.weight, decoder) == (kind == "decoder")
+        assert own.pre_bias.abs().max() > 0 and recipe["config"]["freeze"] == kind
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_a_soft_frozen_decoder_stays_within_its_cosine_at_every_step(
+    text, tmp_path, starts, monkeypatch, optimizer
+):
+    least, step = {}, SAETraining.step
+
+    def checked(self, *args):
+        step(self, *args)
+        least.setdefault(self.title, []).append(least_cosine(self.sae, starts[self.title][1]))
+
+    monkeypatch.setattr(SAETraining, "step", checked)
+    argv = [*FREEZABLE_ARGV, "--freeze", "soft_decoder", "--optimizer", optimizer]
+    train(text, tmp_path, *argv)
+    for title, values in least.items():
+        assert len(values) == 12 and min(values) > 0.8 - 1e-6
+        sae, _ = checkpoint.load(sae_path(tmp_path, title))
+        at_end = least_cosine(sae, starts[title][1])
+        assert 0.8 - 1e-6 < at_end < 0.9  # the bound was reached
+        norms = dictionary(sae).decoder.weight.norm(dim=0)
+        assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+
+
+def test_columns_turn_back_to_the_bound_with_their_norm_and_others_stay_bit_for_bit():
+    torch.manual_seed(0)
+    start = torch.randn(12, 40)
+    near, far = start + 0.1 * torch.randn_like(start), torch.randn_like(start)
+    weight = torch.cat([near, far], 1)
+    norms = weight.norm(dim=0)
+    hold_cosine_(weight, torch.cat([start, start], 1), 0.8)
+    assert torch.equal(weight[:, :40], near)
+    cosine = F.cosine_similarity(weight[:, 40:], start, dim=0)
+    assert torch.allclose(cosine, torch.full_like(cosine, 0.8), atol=1e-4) and cosine.min() >= 0.8
+    assert torch.allclose(weight.norm(dim=0), norms, rtol=1e-5)
+    again = weight.clone()
+    hold_cosine_(again, torch.cat([start, start], 1), 0.8)
+    assert torch.equal(again, weight)
+
+
+def test_a_killed_run_keeps_the_start_of_a_soft_frozen_decoder(text, tmp_path, monkeypatch):
+    argv = ["--freeze", "soft_decoder", "--lr", "0.02", "--save_every", "3"]
+    train(text, tmp_path / "straight", *argv)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8, kill)
+        with pytest.raises(Killed):
+            train(text, tmp_path, *argv)
+    train(text, tmp_path, *argv)
+    title = "TopK_text_frozen-soft-decoder"
+    sae, straight = (
+        checkpoint.load(sae_path(folder, title))[0] for folder in (tmp_path, tmp_path / "straight")
+    )
+    assert torch.equal(sae.decoder.weight, straight.decoder.weight)
+
+
+def test_weights_of_another_sae_are_the_start_that_is_kept(text, tmp_path):
+    train(text, tmp_path)
+    source = sae_path(tmp_path, "TopK_text")
+    begun = checkpoint.load(source)[0].decoder.weight
+    for kind in ("decoder", "soft_decoder"):
+        train(text, tmp_path, "--init_from", str(source), "--freeze", kind, "--lr", "0.02")
+        title = f"TopK_text_frozen-{kind.replace('_', '-')}"
+        sae, _ = checkpoint.load(sae_path(tmp_path, title))
+        assert torch.equal(sae.decoder.weight, begun) == (kind == "decoder")
+        assert least_cosine(sae, begun) > 0.8 - 1e-6
+
+
+def test_a_kind_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="known are decoder, soft_decoder, encoder"):
+        build("TopK", 8, 4, {"latent_size": 16, "k": 2, "freeze": "both"})
