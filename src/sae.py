@@ -504,8 +504,6 @@ class Dictionary(SAE):
         super().__init__(hidden_size, latent_size, norm_eps)
         if input_norm not in ("token", "mean", "none"):
             raise ValueError(f"input_norm {input_norm!r}; known are token, mean, none")
-        if freeze not in (None, *FROZEN):
-            raise ValueError(f"freeze {freeze!r}; known are {', '.join(FROZEN)}")
         if n_layers is not None and not 1 <= layer <= n_layers:
             where = f"layer {layer} of a {n_layers}-block model"
             raise ValueError(f"{where}; sites run from 1 to {n_layers}")
@@ -523,10 +521,15 @@ class Dictionary(SAE):
                 start = F.normalize(torch.randn(latent_size, hidden_size), dim=1)
             self.encoder.weight.copy_(start)
             self.decoder.weight.copy_(F.normalize(start, dim=1).T)
-        self.encoder.weight.requires_grad_(freeze != "encoder")
-        self.decoder.weight.requires_grad_(freeze != "decoder")
+        self._freeze(freeze)
+
+    def _freeze(self, part: str | None) -> None:
+        if part not in (None, *FROZEN):
+            raise ValueError(f"freeze {part!r}; known are {', '.join(FROZEN)}")
+        self.encoder.weight.requires_grad_(part != "encoder")
+        self.decoder.weight.requires_grad_(part != "decoder")
         self.register_buffer("decoder_start", None, persistent=False)
-        if freeze == "soft_decoder":
+        if part == "soft_decoder":
             self.decoder_start = self.decoder.weight.detach().clone()
             self.register_load_state_dict_post_hook(_begin_here)
 
