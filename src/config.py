@@ -657,7 +657,7 @@ OPTIONS: dict[str, Option] = {
         str,
         None,
         "Trained SAEs of one site each, at different sites, measured as one of which each token "
-        "uses the SAE of one site (docs/routing.md). Default: none.",
+        "uses the SAE of one site. Default: none.",
         many=True,
     ),
     "assign": Option(
