@@ -648,7 +648,8 @@ OPTIONS: dict[str, Option] = {
         "evaluation",
         str,
         ["NormMSE"],
-        f"What to measure: {', '.join(metric_table.NAMES)}, or all of them.",
+        f"What to measure: {', '.join(metric_table.NAMES)}, or all of them but Probing, which "
+        "needs scikit-learn.",
         choices=" ".join([*metric_table.NAMES, "all"]),
         many=True,
     ),

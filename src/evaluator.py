@@ -31,6 +31,7 @@ from src import (
     metric_table,
     metrics,
     names,
+    probing,
     union,
 )
 from src.data import Batch, Rows
@@ -62,10 +63,11 @@ class EvaluatedSAE:
         self.code = [measure() for measure in metrics.CODE_MEASURES]
         self.routing = metrics.Routing()
         self.patched_runs = metrics.PatchedRuns()
+        self.probing = probing.Probing()
 
     def measures(self) -> list[metrics.Measure]:
         """Return all measures, in a fixed order."""
-        return [*self.code, self.routing, self.patched_runs]
+        return [*self.code, self.routing, self.patched_runs, self.probing]
 
     def merge(self, measures: list[metrics.Measure]) -> None:
         """Add the measures of another process."""
@@ -81,6 +83,8 @@ class EvaluatedSAE:
             result["Routing"] = self.routing.compute() | {"sites": self.sae.sites()}
         if self.patched_runs.has_predictions():
             result |= self.patched_runs.compute(n_rows)
+        if self.probing.has_units():
+            result |= self.probing.compute()
         profile = self.sae.site_profile()
         if profile is not None:
             result["decoder_norms_per_site"] = profile.mean(1).tolist()
@@ -239,11 +243,16 @@ class Evaluator:
     def __init__(self, cfg: Namespace) -> None:
         self.cfg = cfg
         if "all" in cfg.metric:
-            cfg.metric = list(metric_table.NAMES)
+            cfg.metric = list(dict.fromkeys([*metric_table.ALL, *cfg.metric]))
+            cfg.metric.remove("all")
         needs = metric_table.needs(cfg.metric)
         self.with_routing = metric_table.ROUTING in needs
         self.with_ablations = metric_table.ABLATED in needs
         self.with_patches = self.with_ablations or metric_table.PATCHED in needs
+        self.with_probing = metric_table.PROBED in needs
+        if self.with_probing:
+            probing.require_sklearn()
+        self.sample: probing.Sample | None = None
         self.subjects = _open_subjects(cfg)
         for subject in self.subjects:
             self._vary(subject)
@@ -304,6 +313,7 @@ class Evaluator:
         expected = self._announce(model, rows, sites)
         started = time.perf_counter()
         ablations = self._ablations(model, rows, sites) if self.with_ablations else {}
+        self.sample = probing.Sample(rows, tokenizer) if self.with_probing else None
         n_tokens = 0
         checked = False
         # Processes share whole batches: each is coded as it would be by one process.
@@ -390,10 +400,13 @@ class Evaluator:
         hidden = {site: state[batch.mask].float() for site, state in states.items()}
         hooks.check_finite(hidden, model)
         info = hooks.batch_info(self.cfg, batch)
+        units = self.sample.of(batch) if self.sample else {}
         for subject in self.subjects:
             out = subject.sae.autoencode(subject.sae.gather(hidden), info)
             for measure in subject.code:
                 measure.update(out)
+            if self.sample:
+                subject.probing.update(subject.sae.strength(out), out.target, units)
             if self.with_routing:
                 self._measure_routing(subject, out, info, batch)
             if patched:
@@ -588,6 +601,8 @@ def _print_table(results: dict[str, Result], names_asked: Collection[str]) -> No
     routed = [result for result in by_sites if "Routing" in result]
     if metric_table.ROUTING in metric_table.needs(names_asked) and routed:
         _print_routing(routed, width)
+    if metric_table.PROBED in metric_table.needs(names_asked):
+        print(probing.report(results.values()))
     if len(results) > 1:
         print(metric_table.HOW_TO_COMPARE)
 

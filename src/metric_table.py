@@ -13,6 +13,7 @@ CODE = "code"  # only the SAE's code and reconstruction; measured in every evalu
 ROUTING = "routing"  # codes of the states of all sites
 PATCHED = "patched"  # runs of the language model with reconstructions in place
 ABLATED = "ablated"  # these, and runs with the states of a site ablated
+PROBED = "probed"  # probes on codes and states that are kept, with scikit-learn
 
 # Where it is shown.
 CONSOLE = "console"  # the table that evaluate.py prints
@@ -51,8 +52,16 @@ METRICS = (
     Metric("Recovered", "Recovered_mean", ABLATED, "share", EVERYWHERE, 6),
     Metric("Shrinkage", "Shrinkage", CODE, "1 = none", (CONSOLE,)),
     Metric("Routing", "Routing", ROUTING, ""),
+    Metric("Probing", "Probing_k1", PROBED, "AUC", (CONSOLE, CARD)),
+    Metric("Probing", "Probing_k2", PROBED, "AUC", (CONSOLE,)),
+    Metric("Probing", "Probing_k5", PROBED, "AUC", (CONSOLE, CARD)),
+    Metric("Probing", "Probing_state", PROBED, "AUC", (CONSOLE,)),
+    Metric("Probing", "Probing_random", PROBED, "AUC", (CONSOLE,)),
+    Metric("Probing", "Probing_noise", PROBED, "AUC", (CONSOLE,)),
 )
 NAMES = tuple(dict.fromkeys(metric.name for metric in METRICS))
+# What "all" stands for: not what needs an optional package.
+ALL = tuple(dict.fromkeys(metric.name for metric in METRICS if metric.needs != PROBED))
 SCALE = (
     "NormMSE: below 0.1 very good (look at L0), 0.1 to 0.3 good, 0.3 to 0.6 fair, "
     "above 0.8 failed. KLDiv: nats per real token."

@@ -693,6 +693,9 @@ class Crosscoder(_L1SAE, SAE):
 
     site_profile = decoder_norms
 
+    def site_drive(self, index, x):
+        return linear(x[..., index, :], self.encoder[index].weight)
+
     def edit_site(self, out, latents):
         norm_at_site = self.decoder_norms()[:, latents].sum(1)
         return self.routed[int(norm_at_site.argmax())]

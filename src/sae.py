@@ -444,6 +444,13 @@ class SAE(nn.Module):
         """Return the decoder norm of each latent at each site [L,F]; None with one decoder."""
         return None
 
+    def site_drive(self, index: int, x: Tensor) -> Tensor | None:
+        """Return what the states of one site add to the pre-activations of a code of all sites.
+
+        [N,L,D] -> [N,F]; None for a model whose codes read one state each.
+        """
+        return None
+
     def edit_site(self, out: SAEOutput, latents: list[int]) -> int | None:
         """Return the site at which these latents are edited best.
 

@@ -18,10 +18,14 @@ FLOORS = (
     "zoo stage_help names files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt "
     "endpoint gguf_file rule_labels tensor_files plot_style",
-    "sae reference identity auxk feature_files",
+    "sae reference identity auxk feature_files text_labels",
     "model data lm metrics config latent_notes formats neuronpedia",
     "hooks checkpoint published import_formats export_formats demo events sae_training estimate "
+<<<<<<< HEAD
     "page steering union",
+=======
+    "page steering probing",
+>>>>>>> 7e1ab43 (Sparse probing offline, and where features live: evaluate.py --metric Probing, python -m experiments.features)
     "trainer evaluator applier interpreter steerer reader plots",
     "utils explorer server",
 )
@@ -148,6 +152,7 @@ def test_help_of_a_module_is_quick(module):
         "src.config",
         "src.interpreter",
         "src.rule_labels",
+        "src.text_labels",
         "src.contexts",
         "src.metric_table",
         "src.page",

@@ -26,6 +26,7 @@ def test_the_package_needs_what_the_requirement_files_say():
     assert project["dependencies"] == lines_of("requirements.txt")
     assert project["optional-dependencies"]["gguf"] == lines_of("requirements-gguf.txt")
     assert project["optional-dependencies"]["explore"] == lines_of("requirements-explore.txt")
+    assert project["optional-dependencies"]["probing"] == lines_of("requirements-probing.txt")
 
 
 @pytest.fixture(scope="module")
