@@ -235,7 +235,7 @@ class Probing(Measure):
         """Return the mean AUC over all labels, and what each label gave.
 
         Probing_noise is the standard deviation of the mean over the divisions of the documents,
-        the largest of the numbers of latents. Raises ValueError if no label can be probed.
+        the largest of the numbers of latents. Without a label that can be probed there is no mean.
         """
         data: dict[str, Data] = {}
         tasks: list[Task] = []
@@ -248,16 +248,12 @@ class Probing(Measure):
             added, without = _tasks(kind, labels, data[kind].documents)
             tasks += added
             left_out |= without
-        if not tasks:
-            reasons = "; ".join(f"{name} ({why})" for name, why in left_out.items())
-            raise ValueError(f"no label can be probed on this text: {reasons}; use more text")
         results = _fit_all(tasks, data)
         units = {kind: len(of_kind.documents) for kind, of_kind in data.items()}
-        n_documents = len({int(number) for d in data.values() for number in d.documents})
-        summary = {"seeds": SEEDS, "documents": n_documents, **units}
-        return _means(results) | {
-            "Probing": summary | {"labels": results, "left_out": left_out},
-        }
+        documents = {int(number) for of_kind in data.values() for number in of_kind.documents}
+        summary = {"seeds": SEEDS, "documents": len(documents), **units}
+        details = summary | {"labels": results, "left_out": left_out}
+        return _means(results) | {"Probing": details}
 
 
 # ------------------------------------------------------------------------------- labels to tasks
@@ -282,8 +278,7 @@ def _tasks(
         counts = Counter(value for value in values if value is not None)
         asked, rest = _asked(counts)
         if len(counts) < 2:
-            what = f"all {kind} are {next(iter(counts))}" if counts else "the text does not tell it"
-            left_out[label] = what
+            left_out[label] = _only_value(counts, kind)
         elif rest:
             name = f"{label}: {', '.join(map(str, rest))}"
             left_out[name] = f"fewer than {2 * MIN_UNITS} {kind} each"
@@ -296,6 +291,16 @@ def _tasks(
             else:
                 tasks.append(task)
     return tasks, left_out
+
+
+def _only_value(counts: Counter[bool | str], kind: str) -> str:
+    """Say what a label is that has no two values."""
+    if not counts:
+        return "the text does not tell it"
+    (value,) = counts
+    if value is False:
+        return f"none of the {kind}"
+    return f"all {kind}" if value is True else f"all {kind} are {value}"
 
 
 def _asked(counts: Counter[bool | str]) -> tuple[list[bool | str], list[bool | str]]:
@@ -410,6 +415,8 @@ def probe_auc(
 
 def _means(results: dict[str, Any]) -> dict[str, float]:
     """Return the mean over the labels of each kind of probe, and the spread over the seeds."""
+    if not results:
+        return {}
     by_key: dict[str, list[float]] = {}  # a mean over the labels for each seed
     for key in next(iter(results.values()))["AUC"]:
         columns = zip(*(result["AUC"][key] for result in results.values()), strict=True)
@@ -423,14 +430,16 @@ def _means(results: dict[str, Any]) -> dict[str, float]:
 
 def report(results: Iterable[Mapping[str, Any]]) -> str:
     """Return which labels were probed, which were not and why; of one SAE also what each gave."""
-    results = list(results)
+    results = [result for result in results if "Probing" in result]
+    if not results:
+        return "the text is too short: no token and no passage was probed"
     first = results[0]["Probing"]
-    counts = f"{first['tokens']:,} tokens and {first['passages']:,} passages"
+    counts = f"{first.get('tokens', 0):,} tokens and {first.get('passages', 0):,} passages"
     lines = [
         f"probes of {len(first['labels'])} labels on {counts} of {first['documents']:,} documents: "
         "trained on half of the documents, tested on the others"
     ]
-    if len(results) == 1:
+    if len(results) == 1 and first["labels"]:
         keys = [*(f"k{k}" for k in KS), "state", f"random{max(KS)}"]
         lines.append(f"{'AUC':<32}" + "".join(f"{key:>10}" for key in keys))
         for name, label in first["labels"].items():

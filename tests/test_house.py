@@ -21,11 +21,7 @@ FLOORS = (
     "sae reference identity auxk feature_files text_labels",
     "model data lm metrics config latent_notes formats neuronpedia",
     "hooks checkpoint published import_formats export_formats demo events sae_training estimate "
-<<<<<<< HEAD
-    "page steering union",
-=======
-    "page steering probing",
->>>>>>> 7e1ab43 (Sparse probing offline, and where features live: evaluate.py --metric Probing, python -m experiments.features)
+    "page steering probing union",
     "trainer evaluator applier interpreter steerer reader plots",
     "utils explorer server",
 )

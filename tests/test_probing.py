@@ -220,12 +220,16 @@ def test_every_model_is_probed(tmp_path, capsys, monkeypatch):
     assert "Probing_k5" in printed and "left out: " in printed and "language (" in printed
 
 
-def test_a_text_without_labels_ends_in_one_line(tmp_path):
+def test_a_text_without_labels_says_so_and_loses_no_other_metric(tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text('{"text": "a b c d e f g h"}\n')
     sizes = ["--latent_size", "64", "--k", "4", "--batch_size", "16", "--model", "TopK"]
     Trainer(parse("train", [*arguments(tmp_path), *sizes])).run()
-    with pytest.raises(ValueError, match="no label can be probed on this text: .*use more text"):
-        Evaluator(parse("evaluate", [*arguments(tmp_path), "--metric", "Probing"])).run()
+    argv = [*arguments(tmp_path), "--metric", "Probing", "NormMSE"]
+    (result,) = Evaluator(parse("evaluate", argv)).run().values()
+    assert result["NormMSE"] > 0 and "Probing_k1" not in result
+    assert result["Probing"]["labels"] == {}
+    printed = capsys.readouterr().out
+    assert "probes of 0 labels" in printed and "articles (" in printed
 
 
 def test_without_scikit_learn_one_line_says_what_to_install(monkeypatch):

@@ -7,7 +7,9 @@ text is that of this repository, so that no network is needed.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ core = pytest.importorskip(
 from sae_lens.load_model import HookedProxyLM  # noqa: E402
 from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
-from src import checkpoint, export_formats, formats, lm  # noqa: E402
+from src import checkpoint, export_formats, formats, lm, probing  # noqa: E402
 from src.config import parse  # noqa: E402
 from src.data import Rows  # noqa: E402
 from src.evaluator import Evaluator  # noqa: E402
@@ -337,3 +339,53 @@ def test_saebenchs_own_runner_takes_our_objects_from_start_to_result_file(
             l0 = metrics["sparsity"]["l0"]
             print(f"\nSAEBench's runner {title:<12} KL score {score:.4f}  L0 {l0:.3f}")
             assert 0 < score <= 1 and l0 == pytest.approx(16, abs=0.01)
+
+
+@torch.no_grad()
+def test_sae_probes_finds_the_same_latents_and_aucs(saes, language_model, folder, monkeypatch):
+    """Its own choice of latents and fit, on the code that SAELens gives of an exported SAE."""
+    run_sae_evals = pytest.importorskip(
+        "sae_probes.run_sae_evals", reason="bash tests/interop/run.sh makes the environment"
+    )
+    tokenizer, model = language_model
+    sae, recipe = saes["TopK"]
+    (site,) = sae.sites()
+    exported = export_formats.export(sae, recipe, folder / "out", "saelens")
+    lens = sae_lens.SAE.load_from_disk(exported / formats.hook_of(site))
+    rows = Rows(folder / "text.jsonl", tokenizer, LENGTH, "eval", max_samples=4 * EVAL_ROWS)
+    sample, measure, hidden = probing.Sample(rows, tokenizer), probing.Probing(), []
+    for batch in rows.batches(16):
+        states = lm.read_sites(model, batch.input_ids, [site])
+        h = states[site][batch.mask].float()
+        units = sample.of(batch)
+        out = sae.autoencode(sae.gather({site: h}))
+        measure.update(sae.strength(out), out.target, units)
+        hidden.append(h[units["tokens"].of_token >= 0])
+    data, labels = measure.tokens.in_order()  # the rows were read in order
+    codes = lens.encode(torch.cat(hidden))
+    trains = torch.from_numpy(probing._halves(data.documents, 0))
+    worst = 0.0
+    for label in ("punctuation", "prepositions", "articles", "inside a word"):
+        y = np.array([unit[label] for unit in labels])
+        own = probing._fit(probing.Task(label, "tokens", y.astype(np.int8)), data, 0)
+        given = SimpleNamespace(
+            X_train=codes[trains], X_test=codes[~trains], y_train=y[trains], y_test=y[~trains]
+        )
+        monkeypatch.setattr(
+            run_sae_evals, "generate_sae_activations", lambda given=given, **_: given
+        )
+        options = {
+            "sae": lens,
+            "dataset": label,
+            "hook_name": "x",
+            "model_name": "x",
+            "ks": [1, 2, 5],
+        }
+        options |= {"reg_type": "l2", "setting": "normal", "model_cache_path": folder}
+        run_sae_evals.run_sae_eval(**options, results_path=folder / "probes")
+        (path,) = (folder / "probes").rglob(f"*{label}*.json")
+        for result in json.loads(path.read_text()):
+            assert set(result["indices"]) == set(own["latents"][: result["k"]]), label
+            worst = max(worst, abs(result["test_auc"] - own[f"k{result['k']}"]))
+    print(f"sae-probes: largest difference of an AUC {worst:.4f}")
+    assert worst < 0.01
