@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -192,7 +193,7 @@ class _Codes(Measure):
         self.states.append((total / tokens[:, None]).half().cpu().numpy())
         # A code for every site is a row of its own among the rows of its token.
         n_tokens, *sites, width = code.shape
-        n_sites = max(1, *sites) if sites else 1
+        n_sites = math.prod(sites)
         entry, latent, value = active(code)
         entry_owner = of_token[entry.div(n_sites, rounding_mode="floor")]
         kept = entry_owner >= 0
