@@ -11,6 +11,7 @@ measurements part by part.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from experiments import routing_measure, routing_report, routing_runs
 from src import config, demo, lm
 from src.data import Rows
 from src.device import pick_device
+from src.sae import routed_sites
 
 
 def rows_of(cfg: argparse.Namespace, tokenizer: object, split: str, max_tokens: int) -> Rows:
@@ -81,7 +83,13 @@ def run(options: argparse.Namespace, train_options: list[str]) -> None:
         rows = rows_of(cfg, tokenizer, "eval", 10 * options.eval_tokens)
         order = rows.order(0, 0)[: -(-options.eval_tokens // cfg.max_length)]
         folder = Path(options.output_dir) / "measured"
-        paths[seed] = routing_measure.measure(cfg, seed, language_model, rows, order, folder)
+        sites = routed_sites(cfg.n_layers, cfg.start_layer, cfg.end_layer)
+        make_arms = functools.partial(
+            routing_measure.arms_of, cfg, seed, language_model, rows, order
+        )
+        paths[seed] = routing_measure.measure(
+            cfg, seed, language_model, rows, order, folder, sites, make_arms
+        )
     routing_report.write(cfg, paths, options.docs or Path(options.output_dir))
 
 

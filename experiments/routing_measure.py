@@ -25,7 +25,7 @@ from src import checkpoint, files, hooks, lm, metrics, router
 from src.data import Batch, Rows
 from src.ops import squared_errors
 from src.sae import SAE, BatchInfo, routed_sites
-from src.sparse import active
+from src.sparse import SparseCode, active
 
 # Summed for each run and document. On some of the batches the KL (KL_here) is compared with that of
 # two other replacements at the same tokens and sites: the site's mean, and an error of equal size
@@ -41,8 +41,18 @@ QUANTITIES = (
     "KL_mean",
     "KL_noise",
 )
-PART_ROWS = 80  # rows of one file of measurements
-COST_EVERY = 5  # batches, of which one measures costs
+
+
+class Pace(NamedTuple):
+    """What is measured how often: a patched pass costs as much as the coding of many SAEs."""
+
+    part_rows: int = 80  # rows of one file of measurements
+    kl_every: int = 1  # batches, of which one measures KL
+    cost_every: int = 5  # batches, of which one measures costs; a multiple of kl_every
+    noise: bool = True  # whether costs include an error of equal size in a random direction
+
+
+PACE = Pace()
 
 
 class PatchedRun(NamedTuple):
@@ -52,7 +62,7 @@ class PatchedRun(NamedTuple):
     patches: dict[int, Callable[[Tensor], Tensor]]
     site: Tensor  # index into the routed sites of each token's patch [N]
     errors: Tensor  # NormMSE [N]
-    latents: Tensor  # [N,F]
+    code: Tensor | SparseCode  # [N,F]
     routed: bool  # tokens are at several sites, by a router or at random
     costs: bool  # whether costs are measured
 
@@ -113,14 +123,16 @@ def runs_of(
             if p.weights is not None:
                 costs = not name.endswith(("_permuted", "_oracle"))
                 site_index = p.weights.argmax(-1)
-                yield PatchedRun(name, patches, site_index, errors, p.latents, True, costs)
+                yield PatchedRun(name, patches, site_index, errors, p.code, True, costs)
                 continue
             (site,) = patches
             site_index = torch.full_like(keys, routed.index(site))
             if errors.ndim == 1:
-                yield PatchedRun(name, patches, site_index, errors, p.latents, False, True)
+                yield PatchedRun(name, patches, site_index, errors, p.code, False, True)
                 continue
-            of_site = errors[:, i], p.latents[:, i]  # an SAE with a code for every site
+            # Some have a code for every site, others one for all.
+            code = p.latents[:, i] if len(p.code.shape) == 3 else p.code
+            of_site = errors[:, i], code
             yield PatchedRun(f"{name}_{site}", patches, site_index, *of_site, False, True)
 
 
@@ -165,7 +177,7 @@ class Sums:
         arrays = {f"documents/{name}": table for name, table in self.documents.items()}
         for name, sums in self.runs.items():
             arrays |= {f"{kind}/{name}": value for kind, value in sums.items()}
-        files.write_atomic(path, lambda file: np.savez(file, **arrays))
+        files.write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 @torch.no_grad()
@@ -190,18 +202,23 @@ def measure(
     rows: Rows,
     order: np.ndarray,
     folder: Path,
+    sites: list[int],
+    make_arms: Callable[[], dict[str, SAE]],
+    pace: Pace = PACE,
 ) -> list[Path]:
-    """Measure one seed, a file for every PART_ROWS rows. Existing files are not made again."""
-    starts = range(0, len(order), PART_ROWS)
-    parts = [order[start : start + PART_ROWS] for start in starts]
+    """Measure the arms of one seed, a file for every `part_rows` rows.
+
+    Existing files are not made again; the arms are made if one is missing.
+    """
+    starts = range(0, len(order), pace.part_rows)
+    parts = [order[start : start + pace.part_rows] for start in starts]
     paths = [
         folder / f"seed{seed}_rows{start}-{start + len(part)}.npz"
         for start, part in zip(starts, parts, strict=True)
     ]
     if all(path.exists() for path in paths):
         return paths
-    sites = routed_sites(cfg.n_layers, cfg.start_layer, cfg.end_layer)
-    arms = arms_of(cfg, seed, language_model, rows, order)
+    arms = make_arms()
     means = site_means(language_model, rows, rows.order(1, 0)[:80], sites, cfg)
     hooks.self_check(language_model, rows.batch(order[:1]).to(cfg.device), sites)
     for part, path in zip(parts, paths, strict=True):
@@ -212,8 +229,7 @@ def measure(
         progress = tqdm(starts, f"seed {seed}, {path.stem}", unit=" batches", mininterval=5)
         for number, start in enumerate(progress):
             batch = rows.batch(part[start : start + cfg.batch_size])
-            costs = number % COST_EVERY == 0
-            _measure_batch(sums, arms, language_model, batch, sites, means, cfg, costs)
+            _measure_batch(sums, arms, language_model, batch, sites, means, cfg, pace, number)
         sums.save(path)
     return paths
 
@@ -226,9 +242,11 @@ def _measure_batch(
     sites: list[int],
     means: dict[int, Tensor],
     cfg: Namespace,
-    costs: bool,
+    pace: Pace,
+    number: int,
 ) -> None:
     document = batch.document
+    costs = number % pace.cost_every == 0
     batch = batch.to(cfg.device)
     full, final = lm.read_through(language_model, batch.input_ids, sites)
     hidden = {site: state[batch.mask].float() for site, state in full.items()}
@@ -254,10 +272,13 @@ def _measure_batch(
             cells = pair_counts(ids, run.site, vocabulary, len(sites))
             sums.per_run(run.name, site_of_token=cells)
             chosen[run.name] = run.site
+        if number % pace.kl_every:
+            continue
         states[run.name, "KL"] = patched(run.patches)
-        if costs and run.costs:
+        if costs and run.costs and pace.noise:
             noisy = {site: with_noise(patch, generator) for site, patch in run.patches.items()}
             states[run.name, "KL_noise"] = patched(noisy)
+        if costs and run.costs:
             key = run.name if run.routed else str(run.site[:1].tolist())
             if key not in ablated:
                 put = {
@@ -265,8 +286,9 @@ def _measure_batch(
                 }
                 ablated[key] = patched(put)
             states[run.name, "KL_mean"] = ablated[key]
-    for name in ROUTERS:
-        sums.per_run(name, agreed=(chosen[name] == chosen[f"{name}_oracle"]).sum())
+    for name, site in chosen.items():
+        if f"{name}_oracle" in chosen:
+            sums.per_run(name, agreed=(site == chosen[f"{name}_oracle"]).sum())
     _compare(sums, language_model, final[predicts], states, targets, document[predicts.cpu()])
 
 
@@ -277,8 +299,8 @@ def _count_run(sums: Sums, run: PatchedRun, document: Tensor, n_sites: int) -> N
     one_hot = F.one_hot(run.site, n_sites)
     site_errors = (one_hot * run.errors[:, None]).double().sum(0)
     sums.per_run(run.name, site_tokens=one_hot.sum(0), site_errors=site_errors)
-    token, latent, _ = active(run.latents)
-    fired = pair_counts(run.site[token], latent, n_sites, run.latents.shape[1])
+    token, latent, _ = active(run.code)
+    fired = pair_counts(run.site[token], latent, n_sites, run.code.shape[-1])
     sums.per_run(run.name, fired=fired)
 
 
@@ -309,9 +331,9 @@ def _compare(
             if quantity == "KL":
                 sums.per_document(name, "predictions", of_chunk, ones)
                 sums.per_document(name, "DeltaCE", of_chunk, ce - prediction.ce)
-            if quantity == "KL_noise":
+            if quantity == "KL_mean":
                 sums.per_document(name, "cost_predictions", of_chunk, ones)
-            if quantity == "KL" and (name, "KL_noise") in states:
+            if quantity == "KL" and (name, "KL_mean") in states:
                 sums.per_document(name, "KL_here", of_chunk, kl)
 
 

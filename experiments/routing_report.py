@@ -61,7 +61,7 @@ class Measurements:
 
     def __init__(self, cfg: Namespace, paths: dict[int, list[Path]]) -> None:
         self.cfg, self.seeds = cfg, list(paths)
-        self.sites = routed_sites(cfg.n_layers, cfg.start_layer, cfg.end_layer)
+        self.sites = routed_sites(cfg.n_layers, cfg.start_layer, cfg.end_layer, cfg.sites)
         self.sums = {seed: load(parts) for seed, parts in paths.items()}
         tables = next(iter(self.sums.values()))["documents"]
         used = np.flatnonzero(next(iter(tables.values()))[:, 0])

@@ -116,20 +116,27 @@ def router_weights(
     return {name: torch.cat(parts) for name, parts in weights.items()}
 
 
+def trained_shares(
+    saes: dict[str, SAE], language_model: nn.Module, rows: Rows, seed: int, cfg: Namespace
+) -> dict[str, list[float]]:
+    """Each router's shares of the sites, on 50k of the tokens it was trained on."""
+    order = rows.order(seed, 0)[: -(-50_000 // rows.max_length)]
+    size = cfg.batch_size or 16
+    weights = router_weights(saes, language_model, rows, order, size, cfg.device)
+    return {
+        name: [round(float(share), 6) for share in router.load(p)] for name, p in weights.items()
+    }
+
+
 def train(argv: list[str], seed: int, language_model: nn.Module, rows: Rows, n_layers: int) -> None:
     """Train the matrices of one seed. What an earlier call has trained is not trained again."""
     cfg = options_of(argv, seed, "first")
     Matrix(cfg, first_matrix(n_layers, cfg)).run()
     shares_path = Path(cfg.output_dir) / f"shares_seed{seed}.json"
     if not shares_path.exists():
-        device = pick_device(cfg.device)
-        saes = {name: checkpoint.load(path_of(cfg, name, seed), device)[0] for name in ROUTERS}
-        order = rows.order(seed, 0)[: -(-50_000 // rows.max_length)]
-        weights = router_weights(saes, language_model, rows, order, cfg.batch_size or 16, device)
-        shares = {}
-        for name, p in weights.items():
-            shares[name] = [round(float(share), 6) for share in router.load(p)]
-        files.save_json(shares, shares_path)
+        cfg.device = pick_device(cfg.device)
+        saes = {name: checkpoint.load(path_of(cfg, name, seed), cfg.device)[0] for name in ROUTERS}
+        files.save_json(trained_shares(saes, language_model, rows, seed, cfg), shares_path)
     shares = files.load_json(shares_path)
     Matrix(options_of(argv, seed, "second"), second_matrix(shares)).run()
     Matrix(options_of(argv, seed, "third"), third_matrix(shares)).run()

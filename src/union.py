@@ -187,7 +187,8 @@ def _title(
     shared = [word for word in words if all(word in other for other in others)]
     how = assign
     if by is not None:
-        own_words = [word for word in by[1]["title"].split("_") if word not in shared]
+        of_router = names.SWEPT.sub("", by[1]["title"]).split("_")
+        own_words = [word for word in of_router if word not in shared]
         how = "-".join(own_words) or "router"
     elif assign == DRAWN and has_shares:
         how = f"{DRAWN}-shares"

@@ -154,7 +154,7 @@ def test_unions_are_measured_with_every_metric_beside_the_router_they_use(text, 
     argv = ["--SAE_path", routed, "--union", *paths, "--assign", routed, "oracle", "random"]
     results = evaluate(tmp_path, *argv, "--metric", "all")
     prefix = "Union_3x64_TopK_text_sites5-11"
-    by = {how: results[f"{prefix}_{how}"] for how in ("RouteSAE-sites5-8-11", "oracle", "random")}
+    by = {how: results[f"{prefix}_{how}"] for how in ("RouteSAE", "oracle", "random")}
     by_router, oracle, drawn = by.values()
     assert by_router["Routing"]["share"] == results["RouteSAE_text_sites5-8-11"]["Routing"]["share"]
     errors = oracle["Routing"]["NormMSE_unscaled_if_all_went_there"]
