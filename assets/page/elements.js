@@ -108,7 +108,12 @@ function table(head, rows) {
 
 // ------------------------------------------------------------------------ features as links
 
-const labelOf = feature => feature.label || '(no label)';
+// The label in a list: of a rule the first conditions, and the number of the others.
+function labelOf(feature) {
+  const text = feature.short ?? feature.label;
+  if (!text) return '(no label)';
+  return feature.more ? text + '; and ' + feature.more + ' more' : text;
+}
 
 // A link to a feature, with its site, its label and a fact about it. A latent without contexts
 // has only its number.
@@ -116,7 +121,9 @@ function featureLink(id, fact) {
   const feature = featureById.get(String(id));
   const parts = [element('strong', id)];
   if (feature && feature.site !== null && sites.length > 1) parts.push(siteMark(feature.site));
-  parts.push(element('span', feature ? labelOf(feature) : 'no contexts', 'label'));
+  const label = element('span', feature ? labelOf(feature) : 'no contexts', 'label');
+  if (feature?.label) label.title = feature.label;
+  parts.push(label);
   if (fact !== undefined) parts.push(element('small', fact));
   const link = wrap('a', 'feature', parts);
   link.href = '#' + id;
