@@ -483,13 +483,15 @@ def _arguments() -> Namespace:
 
 
 def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The evaluations in a folder, without one of the same SAE from before its last training."""
+    """The evaluations in a folder, by site, without one of the same SAE from before its last
+    training."""
     rows = []
     for path in sorted(folder.glob("*.json")):
         if only not in path.stem:
             continue
         result = load_json(path)
         check(result, EVALUATION, str(path))
+        check_parts(result, {"sites": [int]}, str(path))
         title = result.get("title")
         if title == contexts["title"] and is_stale_result(result, contexts):
             say(
@@ -497,8 +499,9 @@ def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[
                 "run evaluate.py again"
             )
         else:
-            rows.append({key: result.get(key) for key in EVALUATION})
-    return rows
+            rows.append(result)
+    rows.sort(key=lambda result: (len(result.get("sites") or ()), result.get("sites") or ()))
+    return [{key: result.get(key) for key in EVALUATION} for result in rows]
 
 
 @printable_output()

@@ -108,11 +108,14 @@ function table(head, rows) {
 
 // ------------------------------------------------------------------------ features as links
 
+const LABEL_CHARS = 80; // of a label in a list
+
 // The label in a list: of a rule the first conditions, and the number of the others.
 function labelOf(feature) {
   const text = feature.short ?? feature.label;
   if (!text) return '(no label)';
-  return feature.more ? text + '; and ' + feature.more + ' more' : text;
+  const start = text.length > LABEL_CHARS ? text.slice(0, LABEL_CHARS) + '…' : text;
+  return feature.more ? start + '; and ' + feature.more + ' more' : start;
 }
 
 // A link to a feature, with its site, its label and a fact about it. A latent without contexts

@@ -90,7 +90,7 @@ function badge(text, title) {
 
 // The first conditions of a rule; the whole of it when the rest is asked for.
 function labelText(feature) {
-  const text = element('span', feature.short ?? labelOf(feature), feature.ruled ? '' : 'soft');
+  const text = element('span', feature.short ?? feature.label ?? '(no label)', feature.ruled ? '' : 'soft');
   if (feature.short === null) return [text];
   const rest = button(feature.more ? 'and ' + feature.more + ' more' : 'examples', 'rest', () => {
     text.textContent = feature.label;

@@ -4,7 +4,6 @@ const listBox = byId('list');
 const query = byId('query');
 const siteChoice = byId('site');
 const PORTION = 150; // entries that are made at one time; more follow when the list is scrolled
-const LABEL_CHARS = 80; // of a label in the list
 
 let shown = []; // the features of the list, in its order
 let reasons = new Map(); // why each of them matches, by id
@@ -52,9 +51,6 @@ function listEntry(feature) {
   if (feature.score) facts.push('score ' + feature.score);
   if (tested(feature) !== null) facts.push('tested ' + formatShare(tested(feature)));
   const link = featureLink(feature.id, facts.join(' · '));
-  const text = labelOf(feature);
-  const label = link.querySelector('.label');
-  if (text.length > LABEL_CHARS) label.textContent = text.slice(0, LABEL_CHARS) + '…';
   const reason = reasons.get(feature.id).join(', ');
   if (reason) link.append(element('small', 'found by ' + reason, 'reason'));
   link.dataset.id = feature.id;
