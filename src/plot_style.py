@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from src.files import write_atomic
 from src.zoo import ZOO
 
-# Chosen so that the two closest are 11 apart (CIEDE2000) for all kinds of colour vision
+# Chosen so that the two closest models are 11 apart (CIEDE2000) for all kinds of colour vision
 # (tests/test_colours.py).
 COLOURS = {
     "TopK": "#0072B2",
