@@ -111,8 +111,8 @@ def markdown(found):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def pictures(found, folder):
-    """benchmark.png: rates of the training contenders, and NormMSE over seconds of training."""
+def picture(found, path):
+    """Rates of the training contenders, and their NormMSE over seconds of training."""
     contenders = found["groups"].get("training")
     if not contenders:
         return
@@ -120,7 +120,7 @@ def pictures(found, folder):
     figure, (left, right) = plot_style.pyplot().subplots(1, 2, figsize=size)
     draw_rates(left, contenders)
     draw_curves(right, contenders, size[1] - 0.8)
-    plot_style.save(figure, Path(folder) / "benchmark.png")
+    plot_style.save(figure, Path(path))
 
 
 def colour_of(name):

@@ -759,7 +759,7 @@ def main(argv=None):
     text = report.markdown(bench.results)
     save_text(text, bench.folder / "benchmark.md")
     print(text)
-    report.pictures(json.loads(json.dumps(bench.results)), bench.folder)
+    report.picture(json.loads(json.dumps(bench.results)), bench.folder / "benchmark.png")
     return bench.results
 
 

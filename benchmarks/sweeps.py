@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import report, run
 from src import plot_style
-from src.files import load_json, save_json
+from src.files import save_json
 
 SWEEPS = {  # attribute of the benchmark: label
     "latents": "latents",
@@ -131,10 +131,7 @@ def main(argv=None):
         "--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which sweeps"
     )
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
-    parser.add_argument("--draw", type=Path, help="only draw this sweeps.json again")
     cfg = parser.parse_args(argv)
-    if cfg.draw:
-        return picture(load_json(cfg.draw)["sweeps"], cfg.draw.with_suffix(".png"))
     bench = run.Bench(cfg)
     values = CUDA_VALUES if cfg.device == "cuda" else CPU_VALUES
     results = {name: sweep(bench, name, values[name], cfg.steps, cfg.rounds) for name in cfg.sweep}

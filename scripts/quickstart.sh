@@ -63,6 +63,7 @@ python interpret.py "$contexts" --engine heuristic --score detection fuzzing --s
 pick='
 import gzip, json, re, sys
 
+from src import names
 from src.rule_labels import MEMBERS
 
 opened = gzip.open if sys.argv[1].endswith(".gz") else open
@@ -99,7 +100,7 @@ else:
     )
 strength = round(share_of_maximum * contexts[best]["max_activation"], 2)
 promoted = ", ".join(word for word, _ in contexts[best]["promoted"][:5])
-print(f"{best}={strength}", labels[best]["description"] + "; promotes", promoted)
+print(f"{best}={strength}", names.shortened(labels[best]["description"]) + "; promotes", promoted)
 '
 picked="$(python -c "$pick" "$contexts" "$labels" "${steer[@]}")"
 held="${picked%% *}"

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from src import (
     lm,
     metric_table,
     metrics,
-    names,
     probing,
+    result_table,
     union,
 )
 from src.data import Batch, Rows
@@ -42,7 +42,6 @@ from src.sae import SAE, BatchInfo, Patch, SAEOutput
 ABLATION_TOKENS = 20_000  # the mean state of a site is taken over at least this many
 ABLATIONS = ("zero", "mean")  # what replaces a state
 LOGIT_COPIES = 7  # logits of two runs, their logarithms, p, and two products of them
-MIN_COLUMN, SITE_COLUMN, MIN_TITLE = 9, 6, 24  # characters
 HELD_OUT = config.STAGE_SPLIT["evaluate"]  # results of other splits have its name in their title
 # What two results must share for one to take the place of the other.
 SAME_TEXT = ("model_path", "split", "data_path", "infer_k", "theta", "union")
@@ -441,7 +440,10 @@ class Evaluator:
             result = _save(self._result(subject, n_tokens, rows), self.cfg.output_dir)
             results[result["title"]] = result
         print(f"{n_tokens:,} tokens of split {self.cfg.split} of {self.cfg.data_path}")
-        _print_table(results, self.cfg.metric)
+        width = result_table.line_width()
+        print("\n".join(result_table.lines(list(results.values()), self.cfg.metric, width)))
+        if self.with_probing:
+            print(probing.report(results.values()))
         saved = ", ".join(f"{files.safe_name(title)}.json" for title in results)
         print(f"results in {Path(self.cfg.output_dir) / files.EVAL_DIR}: {saved}")
         if len(results) == 1 and len(self.cfg.metric) == 1:
@@ -567,58 +569,3 @@ def _may_replace(result: Result, earlier: Result) -> bool:
     if not _agree(result, earlier, SAME_TEXT) or result["tokens"] < earlier["tokens"]:
         return False
     return set(earlier["units"]) <= set(result["units"])
-
-
-def _columns(results: dict[str, Result], names_asked: Collection[str]) -> list[str]:
-    measured = {key for result in results.values() for key in result}
-    shown = measured.intersection(metric_table.keys_of({*names_asked, "L0"}))
-    return [key for key in metric_table.shown_in(metric_table.CONSOLE) if key in shown]
-
-
-def _print_table(results: dict[str, Result], names_asked: Collection[str]) -> None:
-    """Print one row for each SAE, grouped by the sites that are patched, and how to read it.
-
-    Only the metrics that were asked for are shown; L0 always is, since errors compare at equal L0.
-    """
-    columns = _columns(results, names_asked)
-    width = max(max(map(len, results)), MIN_TITLE) + 4
-    units = metric_table.units(columns)
-    widths = [max(len(key), len(units.get(key, "")), MIN_COLUMN) + 2 for key in columns]
-
-    def row(first: str, cells: Iterable[str]) -> str:
-        padded = (f"{cell:>{size}}" for cell, size in zip(cells, widths, strict=True))
-        return f"{first:<{width}}{''.join(padded)}"
-
-    print(row("", columns))
-    print(row("", [units.get(key, "") for key in columns]))
-    by_sites = sorted(results.values(), key=lambda result: (len(result["sites"]), result["sites"]))
-    for numbers, group in itertools.groupby(by_sites, lambda result: result["sites"]):
-        print(names.sites(numbers))
-        for result in group:
-            values = [result.get(key) for key in columns]
-            cells = [f"{value:.4f}" if isinstance(value, float) else "-" for value in values]
-            print(row(f"  {result['title']}", cells))
-    routed = [result for result in by_sites if "Routing" in result]
-    if metric_table.ROUTING in metric_table.needs(names_asked) and routed:
-        _print_routing(routed, width)
-    if metric_table.PROBED in metric_table.needs(names_asked):
-        print(probing.report(results.values()))
-    if len(results) > 1:
-        print(metric_table.HOW_TO_COMPARE)
-
-
-def _print_routing(routed: list[Result], width: int) -> None:
-    """Print the share of tokens at each site, a column for each site, and what sums it up."""
-    for numbers, group in itertools.groupby(routed, lambda result: result["sites"]):
-        heading = "".join(f"{number:>{SITE_COLUMN}}" for number in numbers)
-        print(f"{'share of tokens at site':<{width}}{heading}")
-        for result in group:
-            shares = "".join(f"{share:>{SITE_COLUMN}.2f}" for share in result["Routing"]["share"])
-            print(f"{'  ' + result['title']:<{width}}{shares}")
-    for result in routed:
-        routing = result["Routing"]
-        print(
-            f"{result['title']}: entropy (1: even) of the shares {routing['share_entropy']:.2f}, "
-            f"of a token's p {routing['p_entropy']:.2f}; "
-            f"agreement with the best site {routing['agrees_with_best_site_unscaled']:.2f}"
-        )

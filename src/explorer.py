@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import checkpoint, demo, hooks
+from src import checkpoint, demo, hooks, names
 from src.page import SCRIPTS, fill_in, page_data, site_colours
 from src.reader import Reader, Reading
 from src.sae import Edit
@@ -214,7 +214,11 @@ def _summary(reading: Reading) -> dict[str, Any]:
         "weights": None if weights is None else [_rounded(row) for row in weights.tolist()],
         "NormMSE": float(reading.NormMSE.mean()),
         "strongest": [[[latent, round(value, 3)] for latent, value in row] for row in strongest],
-        "labels": {latent: reading.labels[latent] for latent in named if latent in reading.labels},
+        "labels": {
+            latent: names.shortened(reading.labels[latent])
+            for latent in named
+            if latent in reading.labels
+        },
     }
 
 

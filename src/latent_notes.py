@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src import files
+from src import files, names
 from src.feature_files import NUMBER, check, contexts_of, read_features
 from src.rule_labels import BY_RULE_MARK
 
@@ -25,8 +25,7 @@ class Note(NamedTuple):
     origin: str = ""  # who wrote the label, and how it did in its tests
 
     def __str__(self) -> str:
-        # A label by rule lists what it covers, and then examples.
-        short = textwrap.shorten(self.label.split(", such as")[0], SHOWN_CHARS, placeholder=" ...")
+        short = textwrap.shorten(names.shortened(self.label), SHOWN_CHARS, placeholder=" ...")
         label = f" {short} ({self.origin})" if self.label else " no label"
         return f"{label}, maximum {self.maximum:.3g}" if self.maximum is not None else label
 

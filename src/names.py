@@ -12,6 +12,10 @@ from typing import Any
 
 # Parts of a title that tell swept values; "layer" is told by the site of the result.
 SWEPT = re.compile(r"_(k|layer|l1_coeff|target_l0|sites)([\d.e+-]+)(?=_|$)")
+SHOWN_CONDITIONS = 3  # of a label by rule; their number is 10 in the median
+EXAMPLES = re.compile(r", such as ['\"]| \(\d+% of the active tokens\)$")  # what follows the rule
+QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+LISTED = re.compile(rf"(forms of|the tokens) ((?:{QUOTED})(?:, (?:{QUOTED}))+)")
 UNITS = {"k": "k {}", "l1_coeff": "coefficient {}", "target_l0": "L0 {} asked for"}
 
 
@@ -65,3 +69,45 @@ def _own_words(titles: list[str]) -> list[list[str]]:
 def _swept(title: str) -> list[str]:
     found = SWEPT.findall(title)
     return [UNITS[key].format(value) for key, value in found if key in UNITS]
+
+
+def short_label(label: str) -> tuple[str, int]:
+    """Return (the first conditions of a label by rule, how many more it has).
+
+    The conditions of a rule stand by what they add to it, with all words and all forms of words
+    in one list each; the first of every list is shown before a second one. The examples and the
+    share behind the rule are left out. A label with "; or " nowhere is no such list and stays.
+    """
+    phrases = EXAMPLES.split(label)[0].split("; or ")
+    lists = [_conditions(phrase) for phrase in phrases]
+    total = sum(len(values) for _, values in lists)
+    if total <= SHOWN_CONDITIONS + 1:
+        return "; or ".join(phrases), 0
+    counts = [0] * len(lists)
+    for _ in range(SHOWN_CONDITIONS):
+        has_more = [i for i, (_, values) in enumerate(lists) if counts[i] < len(values)]
+        counts[min(has_more, key=lambda i: (counts[i], i))] += 1
+    shown = [
+        _written(head, values[:count])
+        for (head, values), count in zip(lists, counts, strict=True)
+        if count
+    ]
+    return "; or ".join(shown), total - SHOWN_CONDITIONS
+
+
+def shortened(label: str) -> str:
+    """Return a label with three conditions at most, and the number of the others."""
+    text, n_more = short_label(label)
+    return f"{text}; and {n_more} more" if n_more else text
+
+
+def _conditions(phrase: str) -> tuple[str, list[str]]:
+    """("the tokens", ["'a'", "'b'"]) of a list; ("", [phrase]) of what is none."""
+    match = LISTED.fullmatch(phrase)
+    return (match[1], re.findall(QUOTED, match[2])) if match else ("", [phrase])
+
+
+def _written(head: str, values: Sequence[str]) -> str:
+    if head == "the tokens" and len(values) == 1:
+        head = "the token"
+    return f"{head} {', '.join(values)}".strip()

@@ -20,6 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from src import names
 from src.config import small_parser
 from src.contexts import whole_words
 from src.feature_files import (
@@ -308,15 +309,25 @@ def _label(label: dict[str, Any], name: str) -> dict[str, Any]:
     if by_rule:
         text = text.removeprefix(BY_RULE_MARK).strip()
     without_rule = by_rule and text.startswith(NO_RULE)
+    short, n_more = names.short_label(text or "")
     return {
         "label": text,
+        "short": None if short == text else short,
+        "more": n_more,
         "engine": "by rule" if by_rule else label.get("engine"),
         "category": None if without_rule else label.get("category"),
         "score": None if without_rule else label.get("score"),
         "ruled": not without_rule,
-        "detection": label.get("detection"),
-        "fuzzing": label.get("fuzzing"),
+        "detection": _tested(label.get("detection")),
+        "fuzzing": _tested(label.get("fuzzing")),
     }
+
+
+def _tested(test: dict[str, Any] | None) -> list[float] | None:
+    """[balanced accuracy, number of texts] of a test that could be made."""
+    if test is None or test.get("balanced_accuracy") is None:
+        return None
+    return [_short(test["balanced_accuracy"]), test["n"]]
 
 
 def _histogram(values: list[float]) -> dict[str, Any] | None:
@@ -472,13 +483,15 @@ def _arguments() -> Namespace:
 
 
 def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The evaluations in a folder, without one of the same SAE from before its last training."""
+    """The evaluations in a folder, by site, without one of the same SAE from before its last
+    training."""
     rows = []
     for path in sorted(folder.glob("*.json")):
         if only not in path.stem:
             continue
         result = load_json(path)
         check(result, EVALUATION, str(path))
+        check_parts(result, {"sites": [int]}, str(path))
         title = result.get("title")
         if title == contexts["title"] and is_stale_result(result, contexts):
             say(
@@ -486,8 +499,9 @@ def _evaluation(folder: Path, only: str, contexts: dict[str, Any]) -> list[dict[
                 "run evaluate.py again"
             )
         else:
-            rows.append({key: result.get(key) for key in EVALUATION})
-    return rows
+            rows.append(result)
+    rows.sort(key=lambda result: (len(result.get("sites") or ()), result.get("sites") or ()))
+    return [{key: result.get(key) for key in EVALUATION} for result in rows]
 
 
 @printable_output()

@@ -1,6 +1,6 @@
 """One look for every picture: colours of models, markers of sites, direct labels, axes that hold.
 
-The colours are those of Okabe and Ito and three more, which colour-blind readers can tell apart.
+Readers of all kinds of colour vision can tell the colours of the models apart.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from typing import Any, NamedTuple
 from src.files import write_atomic
 from src.zoo import ZOO
 
+# Chosen so that the two closest models are 11 apart (CIEDE2000) for all kinds of colour vision
+# (tests/test_colours.py).
 COLOURS = {
     "TopK": "#0072B2",
     "RouteSAE": "#D55E00",
     "MLSAE": "#222222",
-    "Crosscoder": "#2A9BD6",
-    "BatchTopK": "#882255",
-    "Vanilla": "#C28400",
-    "Gated": "#009E73",
-    "JumpReLU": "#C0568E",
-    "RandomK": "#8A8A8A",
+    "Crosscoder": "#2C8BFA",
+    "BatchTopK": "#5C1261",
+    "Vanilla": "#F28D00",
+    "Gated": "#1BB47C",
+    "JumpReLU": "#AB557C",
+    "RandomK": "#94A3AC",
 }
-MORE_COLOURS = ("#6B7A00", "#5E3C99", "#7A4B2A")  # of further models, in the order of the zoo
+MORE_COLOURS = ("#544700", "#583B9D", "#804E37")  # of further models, in the order of the zoo
+INK = 0.75  # of a colour's brightness, for its text
 SITE_MARKERS = "osD^vP<>Xph"
 SEVERAL_SITES = "*"  # marker of a model that reads several sites
 DARK, GREY, LIGHT = "#333333", "#767676", "#DDDDDD"
@@ -88,6 +91,11 @@ def colour(model: str) -> str:
         return COLOURS[model]
     others = [name for name in ZOO if name not in COLOURS]
     return MORE_COLOURS[others.index(model) % len(MORE_COLOURS)] if model in others else GREY
+
+
+def ink(colour: Any) -> tuple[float, ...]:
+    """A darker form of a colour, in which small text is easy to read."""
+    return tuple(INK * share for share in pyplot().matplotlib.colors.to_rgb(colour))
 
 
 def site_colours(count: int) -> Any:
@@ -204,7 +212,7 @@ def label_lines(axis: Any, labels: Sequence[Label], height: float) -> None:
             xycoords="axes fraction",
             textcoords="axes fraction",
             va="center",
-            color=label.colour,
+            color=ink(label.colour),
             fontsize=LABEL_SIZE,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "alpha": 0.5},

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from src import checkpoint, config, demo, files, hooks, lm
+from src import checkpoint, config, demo, files, hooks, lm, names
 from src.contexts import TokenText, text_decoder
 from src.data import Batch, count_mask, encode_text, special_token_table
 from src.feature_files import contexts_of, read_features
@@ -79,6 +79,9 @@ class Reading(NamedTuple):
             if value > 0
         ]
 
+    def _short_label(self, latent: int) -> str:
+        return names.shortened(self.labels.get(latent, ""))[:LABEL_CHARS]
+
     def __str__(self) -> str:
         lines = [f"{'token':<16}{'site':>5}{'NormMSE':>9}  strongest latents"]
         sites = self.sites or [""] * len(self.tokens)
@@ -99,8 +102,7 @@ class Reading(NamedTuple):
             site = self.sites[index] if self.sites else None
             facts = [] if site is None else [f"site {site}"]
             facts += [
-                f"{latent}: {value:.2f} {self.labels.get(latent, '')[:LABEL_CHARS]}"
-                for latent, value in pairs
+                f"{latent}: {value:.2f} {self._short_label(latent)}" for latent, value in pairs
             ]
             red, green, blue = colours.get(str(site), (128, 128, 128))
             style = (

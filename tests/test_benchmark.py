@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from benchmarks import contenders, report, stages, sweeps
+from benchmarks import contenders, draw, report, stages, sweeps
 from benchmarks.gate import Gate, score
 from benchmarks.runner import ratios
 from src import estimate
@@ -178,6 +178,34 @@ def test_sweeps_are_drawn_with_gaps_where_a_contender_failed(tmp_path):
     of_saes = {"ours": {1: result, 4: result}}
     sweeps.picture({"k": of_k, "saes": of_saes}, tmp_path / "sweeps.png")
     assert (tmp_path / "sweeps.png").stat().st_size > 10_000
+
+
+def miniature():
+    """Results of benchmarks.run as they are kept, of two contenders."""
+    contender = {
+        "name": "ours TopK",
+        "tokens_per_s": 30e3,
+        "spread": [29e3, 31e3],
+        "curve": [{"seconds": 2.0, "NormMSE": 0.3}, {"seconds": 9.0, "NormMSE": 0.15}],
+    }
+    curve = [{"seconds": 30.0, "NormMSE": 0.2}]
+    peer = dict(contender, name="sparsify TopK", tokens_per_s=2e4, curve=curve)
+    return {"groups": {"training": [contender, peer]}}
+
+
+@pytest.mark.parametrize("kind", ["benchmark", "sweeps"])
+def test_a_picture_keeps_the_results_that_it_is_drawn_from(tmp_path, kind):
+    point = {"tokens_per_s": 100.0, "spread": [90.0, 120.0]}
+    results = {"sweeps": {"k": {"ours": {"16": point, "32": point}}}}
+    if kind == "benchmark":
+        results = miniature()
+    (tmp_path / "run.json").write_text(json.dumps(results))
+    draw.main([str(tmp_path / "run.json"), str(tmp_path / "kept.png")])
+    assert json.loads((tmp_path / "kept.json").read_text()) == results
+    first = (tmp_path / "kept.png").read_bytes()
+    assert len(first) > 10_000
+    draw.main([str(tmp_path / "kept.json"), str(tmp_path / "kept.png")])  # drawn again
+    assert (tmp_path / "kept.png").read_bytes() == first
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ FLOORS = (
     "zoo stage_help names files contexts draws config_file hub metric_table",
     "device kernels sparse ops router sparsity distributed sources tracking interrupt "
     "endpoint gguf_file rule_labels tensor_files plot_style",
-    "sae reference identity auxk feature_files text_labels",
+    "sae reference identity auxk feature_files text_labels result_table",
     "model data lm metrics config latent_notes formats neuronpedia",
     "hooks checkpoint published import_formats export_formats demo events sae_training estimate "
     "page steering probing union",

@@ -108,7 +108,15 @@ function table(head, rows) {
 
 // ------------------------------------------------------------------------ features as links
 
-const labelOf = feature => feature.label || '(no label)';
+const LABEL_CHARS = 80; // of a label in a list
+
+// The label in a list: of a rule the first conditions, and the number of the others.
+function labelOf(feature) {
+  const text = feature.short ?? feature.label;
+  if (!text) return '(no label)';
+  const start = text.length > LABEL_CHARS ? text.slice(0, LABEL_CHARS) + '…' : text;
+  return feature.more ? start + '; and ' + feature.more + ' more' : start;
+}
 
 // A link to a feature, with its site, its label and a fact about it. A latent without contexts
 // has only its number.
@@ -116,7 +124,9 @@ function featureLink(id, fact) {
   const feature = featureById.get(String(id));
   const parts = [element('strong', id)];
   if (feature && feature.site !== null && sites.length > 1) parts.push(siteMark(feature.site));
-  parts.push(element('span', feature ? labelOf(feature) : 'no contexts', 'label'));
+  const label = element('span', feature ? labelOf(feature) : 'no contexts', 'label');
+  if (feature?.label) label.title = feature.label;
+  parts.push(label);
   if (fact !== undefined) parts.push(element('small', fact));
   const link = wrap('a', 'feature', parts);
   link.href = '#' + id;

@@ -88,15 +88,26 @@ function badge(text, title) {
   return node;
 }
 
+// The first conditions of a rule; the whole of it when the rest is asked for.
+function labelText(feature) {
+  const text = element('span', feature.short ?? feature.label ?? '(no label)', feature.ruled ? '' : 'soft');
+  if (feature.short === null) return [text];
+  const rest = button(feature.more ? 'and ' + feature.more + ' more' : 'examples', 'rest', () => {
+    text.textContent = feature.label;
+    rest.remove();
+  });
+  return [text, ' ', rest];
+}
+
 function labelLine(feature) {
-  const parts = [element('span', labelOf(feature), feature.ruled ? '' : 'soft')];
+  const parts = labelText(feature);
   if (feature.engine) parts.push(badge(feature.engine, 'where the label comes from'));
   const balanced = 'balanced accuracy on texts that the label was not made from; chance is .5';
   for (const [kind, name] of [['detection', 'tested'], ['fuzzing', 'fuzzing']]) {
     const test = feature[kind];
-    if (!test || test.balanced_accuracy === null) continue;
-    const share = formatShare(test.balanced_accuracy);
-    parts.push(badge(name + ' ' + share + ' of n ' + test.n, kind + ': ' + balanced));
+    if (!test) continue;
+    const [accuracy, count] = test;
+    parts.push(badge(name + ' ' + formatShare(accuracy) + ' of n ' + count, kind + ': ' + balanced));
   }
   if (feature.category) parts.push(badge(feature.category, 'kind of feature'));
   if (feature.score) parts.push(badge('self-rated ' + feature.score + '/5'));

@@ -4,12 +4,11 @@ const listBox = byId('list');
 const query = byId('query');
 const siteChoice = byId('site');
 const PORTION = 150; // entries that are made at one time; more follow when the list is scrolled
-const LABEL_CHARS = 80; // of a label in the list
 
 let shown = []; // the features of the list, in its order
 let reasons = new Map(); // why each of them matches, by id
 
-const tested = feature => feature.detection?.balanced_accuracy ?? null;
+const tested = feature => feature.detection?.[0] ?? null;
 
 const ORDER = {
   max: feature => -feature.max,
@@ -27,7 +26,7 @@ function matchOf(feature, word) {
   const classes = feature.classes.map(name => name.toLowerCase());
   const whole = classes.indexOf(word);
   if (whole >= 0) return [1 + whole / 10, 'token “' + word + '”'];
-  const label = labelOf(feature).toLowerCase();
+  const label = (feature.label ?? '').toLowerCase();
   const labelWords = label.split(/[^\p{L}\p{N}]+/u);
   if (labelWords.includes(word)) return [2, 'label'];
   const promoted = feature.promoted.map(([number]) => data.words[number].trim().toLowerCase());
@@ -52,10 +51,6 @@ function listEntry(feature) {
   if (feature.score) facts.push('score ' + feature.score);
   if (tested(feature) !== null) facts.push('tested ' + formatShare(tested(feature)));
   const link = featureLink(feature.id, facts.join(' · '));
-  const text = labelOf(feature);
-  const label = link.querySelector('.label');
-  label.title = text;
-  if (text.length > LABEL_CHARS) label.textContent = text.slice(0, LABEL_CHARS) + '…';
   const reason = reasons.get(feature.id).join(', ');
   if (reason) link.append(element('small', 'found by ' + reason, 'reason'));
   link.dataset.id = feature.id;
