@@ -545,9 +545,14 @@ class JumpReLU(_PenaltySAE, _RevivedDictionary):
     ) -> None:
         super().__init__(hidden_size, latent_size, **dictionary)
         coefficient = DEFAULT_L0_COEFFICIENT if l1_coeff is None else l1_coeff
-        # its L0 begins near the target (warm_start), and thresholds are slow to come back
+        # Thresholds move by one learning rate a step: they answer slowly, and come back slowly.
         self.sparsity = SparsityController(
-            coefficient, target_l0=target_l0, warmup=sparsity_warmup, approach_share=0.0
+            coefficient,
+            target_l0=target_l0,
+            warmup=sparsity_warmup,
+            i_rate=16.0,
+            p_gain=2.0,
+            looks_at_lag=True,
         )
         self.auto_threshold = threshold is None
         if bandwidth is None:

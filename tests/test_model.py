@@ -1,5 +1,7 @@
 """What all models of the zoo have in common, then what is particular to each."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -458,6 +460,21 @@ def test_target_l0_moves_the_coefficient_towards_its_target(hidden, target_ratio
     lasting = direction * sae.sparsity.i_gain.log().item()
     total = direction * (sae.sparsity.coefficient() / sae.sparsity.base).log().item()
     assert 1 < lasting < total
+
+
+@pytest.mark.parametrize("name, speed, drift", [("Vanilla", 40, 1), ("JumpReLU", 5, 0)])
+def test_a_short_run_ends_at_its_target_l0_although_the_mean_weights_lag(name, speed, drift):
+    control = make(name, target_l0=16.0, sparsity_warmup=0.0).sparsity
+    control.base = 1.0
+    steps = 123
+    newest = mean = math.log(4)  # log(L0 / target) of the newest weights and of their mean
+    for step in range(1, steps + 1):
+        share = step / steps
+        too_dear = math.log(float(control.coefficient())) + newest + drift * share
+        newest -= speed / steps * math.tanh(too_dear)
+        mean += 4 / (step + 3) * (newest - mean)
+        control.update(torch.tensor(16 * math.exp(mean)), share)
+    assert abs(math.exp(mean) - 1) < 0.05
 
 
 @pytest.mark.parametrize("name", ["Vanilla", "Gated", "Crosscoder"])
