@@ -69,7 +69,7 @@ def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def twins(by_site: dict[int, Tensor]) -> dict[str, Any]:
     """Return the redundancy of dictionaries of single sites. {site: directions [F,D]}
 
-    The histogram counts each latent's largest cosine with a latent of any other site.
+    The histogram and mean_cosine are of each latent's largest cosine with one of another site.
     """
     cosine = {site: torch.full((len(rows),), -1.0) for site, rows in by_site.items()}
     index = {site: torch.full((len(rows),), -1) for site, rows in by_site.items()}
