@@ -262,6 +262,11 @@ def main() -> None:
     cfg = config.parse("evaluate", [*named, *sys.argv[1 + len(paths) :]])
     require_sklearn()
     results = measure(cfg)
+    if not results:
+        raise SystemExit(
+            "nothing to measure: name SAEs of one site at several sites, one SAE with two seeds, "
+            "or a model with one code for several sites"
+        )
     path = Path(cfg.output_dir) / "features.json"
     save_json(results, path)
     for name, result in results.items():

@@ -104,3 +104,6 @@ def test_one_command_measures_all_checkpoints(tmp_path, monkeypatch, capsys):
     assert set(results) == {"TopK at 2 sites", "TopK_t_3_1 and TopK_t_3_2", "Crosscoder_t"}
     assert results["Crosscoder_t"]["sites"] == 9
     assert "mean_cosine" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["features", paths[1], *common])
+    with pytest.raises(SystemExit, match="nothing to measure: name SAEs of one site"):
+        features.main()
