@@ -69,7 +69,7 @@ def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def twins(by_site: dict[int, Tensor]) -> dict[str, Any]:
     """Return the redundancy of dictionaries of single sites. {site: directions [F,D]}
 
-    The histogram counts each latent's largest cosine with a latent of any other site.
+    The histogram and mean_cosine are of each latent's largest cosine with one of another site.
     """
     cosine = {site: torch.full((len(rows),), -1.0) for site, rows in by_site.items()}
     index = {site: torch.full((len(rows),), -1) for site, rows in by_site.items()}
@@ -262,6 +262,11 @@ def main() -> None:
     cfg = config.parse("evaluate", [*named, *sys.argv[1 + len(paths) :]])
     require_sklearn()
     results = measure(cfg)
+    if not results:
+        raise SystemExit(
+            "nothing to measure: name SAEs of one site at several sites, one SAE with two seeds, "
+            "or a model with one code for several sites"
+        )
     path = Path(cfg.output_dir) / "features.json"
     save_json(results, path)
     for name, result in results.items():

@@ -48,6 +48,7 @@ DOCUMENT_TOKENS = 20_000  # of a document that are read for its labels
 QUOTE_TOKENS = 512  # in front of a row, in which a quotation may have begun
 SPARSE_C, STATE_C = 1.0, 0.01  # inverse strength of the L2 penalty
 MAX_STEPS = 1000
+MAX_HALF = 65_504.0  # the largest number of half precision, in which states are kept
 SAMPLE_SEED = 29
 
 
@@ -190,7 +191,8 @@ class _Codes(Measure):
         state = states[is_probed].float()
         state = state.reshape(len(owner), -1, state.shape[-1]).mean(1)
         total = state.new_zeros(n_units, state.shape[1]).index_add_(0, owner, state)
-        self.states.append((total / tokens[:, None]).half().cpu().numpy())
+        means = (total / tokens[:, None]).clamp(-MAX_HALF, MAX_HALF)
+        self.states.append(means.half().cpu().numpy())
         # A code for every site is a row of its own among the rows of its token.
         n_tokens, *sites, width = code.shape
         n_sites = math.prod(sites)

@@ -21,7 +21,7 @@ def rows(seed, n=LATENTS):
 
 def test_planted_twins_at_another_site_are_counted_and_random_directions_are_none():
     first, second, third = rows(1), rows(2), rows(3)
-    second[:10] = F.normalize(first[20:30] + 0.02 * rows(4)[:10], dim=1)
+    second[:10] = F.normalize(first[20:30] + 0.3 * rows(4)[:10], dim=1)
     result = features.twins({3: first, 5: second, 7: third})
     assert result["twins"] == pytest.approx(20 / (3 * LATENTS))
     assert result["twins_by_site"] == pytest.approx({3: 0.25, 5: 0.25, 7: 0})
@@ -48,8 +48,8 @@ def test_a_permuted_dictionary_matches_whole_and_each_latent_has_one_partner():
     }
     half = torch.cat([first[order][:20], rows(2)[:20]])
     assert features.matching(first, half)["matched"] == pytest.approx(0.5)
-    one = first[:1].expand(LATENTS, -1)  # only one of them has a partner of its own
-    assert features.matching(first, one)["matched"] == pytest.approx(1 / LATENTS)
+    one = first[:1].expand(LATENTS, -1)  # only one of them can have the partner
+    assert features.matching(one, first)["matched"] == pytest.approx(1 / LATENTS)
 
 
 def crosscoder():
@@ -72,10 +72,8 @@ def test_a_latent_of_all_sites_has_them_all_and_a_local_one_has_one():
     generator = torch.Generator().manual_seed(3)
     drive = features.Drive(sae)
     for _ in range(4):
-        # A constant part of the states drives nothing.
-        x = torch.full((500, SITES, WIDTH), 0.5) + 0.05 * torch.randn(
-            500, SITES, WIDTH, generator=generator
-        )
+        x = 0.05 * torch.randn(500, SITES, WIDTH, generator=generator)
+        x[:, 2, 0] += 1  # a constant part of a state drives nothing
         fires = torch.rand(500, 2, generator=generator) < 0.1
         x[..., 0] += fires[:, :1]
         x[..., 1] += fires[:, 1:]  # at all sites too, but only one is read
@@ -106,3 +104,6 @@ def test_one_command_measures_all_checkpoints(tmp_path, monkeypatch, capsys):
     assert set(results) == {"TopK at 2 sites", "TopK_t_3_1 and TopK_t_3_2", "Crosscoder_t"}
     assert results["Crosscoder_t"]["sites"] == 9
     assert "mean_cosine" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["features", paths[1], *common])
+    with pytest.raises(SystemExit, match="nothing to measure: name SAEs of one site"):
+        features.main()
