@@ -193,6 +193,10 @@ def build_corpus(split: str = "all", n_bytes: float = math.inf) -> Path:
             if made >= n_bytes:
                 # The other splits keep their bytes, so that what was made of them stays valid.
                 save_text("\n".join(splits[split]) + "\n", path)
+                for other in SPLIT_NAMES:
+                    # Beside three files, each is read as the split that its name says.
+                    if not (folder / f"{other}.jsonl").exists():
+                        save_text("", folder / f"{other}.jsonl")
                 return folder
     for name, lines in splits.items():
         save_text("\n".join(lines) + "\n", folder / f"{name}.jsonl")

@@ -312,7 +312,7 @@ def _label(label: dict[str, Any], name: str) -> dict[str, Any]:
     short, n_more = names.short_label(text or "")
     return {
         "label": text,
-        "short": None if short == text else short,
+        "short": None if short == (text or "") else short,
         "more": n_more,
         "engine": "by rule" if by_rule else label.get("engine"),
         "category": None if without_rule else label.get("category"),

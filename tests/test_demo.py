@@ -14,6 +14,7 @@ import torch
 
 from src import demo
 from src.files import DEMO_LM
+from src.sources import find_files, split_files
 
 
 @pytest.fixture
@@ -68,7 +69,9 @@ def test_a_text_made_in_part_is_the_beginning_of_the_whole(corpus, tmp_path, mon
         parts.append((folder / "train.jsonl").read_bytes())
         assert n_bytes <= len(parts[-1]) < len(whole) and whole.startswith(parts[-1])
     assert parts[0] == parts[1] != parts[2]
-    assert not (folder / "eval.jsonl").exists()
+    # Another split is read from its own file, which is not made yet.
+    assert (folder / "eval.jsonl").read_bytes() == b""
+    assert split_files(find_files(folder), "eval") == ([folder / "eval.jsonl"], "all")
     # What was read is not read again.
     read = []
     monkeypatch.setattr(demo, "_block_path", recorded(read, demo._block_path))

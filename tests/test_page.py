@@ -11,6 +11,7 @@ import pytest
 from src.feature_files import ADDED, ENTRY_PARTS, HEADER_PARTS
 from src.files import ROOT, digest
 from src.page import page, page_data
+from src.rule_labels import BY_RULE_MARK
 from tests.browser import CHROMIUM, Browser
 
 ATTACKS = [
@@ -323,6 +324,26 @@ def test_a_broken_part_says_so_and_leaves_the_rest(browser, show):
     assert "The summary cannot be shown" in text
     assert "Strongest contexts" in text
     assert "A quarter of the sample cannot be shown" in text
+
+
+@needs_browser
+def test_a_label_by_rule_is_short_until_the_rest_is_asked_for(browser, show):
+    words = ["war", "peace", "law", "hen", "fox"]
+    whole = "; or ".join(f"the token '{word}'" for word in words)
+    whole += ", such as 'war' (91% of the active tokens)"
+    show(hostile_page({"7": {"description": f"{BY_RULE_MARK} {whole}"}}, ["7", "8"]), "#7")
+    short = "the token 'war'; or the token 'peace'; or the token 'law'"
+    label = "document.querySelector('#view p.label > span')?.textContent"
+    assert browser.run(label) == short
+    entry = "document.querySelector('#list a[data-id=\"7\"] .label')"
+    assert browser.run(f"{entry}.textContent") == f"{short}; and 2 more"
+    assert browser.run(f"{entry}.title") == whole
+    browser.run("document.querySelector('#view .rest').click()")
+    assert browser.run(label) == whole
+    assert not browser.run("document.querySelector('#view .rest')")
+    browser.press("j")  # the next feature has no label
+    assert browser.run(label) == "(no label)"
+    assert not browser.run("document.querySelector('#view .rest')")
 
 
 @pytest.fixture
