@@ -206,11 +206,12 @@ def seed_pairs(opened: Sequence[Opened]) -> list[tuple[Opened, Opened]]:
 
 
 def single_sites(opened: Sequence[Opened]) -> dict[str, dict[int, SAE]]:
-    """Return {model: {site: SAE}} of the SAEs of one site; of several at a site the first."""
+    """Return {model and size: {site: SAE}} of the SAEs of one site; at each site the first."""
     groups: dict[str, dict[int, SAE]] = {}
     for each in opened:
+        name = f"{each.recipe['model']} of {each.sae.latent_size:,} latents"
         if len(each.sae.sites()) == 1:
-            groups.setdefault(each.recipe["model"], {}).setdefault(each.sae.sites()[0], each.sae)
+            groups.setdefault(name, {}).setdefault(each.sae.sites()[0], each.sae)
     return {name: group for name, group in groups.items() if len(group) > 1}
 
 

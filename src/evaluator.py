@@ -443,7 +443,7 @@ class Evaluator:
         width = result_table.line_width()
         print("\n".join(result_table.lines(list(results.values()), self.cfg.metric, width)))
         if self.with_probing:
-            print(probing.report(results.values()))
+            print("\n".join(probing.report(results.values(), width)))
         saved = ", ".join(f"{files.safe_name(title)}.json" for title in results)
         print(f"results in {Path(self.cfg.output_dir) / files.EVAL_DIR}: {saved}")
         if len(results) == 1 and len(self.cfg.metric) == 1:

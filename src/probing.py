@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import math
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -431,23 +432,27 @@ def _means(results: dict[str, Any]) -> dict[str, float]:
     return means
 
 
-def report(results: Iterable[Mapping[str, Any]]) -> str:
-    """Return which labels were probed, which were not and why; of one SAE also what each gave."""
+def report(results: Iterable[Mapping[str, Any]], width: int) -> list[str]:
+    """Return lines on what was probed, and on what was not and why; of one SAE also each label.
+
+    width: characters of a line.
+    """
     results = [result for result in results if "Probing" in result]
     if not results:
-        return "the text is too short: no token and no passage was probed"
+        return ["the text is too short: no token and no passage was probed"]
     first = results[0]["Probing"]
     counts = f"{first.get('tokens', 0):,} tokens and {first.get('passages', 0):,} passages"
-    lines = [
+    about = (
         f"probes of {len(first['labels'])} labels on {counts} of {first['documents']:,} documents: "
         "trained on half of the documents, tested on the others"
-    ]
+    )
+    lines = textwrap.wrap(about, width)
     if len(results) == 1 and first["labels"]:
         keys = [*(f"k{k}" for k in KS), "state", f"random{max(KS)}"]
-        lines.append(f"{'AUC':<32}" + "".join(f"{key:>10}" for key in keys))
+        lines.append(f"{'AUC':<34}" + "".join(f"{key:>9}" for key in keys))
         for name, label in first["labels"].items():
             aucs = [statistics.fmean(label["AUC"][key]) for key in keys]
             name = f"{name} ({label['units']})"
-            lines.append(f"  {name:<30}" + "".join(f"{auc:>10.3f}" for auc in aucs))
-    left_out = [f"{name} ({why})" for name, why in first["left_out"].items()]
-    return "\n".join(lines + ["left out: " + "; ".join(left_out)] * bool(left_out))
+            lines.append(f"  {name:<32}" + "".join(f"{auc:>9.3f}" for auc in aucs))
+    left_out = "; ".join(f"{name} ({why})" for name, why in first["left_out"].items())
+    return lines + textwrap.wrap(f"left out: {left_out}", width) * bool(left_out)

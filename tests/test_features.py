@@ -101,7 +101,8 @@ def test_one_command_measures_all_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["features", *paths, *common])
     features.main()
     results = load_json(tmp_path / "out" / "features.json")
-    assert set(results) == {"TopK at 2 sites", "TopK_t_3_1 and TopK_t_3_2", "Crosscoder_t"}
+    twins = "TopK of 64 latents at 2 sites"
+    assert set(results) == {twins, "TopK_t_3_1 and TopK_t_3_2", "Crosscoder_t"}
     assert results["Crosscoder_t"]["sites"] == 9
     assert "mean_cosine" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["features", paths[1], *common])
