@@ -178,6 +178,17 @@ def test_sites_of_latents_are_compared_with_those_of_their_features():
     assert planted.places(silent, present) == {"birth": 0.0, "span": 0.0}
 
 
+def test_shuffled_lives_lower_birth_and_span_to_chance(world):
+    rates = world.present.float()
+    assert planted.places(rates, world.present) == {"birth": 1.0, "span": 1.0}
+    order = torch.randperm(rates.shape[1], generator=torch.Generator().manual_seed(0))
+    chance = planted.places(rates[:, order], world.present)
+    first = world.present.int().argmax(0)
+    by_chance = float((torch.bincount(first) / len(first)).square().sum())
+    assert chance["birth"] == pytest.approx(by_chance, abs=0.15)
+    assert chance["span"] < 0.7
+
+
 def routed_sae(world):
     options = {"latent_size": 32, "k": 3, "sites": list(world.sites()), "routing": "random"}
     return build("RouteSAE", world.level.width, world.n_sites, options).eval()
