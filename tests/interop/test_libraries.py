@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from test_formats import recipe_of  # noqa: E402
 from test_import_formats import raw_sae  # noqa: E402
 
+from experiments import planted, planted_world  # noqa: E402
 from src import checkpoint, export_formats  # noqa: E402
 
 pytestmark = pytest.mark.interop
@@ -271,6 +272,39 @@ def weights():
 
 
 @torch.no_grad()
+def test_planted_worlds_and_their_scores_are_those_of_saelens():
+    """SynthSAEBench is part of SAELens."""
+    evals = pytest.importorskip("sae_lens.synthetic.evals")
+    synthetic = pytest.importorskip("sae_lens.synthetic")
+    rates = planted_world.planned_rates(256)
+    theirs = synthetic.ZipfianFiringProbabilityConfig(max_prob=0.4, min_prob=5e-4, exponent=0.5)
+    assert torch.allclose(rates, theirs.generate(256))
+    trees = synthetic.HierarchyConfig(
+        total_root_nodes=2, branching_factor=4, max_depth=3, mutually_exclusive_portion=1.0
+    )
+    factors = synthetic.generate_hierarchy(256, trees).compute_probability_correction_factors(rates)
+    ours = planted_world.compensated(rates, planted_world.forest(256))
+    assert torch.allclose(ours, (rates * factors).clamp_max(1), atol=1e-5)
+
+    decoder, features = torch.randn(20, 16), torch.randn(50, 16)
+    cosine = (
+        torch.nn.functional.normalize(decoder) @ torch.nn.functional.normalize(features).T
+    ).abs()
+    latents, matched = planted.match(cosine.numpy())
+    assert float(cosine[latents, matched].mean()) == pytest.approx(
+        evals.mean_correlation_coefficient(decoder, features), abs=1e-5
+    )
+    nearest = cosine.argmax(1)
+    assert len(nearest.unique()) / 20 == evals.feature_uniqueness(decoder, features)
+    fired, fires = torch.rand(300, 20) < 0.2, torch.rand(300, 50) < 0.2
+    fired[:, 0] = False  # a dead latent
+    scores = evals.compute_classification_metrics(fired.float(), fires.float(), decoder, features)
+    own = planted.detection(fired, fires[:, nearest])
+    for name, value in {"F1": scores.f1_score, "precision": scores.precision}.items():
+        assert own[name] == pytest.approx(value, abs=1e-6)
+    assert own["recall"] == pytest.approx(scores.recall, abs=1e-6)
+
+
 def test_gemma_scope_as_saelens_reads_it(lens, tmp_path):
     name = f"layer_{BLOCK}/width_16k/average_l0_71"
     root = tmp_path / "gemma-scope-2b-pt-res"
