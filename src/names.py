@@ -16,6 +16,7 @@ SHOWN_CONDITIONS = 3  # of a label by rule; their number is 10 in the median
 EXAMPLES = re.compile(r", such as ['\"]| \(\d+% of the active tokens\)$")  # what follows the rule
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 LISTED = re.compile(rf"(forms of|the tokens) ((?:{QUOTED})(?:, (?:{QUOTED}))+)")
+MANY_SITES = re.compile(r"(\d+)(?:-\d+){2,}-(\d+)")  # listed inside a word of a title
 UNITS = {"k": "k {}", "l1_coeff": "coefficient {}", "target_l0": "L0 {} asked for"}
 
 
@@ -61,7 +62,8 @@ def of_results(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _own_words(titles: list[str]) -> list[list[str]]:
     """The words of each title, without the model's name, swept values and what all share."""
-    words = [SWEPT.sub("", title).split("_")[1:] for title in titles]
+    shorter = [MANY_SITES.sub(r"\1...\2", SWEPT.sub("", title)) for title in titles]
+    words = [title.split("_")[1:] for title in shorter]
     shared = set.intersection(*map(set, words)) if words else set()
     return [[word for word in of_one if word not in shared] for of_one in words]
 

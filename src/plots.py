@@ -43,6 +43,8 @@ L0_TOLERANCE = 0.1  # an L0 farther than this share from the row's own k is star
 CURVE = 3  # sites of a model from which it is drawn as a curve over sites
 ROW_HEIGHT, COURSE_HEIGHT = 4.0, 3.2  # inches of a panel
 MAX_LABELS = 9  # of lines in a panel
+MAX_ROUTED = 4  # SAEs whose shares stand beside each other, the best first
+LONG_NAME = 26  # characters; longer ones stand below each other in a legend
 # Lines of a training that end so near each other, if they are more than so many, have one label.
 SAME_END, MOST_AT_ONE_END = 0.002, 3
 QUANTITIES = {
@@ -263,7 +265,7 @@ def picture(results: list[Result], path: Path) -> None:
     drawn = [m for m in METRICS if m.panel and any(r.get(m.key) is not None for r in results)]
     middles = [family[len(family) // 2] for family in families(results).values()]
     panels = [
-        (_draw_routing, [result for result in middles if result.get("Routing")]),
+        (_draw_routing, [result for result in middles if result.get("Routing")][:MAX_ROUTED]),
         (_draw_densities, [result for result in middles if _histogram(result)]),
     ]
     panels = [(draw, of_it) for draw, of_it in panels if of_it]
@@ -418,7 +420,10 @@ def _draw_routing(axis: Any, routed: list[Result]) -> None:
     axis.set_xticks(sites)
     axis.axhline(1 / len(sites), color=DARK, lw=0.9, ls=":", label="equal shares")
     axis.grid(axis="x", visible=False)
-    axis.legend(fontsize=LABEL_SIZE, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    _, labels = axis.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels)) > LONG_NAME else 3
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}
+    axis.legend(fontsize=LABEL_SIZE, **place)
 
 
 def _histogram(result: Result) -> list[int]:

@@ -36,3 +36,9 @@ def test_the_short_form_counts_all_conditions_of_a_rule_as_it_is_made():
     rule = Rule(parts, parts, 0.9, ["war", "laws", "of", "it's"])
     text, n_more = names.short_label(_explanation(rule))
     assert (text, n_more) == ("forms of 'war'; or months; or the token 'of'", 3)
+
+
+def test_a_name_does_not_list_many_sites():
+    titles = [f"Union_4x8_by-{who}_sites7-22" for who in ("oracle", "RouteSAE-sites7-8-9-10-11-12")]
+    results = [{"title": title, "model": "Union", "sites": list(range(7, 13))} for title in titles]
+    assert names.of_results(results) == ["Union, by-oracle", "Union, by-RouteSAE-sites7...12"]
