@@ -265,6 +265,16 @@ def test_an_answer_cut_at_its_limit_is_asked_for_with_more_tokens(tmp_path, serv
     assert usage == [2, 1, 1]
 
 
+@pytest.mark.parametrize("unit", ["The text is about war. ", '{"score": 4, "explanation": "on '])
+def test_an_answer_that_repeats_itself_is_not_paid_again(tmp_path, server, unit):
+    server.answer = lambda body, n: reply(unit * 200, "length")
+    for _ in range(2):
+        code, labels = ask(tmp_path, server)
+        assert code == 0 and statuses(labels) == {"unparsable"}
+        assert len(server.bodies) == 3  # once for each feature
+    assert all(unit in label["raw"] for label in labels.values())
+
+
 def no_system(body):
     roles = [message["role"] for message in body["messages"]]
     return refuse(400, "System role not supported") if "system" in roles else None
