@@ -9,7 +9,6 @@ import itertools
 import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -523,7 +522,7 @@ def _save(result: Result, output_dir: str) -> Result:
         if name != title:
             print(f"{title}.json holds another measurement, which stays; this one is in {path}")
         result = result | {"title": name}
-        kept = earlier if _agree(result, earlier, SAME_ROWS) else {}
+        kept = earlier if identity.agrees(result, earlier, SAME_ROWS) else {}
         units = kept.get("units", {}) | result["units"]
         files.save_json(kept | result | {"units": units} | checkpoint.environment(), path)
     return result
@@ -546,26 +545,10 @@ def _earlier_result(path: Path) -> Result:
     return earlier if is_result else {}
 
 
-def _agree(result: Result, earlier: Result, keys: Sequence[str]) -> bool:
-    """Whether two results are of the same weights and agree in these fields.
-
-    What an earlier version did not record counts as the same.
-    """
-    if not earlier or files.is_stale_result(earlier, result):
-        return False
-    if identity.is_another_model(earlier.get("language_model"), result["language_model"]):
-        return False
-    return all(earlier.get(key, result[key]) == result[key] for key in keys)
-
-
 def _may_replace(result: Result, earlier: Result) -> bool:
     """Whether nothing is lost when a result takes the place of an earlier one."""
     if earlier.get("sae", result["sae"]) != result["sae"]:
         return False  # another SAE, whose own name ends like that of this result
-    if not earlier or files.is_stale_result(earlier, result):
-        return True
-    if _agree(result, earlier, SAME_ROWS):
-        return True  # its metrics are kept
-    if not _agree(result, earlier, SAME_TEXT) or result["tokens"] < earlier["tokens"]:
-        return False
-    return set(earlier["units"]) <= set(result["units"])
+    # Metrics of the same rows are kept.
+    no_less = () if identity.agrees(result, earlier, SAME_ROWS) else ("tokens", "units")
+    return identity.may_replace(result, earlier, SAME_TEXT, no_less)
