@@ -207,6 +207,7 @@ class Applier:
                 hooks.check_finite(hidden, self.language_model)
                 out = sae.autoencode(sae.gather(hidden), hooks.batch_info(cfg, part))
                 collector.update(part, sae, out, groups, options.threshold)
+            device.limit_freed_memory()
         return collector, expected, time.perf_counter() - started
 
     def _announce(self, rows: Rows, options: ContextOptions) -> Estimate:

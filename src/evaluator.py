@@ -324,6 +324,7 @@ class Evaluator:
                 checked = hooks.self_check(model, batch, sites)
             n_tokens += int(batch.mask.sum())
             self._measure_batch(model, batch, sites, ablations)
+            device.limit_freed_memory()
         expected.compare(time.perf_counter() - started)
         measures = [subject.measures() for subject in self.subjects]
         parts = distributed.to_main((n_tokens, measures), cfg.device)
