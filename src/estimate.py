@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from src import distributed, hooks
 from src.data import Rows
-from src.device import bf16_matmuls, return_freed_memory
+from src.device import MAX_GROWTH, bf16_matmuls, return_freed_memory
 from src.device import resident as held_now
 from src.sae import SAE, BatchInfo
 
@@ -33,9 +33,8 @@ READING_TRIAL_TOKENS = 1024  # the same where text is only read
 # measured growth was 0.56 to 0.88 of the estimate. Sparse: the gradient of dense products, or AuxK
 # over half of the latents; without dead latents it was 0.2 to 0.5 (docs/LOG.md).
 DENSE_CODE_BUFFERS, SPARSE_CODE_BUFFERS = 5, 2
-# Growth of a long run for one byte that its first steps need on a CPU. Freed blocks stay with the C
-# library (src.device.keep_freed_memory), and later ones do not fit into all of them
-# (docs/LOG.md).
+# What a later step needs for one byte of the first ones on a CPU: AuxK has tensors of its own, and
+# not all fit into blocks that are free (docs/LOG.md).
 REUSE_FACTOR = 1.45
 # Copies of the parameters: the gradients and the states of the optimiser.
 STATE_COPIES = {"adam": 3, "signum": 2}
@@ -325,6 +324,9 @@ def of_training(
         lm_bytes = sum(p.numel() * p.element_size() for p in language_model.parameters())
         present = {"language model and weights": lm_bytes + sae_bytes}
     needs = {"gradients and optimiser": state_bytes, "one step": step}
+    if not _on_cuda(cfg.device):
+        held = sum(present.values()) + state_bytes
+        needs["freed memory that is kept"] = (MAX_GROWTH - 1) * held
     estimate = Estimate(cfg.device, present, needs, total)
     limit = cfg.max_memory_hint
     if limit is not None and estimate.memory > limit:

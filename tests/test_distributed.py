@@ -634,3 +634,13 @@ def test_the_commands_of_the_page_are_commands():
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0, block
         for stage, options in call.findall(block.replace("\\\n", " ")):
             parse(stage, shlex.split(options))
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"])
+def test_an_environment_of_a_job_that_is_none_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "two")
+    argv = ["--output_dir", str(tmp_path)]
+    assert run_stage("train", lambda cfg: None, argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} is 'two'" in line and "torchrun" in line
