@@ -345,11 +345,13 @@ def of_reading(
     time_rows: Callable[[int], float],
     other_needs: dict[str, float],
     other_seconds: Callable[[float], float] = lambda _seconds: 0.0,
+    held_share: float = 1.0,
 ) -> Estimate:
     """Print and return the estimate of a stage that reads text in batches.
 
     time_rows(n): reads n rows as the stage does, and returns the seconds. other_needs: bytes of
     what follows. other_seconds: time of what follows in a batch, from that of reading it.
+    held_share: how much of what reading takes is still held when the rest needs its memory.
     """
     batch_rows = min(cfg.batch_size, len(rows))
     n = max(1, min(batch_rows, READING_TRIAL_TOKENS // rows.max_length))
@@ -361,7 +363,7 @@ def of_reading(
     estimate = Estimate(
         cfg.device,
         {"this process by now": present},
-        {"reading a batch": size} | other_needs,
+        {"reading a batch": max(held_share * size, size - sum(other_needs.values()))} | other_needs,
         n_batches * (seconds + other_seconds(seconds)),
     )
     estimate.announce(f"{len(rows):,} rows", "lower --batch_size")

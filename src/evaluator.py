@@ -43,6 +43,8 @@ ABLATIONS = ("zero", "mean")  # what replaces a state
 LOGIT_COPIES = 7  # logits of two runs, their logarithms, p, and two products of them
 HELD_OUT = config.STAGE_SPLIT["evaluate"]  # results of other splits have its name in their title
 # What two results must share for one to take the place of the other.
+# Of what reading a batch takes, while patched runs need their logits (docs/LOG.md).
+HELD_WHILE_PATCHED = 1 / 3
 SAME_TEXT = ("model_path", "split", "data_path", "infer_k", "theta", "union")
 SAME_ROWS = (*SAME_TEXT, "data_fingerprint", "max_length", "rows", "tokens", "language_model")
 
@@ -360,7 +362,9 @@ class Evaluator:
             n_blocks = depth - max(sites) + sum(depth - start for start in runs)
             return seconds * n_blocks / max(sites) if self.with_patches else 0.0
 
-        return estimate.of_reading(self.cfg, rows, time_rows, needs, patched_seconds)
+        return estimate.of_reading(
+            self.cfg, rows, time_rows, needs, patched_seconds, HELD_WHILE_PATCHED
+        )
 
     def _patched_bytes(self, model: nn.Module, rows: Rows) -> float:
         """Bytes of the final states that wait, and of the logits of a chunk with their products."""
