@@ -30,6 +30,7 @@ from src import (
     estimate,
     files,
     hooks,
+    identity,
     lm,
 )
 from src.contexts import BROKEN, TokenText, sentence_bounds, text_decoder
@@ -61,7 +62,10 @@ EVENT_COPIES = 2  # of all events while those of a batch are merged with them
 CONTEXT_BYTES = 17
 CONTEXT_TOKENS = 60  # of a usual context of whole sentences, where the window is longer
 HEADER_BYTES = 2**20  # of a contexts file, in which its header ends
-SAME_TEXT = ("source_model", "data_path", "split")  # what contexts share that replace others
+# What contexts share that replace others, and what of them must not be less, or more.
+SAME_TEXT = ("source_model", "data_path", "split", "infer_k", "theta")
+NO_LESS = ("tokens", "total_latents", "top_n", "max_length", "effects")
+NO_MORE = ("threshold",)
 GZIP_BYTES = 20_000_000  # of the contexts, above which their file is compressed by default
 # Fields of a context that a latent's entry holds as one list each.
 COLUMNS = (
@@ -203,6 +207,7 @@ class Applier:
                 hooks.check_finite(hidden, self.language_model)
                 out = sae.autoencode(sae.gather(hidden), hooks.batch_info(cfg, part))
                 collector.update(part, sae, out, groups, options.threshold)
+            device.limit_freed_memory()
         return collector, expected, time.perf_counter() - started
 
     def _announce(self, rows: Rows, options: ContextOptions) -> Estimate:
@@ -278,7 +283,7 @@ class Applier:
     def _save(self, result: dict[str, Any], output_path: str | Path | None) -> Path:
         """Write the contexts; return their path. Contexts are not replaced by none.
 
-        Contexts of more tokens, or of another text, keep their name; these get one of their own.
+        Contexts that hold more, or are of another text, keep their name; these get their own.
         """
         if output_path is not None:
             path = Path(output_path)
@@ -310,7 +315,7 @@ class Applier:
                 break
         if name != title:
             print(
-                f"the contexts of {title} that are there come from more text, or from another, and "
+                f"the contexts of {title} that are there hold more, or are of another text, and "
                 f"stay; these are in {paths[0]}"
             )
         return paths[0], paths[1]
@@ -592,6 +597,7 @@ class Applier:
             "max_per_token": options.max_per_token,
             "lines": options.lines,
             "top_n": cfg.top_n,
+            "effects": cfg.effect,
             "sites": sae.sites(),
             "tokens": collector.n_tokens,
             "rows": len(rows),
@@ -649,13 +655,7 @@ def _header_of(path: Path) -> dict[str, Any]:
 
 
 def _may_replace(result: dict[str, Any], earlier: dict[str, Any]) -> bool:
-    """Whether the contexts of an earlier header are of no more text, or of other weights."""
-    if not earlier or files.is_stale_result(earlier, result):
-        return True
-    if any(earlier.get(key) != result[key] for key in SAME_TEXT):
-        return False
-    tokens = earlier.get("tokens")
-    return not isinstance(tokens, int) or tokens <= result["tokens"]
+    return identity.may_replace(result, earlier, SAME_TEXT, NO_LESS, NO_MORE)
 
 
 def _logit_histogram(change: Tensor) -> Entry:

@@ -1471,11 +1471,24 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def _number_of_job(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment. Raises ValueError if it is none."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ValueError(
+            f"the environment variable {name} is {text!r}, but torchrun would set a whole number; "
+            "unset it, or start several processes with torchrun"
+        )
+    return int(text)
+
+
 def _join_job(cfg: Namespace) -> ModuleType | None:
     """Join the other processes, if there are several; returns src.distributed in that case."""
-    world = os.environ.get("WORLD_SIZE") or "1"
-    if int(world) <= 1:
+    world = _number_of_job("WORLD_SIZE", 1)
+    if world <= 1:
         return None
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        _number_of_job(name, 0)
     if cfg.stage not in SHARED_STAGES:
         raise ValueError(
             f"{cfg.stage}.py runs in one process, but WORLD_SIZE is {world}; "

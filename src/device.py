@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from src.files import first_line
 # Parameters of glibc's mallopt(3) and the values set here.
 M_TRIM_THRESHOLD, NEVER_TRIM = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD = -3, 2**25  # bytes
+# Growth of the process at which freed memory goes back. Each time takes a tenth of a second.
+MAX_GROWTH = 1.25
+_after_return = {"bytes": 0}  # held when freed memory last went back
 # Set by bf16_matmuls(). A plain global: on CUDA, gradients are computed in threads of their own.
 _bf16_allowed = False
 _BIAS_COLUMNS = 3  # a float32 bias is three bfloat16 parts
@@ -69,6 +73,31 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
+
+
+def resident() -> int:
+    """Return the memory that this process holds, in bytes; 0 where the system hides it."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def limit_freed_memory() -> None:
+    """Give what keep_freed_memory() keeps back to the system, once the process grew by a quarter.
+
+    Kept blocks are cut for smaller tensors, and later tensors do not fit into the rests. With AuxK,
+    whose tensors change in size from step to step, three SAEs grew by 20 MB a step (docs/LOG.md).
+    """
+    if resident() > MAX_GROWTH * _after_return["bytes"]:
+        return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give all freed memory that the process holds back to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+    _after_return["bytes"] = resident()
 
 
 def wait(device: str) -> None:

@@ -2,7 +2,7 @@
 
 Servers differ in what they accept and in how they fail. A question is asked again in a plainer
 form where the server refuses a part of it, again after a pause where it is busy, and again with
-room for more tokens where the answer was cut.
+room for more tokens where the answer was cut, unless it repeats itself.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LAST_PAUSE = 8.0  # seconds; the pauses between attempts double from half a seco
 ANSWER_CHARS = 10_000  # of an answer, from its end: a model that thinks aloud answers there
 ERROR_CHARS = 300
 ANSWER_TOKENS = (1000, 4000, 16_000)  # room for an answer; the next one if it was cut
+LOOP_CHARS, LOOPS = 80, 4  # an answer whose end occurs so often in it would never end
 NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "requests": 0}
 
 OPENAI_HOST = "api.openai.com"
@@ -230,6 +231,11 @@ def _limited(stream: Any) -> Any:
     return Limited()
 
 
+def repeats_itself(text: str) -> bool:
+    """Whether an answer has come to say the same again and again, as small models do."""
+    return len(text) >= LOOP_CHARS and text.count(text[-LOOP_CHARS:]) >= LOOPS
+
+
 # ------------------------------------------------------------------------------ the endpoint
 
 
@@ -309,7 +315,7 @@ class Endpoint:
             text, refusal, finish = _content_of(completion)
             if refusal:
                 return Answer("", self.storable(refusal))
-            if finish != "length" or is_complete(text):
+            if finish != "length" or is_complete(text) or repeats_itself(text):
                 if not text.strip():
                     raise Failed("the answer is empty")
                 self.room = max(self.room, room)

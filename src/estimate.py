@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from src import distributed, hooks
 from src.data import Rows
-from src.device import bf16_matmuls
+from src.device import MAX_GROWTH, bf16_matmuls, return_freed_memory
+from src.device import resident as held_now
 from src.sae import SAE, BatchInfo
 
 GIGA = 1e9
@@ -32,9 +33,8 @@ READING_TRIAL_TOKENS = 1024  # the same where text is only read
 # measured growth was 0.56 to 0.88 of the estimate. Sparse: the gradient of dense products, or AuxK
 # over half of the latents; without dead latents it was 0.2 to 0.5 (docs/LOG.md).
 DENSE_CODE_BUFFERS, SPARSE_CODE_BUFFERS = 5, 2
-# Growth of a long run for one byte that its first steps need on a CPU. Freed blocks stay with the C
-# library (src.device.keep_freed_memory), and later ones do not fit into all of them
-# (docs/LOG.md).
+# What a later step needs for one byte of the first ones on a CPU: AuxK has tensors of its own, and
+# not all fit into blocks that are free (docs/LOG.md).
 REUSE_FACTOR = 1.45
 # Copies of the parameters: the gradients and the states of the optimiser.
 STATE_COPIES = {"adam": 3, "signum": 2}
@@ -92,19 +92,32 @@ def step_bytes(sae: SAE, device: str) -> float:
 
 
 def _time_step(
-    saes: list[SAE], language_model: nn.Module, rows: Rows, sites: list[int], device: str, n: int
+    saes: list[SAE],
+    language_model: nn.Module,
+    rows: Rows,
+    sites: list[int],
+    device: str,
+    with_kl: bool,
+    n: int,
 ) -> float:
-    """Seconds of one step on the first n rows, without the update."""
+    """Seconds of one step on the first n rows, without the update. with_kl: of the KL finish."""
     batch = rows.batch(list(range(n)))
     info = BatchInfo(token_keys=batch.token_keys().to(device))
     if _on_cuda(device):
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    hidden = hooks.read(language_model, batch.to(device), sites)
+    batch = batch.to(device)
+    clean = hooks.CleanPass(language_model, batch, sites) if with_kl else None
+    hidden = clean.hidden() if clean else hooks.read(language_model, batch, sites)
     for sae in saes if batch.mask.any() else []:
-        terms = sae.loss(sae.autoencode(sae.gather(hidden), info), info)
+        out = sae.autoencode(sae.gather(hidden), info)
+        loss = sum(sae.loss(out, info).values())
+        if clean:
+            runs = list(sae.patches(hidden, info, clean=out))
+            # The runs take turns; those of the middle stand for all.
+            loss = loss + clean.total_kl(slice(0, clean.row_ends[-1]), runs[len(runs) // 2])
         trained = [p for p in sae.parameters() if p.requires_grad]
-        torch.autograd.grad(sum(terms.values()), trained, allow_unused=True)
+        torch.autograd.grad(loss, trained, allow_unused=True)
     if _on_cuda(device):
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
@@ -133,6 +146,7 @@ def step_cost(
     batch_size: int,
     sites: list[int],
     device: str,
+    with_kl: bool = False,
 ) -> tuple[float, float]:
     """(seconds, bytes beyond the weights) of one step in this process, without the update.
 
@@ -143,14 +157,13 @@ def step_cost(
     on_cuda = _on_cuda(device)
     step_rows = -(-min(batch_size, len(rows)) // distributed.world())
     n = step_rows if on_cuda else max(1, min(step_rows, TRIAL_TOKENS // rows.max_length))
-    time_step = functools.partial(_time_step, saes, language_model, rows, sites, device)
+    time_step = functools.partial(_time_step, saes, language_model, rows, sites, device, with_kl)
     with distributed.alone(), unchanged(saes), bf16_matmuls():
         seconds, growth = _cost(time_step, n, step_rows, device)
         if on_cuda:
             return seconds, growth
         state_bytes = 4 * saes[0].hidden_size * len(sites)
         token_bytes = max(step_bytes(sae, device) for sae in saes) + state_bytes
-        # In a process that has freed much, a trial may not show.
         return seconds, max(growth, step_rows * rows.max_length * token_bytes)
 
 
@@ -167,6 +180,7 @@ def _cost(
         peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         return seconds * step_rows / n, peak * step_rows / n
     few = max(1, n // 4)
+    return_freed_memory()  # in which a trial would not show
     present = resident()
     count_peak_anew()
     time_step(few)
@@ -205,10 +219,7 @@ def count_peak_anew() -> None:
 
 def resident() -> int:
     """Memory that this process holds, in bytes; the largest so far where the system hides it."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_resident()
+    return held_now() or peak_resident()
 
 
 def _free_memory(device: str) -> int:
@@ -297,13 +308,26 @@ def of_training(
     sites = sorted({site for sae in saes for site in sae.sites()})
     sae_bytes = 4 * sum(p.numel() for sae in saes for p in sae.parameters())
     state_bytes = sae_bytes * STATE_COPIES[cfg.optimizer]
+    return_freed_memory()
     present = {"this process by now": resident()}
-    seconds, step = step_cost(saes, language_model, rows, cfg.batch_size, sites, cfg.device)
+    cost = functools.partial(
+        step_cost, saes, language_model, rows, cfg.batch_size, sites, cfg.device
+    )
+    seconds, step = cost()
+    total = steps * seconds
+    finish_steps = round(cfg.kl_finish * steps)
+    if finish_steps:
+        finish_seconds, finish_step = cost(with_kl=True)
+        total += finish_steps * (finish_seconds - seconds)
+        step = max(step, finish_step)
     if _on_cuda(cfg.device):
         lm_bytes = sum(p.numel() * p.element_size() for p in language_model.parameters())
         present = {"language model and weights": lm_bytes + sae_bytes}
     needs = {"gradients and optimiser": state_bytes, "one step": step}
-    estimate = Estimate(cfg.device, present, needs, steps * seconds)
+    if not _on_cuda(cfg.device):
+        held = sum(present.values()) + state_bytes
+        needs["freed memory that is kept"] = (MAX_GROWTH - 1) * held
+    estimate = Estimate(cfg.device, present, needs, total)
     limit = cfg.max_memory_hint
     if limit is not None and estimate.memory > limit:
         raise ValueError(
@@ -321,11 +345,13 @@ def of_reading(
     time_rows: Callable[[int], float],
     other_needs: dict[str, float],
     other_seconds: Callable[[float], float] = lambda _seconds: 0.0,
+    held_share: float = 1.0,
 ) -> Estimate:
     """Print and return the estimate of a stage that reads text in batches.
 
     time_rows(n): reads n rows as the stage does, and returns the seconds. other_needs: bytes of
     what follows. other_seconds: time of what follows in a batch, from that of reading it.
+    held_share: how much of what reading takes is still held when the rest needs its memory.
     """
     batch_rows = min(cfg.batch_size, len(rows))
     n = max(1, min(batch_rows, READING_TRIAL_TOKENS // rows.max_length))
@@ -337,7 +363,7 @@ def of_reading(
     estimate = Estimate(
         cfg.device,
         {"this process by now": present},
-        {"reading a batch": size} | other_needs,
+        {"reading a batch": max(held_share * size, size - sum(other_needs.values()))} | other_needs,
         n_batches * (seconds + other_seconds(seconds)),
     )
     estimate.announce(f"{len(rows):,} rows", "lower --batch_size")

@@ -9,7 +9,6 @@ import itertools
 import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,8 @@ ABLATIONS = ("zero", "mean")  # what replaces a state
 LOGIT_COPIES = 7  # logits of two runs, their logarithms, p, and two products of them
 HELD_OUT = config.STAGE_SPLIT["evaluate"]  # results of other splits have its name in their title
 # What two results must share for one to take the place of the other.
+# Of what reading a batch takes, while patched runs need their logits (docs/LOG.md).
+HELD_WHILE_PATCHED = 1 / 3
 SAME_TEXT = ("model_path", "split", "data_path", "infer_k", "theta", "union")
 SAME_ROWS = (*SAME_TEXT, "data_fingerprint", "max_length", "rows", "tokens", "language_model")
 
@@ -325,6 +326,7 @@ class Evaluator:
                 checked = hooks.self_check(model, batch, sites)
             n_tokens += int(batch.mask.sum())
             self._measure_batch(model, batch, sites, ablations)
+            device.limit_freed_memory()
         expected.compare(time.perf_counter() - started)
         measures = [subject.measures() for subject in self.subjects]
         parts = distributed.to_main((n_tokens, measures), cfg.device)
@@ -360,7 +362,9 @@ class Evaluator:
             n_blocks = depth - max(sites) + sum(depth - start for start in runs)
             return seconds * n_blocks / max(sites) if self.with_patches else 0.0
 
-        return estimate.of_reading(self.cfg, rows, time_rows, needs, patched_seconds)
+        return estimate.of_reading(
+            self.cfg, rows, time_rows, needs, patched_seconds, HELD_WHILE_PATCHED
+        )
 
     def _patched_bytes(self, model: nn.Module, rows: Rows) -> float:
         """Bytes of the final states that wait, and of the logits of a chunk with their products."""
@@ -523,7 +527,7 @@ def _save(result: Result, output_dir: str) -> Result:
         if name != title:
             print(f"{title}.json holds another measurement, which stays; this one is in {path}")
         result = result | {"title": name}
-        kept = earlier if _agree(result, earlier, SAME_ROWS) else {}
+        kept = earlier if identity.agrees(result, earlier, SAME_ROWS) else {}
         units = kept.get("units", {}) | result["units"]
         files.save_json(kept | result | {"units": units} | checkpoint.environment(), path)
     return result
@@ -546,26 +550,10 @@ def _earlier_result(path: Path) -> Result:
     return earlier if is_result else {}
 
 
-def _agree(result: Result, earlier: Result, keys: Sequence[str]) -> bool:
-    """Whether two results are of the same weights and agree in these fields.
-
-    What an earlier version did not record counts as the same.
-    """
-    if not earlier or files.is_stale_result(earlier, result):
-        return False
-    if identity.is_another_model(earlier.get("language_model"), result["language_model"]):
-        return False
-    return all(earlier.get(key, result[key]) == result[key] for key in keys)
-
-
 def _may_replace(result: Result, earlier: Result) -> bool:
     """Whether nothing is lost when a result takes the place of an earlier one."""
     if earlier.get("sae", result["sae"]) != result["sae"]:
         return False  # another SAE, whose own name ends like that of this result
-    if not earlier or files.is_stale_result(earlier, result):
-        return True
-    if _agree(result, earlier, SAME_ROWS):
-        return True  # its metrics are kept
-    if not _agree(result, earlier, SAME_TEXT) or result["tokens"] < earlier["tokens"]:
-        return False
-    return set(earlier["units"]) <= set(result["units"])
+    # Metrics of the same rows are kept.
+    no_less = () if identity.agrees(result, earlier, SAME_ROWS) else ("tokens", "units")
+    return identity.may_replace(result, earlier, SAME_TEXT, no_less)

@@ -1,7 +1,8 @@
 """What decides a result besides the options: the language model's weights, and the text.
 
 Paths do not tell: a folder may get other weights, and a file other text. Digests of the content
-are kept in saved states and recipes, and compared between processes.
+are kept in saved states and recipes, and compared between processes. Here is also the one rule by
+which a result takes the place of an earlier one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from src import hub
+from src import files, hub
 from src.sources import find_files, is_local, split_files
 
 SAMPLED_VALUES = 256  # of each parameter; all values of a large model would take seconds to read
@@ -131,3 +132,46 @@ def is_another_model(recorded: Any, current: Mapping[str, str]) -> bool:
         return recorded["rounded"] != current["rounded"]
     same_format = recorded.get("dtype") == current["dtype"]
     return same_format and recorded.get("weights") != current["weights"]
+
+
+def agrees(result: Mapping[str, Any], earlier: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Return whether two results are of the same weights and agree in these fields.
+
+    What an earlier version did not record counts as the same.
+    """
+    if not earlier or files.is_stale_result(earlier, result):
+        return False
+    if is_another_model(earlier.get("language_model"), result.get("language_model", {})):
+        return False
+    return all(earlier.get(key, result[key]) == result[key] for key in keys)
+
+
+def may_replace(
+    result: Mapping[str, Any],
+    earlier: Mapping[str, Any],
+    same: Sequence[str],
+    no_less: Sequence[str],
+    no_more: Sequence[str] = (),
+) -> bool:
+    """Return whether nothing that was measured is lost if a result takes the place of another.
+
+    same: fields that say what was measured. no_less: numbers, or tables, of which a larger one
+    holds all that a smaller one does; no_more: numbers that limit what is held from below.
+    """
+    if not earlier or files.is_stale_result(earlier, result):
+        return True
+    return (
+        agrees(result, earlier, same)
+        and all(_holds(result[key], earlier.get(key)) for key in no_less)
+        and all(_holds(earlier.get(key, result[key]), result[key]) for key in no_more)
+    )
+
+
+def _holds(larger: Any, smaller: Any) -> bool:
+    """Return whether one number or table holds another. What cannot be compared is held."""
+    if isinstance(larger, Mapping):
+        larger, smaller = set(larger), set(smaller or ())
+    try:
+        return smaller is None or smaller <= larger
+    except TypeError:
+        return True

@@ -26,7 +26,16 @@ from tqdm import tqdm
 
 from src import config, files, rule_labels
 from src.contexts import CLOSE, OPEN, marked, sentence
-from src.endpoint import ANSWER_CHARS, NO_USAGE, Answer, Endpoint, Failed, read_key, sum_usage
+from src.endpoint import (
+    ANSWER_CHARS,
+    NO_USAGE,
+    Answer,
+    Endpoint,
+    Failed,
+    read_key,
+    repeats_itself,
+    sum_usage,
+)
 from src.interrupt import Interrupted, Signals
 from src.latent_notes import BY_RULE
 
@@ -285,6 +294,11 @@ def is_cut(text: str) -> bool:
     opening = max(text.rfind("{"), text.rfind("["))
     closing = max(text.rfind("}"), text.rfind("]"))
     return opening > closing and bool(re.match(r"""[{\[]\s*["'\d]""", text[opening:]))
+
+
+def _would_end(text: str) -> bool:
+    """Whether an answer is cut that may be whole if it is asked for again."""
+    return is_cut(text) and not repeats_itself(text)
 
 
 def _fields_from_json(text: str) -> dict[str, Any]:
@@ -584,6 +598,7 @@ class Interpreter:
         self.endpoint = Endpoint(cfg, self.key)
         self.lock = threading.Lock()
         self.stop_reason = ""
+        self.rules: dict[str, rule_labels.Rule] = {}  # {latent: its rule}, of the rule engine
         self.failed_tests: dict[str, str] = {}  # {latent: why its label was not tested}
 
     def calculate_cost(self, input_tokens: int, output_tokens: int) -> float | None:
@@ -627,7 +642,7 @@ class Interpreter:
         entry = job.entries[latent]
         record: Record = {"latent": latent, "status": "ok", "raw": None}
         if self.engine == BY_RULE:
-            answer: dict[str, Any] | None = rule_labels.label_by_rule(entry)
+            answer: dict[str, Any] | None = rule_labels.label(self._rule(latent, entry))
         else:
             prompt = self.construct_prompt(by_token_class(entry["contexts"]))
             text, refusal = self._ask(client, prompt, SCHEMA, holds_answer)
@@ -635,10 +650,16 @@ class Interpreter:
             answer = None if refusal else parse_answer(text)
             if answer is None:
                 record["status"] = "refused" if refusal else "unparsable"
-                if not refusal and is_cut(text):
+                if not refusal and _would_end(text):
                     raise Failed(f"the answer is cut: {text[-80:]!r}")
         record |= answer or dict.fromkeys(ANSWER_FIELDS)
         return record | {"description": record["explanation"], "similarity_score": record["score"]}
+
+    def _rule(self, latent: str, entry: Entry) -> rule_labels.Rule:
+        """The rule of a latent, chosen once: its label and both tests ask for it."""
+        if latent not in self.rules:
+            self.rules[latent] = rule_labels.choose_rule(entry)
+        return self.rules[latent]
 
     def _ask(
         self,
@@ -674,7 +695,8 @@ class Interpreter:
             return None
         answers: list[bool] | None
         if self.engine == BY_RULE:
-            answers = rule_labels.answers(entry, [(text.tokens, text.indices) for text in texts])
+            questions = [(text.tokens, text.indices) for text in texts]
+            answers = rule_labels.answers(self._rule(latent, entry), questions)
         else:
             prompt = _test_prompt(kind, record["explanation"], texts)
 
@@ -683,7 +705,7 @@ class Interpreter:
 
             text, refusal = self._ask(client, prompt, None, holds_labels)
             answers = parse_labels(text, len(texts))
-            if answers is None and not refusal and is_cut(text):
+            if answers is None and not refusal and _would_end(text):
                 raise Failed(f"the answer is cut: {text[-80:]!r}")
         accuracy = None if answers is None else balanced_accuracy(truth, answers)
         return {"balanced_accuracy": accuracy, "n": len(texts)}

@@ -188,13 +188,9 @@ class TopK(_RevivedDictionary):
 
         They must lie within the first `width` latents.
         """
-        token, latent, _ = sparse.active(out.code)
-        index = token[kept] * width + latent[kept]
-
-        def choose(_pre_acts, _tokens):
-            return index
-
-        selection = Selection(choose, self.k, self.topk_relu, per_token=False)
+        token, latent, values = sparse.active(out.code)
+        known = values[kept].detach(), token[kept] * width + latent[kept]
+        selection = Selection(None, self.k, self.topk_relu, per_token=False, known=known)
         part = self._weights(out.pre_bias).subset(slice(width))
         _, x_hat = sparse.sparse_autoencode(out.target, part, selection)
         return squared_errors(out.target, x_hat)

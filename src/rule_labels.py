@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 from src.contexts import CLOSE, OPEN
@@ -267,11 +268,12 @@ def conditions(tokens: Sequence[str]) -> list[set[Condition]]:
     return result
 
 
-def _neighbour(side: str, token: str, word: str) -> set[Condition]:
+@lru_cache(2**14)
+def _neighbour(side: str, token: str, word: str) -> frozenset[Condition]:
     """Conditions on the word before a token or after it."""
     kinds = {(f"{side} kind", kind) for kind in _kinds(token) if " with " not in kind}
     classes = {(f"{side} class", word_class) for word_class in WORD_CLASSES.get(word, ())}
-    return {(side, word)} | kinds | classes if word else kinds
+    return frozenset({(side, word)} | kinds | classes if word else kinds)
 
 
 # ---------------------------------------------------------------------- the contexts of a latent
@@ -364,15 +366,18 @@ def choose_rule(entry: Mapping[str, Any]) -> Rule:
     total = sum(weight for _, weight, _ in places.active)
     active, others = places.active, places.others
     n_others = len(others)
+    counts = Counter(chain.from_iterable(others))
     parts: list[Part] = []
     telling: list[Part] = []
     recall = 0.0
     alarms = 0
     while active and len(parts) < MAX_PARTS:
-        part = _best_part(active, others, total, n_others, recall, alarms)
+        part = _best_part(active, others, counts, total, n_others, recall, alarms)
         if part is None:
             break
         left = [place for place in active if not part <= place[0]]
+        # Few of the others go, so what is left of them is not counted anew.
+        counts.subtract(chain.from_iterable(holding for holding in others if part <= holding))
         silent = [holding for holding in others if not part <= holding]
         gained = sum(weight for _, weight, _ in active) - sum(weight for _, weight, _ in left)
         new_alarms = alarms + len(others) - len(silent)
@@ -400,16 +405,20 @@ def _rate(alarms: int, n_others: int) -> float:
 def _best_part(
     active: Sequence[tuple[set[Condition], float, int]],
     others: Sequence[set[Condition]],
+    counts: Counter[Condition],
     total: float,
     n_others: int,
     recall: float,
     alarms: int,
 ) -> Part | None:
-    """Return the best condition or pair of conditions for the places that are left, or None."""
+    """Return the best condition or pair of conditions for the places that are left, or None.
+
+    counts: in how many of the others each condition holds.
+    """
 
     def best(
         places: Sequence[tuple[set[Condition], float, int]],
-        silent: Iterable[set[Condition]],
+        counts: Counter[Condition],
     ) -> tuple[float, Condition] | None:
         weights: Counter[Condition] = Counter()
         contexts: dict[Condition, set[int]] = {}
@@ -417,7 +426,6 @@ def _best_part(
             for condition in holding:
                 weights[condition] += weight
                 contexts.setdefault(condition, set()).add(number)
-        counts = Counter(condition for holding in silent for condition in holding)
         ranked = [
             (
                 _worth(recall + weight / total, _rate(alarms + counts[condition], n_others))
@@ -430,7 +438,7 @@ def _best_part(
         ]
         return max(ranked, default=None)
 
-    first = best(active, others)
+    first = best(active, counts)
     if first is None:
         return None
     worth, condition = first
@@ -438,7 +446,8 @@ def _best_part(
     matched = [
         (holding - part, weight, number) for holding, weight, number in active if part <= holding
     ]
-    second = best(matched, (holding - part for holding in others if part <= holding))
+    alarming = (holding for holding in others if part <= holding)
+    second = best(matched, Counter(chain.from_iterable(alarming)))
     if second is not None and second[0] > worth + PART_COST:
         part |= {second[1]}
     return part
@@ -496,10 +505,11 @@ def _shown_value(kind: str, value: str, names: Sequence[str]) -> str:
 
 def _phrase(part: Part, names: Sequence[str]) -> str:
     order = list(PHRASES)
-    conditions_in_order = sorted(part, key=lambda condition: order.index(condition[0]))
+    # By value too, because the order of a set differs from one process to the next.
+    in_order = sorted((order.index(kind), value) for kind, value in part)
     return ", if it is ".join(
-        PHRASES[kind].format(_shown_value(kind, value, names))
-        for kind, value in conditions_in_order
+        PHRASES[order[place]].format(_shown_value(order[place], value, names))
+        for place, value in in_order
     )
 
 
@@ -529,9 +539,8 @@ def _explanation(rule: Rule) -> str:
     return f"{'; or '.join(_phrases(rule))}{shown} ({rule.recall:.0%} of the active tokens)"
 
 
-def label_by_rule(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a label without a language model; its explanation begins with "[by rule]"."""
-    rule = choose_rule(entry)
+def label(rule: Rule) -> dict[str, Any]:
+    """Return what a rule is as a label; its explanation begins with "[by rule]"."""
     is_rule = bool(rule.parts) and rule.recall >= MIN_RECALL
     score = 1
     if is_rule:
@@ -548,15 +557,12 @@ def label_by_rule(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def answers(
-    entry: Mapping[str, Any], texts: Sequence[tuple[Sequence[str], Sequence[int]]]
-) -> list[bool]:
-    """Return whether the rule of an entry holds for each (tokens, indices of those in question).
+def answers(rule: Rule, texts: Sequence[tuple[Sequence[str], Sequence[int]]]) -> list[bool]:
+    """Return whether a rule holds for each (tokens, indices of those in question).
 
     It holds if one of those tokens meets it. Where all tokens of a text are in question, only its
     telling conditions count: common tokens are in every text.
     """
-    rule = choose_rule(entry)
     result = []
     for tokens, indices in texts:
         holding = conditions(tokens)

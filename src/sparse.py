@@ -146,10 +146,12 @@ class Selection(NamedTuple):
     """Which pre-activations of a token stay active."""
 
     # maps (pre-activations [n,F] of a slice of tokens, that slice) to flat indices in them
-    choose: Callable[[Tensor, slice], Tensor]
+    choose: Callable[[Tensor, slice], Tensor] | None
     k: int  # how many stay per token, about
     clip: bool  # cut negative values
     per_token: bool  # whether a token's choice is independent of other tokens
+    # (values [E], flat indices [E]) of those that stay, where they are known; nothing is chosen
+    known: tuple[Tensor, Tensor] | None = None
 
 
 class DictionaryWeights(NamedTuple):
@@ -271,7 +273,9 @@ def _select(
         left, right = device.affine_factors(centred, encoder, latent_bias)
         bias = None
         factors = left[:, :width], right[:, :width]
-    elif selection.per_token and device.uses_bf16_on_cpu(centred):
+    if selection.known is not None:
+        return *selection.known, factors
+    if selection.per_token and device.uses_bf16_on_cpu(centred):
         # Gradients keep the float32 factors. A TopK update: 35.1 ms in place of 41.4 (docs/LOG.md).
         left, right, bias = (factor.bfloat16() for factor in (centred, encoder, latent_bias))
     n_tokens = max(1, len(centred))

@@ -41,7 +41,7 @@ from src import (
     zoo,
 )
 from src.data import Batch, Rows
-from src.device import pick_device
+from src.device import limit_freed_memory, pick_device
 from src.estimate import Estimate, of_training
 from src.interrupt import Interrupted, Signals
 from src.sae import SAE, Patch
@@ -257,6 +257,7 @@ class TrainingLoop:
                 progress.step = step + 1
                 progress.seconds = time.monotonic() - start_time
                 self._after_step(active, report_due, signals)
+                limit_freed_memory()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -587,14 +587,17 @@ def test_two_processes_that_need_the_same_text_prepare_it_once(tmp_path, tokeniz
     work = folder.with_name(f".building-{folder.name}")
     work.mkdir()
 
+    output = []
+
     def finish():
-        time.sleep(0.5)
+        while not any("waiting: " in text for text in output):
+            output.append(capsys.readouterr().out)
+            time.sleep(0.02)
         kept.rename(folder)
 
-    with sources.locked(work):  # by another process, which finishes a moment later
-        Thread(target=finish).start()
+    with sources.locked(work):  # by another process, which finishes once it is waited for
+        Thread(target=finish, daemon=True).start()
         assert same_rows(Rows(path, tokenizer, 16), expected)
-    assert "waiting: " in capsys.readouterr().out
 
 
 QUESTIONS = [(f"What is {i}?", f"A number, {i}.") for i in range(30)]

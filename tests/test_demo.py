@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -147,22 +148,28 @@ def is_running(pid):
         return False
 
 
+def announce_and_sleep(writer):
+    os.write(writer, f"{os.getpid()} ".encode())
+    time.sleep(60)
+
+
 def test_the_workers_of_a_killed_preparation_end_with_it():
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        with ProcessPoolExecutor(2, initializer=demo._begin_worker) as pool:
-            pool.submit(time.sleep, 60)
-            pool.submit(time.sleep, 60)
-            os.write(writer, " ".join(map(str, pool._processes)).encode())
+        fork = multiprocessing.get_context("fork")  # the workers have the pipe
+        with ProcessPoolExecutor(2, fork, demo._begin_worker) as pool:
+            for _ in range(2):
+                pool.submit(announce_and_sleep, writer)
             time.sleep(60)
         os._exit(0)
-    workers = os.read(reader, 1000).decode().split()
-    assert workers and all(map(is_running, workers))
-    time.sleep(0.2)  # until they are set up
+    workers = []
+    while len(workers) < 2:
+        workers += os.read(reader, 1000).decode().split()
+    assert all(map(is_running, workers))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(is_running, workers))

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def together(server, world, stage, argv, folder, hook=None, more=()):
         args = (number, world, store.port, stage, own_argv, hook, folder)
         processes.append(server.Process(target=child, args=args))
         processes[-1].start()
-    deadline = time.monotonic() + 59
+    deadline = time.monotonic() + 180
     for process in processes:
         process.join(max(0.1, deadline - time.monotonic()))
     hanging = [number for number, process in enumerate(processes) if process.is_alive()]
@@ -567,6 +568,13 @@ echo scontrol "$@" >> CALLS
 """
 
 
+def catches(pid, signal_number):
+    """Whether a process has a handler of its own for a signal. Linux says so."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+    return bool(caught >> (signal_number - 1) & 1)
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """A function that runs the batch script; it returns (exit code, commands called, output).
@@ -604,9 +612,10 @@ def slurm(tmp_path):
             while not calls.exists() or "srun" not in calls.read_text():
                 time.sleep(0.05)
             # The batch script sets its trap after it has started srun.
-            time.sleep(0.3)
+            while not catches(process.pid, signal_number):
+                time.sleep(0.05)
             process.send_signal(signal_number)
-        output = process.communicate(timeout=50)[0]
+        output = process.communicate(timeout=120)[0]
         return process.returncode, calls.read_text().splitlines(), output
 
     return start
@@ -634,3 +643,13 @@ def test_the_commands_of_the_page_are_commands():
         assert subprocess.run(["bash", "-n"], input=block, text=True).returncode == 0, block
         for stage, options in call.findall(block.replace("\\\n", " ")):
             parse(stage, shlex.split(options))
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"])
+def test_an_environment_of_a_job_that_is_none_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "two")
+    argv = ["--output_dir", str(tmp_path)]
+    assert run_stage("train", lambda cfg: None, argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} is 'two'" in line and "torchrun" in line

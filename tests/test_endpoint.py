@@ -265,6 +265,16 @@ def test_an_answer_cut_at_its_limit_is_asked_for_with_more_tokens(tmp_path, serv
     assert usage == [2, 1, 1]
 
 
+@pytest.mark.parametrize("unit", ["The text is about war. ", '{"score": 4, "explanation": "on '])
+def test_an_answer_that_repeats_itself_is_not_paid_again(tmp_path, server, unit):
+    server.answer = lambda body, n: reply(unit * 200, "length")
+    for _ in range(2):
+        code, labels = ask(tmp_path, server)
+        assert code == 0 and statuses(labels) == {"unparsable"}
+        assert len(server.bodies) == 3  # once for each feature
+    assert all(unit in label["raw"] for label in labels.values())
+
+
 def no_system(body):
     roles = [message["role"] for message in body["messages"]]
     return refuse(400, "System role not supported") if "system" in roles else None
@@ -361,7 +371,7 @@ def test_a_server_that_sends_byte_by_byte_does_not_outlast_the_timeout(tmp_path,
     code, labels = ask(tmp_path, server, "--timeout", "0.5")
     assert code == 4
     assert "--timeout" in labels["0"]["error"]
-    assert time.monotonic() - start < 15  # four attempts and their pauses
+    assert time.monotonic() - start < 60  # four attempts would take two minutes
 
 
 @pytest.mark.parametrize("status", [200, 400])
@@ -412,9 +422,9 @@ def test_rules_are_quick_on_a_long_token(tmp_path):
     }
     path = tmp_path / "S_contexts.json"
     path.write_text(json.dumps({"latent_context_map": table}))
-    start = time.monotonic()
+    start = time.process_time()
     assert interpret(path, "--engine", "heuristic", "--output_dir", tmp_path / "out") == 0
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert len(labels_of(tmp_path)["1"]["explanation"]) <= 1000
 
 
@@ -496,8 +506,9 @@ def start_process(tmp_path, server, *more, **streams):
 
 
 def wait_for_requests(server, n):
-    deadline = time.monotonic() + 30
-    while len(server.bodies) < n and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while len(server.bodies) < n:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -508,17 +519,17 @@ def test_a_signal_keeps_the_answers_under_way(tmp_path, server, number):
         return reply(GOOD)
 
     server.answer = slow
-    write_contexts(tmp_path, 12)
+    write_contexts(tmp_path, 80)  # 20 s; the run ends at the signal
     process = start_process(
         tmp_path, server, "--concurrency", "4", stderr=subprocess.PIPE, text=True
     )
     wait_for_requests(server, 4)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "run the same command to continue" in errors
     kept = log_of(tmp_path).read_text().count('"status": "ok"')
-    assert kept == len(server.bodies) < 12
+    assert kept == len(server.bodies) < 80
 
 
 def test_a_reader_that_is_gone_does_not_hang_the_run_or_lose_answers(tmp_path, server):
@@ -533,7 +544,7 @@ def test_a_reader_that_is_gone_does_not_hang_the_run_or_lose_answers(tmp_path, s
     os.close(writing)
     wait_for_requests(server, 5)
     os.close(reading)
-    process.wait(timeout=60)
+    process.wait(timeout=120)
     assert len(labels_of(tmp_path)) == 30
     assert process.returncode == 0
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from src import estimate
+from src import device, estimate
 from src.applier import Applier
 from src.config import parse
 from src.data import Batch
@@ -150,11 +150,28 @@ def test_durations_have_two_units_at_most():
     assert {seconds: estimate.duration(seconds) for seconds in durations} == durations
 
 
-# Prints how many bytes the C library holds free after a step has freed its tensors.
+def test_the_steps_of_a_kl_finish_are_counted(language_model, tmp_path, monkeypatch, capsys):
+    sae = demo_sae("TopK")
+    cfg = parse("train", ["--kl_finish", "0.25"])
+    cfg.batch_size, cfg.device, cfg.optimizer = 4, "cpu", "signum"
+    costs = {False: (1.0, 10.0), True: (3.0, 20.0)}
+    monkeypatch.setattr(estimate, "step_cost", lambda *_, with_kl=False: costs[with_kl])
+    result = estimate.of_training(cfg, [sae], language_model, RandomRows(), 100, tmp_path)
+    assert result.seconds == 75 * 1.0 + 25 * 3.0
+    assert result.needs["one step"] == 20.0
+    monkeypatch.undo()
+    args = [sae], language_model, RandomRows(), 8, [12], "cpu"
+    before = [p.clone() for p in sae.parameters()]
+    assert all(cost > 0 for cost in estimate.step_cost(*args, with_kl=True))
+    assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), before, strict=True))
+
+
+# Prints how many bytes the C library holds free after a step has freed its tensors, and how many
+# the process holds.
 FREE_BYTES = """
 import ctypes, sys, torch
-from src.device import keep_freed_memory
-if sys.argv[1] == "kept":
+from src.device import keep_freed_memory, limit_freed_memory, resident
+if sys.argv[1] != "not kept":
     keep_freed_memory()
 class MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (
@@ -165,7 +182,9 @@ mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = MallInfo
 tensors = [torch.ones(7 << 20) for _ in range(4)]
 del tensors
-print(mallinfo().fordblks)
+if sys.argv[1] == "limited":
+    limit_freed_memory()
+print(mallinfo().fordblks, resident())
 """
 
 
@@ -176,10 +195,24 @@ def glibc_has_mallinfo2():
 
 @pytest.mark.skipif(not glibc_has_mallinfo2(), reason="a C library without mallinfo2")
 def test_memory_that_a_step_frees_stays_for_the_next_one():
-    def free_bytes(mode):
+    def bytes_of(mode):
         command = [sys.executable, "-c", FREE_BYTES, mode]
-        return int(subprocess.check_output(command, cwd=ROOT))
+        return map(int, subprocess.check_output(command, cwd=ROOT).split())
 
     # Four blocks of 28 MiB. The first blocks of a size go back to the system unless it is told
     # otherwise; of later ones, how many go back depends on their order, so one round is tried.
-    assert free_bytes("kept") > free_bytes("not kept") + 3 * (28 << 20)
+    free, held = bytes_of("kept")
+    assert free > next(bytes_of("not kept")) + 3 * (28 << 20)
+    *_, held_after_return = bytes_of("limited")
+    assert held_after_return < held - 3 * (28 << 20)
+
+
+def test_freed_memory_goes_back_once_the_process_grew_by_a_quarter(monkeypatch):
+    monkeypatch.setitem(device._after_return, "bytes", 0)
+    # Before and after the first call, before the second, before and after the third.
+    monkeypatch.setattr(device, "resident", iter([100, 80, 99, 101, 90]).__next__)
+    held = []
+    for _ in range(3):
+        device.limit_freed_memory()
+        held.append(device._after_return["bytes"])
+    assert held == [80, 80, 90]

@@ -40,7 +40,7 @@ def test_a_part_beyond_its_limit_is_ended_with_its_children(tmp_path, monkeypatc
     started = time.monotonic()
     record = play("long", [[sys.executable, "-c", parent]], tmp_path, monkeypatch, limit=1)
     assert record["status"] == gpu.FAILED_IN_TIME
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 55
     running = subprocess.run(["pgrep", "-f", "sleep.61.25"], capture_output=True).stdout
     assert not running
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from src import files
+from src import files, rule_labels
 from src.config import parse, run_stage
 from src.interpreter import (
     Interpreter,
@@ -425,6 +425,21 @@ def test_damaged_entries_of_a_contexts_file_are_passed_over_and_counted(
         assert code == 0
         assert f"{kept} features in" in output.out
         assert ("are passed over" in output.out) or kept == N_FEATURES
+
+
+def test_the_rule_of_a_latent_is_chosen_once_for_its_label_and_its_tests(
+    contexts, tmp_path, monkeypatch
+):
+    chosen = []
+    choose_rule = rule_labels.choose_rule
+    monkeypatch.setattr(
+        rule_labels, "choose_rule", lambda entry: (chosen.append(entry), choose_rule(entry))[1]
+    )
+    out = ["--engine", "heuristic", "--output_dir", tmp_path / "out"]
+    assert interpret(contexts, *out, "--score", "detection", "fuzzing") == 0
+    assert len(chosen) == N_FEATURES
+    labels = json.loads((tmp_path / "out" / "interpret" / "interp_S.json").read_text())
+    assert all(label["detection"] and label["fuzzing"] for label in labels.values())
 
 
 @pytest.mark.parametrize(

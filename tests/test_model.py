@@ -312,6 +312,22 @@ def test_the_first_latents_of_a_matryoshka_learn_to_reconstruct_alone(hidden):
         make("Matryoshka", matryoshka_widths=[65])
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Matryoshka", {"matryoshka_widths": [8, 16]}), ("TopK", {"hierarchical_k": [3, 1]})],
+)
+def test_the_parts_of_a_nested_code_are_not_encoded_again(name, options, hidden, monkeypatch):
+    sae = make(name, **options)
+    out = sae.autoencode(sae.gather(hidden))
+
+    def decoding_only(a, b):
+        assert len(b) != sae.hidden_size, "encoded again"
+        return torch.mm(a, b)
+
+    monkeypatch.setattr(sparse.device, "matmul", decoding_only)
+    assert sae.penalty(out)["Nested"] > 0
+
+
 def test_a_hierarchical_topk_adds_the_errors_of_its_code_cut_to_fewer_latents(hidden):
     sae = make("TopK", hierarchical_k=[3, 1], topk_relu=True)
     x = sae.gather(hidden)

@@ -243,7 +243,7 @@ def test_contexts_of_less_or_of_another_text_do_not_replace_those_that_are_there
     kept = first.read_bytes()
     second = apply("--max_samples", "4")
     assert second.name == "TopK_text_2_contexts.json" and str(second) in capsys.readouterr().out
-    assert apply("--max_samples", "4", "--act_threshold", "1") == second
+    assert apply("--max_samples", "4") == second
     third = apply("--max_samples", "20", "--split", "train", "--gzip", "yes")
     assert third.name == "TopK_text_3_contexts.json.gz"
     assert apply("--max_samples", "30", "--split", "train") == third.with_suffix("")
@@ -253,6 +253,27 @@ def test_contexts_of_less_or_of_another_text_do_not_replace_those_that_are_there
     assert apply("--max_samples", "4", "--act_threshold", "1e6") == first
     first.write_text("damaged")
     assert apply("--max_samples", "4") == first
+
+
+def test_contexts_of_the_same_text_that_hold_less_do_not_replace_those_that_are_there(
+    trained, tmp_path
+):
+    def apply(*more):
+        argv = [*sae_argv(trained, tmp_path, "TopK"), "--lines", "1", "--max_samples", "10", *more]
+        return Applier(parse("apply", argv)).run()[1]
+
+    first = apply("--effect", "1", "--top_n", "3")
+    content = first.read_bytes()
+    for less in (
+        ["--effect", "1", "--top_n", "3", "--act_threshold", "2"],
+        ["--effect", "1", "--top_n", "2"],
+        ["--effect", "1", "--top_n", "3", "--context_length", "8"],
+        ["--effect", "1", "--top_n", "3", "--infer_k", "1"],
+        ["--top_n", "3"],
+    ):
+        assert apply(*less) != first
+    assert first.read_bytes() == content
+    assert apply("--effect", "2", "--top_n", "4") == first
 
 
 def test_by_default_every_latent_that_fires_often_enough_has_contexts(trained, tmp_path):
