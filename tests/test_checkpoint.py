@@ -51,8 +51,8 @@ def change(path, **config):
 
 # --------------------------------------------------------------------------- earlier versions
 
-# What the version before biases of single sites (cf90fbb) made of checkpoints that it wrote:
-# the values of their recipes, then NormMSE, sum of the latents, and sum of the patched states.
+# What two earlier versions, 42423f2 and cf90fbb, made of checkpoints that they wrote: the values
+# of their recipes, then NormMSE, sum of the latents, and sum of the patched states.
 SIZES = {"latent_size": 24, "k": 3, "hidden_size": 8, "n_layers": 4}
 ONE_SITE = SIZES | {"layer": 3}
 ROUTER = {"router_objective": "expected", "router_balance": "switch", "seed": 5}
@@ -80,7 +80,7 @@ GATES = {"gate_bias": (24,), "mag_bias": (24,), "r_mag": (24,)}
 
 
 def earlier_shapes(name, config):
-    """{key: shape} of a state dict as cf90fbb wrote it."""
+    """{key: shape} of a state dict as both versions wrote it."""
     if name == "Crosscoder":
         shapes = {"latent_bias": (24,)}
         if config.get("decoder_bias"):
