@@ -102,7 +102,7 @@ function labelText(feature) {
 function labelLine(feature) {
   const parts = labelText(feature);
   if (feature.engine) parts.push(badge(feature.engine, 'where the label comes from'));
-  const balanced = 'balanced accuracy on texts that the label was not made from; chance is .5';
+  const balanced = 'balanced accuracy of the whole label on texts that it was not made from; chance is .5';
   for (const [kind, name] of [['detection', 'tested'], ['fuzzing', 'fuzzing']]) {
     const test = feature[kind];
     if (!test) continue;
