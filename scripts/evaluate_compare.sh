@@ -40,8 +40,7 @@ python train.py --model BatchTopK Matryoshka RandomK "${penalised[@]}" \
 python train.py --model RouteSAE --routing random "${common[@]}" --tag compare_random_routing
 read -ra each <<<"$sites"
 for part in decoder soft_decoder encoder; do
-  python train.py --model TopK --layer "${each[${#each[@]} / 2]}" --freeze "$part" "${common[@]}" \
-    --tag "compare_$part"
+  python train.py --model TopK --layer "${each[${#each[@]} / 2]}" --freeze "$part" "${common[@]}"
 done
 measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"
