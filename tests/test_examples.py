@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from src import files
+from src import files, names
 from src.files import DEMO_LM
 from src.reader import Reader
 
@@ -98,7 +98,7 @@ def test_a_reading_names_its_strongest_features_and_is_a_strip_in_a_notebook(use
     assert named
     for latent in named:
         assert html.escape(f"{latent}: ") in strip
-        assert html.escape(reader.labels[latent][:80]) in strip
+        assert html.escape(names.shortened(reader.labels[latent])[:80]) in strip
 
 
 NOTEBOOK = files.ROOT / "examples" / "reading.ipynb"
