@@ -1,6 +1,6 @@
-"""Names for people: of sites, and of SAEs beside each other in a table or a picture.
+"""Names for people: of sites, language models, and SAEs beside each other in a table or a picture.
 
-Works on titles and the JSON of results alone.
+Works on titles, the JSON of results, and the card of a language model.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # Parts of a title that tell swept values; "layer" is told by the site of the result.
@@ -17,6 +18,7 @@ EXAMPLES = re.compile(r", such as ['\"]| \(\d+% of the active tokens\)$")  # wha
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 LISTED = re.compile(rf"(forms of|the tokens) ((?:{QUOTED})(?:, (?:{QUOTED}))+)")
 MANY_SITES = re.compile(r"(\d+)(?:-\d+){2,}-(\d+)")  # listed inside a word of a title
+HEADING_CHARS = 80  # of the card of a language model
 UNITS = {"k": "k {}", "l1_coeff": "coefficient {}", "target_l0": "L0 {} asked for"}
 
 
@@ -30,6 +32,21 @@ def site_numbers(numbers: Sequence[int]) -> str:
     if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers))
+
+
+def language_model(place: str) -> str:
+    """Return the heading of the card in a language model's folder, else the last part of its path.
+
+    The folder that scripts/download_model.sh fills is called "model".
+    """
+    try:
+        with open(Path(place) / "README.md", encoding="utf-8", errors="replace") as card:
+            heading = card.readline(2 * HEADING_CHARS)
+    except OSError:
+        heading = ""
+    if heading.startswith("# "):
+        return heading[2:].strip()[:HEADING_CHARS]
+    return Path(place).name
 
 
 def model_of(result: Mapping[str, Any]) -> str:

@@ -377,7 +377,7 @@ def _about(contexts: dict[str, Any], n_shown: int) -> dict[str, Any]:
         facts += (f"strength above {contexts['threshold']:.3g}",)
     return {
         "title": contexts["title"],
-        "language_model": Path(contexts["source_model"]).name,
+        "language_model": names.language_model(contexts["source_model"]),
         "text": text,
         "line": "; ".join(facts),
         "sites": sites,

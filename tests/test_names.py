@@ -42,3 +42,15 @@ def test_a_name_does_not_list_many_sites():
     titles = [f"Union_4x8_by-{who}_sites7-22" for who in ("oracle", "RouteSAE-sites7-8-9-10-11-12")]
     results = [{"title": title, "model": "Union", "sites": list(range(7, 13))} for title in titles]
     assert names.of_results(results) == ["Union, by-oracle", "Union, by-RouteSAE-sites7...12"]
+
+
+def test_a_language_model_is_called_by_its_card(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert names.language_model(str(folder)) == names.language_model("org/model") == "model"
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Other\n")
+    assert names.language_model(str(folder)) == "model"
+    (folder / "README.md").write_text("# SmolLM2-135M-Instruct with four-bit weights\n\n- Source\n")
+    assert names.language_model(str(folder)) == "SmolLM2-135M-Instruct with four-bit weights"
+    (folder / "README.md").write_bytes(b"# " + b"\xff" * 1000)
+    assert len(names.language_model(str(folder))) == names.HEADING_CHARS
