@@ -1089,8 +1089,8 @@ class RouteSAE(TokenRouted):
     def decoders(self):
         return self.sae.decoders()
 
-    def constrain(self):
-        self.sae.constrain()
+    def held(self):
+        return self.sae.held()
 
     # -------------------------------------------------------------------- patching
 

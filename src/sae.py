@@ -30,6 +30,7 @@ from src.sparse import SparseCode, cat_tokens, dense, firings
 Patch = Callable[[Tensor], Tensor]  # raw residual of the counted tokens [N,D] -> its replacement
 # the strength of a dense code (SAE.strength) [...,F] -> the strength that is wanted
 Edit = Callable[[Tensor], Tensor]
+Hold = Callable[[Tensor], None]  # changes values of a weight, in place
 Reduction = Callable[[Tensor], Tensor]  # over the processes that share a batch
 WARM_START_TOKENS = 8192  # what warm_start looks at
 # A latent is reported dead if it was silent for this share of all tokens. AuxK has a threshold of
@@ -334,8 +335,9 @@ class SAE(nn.Module):
         """Return the decoders whose columns are kept at unit norm."""
         return []
 
-    def constrain(self) -> None:
-        """Bring the weights back to what they are held to, after each step and at the end."""
+    def held(self) -> dict[Tensor, Hold]:
+        """Return the weights that are held within a bound, and what brings values back to it."""
+        return {}
 
     def adam_parameters(self) -> list[Tensor]:
         """Return the parameters that are not part of a dictionary.
@@ -625,9 +627,11 @@ class Dictionary(SAE):
     def decoders(self):
         return [self.decoder]
 
-    def constrain(self):
-        if self.decoder_start is not None:
-            hold_cosine_(self.decoder.weight, self.decoder_start, LEAST_COSINE)
+    def held(self):
+        if self.decoder_start is None:
+            return {}
+        hold = functools.partial(hold_cosine_, start=self.decoder_start, least=LEAST_COSINE)
+        return {self.decoder.weight: hold}
 
     @torch.no_grad()
     def warm_start(self, x):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from src import config, distributed
 from src.device import bf16_matmuls
 from src.ops import project_decoder_grad, sign_step_, unit_norm_decoder
-from src.sae import SAE, WARM_START_TOKENS, BatchInfo, Patch, SAEOutput
+from src.sae import SAE, WARM_START_TOKENS, BatchInfo, Hold, Patch, SAEOutput
 
 SIGNUM_MOMENTUM = 0.95
 ADAM_LR = 5e-4  # of parameters that keep Adam beside another optimiser
@@ -102,14 +102,30 @@ class Signum(torch.optim.Optimizer):
         self.train()
 
     @torch.no_grad()
+    def hold(self, weight: Tensor, hold: Hold) -> None:
+        """Bring z back to a bound after a step, and y with it: x, the mean of z, is then within."""
+        if self.at_y and weight in self.state:
+            z = self.state[weight]["z"]
+            before = z.clone()
+            hold(z)
+            weight.add_(z - before, alpha=self._share_of_z(self.param_groups[0]["k"]))
+
+    def _share(self, step: int) -> float:
+        """Return the share of this step's z in the mean x; steps count from 1."""
+        return (self.average_power + 1) / (self.average_power + step)
+
+    def _share_of_z(self, step: int) -> float:
+        """Return the share of this step's z in y."""
+        return 1 - self.momentum * (1 - self._share(step))
+
+    @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Make x the mean of all z: y moves towards z by a share, then z along the sign, y too."""
-        power = self.average_power
         for group in self.param_groups:
             group["k"] += 1
-            share = (power + 1) / (power + group["k"])
+            share = self._share(group["k"])
             lr = group["lr"]
-            y_step = lr * (1 - self.momentum * (1 - share))
+            y_step = lr * self._share_of_z(group["k"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -404,7 +420,7 @@ class SAETraining:
             stepper.step()
         if step % self.normalise_every == 0:
             unit_norm_decoder(self.sae, self.found_inf == 0)
-        self.sae.constrain()
+        self._hold()
         info = batch.info()
         self.sae.after_step(out, (step + 1) / self.total, info)
         reported = {"loss": loss} | dict(zip([*terms, "L0"], values, strict=True))
@@ -434,11 +450,18 @@ class SAETraining:
             )
         self.unread.clear()
 
+    def _hold(self) -> None:
+        for weight, hold in self.sae.held().items():
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, Signum):
+                    optimizer.hold(weight, hold)
+            hold(weight)
+
     def finish(self) -> None:
         """Take the weights that are kept: the average, with decoder columns of norm 1."""
         self.mode(False)
         unit_norm_decoder(self.sae)
-        self.sae.constrain()
+        self._hold()
 
     def run(self, batches: Iterable[LocalBatch]) -> SAE:
         """Train on states that are there already, one step a batch; return the SAE.

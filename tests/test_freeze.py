@@ -2,6 +2,8 @@
 
 # ruff: noqa: F811  (the fixture `text` is imported)
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from src import checkpoint
 from src.model import build
 from src.ops import hold_cosine_
-from src.sae_training import SAETraining
+from src.sae_training import SAETraining, Signum
 from src.zoo import ZOO
 from tests.test_resume import Killed, interrupt, kill
 from tests.test_stages import sae_path, text, train  # noqa: F401
@@ -68,18 +70,38 @@ def test_a_soft_frozen_decoder_stays_within_its_cosine_at_every_step(
 
     def checked(self, *args):
         step(self, *args)
-        least.setdefault(self.title, []).append(least_cosine(self.sae, starts[self.title][1]))
+        for at_mean in (True, False):  # of signum: the weights that are kept, and those of the step
+            self.mode(not at_mean)
+            least.setdefault(self.title, []).append(least_cosine(self.sae, starts[self.title][1]))
 
     monkeypatch.setattr(SAETraining, "step", checked)
     argv = [*FREEZABLE_ARGV, "--freeze", "soft_decoder", "--optimizer", optimizer]
     train(text, tmp_path, *argv)
     for title, values in least.items():
-        assert len(values) == 12 and min(values) > 0.8 - 1e-6
+        assert (
+            len(values) == 24 and min(values) > 0.8 - 2e-3
+        )  # the unit norm moves the mean a little
         sae, _ = checkpoint.load(sae_path(tmp_path, title))
         at_end = least_cosine(sae, starts[title][1])
         assert 0.8 - 1e-6 < at_end < 0.9  # the bound was reached
         norms = dictionary(sae).decoder.weight.norm(dim=0)
         assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_the_mean_that_signum_keeps_stays_within_the_bound_if_its_steps_are_held(is_held):
+    start = F.normalize(torch.randn(16, 5, generator=torch.Generator().manual_seed(1)), dim=0)
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = Signum([weight], lr=0.05, average_power=3.0)
+    optimizer.train()
+    for _ in range(60):
+        weight.grad = start.roll(1, 0)  # always the same direction
+        optimizer.step()
+        if is_held:
+            optimizer.hold(weight, functools.partial(hold_cosine_, start=start, least=0.8))
+            assert F.cosine_similarity(weight, start, dim=0).min() > 0.8 - 1e-6
+    optimizer.eval()
+    assert (F.cosine_similarity(weight, start, dim=0).min() > 0.8 - 1e-6) == is_held
 
 
 def test_columns_turn_back_to_the_bound_with_their_norm_and_others_stay_bit_for_bit():
