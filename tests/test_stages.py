@@ -154,9 +154,9 @@ def test_a_metric_of_the_code_is_shown_and_does_not_patch_the_language_model(
     train(text, tmp_path)
     monkeypatch.setattr(hooks, "patched_states", None)
     assert evaluate(tmp_path, "--metric", "L0") == 4
-    heading, _units, _site, row = capsys.readouterr().out.splitlines()[-5:-1]
-    shown = dict(zip(heading.split(), row.split()[1:], strict=True))
-    assert shown["L0"] == "4.0000" and "KLDiv" not in shown
+    *_, name, row, _saved = capsys.readouterr().out.splitlines()
+    assert name == "TopK_text, site 12"
+    assert row.split() == ["L0", "4.0000", "latents", "a", "token"]
 
 
 ADD_A_METRIC = """
@@ -603,9 +603,9 @@ def test_the_console_says_which_tokens_were_measured_and_l0_stands_beside_the_sc
     train(text, tmp_path)
     evaluate(tmp_path, "--metric", "NormMSE")
     lines = capsys.readouterr().out.splitlines()
-    heading = next(i for i, line in enumerate(lines) if line.split()[:1] == ["NormMSE"])
-    assert lines[heading - 1].endswith(f"tokens of split eval of {text}")
-    assert lines[heading].split() == ["NormMSE", "L0"]
+    name = lines.index("TopK_text, site 12")
+    assert lines[name - 1].endswith(f"tokens of split eval of {text}")
+    assert [line.split()[0] for line in lines[name + 1 : name + 3]] == ["NormMSE", "L0"]
 
 
 def test_rows_without_a_countable_prediction_are_one_clear_line(text, tmp_path):
