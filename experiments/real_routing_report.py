@@ -117,7 +117,7 @@ def table_rows(measured: Measured) -> list[Row]:
     lines = [Row(label, [run]) for run, label in CONTROLS.items()]
     for name, run in (("small", "small_by_best"), ("full", "full_by_best")):
         latents = measured.arms.get(run, {}).get("latents")
-        about = f"{len(sites)} TopKs, {latents} latents in all"
+        about = f"{len(sites)} TopKs, {latents:,} latents in all"
         lines += [Row(f"{about}, {how}", [f"{name}_by_{way}"]) for way, how in WAYS.items()]
     if all(topk in tables for tables in measured.chosen.values() for topk in topks):
         lines.append(Row(BEST, topks))
@@ -186,15 +186,22 @@ def table(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         values = [number(line["values"][metric]) for metric in SHOWN]
         gains = [below(line["below"][metric]) for metric in SHOWN]
-        cells = [line.get("latents", "-"), line.get("encoders", "-")]
+        cells = [f"{line['latents']:,}" if "latents" in line else "-", line.get("encoders", "-")]
         body.append([line["label"], *cells, *values, *gains])
     heads = [f"{metric}: RouteSAE below, %" for metric in SHOWN]
     return rows(["SAE", "latents", "encoders a token", *SHOWN, *heads], body)
 
 
+def _is_one_topk(line: dict[str, Any]) -> bool:
+    return len(line["runs"]) == 1 and line["runs"][0].startswith("topk_")
+
+
 def draw_gains(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw by how much RouteSAE is below each line; small points are seeds."""
-    lines = [line for line in lines if line["label"] != "RouteSAE"]
+    """Draw by how much RouteSAE is below each line; small points are seeds.
+
+    A single site is in the other picture.
+    """
+    lines = [line for line in lines if line["label"] != "RouteSAE" and not _is_one_topk(line)]
     height = 1.2 + 0.3 * len(lines)
     figure, axes = pyplot().subplots(1, len(SHOWN), figsize=(13, height), sharey=True)
     for axis, metric in zip(axes, SHOWN, strict=True):
@@ -207,7 +214,7 @@ def draw_gains(lines: list[dict[str, Any]], path: Path) -> None:
             axis.plot(seeds, [place] * len(seeds), ".", color=plot_style.GREY)
             axis.plot(100 * gain["value"], place, "D", color=plot_style.colour("RouteSAE"))
         axis.axvline(0, color=plot_style.DARK, lw=0.8)
-        axis.set(title=f"{metric}: RouteSAE below, %", ylim=(len(lines) - 0.5, -0.5))
+        axis.set(title=metric, xlabel="RouteSAE below, %", ylim=(len(lines) - 0.5, -0.5))
     axes[0].set_yticks(range(len(lines)), [line["label"] for line in lines])
     plot_style.save(figure, path)
 
@@ -258,7 +265,8 @@ def write(experiments: list[Experiment], folder: Path) -> None:
     files.save_json(result, folder / "real_routing.json")
     text = (
         "# Routing on a real language model: the table\n\n"
-        f"{options.tokens:,} training tokens, k {options.k}, {names.sites(measured.sites)}, seeds "
+        f"{options.tokens:,} training tokens, k {options.k}, {names.sites(measured.sites)}, "
+        f"{'seed' if len(measured.seeds) == 1 else 'seeds'} "
         f"{', '.join(map(str, measured.seeds))}; {tokens:,} held-out tokens of "
         f"{len(measured.used)} documents, KL of {predictions:,} predictions, in nats. In brackets "
         "the 95 % interval over documents, in braces that over seeds. KL / mean ablation: relative "
