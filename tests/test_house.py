@@ -212,6 +212,30 @@ def test_every_model_has_its_script():
         assert f"--model {name} " in script.read_text()
 
 
+@pytest.mark.parametrize("page", ["security", "comparison", "formats"])
+def test_tests_that_a_page_names_exist(page):
+    named = re.findall(r"\b(test_\w+)\.(test_\w+)", (ROOT / "docs" / f"{page}.md").read_text())
+    for module, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / f"{module}.py").read_text(), f"{module}.{test}"
+
+
+def test_every_page_is_reached_by_a_link_and_no_link_is_broken():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    reached = set()
+    for page in pages:
+        for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
+            if not link.startswith("../../actions"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+                reached.add((page.parent / link).resolve())
+    assert {page.name for page in pages[1:] if page not in reached} == set()
+
+
+def test_every_file_of_src_has_one_place_in_the_map():
+    for readme, head in (("README.md", "## File map"), ("README.zh.md", "## 文件一览")):
+        places = re.findall(r"`(?:src/)?(\w+)\.py`", (ROOT / readme).read_text().split(head)[1])
+        assert sorted(places) == sorted(SOURCES.keys() - {"__init__"}), readme
+
+
 def test_scripts_parse():
     for script in [*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]:
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0, script

@@ -353,7 +353,7 @@ def test_odd_lines_of_a_report_end_no_training(text):
 def test_a_run_too_short_for_its_target_l0_is_warned_of_before_and_after(text, capsys):
     train(text, "--model", "Vanilla", "TopK", "--target_l0", "8")
     said = capsys.readouterr().out
-    assert "--target_l0 takes about 500 steps, this run has 10" in said
+    assert "--target_l0 takes about 120 steps, this run has 10" in said
     assert re.search(r"Vanilla_text_t ends at L0 \S+, its --target_l0 is 8", said)
     assert "TopK_text_t ends" not in said
     train(text, "--tag", "u")
