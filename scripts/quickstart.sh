@@ -2,7 +2,7 @@
 # Trains SAEs from one pass of a language model, then evaluates and compares them. The latents of
 # RouteSAE are read, labelled, steered and put on a page.
 #   quickstart.sh            the built-in demo model: about two minutes after the installation
-#   quickstart.sh smollm2    SmolLM2-135M and real text, without a model hub: about 20 minutes
+#   quickstart.sh smollm2    SmolLM2-135M and real text, without a model hub: about 15 minutes
 # A result that is newer than its inputs is not made again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case "${1:-demo}" in

@@ -396,6 +396,8 @@ class _L1SAE(_PenaltySAE):
     on a token. From a denser start L1 kills most latents on the way down (docs/LOG.md).
     """
 
+    max_step_gain = 0.2  # of the controller of L0
+
     def __init__(
         self,
         hidden_size: int,
@@ -413,7 +415,12 @@ class _L1SAE(_PenaltySAE):
             l1_coeff = default_l1_coefficient(hidden_size)
         self.l1_mean = l1_mean
         self.start_l0 = start_l0
-        self.sparsity = SparsityController(l1_coeff, target_l0=target_l0, warmup=sparsity_warmup)
+        self.sparsity = SparsityController(
+            l1_coeff,
+            target_l0=target_l0,
+            warmup=sparsity_warmup,
+            max_step_gain=self.max_step_gain,
+        )
 
     @torch.no_grad()
     def warm_start(self, x):
@@ -599,6 +606,10 @@ class Crosscoder(_L1SAE, SAE):
 
     Decoder norms say at which sites a latent lives.
     """
+
+    # It answers late: with .32 in 74 steps L0 swung between 7 and 32 for a target of 16, and .61 of
+    # its latents died; with this bound L0 stayed near the target and .17 died.
+    max_step_gain = 0.12
 
     def __init__(
         self,
