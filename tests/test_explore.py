@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from src import names
 from src import server as server_module
 from src.applier import Applier
 from src.config import parse, run_stage
@@ -110,7 +111,7 @@ def test_any_sae_of_the_zoo_is_read_and_steered(folder):
         edits = [[["set", latent, 500.0]] for latent in range(4)]
         steps = [step for edit in edits for step in explorer.steer(index, TEXT, edit)]
         assert any(step["steered"] != step["as_is"] for step in steps), name
-        assert f"{name}_text on demo_lm" in explorer.page(index)
+        assert f"{name}_text on {names.language_model(DEMO_LM)}" in explorer.page(index)
 
 
 @pytest.mark.parametrize("index", range(len(NAMES)))
