@@ -5,7 +5,6 @@ medians in milliseconds, by CUDA events. The first part compares products in bfl
 Whether the kernels are exact is tested in tests/test_kernels.py (`pytest -m gpu`).
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.run import AS_PUBLISHED, SHAPES
 from src import checkpoint, config, device, lm, model, sparse
+from src.config import small_parser
 from src.device import pick_device
 from src.files import save_json
 from src.sae_training import LocalBatch, SAETraining
@@ -222,9 +222,7 @@ PARTS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.choices", description=__doc__.splitlines()[0]
-    )
+    parser = small_parser("benchmarks.choices", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output_dir", default="outputs/benchmark")

@@ -4,17 +4,15 @@ RESULTS is the benchmark.json of benchmarks.run or the sweeps.json of benchmarks
 beside the picture under the picture's name, so that the picture can be drawn again.
 """
 
-import argparse
 from pathlib import Path
 
 from benchmarks import report, sweeps
+from src.config import small_parser
 from src.files import load_json, save_text
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.draw", description=__doc__.splitlines()[0]
-    )
+    parser = small_parser("benchmarks.draw", __doc__)
     parser.add_argument("results", type=Path, help="benchmark.json or sweeps.json")
     parser.add_argument("picture", type=Path, help="PNG to write")
     cfg = parser.parse_args(argv)

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.run import flags
 from src import checkpoint
-from src.files import DEMO_LM, ROOT, save_json
+from src.files import DEMO_LM, ROOT, first_line, save_json
 from src.trainer import STATES_NAME
 
 PYTHON = sys.executable
@@ -285,9 +285,7 @@ def compare(folder: Path) -> dict[str, bool]:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="bash benchmarks/gpu.sh", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=first_line(__doc__))
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"which parts (default: all): {' '.join(PARTS)}")
     add("--dry", action="store_true", help="tiny sizes on the CPU, to see that each part works")

@@ -101,7 +101,7 @@ def random_page(n, seed=0):
 
 
 def main():
-    parser = small_parser("benchmarks.page_open", __doc__.splitlines()[0])
+    parser = small_parser("benchmarks.page_open", __doc__)
     parser.add_argument("--contexts", type=Path, help="contexts file of apply.py")
     path = parser.parse_args().contexts
     contexts, labels = read_features(path) if path else random_page(N_FEATURES)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from src import config, demo, hooks, lm, model
+from src.config import small_parser
 from src.data import Batch
 from src.files import ROOT, load_json, save_json, save_text
 from src.metrics import token_kl
@@ -230,9 +231,7 @@ def table(results: list[Result], k: int) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=__doc__.split("\n")[0]
-    )
+    parser = small_parser("benchmarks.quality", __doc__)
     add = parser.add_argument
     add("--peers", type=Path, default=Path("peers"), help="folder of the libraries' environments")
     add("--models", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))

@@ -10,7 +10,6 @@ Other libraries run from environments made by benchmarks/requirements-*.txt and 
 pictures in --output_dir.
 """
 
-import argparse
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from benchmarks import floors, report
 from benchmarks.runner import Contender, Failed, play, ratios, spread_of
 from src import checkpoint, demo, lm
+from src.config import small_parser
 from src.data import Rows
 from src.files import DEMO_LM, save_json, save_text
 from src.sae import routed_sites
@@ -724,9 +724,7 @@ def add_common_options(parser, rounds):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description=__doc__.splitlines()[0]
-    )
+    parser = small_parser("benchmarks.run", __doc__)
     add_common_options(parser, 8)
     add = parser.add_argument
     add("--quick", action="store_true", help="a smoke test: tiny shapes, few tokens")

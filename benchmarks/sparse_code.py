@@ -5,13 +5,13 @@ ratios at which one form becomes faster than another set SPARSE_FROM and ROWS_FR
 On CUDA use --hidden_size 2048 --tokens 32768.
 """
 
-import argparse
 import time
 
 import torch
 
 from src import device as device_module
 from src import sparse
+from src.config import small_parser
 from src.device import pick_device
 from src.model import TopK
 
@@ -45,7 +45,7 @@ def step(sae: TopK, x: torch.Tensor, form: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = small_parser("benchmarks.sparse_code", __doc__)
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=4080)
     parser.add_argument("--device", default="auto")

@@ -4,11 +4,11 @@ Contenders take turns at every point as in benchmarks.run, peers if --peers DIR 
 sweeps.json and sweeps.png in --output_dir. The widest dictionaries are for a GPU.
 """
 
-import argparse
 from pathlib import Path
 
 from benchmarks import report, run
 from src import plot_style
+from src.config import small_parser
 from src.files import save_json
 
 SWEEPS = {  # attribute of the benchmark: label
@@ -123,9 +123,7 @@ def panel(axis, name, curves):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sweeps", description=__doc__.splitlines()[0]
-    )
+    parser = small_parser("benchmarks.sweeps", __doc__)
     run.add_common_options(parser, 4)
     parser.add_argument(
         "--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which sweeps"

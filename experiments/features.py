@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments import exit_code
 from src import checkpoint, config, demo, hooks
 from src.files import save_json
 from src.probing import require_sklearn
@@ -264,7 +265,7 @@ def main() -> None:
     require_sklearn()
     results = measure(cfg)
     if not results:
-        raise SystemExit(
+        raise ValueError(
             "nothing to measure: name SAEs of one site at several sites, one SAE with two seeds, "
             "or a model with one code for several sites"
         )
@@ -276,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code("features", main))

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import claims
+from experiments import claims, exit_code
 from experiments.figures import PAPER
 from src import config, files
 
@@ -646,7 +646,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(own options, those for train.py)"""
     parser = argparse.ArgumentParser(
         "paper_figures.sh",
-        description=__doc__.splitlines()[0],
+        description=files.first_line(__doc__),
         epilog="Further options go to train.py.",
         allow_abbrev=False,
     )
@@ -695,20 +695,17 @@ def _add_options(add: Callable[..., Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, extra = parse(sys.argv[1:] if argv is None else argv)
-    figures = Figures(args, extra)
-    try:
-        verdicts = figures.run()
-    except (ValueError, OSError) as error:
-        print(f"paper_figures.sh: error: {error}", file=sys.stderr)
-        return 2
-    for record in verdicts:
+    return exit_code("paper_figures.sh", lambda: draw_all(Figures(args, extra)))
+
+
+def draw_all(figures: Figures) -> None:
+    for record in figures.run():
         print(f"{record['verdict']:>34}  {record['claim']}")
     seconds = time.monotonic() - figures.started
     print(
         f"{figures.made} of {figures.done} steps made, {seconds:.0f} s; "
         f"figures and table.md in {figures.folder}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments import exit_code
 from experiments.planted_world import LEVELS, Samples, World
 from src import checkpoint, config, model
+from src.config import small_parser
 from src.files import load_json, save_json, save_text
 from src.ops import squared_errors
 from src.sae import SAE, BatchInfo
@@ -303,9 +305,7 @@ def _cell(values: list[float]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.planted", description=__doc__.split("\n")[0]
-    )
+    parser = small_parser("experiments.planted", __doc__)
     add = parser.add_argument
     add("--level", choices=LEVELS, default="synth", help="the world")
     add("--models", nargs="+", choices=ARMS, help="default: all that the world has sites for")
@@ -323,7 +323,7 @@ def _earlier(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     earlier = load_json(path)
     if earlier["about"] != about:
-        raise SystemExit(
+        raise ValueError(
             f"{path} holds results of {earlier['about']}, not of {about}; give another --out"
         )
     return earlier["results"]
@@ -393,4 +393,4 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code("planted", main))

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from experiments import exit_code
 from experiments import real_routing_report as report
 from experiments.routing import rows_of
 from experiments.routing_measure import Pace, measure
@@ -313,16 +314,7 @@ def default_sites(train_options: list[str]) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     options, train_options = parse_args(argv)
-    try:
-        run(options, train_options)
-    except KeyboardInterrupt as stop:
-        reason = f"; {stop}" if str(stop) else ""
-        print(f"real_routing: interrupted{reason}; the same command continues", file=sys.stderr)
-        return getattr(stop, "exit_code", 130)
-    except (ValueError, OSError) as error:
-        print(f"real_routing: error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
-    return 0
+    return exit_code("real_routing", lambda: run(options, train_options))
 
 
 if __name__ == "__main__":

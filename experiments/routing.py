@@ -15,7 +15,7 @@ import functools
 import sys
 from pathlib import Path
 
-from experiments import routing_measure, routing_report, routing_runs
+from experiments import exit_code, routing_measure, routing_report, routing_runs
 from src import config, demo, lm
 from src.data import Rows
 from src.device import pick_device
@@ -95,16 +95,7 @@ def run(options: argparse.Namespace, train_options: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     options, train_options = parse_args(argv)
-    try:
-        run(options, train_options)
-    except KeyboardInterrupt as stop:
-        reason = f"; {stop}" if str(stop) else ""
-        print(f"routing: interrupted{reason}; the same command continues", file=sys.stderr)
-        return getattr(stop, "exit_code", 130)
-    except (ValueError, OSError) as error:
-        print(f"routing: error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
-    return 0
+    return exit_code("routing", lambda: run(options, train_options))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ python -m experiments.smollm2_curves outputs/runs/sites/metrics.jsonl docs/smoll
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from src import plot_style
+from src.config import small_parser
 from src.files import save_text
 from src.plots import Course, load_courses, pyplot
 
@@ -61,7 +61,7 @@ def picture(courses: dict[str, Course], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = small_parser("experiments.smollm2_curves", __doc__)
     parser.add_argument("log", type=Path, help="metrics.jsonl of the training")
     parser.add_argument("out", type=Path, help="path of the picture and the table, without suffix")
     parser.add_argument("--sites", type=int, nargs=3, default=[7, 14, 22], help="of the TopKs")

@@ -9,7 +9,6 @@ experiments/planted_world.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import checkpoint, lm
+from src.config import small_parser
 from src.files import load_json
 from src.sae import SAE
 
@@ -116,7 +116,7 @@ def of_site(site: int, sae: SAE, hidden: dict[int, Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = small_parser("experiments.smollm2_features", __doc__)
     parser.add_argument("saes", type=Path, help="folder of TopK SAEs, one a site")
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--data_path", type=Path, required=True, help="a JSONL file of texts")

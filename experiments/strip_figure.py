@@ -7,13 +7,13 @@ Contexts and labels of the SAE are taken from --output_dir (apply.py and interpr
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from src import files, latent_notes, plot_style
+from src.config import small_parser
 from src.plot_style import DARK, GREY, pyplot
 from src.reader import Reader
 
@@ -168,7 +168,7 @@ def contexts(entry: dict[str, Any]) -> Iterator[tuple[float, str, str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.strip_figure", description=__doc__)
+    parser = small_parser("experiments.strip_figure", __doc__)
     add = parser.add_argument
     add("SAE", help="a RouteSAE")
     add("--text", required=True, help="text of the strip")

@@ -27,6 +27,7 @@ from src.files import (
     INTERPRET_DIR,
     SAE_DIR,
     error_text,
+    first_line,
     one_line,
     parse_json,
     printable,
@@ -893,6 +894,7 @@ SHARED_STAGES = ("train", "evaluate", "apply")
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
 SWEPT = ("k", "l1_coeff", "target_l0", "layer")
 OF_THE_LM = {"hidden_size", "n_layers"}  # constructor values that the language model decides
+OF_ONE_TRAINING = {"freeze"}  # those that --init_from does not take from its source
 NOT_EMPTY = (
     "model_path", "data_path", "output_dir", "SAE_path", "init_from", "config", "prompts", "device",
     "union", "assign",
@@ -1017,8 +1019,8 @@ def module_command(module: str) -> str:
 
 
 def small_parser(module: str, about: str) -> argparse.ArgumentParser:
-    """Command line of a small program beside the stages."""
-    return argparse.ArgumentParser(prog=module_command(module), description=about)
+    """Command line of a small program beside the stages. The first line of `about` is shown."""
+    return argparse.ArgumentParser(prog=module_command(module), description=first_line(about))
 
 
 def _options_of(stage: str) -> Iterator[tuple[str, Option]]:
@@ -1320,7 +1322,8 @@ def inherit(cfg: Namespace, name: str, values: Mapping[str, Any]) -> dict[str, A
             f"--model {' '.join(cfg.model)}: give --model {name}"
         )
     cfg.model = [name]
-    taken = {key: value for key, value in values.items() if key not in cfg.typed | OF_THE_LM}
+    not_taken = cfg.typed | OF_THE_LM | OF_ONE_TRAINING
+    taken = {key: value for key, value in values.items() if key not in not_taken}
     for key in taken.keys() & OPTIONS.keys() & vars(cfg).keys():
         setattr(cfg, key, taken[key])
     check(cfg)

@@ -433,9 +433,9 @@ class Endpoint:
                 **request, extra_headers=_headers(client)
             )
             return reply.content
-        except Exception:
-            if is_late.is_set():
-                raise TimeoutError from None
+        except Exception as error:
+            if is_late.is_set():  # the closed connection is told in the HTTP library's own errors
+                raise TimeoutError from error
             raise
         finally:
             timer.cancel()

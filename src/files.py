@@ -163,10 +163,10 @@ def one_line(text: Any) -> str:
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not blank, or the name of its type."""
-    lines = (line.strip() for line in str(error).split("\n"))
-    return next(filter(None, lines), type(error).__name__)
+def first_line(text: str | BaseException) -> str:
+    """The first line of a text, or of an error's, that is not blank; else the name of its type."""
+    lines = (line.strip() for line in str(text).split("\n"))
+    return next(filter(None, lines), type(text).__name__)
 
 
 def error_text(error: BaseException) -> str:

@@ -468,7 +468,7 @@ def fill_in(data: dict[str, Any], scripts: Sequence[str] = SCRIPTS, connect: str
 
 
 def _arguments() -> Namespace:
-    parser = small_parser("src.page", __doc__.splitlines()[0])
+    parser = small_parser("src.page", __doc__)
     add = parser.add_argument
     add("contexts", type=Path, help="contexts file of apply.py")
     add("report", type=Path, help="HTML file to write")

@@ -74,7 +74,8 @@ class SparsityController(nn.Module):
         """Move both gains of a PI controller by the predicted log(L0 / target).
 
         Between the target and a bound that closes in on it, ever more slowly, nothing is done. All
-        rates are per run, so that the length of the run changes nothing.
+        rates are per run, so that its length changes nothing, except where max_step_gain bounds a
+        step.
         """
         step = progress - self.progress
         before = self.log_l0.clone()

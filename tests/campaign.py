@@ -14,7 +14,6 @@ SIGKILL cannot test fsync, because the kernel keeps what was written. Only a pow
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import hashlib
@@ -38,7 +37,7 @@ import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from src import checkpoint, files
-from src.config import run_stage
+from src.config import run_stage, small_parser
 from src.trainer import Trainer
 
 MODELS = ["TopK", "RouteSAE", "Vanilla"]
@@ -644,7 +643,7 @@ def report(results, trainings):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = small_parser("tests.campaign", __doc__)
     add = parser.add_argument
     trials_help = "trainings killed twice each; other faults in proportion (200)"
     add("--trials", type=int, default=200, help=trials_help)

@@ -8,7 +8,6 @@ of their patches is measured. The result is a line for each family. It is no par
 every change: it takes minutes, and a new version of transformers changes its result.
 """
 
-import argparse
 import json
 import math
 import signal
@@ -22,6 +21,7 @@ import torch
 import transformers
 
 from src import hooks, lm, metrics
+from src.config import small_parser
 from src.data import Batch
 from src.files import first_line
 from src.model import build
@@ -421,7 +421,7 @@ def causal_configs():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = small_parser("tests.sweep_families", __doc__)
     parser.add_argument("families", nargs="*", help="names such as Llama; default: all")
     parser.add_argument("--json", help="file for the result")
     args = parser.parse_args()

@@ -106,5 +106,5 @@ def test_one_command_measures_all_checkpoints(tmp_path, monkeypatch, capsys):
     assert results["Crosscoder_t"]["sites"] == 9
     assert "mean_cosine" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["features", paths[1], *common])
-    with pytest.raises(SystemExit, match="nothing to measure: name SAEs of one site"):
+    with pytest.raises(ValueError, match="nothing to measure: name SAEs of one site"):
         features.main()

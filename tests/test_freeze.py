@@ -147,6 +147,16 @@ def test_weights_of_another_sae_are_the_start_that_is_kept(text, tmp_path):
         assert least_cosine(sae, begun) > 0.8 - 1e-6
 
 
+def test_a_training_that_begins_with_a_frozen_sae_trains_all_of_it(text, tmp_path):
+    train(text, tmp_path, "--freeze", "decoder")
+    source = sae_path(tmp_path, "TopK_text_frozen-decoder")
+    begun = checkpoint.load(source)[0].decoder.weight
+    train(text, tmp_path, "--init_from", str(source), "--tag", "more")
+    sae, recipe = checkpoint.load(sae_path(tmp_path, "TopK_text_more"))
+    assert recipe["config"]["freeze"] is None
+    assert not torch.equal(sae.decoder.weight, begun)
+
+
 def test_a_kind_that_is_not_known_is_refused():
     with pytest.raises(ValueError, match="known are decoder, soft_decoder, encoder"):
         build("TopK", 8, 4, {"latent_size": 16, "k": 2, "freeze": "both"})

@@ -252,7 +252,7 @@ def test_the_command_goes_on_where_it_stopped_and_refuses_another_world(tiny, tm
     first = run(tmp_path, "--level", "one", "--models", "TopK")
     both = run(tmp_path, "--level", "one", "--models", "TopK", "BatchTopK")
     assert both[0] == first[0] and [r["model"] for r in both] == ["TopK", "BatchTopK"]
-    with pytest.raises(SystemExit, match="give another --out"):
+    with pytest.raises(ValueError, match="give another --out"):
         run(tmp_path, "--level", "several", "--models", "TopK")
 
 
