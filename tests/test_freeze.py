@@ -153,7 +153,7 @@ def test_a_training_that_begins_with_a_frozen_sae_trains_all_of_it(text, tmp_pat
     begun = checkpoint.load(source)[0].decoder.weight
     train(text, tmp_path, "--init_from", str(source), "--tag", "more")
     sae, recipe = checkpoint.load(sae_path(tmp_path, "TopK_text_more"))
-    assert recipe["config"]["freeze"] is None
+    assert recipe["config"].get("freeze") is None
     assert not torch.equal(sae.decoder.weight, begun)
 
 
