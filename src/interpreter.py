@@ -297,7 +297,7 @@ def is_cut(text: str) -> bool:
 
 
 def _would_end(text: str) -> bool:
-    """Whether an answer is cut that may be whole if it is asked for again."""
+    """Whether a cut answer would end if it had more room; one that repeats itself would not."""
     return is_cut(text) and not repeats_itself(text)
 
 
