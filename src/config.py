@@ -313,6 +313,14 @@ OPTIONS: dict[str, Option] = {
         low=0,
         many=True,
     ),
+    "l1_saturation": Option(
+        "sae",
+        float,
+        None,
+        "A strength counts in L1 at most this share of a token's norm, by tanh; 0: plain L1. "
+        "Default: 0.05 for Vanilla and Crosscoder, 0 for Gated and with --recipe published.",
+        low=0,
+    ),
     "threshold": Option(
         "sae",
         float,

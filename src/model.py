@@ -403,6 +403,7 @@ class _L1SAE(_PenaltySAE):
         *,
         l1_coeff: float | None = None,
         l1_mean: bool = False,
+        l1_saturation: float = 0.0,
         target_l0: float | None = None,
         sparsity_warmup: float = 0.05,
         start_l0: float = DEFAULT_START_L0,
@@ -412,6 +413,7 @@ class _L1SAE(_PenaltySAE):
         if l1_coeff is None:
             l1_coeff = default_l1_coefficient(hidden_size)
         self.l1_mean = l1_mean
+        self.l1_saturation = l1_saturation
         self.start_l0 = start_l0
         self.sparsity = SparsityController(l1_coeff, target_l0=target_l0, warmup=sparsity_warmup)
 
@@ -445,8 +447,18 @@ class _L1SAE(_PenaltySAE):
         return self.latent_bias
 
     def _l1(self, latents: Tensor, norms: Tensor, batch: BatchInfo) -> Tensor:
-        """Return the penalty: latents [N,F] weighted by decoder norms [F], or their mean."""
-        per_token = latents.mean(-1) if self.l1_mean else latents @ norms
+        """Return the penalty: latents [N,F] weighted by decoder norms [F], or their mean.
+
+        With l1_saturation a strength s counts a tanh(s / a), a being this share of the norm
+        sqrt(D) of a token. It is L1 for small s; what is large is not shrunk (docs/LOG.md).
+        """
+        if self.l1_mean:
+            per_token = latents.mean(-1)
+        elif self.l1_saturation:
+            highest = self.l1_saturation * self.hidden_size**0.5
+            per_token = highest * torch.tanh(latents * (norms / highest)).sum(-1)
+        else:
+            per_token = latents @ norms
         return self.sparsity.coefficient() * batch.share_of_mean(per_token)
 
 

@@ -25,6 +25,7 @@ DEFAULTS = {  # of the options that a model may leave out
     "hierarchical_k": (),  # all below k
     "l0_post_jump": False,
     "l1_mean": False,
+    "l1_saturation": 0.0,  # share of a token's norm sqrt(D)
     "matryoshka_widths": (),  # all below the number of latents
     "routing": "hard",
     "seed": 42,
@@ -152,10 +153,14 @@ class ReferenceSAE:
     def l1(self, z: Tensor, norms: Tensor) -> Tensor:
         """coefficient sum_f z_f ||W_dec,f||, averaged over tokens (Conerly et al. 2024).
 
-        With l1_mean: the mean over latents, without norms.
+        With l1_mean: the mean over latents, without norms. With l1_saturation each term s is
+        a tanh(s / a), a = l1_saturation sqrt(D) (Anthropic, January 2025 update).
         """
         if self.options["l1_mean"]:
             per_token = z.mean(-1)
+        elif self.options["l1_saturation"]:
+            a = self.options["l1_saturation"] * self.options["hidden_size"] ** 0.5
+            per_token = (a * torch.tanh(z * norms / a)).sum(-1)
         else:
             per_token = (z * norms).sum(-1)
         return self.coefficient() * per_token.mean()

@@ -38,8 +38,15 @@ _ROUTER = (
 )  # fmt: skip
 _PUBLISHED = {"b_pre_init": "zero", "auxk_coeff": 0.0}
 _PUBLISHED_DICTIONARY = _PUBLISHED | {"unit_encoder": False}
-_L1 = ("start_l0", *_SPARSE)
-_PUBLISHED_L1 = {"l1_coeff": 5e-4, "l1_mean": True, "sparsity_warmup": 0.0, "start_l0": 0.0}
+_L1 = ("start_l0", "l1_saturation", *_SPARSE)
+_SATURATED = {"l1_saturation": 0.05}
+_PUBLISHED_L1 = {
+    "l1_coeff": 5e-4,
+    "l1_mean": True,
+    "l1_saturation": 0.0,
+    "sparsity_warmup": 0.0,
+    "start_l0": 0.0,
+}
 _PUBLISHED_JUMP = {
     "l1_coeff": 5e-4,
     "threshold": 1e-3,
@@ -65,6 +72,7 @@ ZOO: dict[str, Entry] = {
         "ReLU and an L1 penalty",
         (*_ONE_SITE, *_L1),
         (*_DICTIONARY, "l1_mean"),
+        standard=_SATURATED,
         published=_PUBLISHED_DICTIONARY | _PUBLISHED_L1,
     ),
     "Gated": Entry(
@@ -90,7 +98,7 @@ ZOO: dict[str, Entry] = {
         "one code for all routed sites",
         (*_RANGE, *_L1),
         ("l1_mean", "decoder_bias", "free_norms"),
-        standard={"decoder_bias": True, "free_norms": True},
+        standard=_SATURATED | {"decoder_bias": True, "free_norms": True},
         published=_PUBLISHED | _PUBLISHED_L1,
         lr=0.3,
     ),

@@ -1,5 +1,6 @@
 """What all models of the zoo have in common, then what is particular to each."""
 
+import dataclasses
 import math
 
 import pytest
@@ -451,8 +452,9 @@ def test_threshold_gradients_equal_finite_differences_of_the_expected_loss():
     assert abs(theta.grad.item() - (above - below).item() / 0.1) < 0.02
 
 
-def test_l1_is_weighted_by_decoder_norms_so_that_rescaling_does_not_change_it(hidden):
-    sae = make("Vanilla", sparsity_warmup=0.0)
+@pytest.mark.parametrize("saturation", [0.0, 0.05])
+def test_l1_is_weighted_by_decoder_norms_so_that_rescaling_does_not_change_it(hidden, saturation):
+    sae = make("Vanilla", sparsity_warmup=0.0, l1_saturation=saturation)
     x = sae.gather(hidden)
     before = sae.penalty(sae.autoencode(x))["L1"]
     with torch.no_grad():
@@ -461,8 +463,23 @@ def test_l1_is_weighted_by_decoder_norms_so_that_rescaling_does_not_change_it(hi
         sae.latent_bias /= 3
     out = sae.autoencode(x)
     assert torch.isclose(sae.penalty(out)["L1"], before)
-    by_hand = 0.1 / D**0.5 * (out.latents * 3).sum(-1).mean()
+    strengths = out.latents * 3
+    if saturation:
+        highest = saturation * D**0.5
+        strengths = highest * torch.tanh(strengths / highest)
+    by_hand = 0.1 / D**0.5 * strengths.sum(-1).mean()
     assert torch.isclose(before, by_hand, rtol=1e-4)
+
+
+def test_a_saturating_l1_is_l1_for_weak_latents_and_bounded_for_strong_ones():
+    sae = make("Vanilla", sparsity_warmup=0.0, l1_saturation=0.05)
+    latent_size = sae.latent_size
+    weak, strong = (torch.full((1, latent_size), strength) for strength in (1e-4, 100.0))
+    out = sae.autoencode(torch.randn(1, D))
+    penalties = [float(sae.penalty(dataclasses.replace(out, code=z))["L1"]) for z in (weak, strong)]
+    coefficient, highest = 0.1 / D**0.5, 0.05 * D**0.5
+    assert penalties[0] == pytest.approx(coefficient * latent_size * 1e-4, rel=1e-3)
+    assert penalties[1] == pytest.approx(coefficient * latent_size * highest, rel=1e-5)
 
 
 # direction 1: the code is too dense and the coefficient must rise; -1: it is too sparse.

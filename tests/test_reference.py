@@ -20,6 +20,8 @@ STEPS, LEARNING_RATE = 25, 1e-3
 VARIANTS = [(name, recipe, {}) for name in ZOO for recipe in ("standard", "published")]
 VARIANTS += [("RouteSAE", "standard", {"routing": routing}) for routing in ("soft", "random")]
 VARIANTS += [("TopK", "standard", {"hierarchical_k": [1, 2]})]
+VARIANTS += [("Gated", "standard", {"l1_saturation": 0.05})]
+VARIANTS += [("Vanilla", "standard", {"l1_saturation": 0.0})]
 VARIANTS += [("TopK", "standard", {"latent_size": 24})]  # k / F too large for the sparse kernels
 
 
