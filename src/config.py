@@ -333,7 +333,7 @@ OPTIONS: dict[str, Option] = {
         float,
         None,
         "Width of the window in which JumpReLU's threshold gets a gradient. Default: "
-        "0.001 sqrt(hidden size), at least 0.05.",
+        "0.05 sqrt(hidden size / 128).",
         above=0,
     ),
     "target_l0": Option(
@@ -1354,7 +1354,8 @@ def learning_rate(cfg: Namespace, name: str, width: int) -> float:
     if cfg.lr is not None:
         return cfg.lr
     if cfg.optimizer == "signum":
-        return zoo.ZOO[name].lr * 5e-3 / (cfg.latent_size / 16384 * width / 128) ** 0.5
+        shape = cfg.latent_size / 16384 * width / zoo.TUNED_WIDTH
+        return zoo.ZOO[name].lr * 5e-3 / shape**0.5
     return 5e-4
 
 

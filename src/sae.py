@@ -339,6 +339,10 @@ class SAE(nn.Module):
         """Return the weights that are held within a bound, and what brings values back to it."""
         return {}
 
+    def lr_factors(self) -> dict[Tensor, float]:
+        """Return what multiplies the learning rate of signum, of parameters that are no weights."""
+        return {}
+
     def adam_parameters(self) -> list[Tensor]:
         """Return the parameters that are not part of a dictionary.
 

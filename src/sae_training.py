@@ -137,7 +137,7 @@ class Signum(torch.optim.Optimizer):
 
 def make_optimizer(
     name: str,
-    params: list[Tensor],
+    params: list[Tensor] | list[dict[str, Any]],
     lr: float,
     betas: tuple[float, float],
     average_power: float = 0.0,
@@ -222,6 +222,8 @@ class SAETraining:
     def _make_optimizers(self, cfg: Namespace) -> None:
         adam_params = self.sae.adam_parameters() if cfg.optimizer != "adam" else []
         others = [p for p in self.sae.parameters() if all(p is not a for a in adam_params)]
+        if cfg.optimizer == "signum":
+            others = self._groups(others)
         power = cfg.average_power
         self.optimizers = [make_optimizer(cfg.optimizer, others, self.lr, cfg.betas, power)]
         if adam_params:
@@ -232,6 +234,14 @@ class SAETraining:
             for optimizer in self.optimizers
             if isinstance(optimizer, torch.optim.Adam)
         ]
+
+    def _groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Return these parameters grouped by their learning rates."""
+        factors = self.sae.lr_factors()
+        groups: dict[float, list[Tensor]] = {}
+        for p in params:
+            groups.setdefault(factors.get(p, 1.0), []).append(p)
+        return [{"params": group, "lr": factor * self.lr} for factor, group in groups.items()]
 
     def mode(self, training: bool) -> None:
         """Switch to the weights that get gradients, or to the average that is kept."""

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from src.stage_help import did_you_mean
 
+TUNED_WIDTH = 128  # hidden size of the demo model, on which the defaults were found
+
 
 class Entry(NamedTuple):
     """One model of the zoo."""

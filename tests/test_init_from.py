@@ -183,3 +183,23 @@ def test_the_default_learning_rate_falls_with_width_and_latents():
     assert config.learning_rate(cfg, "TopK", 4 * D) == pytest.approx(demo / 4)
     cfg.lr = 0.5
     assert config.learning_rate(cfg, "TopK", 4 * D) == 0.5
+
+
+@pytest.mark.parametrize("width", [128, 64])
+def test_a_threshold_has_a_learning_rate_of_the_size_of_pre_activations(width):
+    argv = ["--model", "JumpReLU", "--latent_size", "96"]
+    for optimizer, factor in (("signum", width / 128), ("adam", 1.0)):
+        cfg = config.complete(config.parse("train", [*argv, "--optimizer", optimizer]))
+        sae = build("JumpReLU", width, 4, config.model_options(cfg, "JumpReLU") | {"layer": 2})
+        training = SAETraining(sae, "JumpReLU", {}, cfg, 100)
+        if optimizer == "adam":  # its first step is far down the warm-up
+            training.schedules[0].optimizer.param_groups[0]["lr"] = training.lr
+        training.mode(True)
+        before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+        for p in sae.parameters():
+            p.grad = torch.ones_like(p)
+        training.optimizers[0].step()
+        for name, p in sae.named_parameters():
+            expected = training.lr * (factor if name == "threshold" else 1.0)
+            moved = (before[name] - p).abs()
+            assert torch.allclose(moved, torch.full_like(moved, expected), rtol=1e-3), name

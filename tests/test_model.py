@@ -476,7 +476,7 @@ def test_a_saturating_l1_is_l1_for_weak_latents_and_bounded_for_strong_ones():
     latent_size = sae.latent_size
     weak, strong = (torch.full((1, latent_size), strength) for strength in (1e-4, 100.0))
     out = sae.autoencode(torch.randn(1, D))
-    penalties = [float(sae.penalty(dataclasses.replace(out, code=z))["L1"]) for z in (weak, strong)]
+    penalties = [sae.penalty(dataclasses.replace(out, code=z))["L1"].item() for z in (weak, strong)]
     coefficient, highest = 0.1 / D**0.5, 0.05 * D**0.5
     assert penalties[0] == pytest.approx(coefficient * latent_size * 1e-4, rel=1e-3)
     assert penalties[1] == pytest.approx(coefficient * latent_size * highest, rel=1e-5)
