@@ -71,7 +71,7 @@ ZOO: dict[str, Entry] = {
         published=_PUBLISHED_DICTIONARY,
     ),
     "Vanilla": Entry(
-        "ReLU and an L1 penalty",
+        "ReLU and an L1 penalty that levels off",
         (*_ONE_SITE, *_L1),
         (*_DICTIONARY, "l1_mean"),
         standard=_SATURATED,
