@@ -661,6 +661,15 @@ class Crosscoder(_L1SAE, SAE):
                 encoder.weight.copy_(unit / self.n_processed_layers)
                 decoder.weight.copy_(norm * unit.T)
 
+    def lr_factors(self):
+        """Return that of the bias.
+
+        It is of the size of a pre-activation, as JumpReLU's threshold is, and it must move fast
+        enough for AuxK to lift dead latents. With the rate of weights .21 of them stayed dead on
+        SmolLM2, with this one .08 (docs/LOG.md).
+        """
+        return {self.latent_bias: 10 * self.hidden_size / TUNED_WIDTH}
+
     def sites(self):
         return self.routed
 
