@@ -52,6 +52,7 @@ QUANTITIES = {
     "L0": L0_LABEL,
     "dead": "dead latents, share",
 }
+LOG_SPREAD = 10  # ratio of values above which a linear axis would press the smaller ones together
 DENSITY_TICKS = ("never", "<1e-5", "<1e-4", "<1e-3", "<1e-2", "<0.1", "<1")
 STAR = (
     "\\* L0 is more than 10 % off the common k: not comparable at this row. A Crosscoder's code "
@@ -356,7 +357,12 @@ def draw_sites(axis: Any, results: list[Result], key: str, label: str, height: f
     axis.set(xlabel="site", title=label)
     axis.grid(axis="x", visible=False)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    plot_style.set_zero_axis(axis, "y", [result[key] for result in results])
+    values = [result[key] for result in results]
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > LOG_SPREAD * min(positive):
+        plot_style.set_log_axis(axis, "y", values)
+    else:
+        plot_style.set_zero_axis(axis, "y", values)
     label_lines(axis, labels, height)
 
 

@@ -329,6 +329,17 @@ def test_a_model_at_many_sites_is_a_curve_and_a_routed_one_a_level_line(tmp_path
     assert is_inside(figure)
 
 
+@pytest.mark.parametrize("worst, scale", [(0.09, "linear"), (0.5, "log")])
+def test_small_values_over_sites_are_not_pressed_together_by_a_large_one(drawn, worst, scale):
+    results = [at("TopK", site, 32.0, site / 100) for site in (2, 4, 6)]
+    results += [at("RandomK", 6, 32.0, worst)]
+    axis = plots.pyplot().figure(figsize=(6, 4)).add_subplot()
+    plots.draw_sites(axis, results, "NormMSE", "NormMSE", 4)
+    assert axis.get_yscale() == scale
+    low, high = axis.get_ylim()
+    assert low < 0.02 and high > worst
+
+
 @pytest.mark.parametrize("l0", [(31.999, 32.0001), (8.0, 64.0), (0.5, 3000.0), (32.0, 36.0)])
 @pytest.mark.parametrize("error", [(0.1, 0.1), (0.1, 0.1000001), (1e-4, 0.9)])
 def test_no_axis_of_a_frontier_collapses(tmp_path, drawn, l0, error):
