@@ -266,20 +266,27 @@ class SAETraining:
             "plain": {name: getattr(self, name) for name in self.SAVED},
         }
 
+    def _differences(self, state: dict[str, Any]) -> list[str]:
+        """Return what of a saved state does not fit this SAE."""
+        expected = {(name, tensor.shape) for name, tensor in self._tensors().items()}
+        saved = {(name, tensor.shape) for name, tensor in state["sae"].items()}
+        names = sorted({name for name, _ in expected ^ saved})
+        own_groups = [len(optimizer.param_groups) for optimizer in self.optimizers]
+        if own_groups != [len(optimizer["param_groups"]) for optimizer in state["optimizers"]]:
+            names.append("learning rates")
+        return names
+
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what state() returned. Raises ValueError if it belongs to another SAE."""
         self.mode(True)  # first: with optimiser states in place it would exchange weights
-        tensors = self._tensors()
-        expected = {(name, tensor.shape) for name, tensor in tensors.items()}
-        saved = {(name, tensor.shape) for name, tensor in state["sae"].items()}
-        if expected != saved:
-            names = ", ".join(sorted({name for name, _ in expected ^ saved})[:4])
+        differences = self._differences(state)
+        if differences:
             raise ValueError(
-                f"the saved state of {self.title} does not fit ({names}); another version of "
-                "this program wrote it"
+                f"the saved state of {self.title} does not fit ({', '.join(differences[:4])}); "
+                "another version of this program wrote it"
             )
-        for name, tensor in tensors.items():
+        for name, tensor in self._tensors().items():
             tensor.copy_(state["sae"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

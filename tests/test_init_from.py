@@ -8,7 +8,7 @@ import torch
 from src import checkpoint, config, export_formats, files
 from src.config import parse, run_stage
 from src.files import DEMO_LM
-from src.model import build
+from src.model import JumpReLU, build
 from src.sae import BatchInfo
 from src.sae_training import SOURCE_SUM, LocalBatch, SAETraining
 from src.trainer import Trainer
@@ -203,3 +203,18 @@ def test_a_threshold_has_a_learning_rate_of_the_size_of_pre_activations(width):
             expected = training.lr * (factor if name == "threshold" else 1.0)
             moved = (before[name] - p).abs()
             assert torch.allclose(moved, torch.full_like(moved, expected), rtol=1e-3), name
+
+
+def test_a_saved_state_with_other_learning_rates_is_refused_in_one_line(monkeypatch):
+    cfg = config.complete(config.parse("train", ["--model", "JumpReLU", "--latent_size", "96"]))
+
+    def training():
+        sae = build("JumpReLU", 64, 4, config.model_options(cfg, "JumpReLU") | {"layer": 2})
+        return SAETraining(sae, "JumpReLU", {}, cfg, 100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JumpReLU, "lr_factors", lambda self: {})
+        saved = training().state()
+    with pytest.raises(ValueError, match="JumpReLU does not fit .learning rates.; another version"):
+        training().restore(saved)
+    training().restore(training().state())
