@@ -86,15 +86,17 @@ def score(sae, states):
     }
 
 
-def training_objects():
-    """(SAEs, schedule-free optimisers) that are alive.
+def training_objects(before=()):
+    """(SAEs, schedule-free optimisers) that are alive and are none of those `before`.
 
-    They are found by type among all objects, so that this file need not know the trainer.
+    They are found by type among all objects, so that this file need not know the trainer. Their
+    order is that of the garbage collector.
     """
     from src.sae import SAE
     from src.sae_training import Signum
 
-    objects = gc.get_objects()
+    known = {id(thing) for things in before for thing in things}
+    objects = [thing for thing in gc.get_objects() if id(thing) not in known]
     saes = [thing for thing in objects if issubclass(type(thing), SAE)]
     saes = [sae for sae in saes if next(sae.parameters()).device.type != "meta"]
     inner = {id(part) for sae in saes for part in sae.children()}
@@ -112,9 +114,9 @@ def ours(job, turns):
     if job.get("stages"):
         stages.mark()
     turns.breakdown = stages.breakdown
-    training = []
+    training, before = [], training_objects()  # other SAEs may live in this process
     uncounted_batch = Rows.batch
-    tokens = count(turns, lambda: training.extend(training_objects()))
+    tokens = count(turns, lambda: training.extend(training_objects(before)))
     # the trial step from which the duration is estimated is no step of the training
     leave_uncounted(estimate, "step_cost", uncounted_batch)
 

@@ -18,6 +18,7 @@ from src.applier import Applier
 from src.data import Rows
 from src.device import fast_bfloat16
 from src.files import DEMO_LM, ROOT
+from src.model import build
 
 
 @pytest.fixture
@@ -76,6 +77,16 @@ def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, put_back)
     assert last["final"]
     assert first["tokens"] + second["tokens"] + last["tokens"] == last["done"]
     assert late["NormMSE"] != early["NormMSE"] and late["L0"] == 4
+
+
+def test_only_the_saes_of_a_training_are_measured_not_those_of_other_tests():
+    options = {"latent_size": 32, "k": 4, "layer": 2}
+    other = build("TopK", 8, 4, options)
+    before = contenders.training_objects()
+    assert any(sae is other for sae in before[0])
+    trained = build("TopK", 8, 4, options)
+    saes, _ = contenders.training_objects(before)
+    assert len(saes) == 1 and saes[0] is trained
 
 
 def test_apply_as_a_contender_counts_every_token_once(text, tmp_path, put_back, monkeypatch):
