@@ -86,8 +86,8 @@ def score(sae, states):
     }
 
 
-def training_objects(before=()):
-    """(SAEs, schedule-free optimisers) that are alive and are none of those `before`.
+def living():
+    """(SAEs, those within another too; schedule-free optimisers), of the whole process.
 
     They are found by type among all objects, so that this file need not know the trainer. Their
     order is that of the garbage collector.
@@ -95,12 +95,19 @@ def training_objects(before=()):
     from src.sae import SAE
     from src.sae_training import Signum
 
-    known = {id(thing) for things in before for thing in things}
-    objects = [thing for thing in gc.get_objects() if id(thing) not in known]
+    objects = gc.get_objects()
     saes = [thing for thing in objects if issubclass(type(thing), SAE)]
+    return saes, [thing for thing in objects if type(thing) is Signum]
+
+
+def training_objects(before):
+    """(SAEs, optimisers) that were not alive `before`, when living() was called."""
+    known = {id(thing) for things in before for thing in things}
+    saes, optimizers = (
+        [thing for thing in things if id(thing) not in known] for things in living()
+    )
     saes = [sae for sae in saes if next(sae.parameters()).device.type != "meta"]
     inner = {id(part) for sae in saes for part in sae.children()}
-    optimizers = [thing for thing in objects if type(thing) is Signum]
     return [sae for sae in saes if id(sae) not in inner], optimizers
 
 
@@ -114,7 +121,7 @@ def ours(job, turns):
     if job.get("stages"):
         stages.mark()
     turns.breakdown = stages.breakdown
-    training, before = [], training_objects()  # other SAEs may live in this process
+    training, before = [], living()  # other SAEs may live in this process
     uncounted_batch = Rows.batch
     tokens = count(turns, lambda: training.extend(training_objects(before)))
     # the trial step from which the duration is estimated is no step of the training

@@ -80,13 +80,13 @@ def test_contenders_take_turns_and_count_useful_tokens(text, tmp_path, put_back)
 
 
 def test_only_the_saes_of_a_training_are_measured_not_those_of_other_tests():
-    options = {"latent_size": 32, "k": 4, "layer": 2}
-    other = build("TopK", 8, 4, options)
-    before = contenders.training_objects()
-    assert any(sae is other for sae in before[0])
-    trained = build("TopK", 8, 4, options)
+    options = {"latent_size": 32, "k": 4, "seed": 3}
+    others = [build(name, 8, 8, options) for name in ("RouteSAE", "TopK")]  # one has an inner TopK
+    before = contenders.living()
+    trained = build("RouteSAE", 8, 8, options)
     saes, _ = contenders.training_objects(before)
     assert len(saes) == 1 and saes[0] is trained
+    assert others[0].sae is not saes[0]
 
 
 def test_apply_as_a_contender_counts_every_token_once(text, tmp_path, put_back, monkeypatch):
