@@ -59,7 +59,7 @@ MAX_DIFFERENCES = 4  # in a message
 # What the bar and the final table show of a report, with the unit in the table.
 SHOWN = {"NormMSE": "share of norm", "L0": "latents/token", "dead": "of latents"}
 TABLE_COLUMN = 15  # characters
-# Steps after which L0 is near --target_l0: 123 end within 6 % of it (docs/LOG.md). And how far L0
+# Steps after which L0 is near --target_l0: 123 end within 7 % of it (docs/LOG.md). And how far L0
 # may end without a warning.
 CONTROL_STEPS = 120
 L0_TOLERANCE = 0.1
