@@ -8,8 +8,8 @@
 # - random routing
 # - RouteSAE with its sites shuffled over the tokens
 # - RandomK
-# - TopK at the middle one of these sites with a frozen decoder, a soft-frozen decoder, and a frozen
-#   encoder (arXiv:2602.14111)
+# - TopK with a frozen decoder, a soft-frozen decoder, and a frozen encoder (arXiv:2602.14111)
+# All models of one site are at $LAYER.
 # A part that was stopped continues when the same command is run again.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
@@ -18,29 +18,28 @@ if [ "${1:-}" = smollm2 ]; then
   bash scripts/download_model.sh smollm2
   bash scripts/download_data.sh
   tokens="${TOKENS:-1000000}" l0="${TARGET_L0:-32}" result=docs/smollm2_compare
-  # Every third routed site, because an MLSAE or a Crosscoder of all sixteen would cost as much as
-  # all other SAEs together.
-  sites="${SITES:-7 10 13 16 19 22}"
+  # Every fourth site, because an MLSAE or a Crosscoder of all sixteen would cost as much as all
+  # other SAEs together. One target, because a training takes many minutes and ends near it.
+  sites="${SITES:-7 11 15 19}" layer="${LAYER:-15}" targets="${TARGETS:-$l0}"
   # shellcheck disable=SC2086  # $sites is a list
   set -- --model_path "$DATA_DIR/model" --data_path "$DATA_DIR" --latent_size 4096 \
     --batch_size 16 --max_length 256 --sites $sites "$@"
 else
   tokens="${TOKENS:-1500000}" l0="${TARGET_L0:-16}" result=docs/evaluation_results
-  sites="${SITES:-4 8 12}"
+  # Three targets, because the sparsity frontier is read off between them.
+  sites="${SITES:-4 8 12}" layer="${LAYER:-12}"
+  targets="${TARGETS:-$((l0 * 3 / 4)) $l0 $((l0 * 3 / 2))}"
 fi
 common=(--max_tokens "$tokens" --k "$l0" --tag compare "$@")
-penalised=(Vanilla Gated JumpReLU Crosscoder)
-# Three sparsities are trained, because the frontier is read off between them.
-targets=($((l0 * 3 / 4)) "$l0" $((l0 * 3 / 2)))
 # Each call reads the language model once, for all SAEs that it names.
-# shellcheck disable=SC2086
+# shellcheck disable=SC2086  # $sites and $targets are lists
 python train.py --model RouteSAE TopK MLSAE --layer $sites "${common[@]}"
-python train.py --model BatchTopK Matryoshka RandomK "${penalised[@]}" \
-  --target_l0 "${targets[@]}" "${common[@]}"
+# shellcheck disable=SC2086
+python train.py --model BatchTopK Matryoshka RandomK Vanilla Gated JumpReLU Crosscoder \
+  --layer "$layer" --target_l0 $targets "${common[@]}"
 python train.py --model RouteSAE --routing random "${common[@]}" --tag compare_random_routing
-read -ra each <<<"$sites"
 for part in decoder soft_decoder encoder; do
-  python train.py --model TopK --layer "${each[${#each[@]} / 2]}" --freeze "$part" "${common[@]}"
+  python train.py --model TopK --layer "$layer" --freeze "$part" "${common[@]}"
 done
 measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"
