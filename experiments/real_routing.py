@@ -71,45 +71,40 @@ class Experiment(NamedTuple):
             raise ValueError(f"{self.shares_path} is missing: the part routed comes first")
         return files.load_json(self.shares_path)["route"]
 
-    def train_options_of(self, part: str) -> list[list[str]]:
-        """Return what train.py is told, for each training of a part."""
+    def train_options_of(self, part: str) -> list[str]:
+        """Return what train.py is told for a part."""
         sites = [str(site) for site in self.sites]
         routed = ["--model", "RouteSAE", "--sites", *sites]
         every_fourth = ["--model", "MLSAE", "Crosscoder", "--sites", *sites[::4]]
         if part == "routed":
-            wanted = [["--model", "RouteSAE", "TopK", "--sites", *sites, "--layer", *sites]]
+            wanted = ["--model", "RouteSAE", "TopK", "--sites", *sites, "--layer", *sites]
         elif part == "small":
             latents = str(self.options.latent_size // len(sites))
-            wanted = [["--model", "TopK", "--layer", *sites, "--latent_size", latents]]
+            wanted = ["--model", "TopK", "--layer", *sites, "--latent_size", latents]
         elif part == "several":
-            wanted = [[*every_fourth, "--target_l0", str(self.options.k)]]
+            wanted = [*every_fourth, "--target_l0", str(self.options.k)]
         elif part == "frozen":
             middle = ["--model", "TopK", "--layer", sites[(len(sites) - 1) // 2]]
-            wanted = [[*middle, "--freeze", kind] for kind in FROZEN]
+            wanted = [*middle, "--freeze", *FROZEN]
         elif part == "random":
-            wanted = [[*routed, "--routing", "random"]]
+            wanted = [*routed, "--routing", "random"]
         else:
             shares = ["--route_shares", *map(str, self.shares())]
             how = ["--routing", "random"]
             if part == "untrained":
                 how = ["--router_objective", "frozen", "--router_balance", "none"]
-            wanted = [[*routed, *how, *shares]]
-        return [self._argv(part, index, argv) for index, argv in enumerate(wanted)]
-
-    def _argv(self, part: str, index: int, wanted: list[str]) -> list[str]:
+            wanted = [*routed, *how, *shares]
         options = self.options
         latents = str(options.latent_size)
         sizes = ["--latent_size", latents, "--k", str(options.k), "--seed", str(self.seed)]
         own = {"routed": "", "small": f"w{options.latent_size // len(self.sites)}"}
         tag = f"s{self.seed}{own.get(part, part)}"
-        if part == "frozen":  # one run folder each
-            tag += f"_{FROZEN[index]}"
         paths = ["--output_dir", str(self.folder), "--max_tokens", str(options.tokens)]
         return [*sizes, *paths, *self.train_options, *wanted, "--tag", tag]
 
     def train_cfg(self) -> Namespace:
         """Return the options of the language model and the text."""
-        cfg = config.parse("train", self.train_options_of("routed")[0])
+        cfg = config.parse("train", self.train_options_of("routed"))
         demo.use_demo_defaults(cfg)
         config.complete(cfg)
         cfg.device = pick_device(cfg.device)
@@ -121,21 +116,18 @@ class Experiment(NamedTuple):
         for part in TRAININGS:
             if part in ("shares", "untrained") and not self.shares_path.exists():
                 continue
-            for index, argv in enumerate(self.train_options_of(part)):
-                trainer = Trainer(config.parse("train", argv))
-                for (model, values, _), title in zip(
-                    trainer.combinations, trainer.titles, strict=True
-                ):
-                    path = trainer.folder / f"{title}.pt"
-                    if path.exists():
-                        found[_name(part, index, model, values)] = path
+            trainer = Trainer(config.parse("train", self.train_options_of(part)))
+            for (model, values, _), title in zip(trainer.combinations, trainer.titles, strict=True):
+                path = trainer.folder / f"{title}.pt"
+                if path.exists():
+                    found[_name(part, model, values)] = path
         return found
 
 
-def _name(part: str, index: int, model: str, values: dict[str, Any]) -> str:
+def _name(part: str, model: str, values: dict[str, Any]) -> str:
     """The name of an SAE in the measurements."""
     if part == "frozen":
-        return f"frozen_{FROZEN[index]}"
+        return f"frozen_{values['freeze']}"
     if model == "TopK":
         return f"{'topk' if part == 'routed' else part}_{values['layer']}"
     if part == "several":
@@ -239,8 +231,7 @@ def measure_part(experiment: Experiment, part: str) -> list[Path]:
 
 def train_part(experiment: Experiment, part: str) -> None:
     """Train one part. What is trained already is not trained again."""
-    for argv in experiment.train_options_of(part):
-        Trainer(config.parse("train", argv)).run()
+    Trainer(config.parse("train", experiment.train_options_of(part))).run()
 
 
 def save_shares(experiment: Experiment) -> None:

@@ -38,9 +38,7 @@ python train.py --model RouteSAE TopK MLSAE --layer $sites "${common[@]}"
 python train.py --model BatchTopK Matryoshka RandomK Vanilla Gated JumpReLU Crosscoder \
   --layer "$layer" --target_l0 $targets "${common[@]}"
 python train.py --model RouteSAE --routing random "${common[@]}" --tag compare_random_routing
-for part in decoder soft_decoder encoder; do
-  python train.py --model TopK --layer "$layer" --freeze "$part" "${common[@]}"
-done
+python train.py --model TopK --layer "$layer" --freeze decoder soft_decoder encoder "${common[@]}"
 measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/RouteSAE_*_compare.pt \

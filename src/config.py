@@ -474,7 +474,8 @@ OPTIONS: dict[str, Option] = {
         None,
         "Controls that train less (arXiv:2602.14111): keep the weights of the decoder or of the "
         "encoder as they begin, or hold each decoder column within a cosine of 0.8 of its start "
-        "(soft_decoder). Default: nothing.",
+        "(soft_decoder). Several values train one SAE each. Default: nothing.",
+        many=True,
         choices="decoder soft_decoder encoder",
     ),
     "b_pre_init": Option(
@@ -900,7 +901,7 @@ PRECEDENCE = (
 # Stages that several processes may share (src/distributed.py).
 SHARED_STAGES = ("train", "evaluate", "apply")
 ENVIRONMENT = {"model_path": "MODEL_PATH", "data_path": "DATA_PATH", "output_dir": "OUTPUT_DIR"}
-SWEPT = ("k", "l1_coeff", "target_l0", "layer")
+SWEPT = ("k", "l1_coeff", "target_l0", "layer", "freeze")
 OF_THE_LM = {"hidden_size", "n_layers"}  # constructor values that the language model decides
 OF_ONE_TRAINING = {"freeze"}  # those that --init_from does not take from its source
 NOT_EMPTY = (

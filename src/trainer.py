@@ -561,7 +561,7 @@ class Trainer:
         The language model's name joins them if an SAE of another one has such a title.
         """
         cfg = self.cfg
-        titles = [self._title(name, swept) for name, _, swept in self.combinations]
+        titles = [self._title(*combination) for combination in self.combinations]
         own_name = files.data_name(Path(cfg.model_path).resolve())
         for title in titles:
             other = checkpoint.language_model_name(self.folder / f"{title}.pt")
@@ -570,12 +570,13 @@ class Trainer:
                 return [files.safe_name(f"{title}_{own_name}") for title in titles]
         return titles
 
-    def _title(self, name: str, swept: dict[str, Any]) -> str:
-        values = [f"{key}{config.short_number(value)}" for key, value in swept.items()]
+    def _title(self, name: str, options: dict[str, Any], swept: dict[str, Any]) -> str:
+        numbers = {key: value for key, value in swept.items() if key != "freeze"}
+        values = [f"{key}{config.short_number(value)}" for key, value in numbers.items()]
         if self.cfg.sites and "sites" in zoo.ZOO[name].options:
             values.append(f"sites{'-'.join(map(str, self.cfg.sites))}")
-        if self.cfg.freeze and "freeze" in zoo.ZOO[name].options:
-            values.append(f"frozen-{self.cfg.freeze.replace('_', '-')}")
+        if options.get("freeze"):
+            values.append(f"frozen-{options['freeze'].replace('_', '-')}")
         parts = [name, files.data_name(self.cfg.data_path), *values]
         if self.cfg.tag:
             parts.append(files.safe_name(self.cfg.tag))
