@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 MEMORY = 0.08  # share of the run over which log(L0 / target) is averaged
 LOOK_AHEAD = 0.05  # share of the run that the controller predicts ahead
+MAX_STEP_GAIN = 0.2  # of the lasting gain in one step, which bounds it in short runs
 MEAN_LAG = 0.25  # the schedule-free mean (--average_power 3) follows a quarter of its age behind
 
 
@@ -22,8 +23,7 @@ class SparsityController(nn.Module):
     falls to its target over `approach_share` of the run and stays there. A shorter approach
     kills latents, a longer one leaves less time at the target. `i_rate` says how fast the lasting
     gain follows the error, per run; `p_gain` how strongly the other gain answers at once. Slower
-    gains end a run of 123 steps 5 to 15 % below the target, faster ones swing (docs/LOG.md). So the
-    lasting gain of a step is bounded by `max_step_gain`, which matters in short runs.
+    gains end a run of 123 steps 5 to 15 % below the target, faster ones swing (docs/LOG.md).
     With `looks_at_lag` the controller also predicts what the schedule-free mean has still to
     make up: weights that are slow to move need it.
     """
@@ -37,7 +37,6 @@ class SparsityController(nn.Module):
         approach_share: float = 0.3,
         i_rate: float = 24.0,
         p_gain: float = 1.0,
-        max_step_gain: float = 0.2,
         looks_at_lag: bool = False,
     ) -> None:
         super().__init__()
@@ -46,7 +45,6 @@ class SparsityController(nn.Module):
         self.warmup = warmup
         self.approach_share = approach_share
         self.i_rate, self.p_strength = i_rate, p_gain
-        self.max_step_gain = max_step_gain
         self.looks_at_lag = looks_at_lag
         start = {
             "warm": 0.0 if warmup else 1.0,
@@ -74,7 +72,7 @@ class SparsityController(nn.Module):
         """Move both gains of a PI controller by the predicted log(L0 / target).
 
         Between the target and a bound that closes in on it, ever more slowly, nothing is done. All
-        rates are per run, so that its length changes nothing, except where max_step_gain bounds a
+        rates are per run, so that its length changes nothing, except where MAX_STEP_GAIN bounds a
         step.
         """
         step = progress - self.progress
@@ -95,5 +93,5 @@ class SparsityController(nn.Module):
         too_sparse = predicted.clamp(max=0)
         too_dense = (predicted - bound).clamp(min=0)
         error = (too_sparse + too_dense).clamp(-1, 1)
-        self.i_gain *= torch.exp(min(self.i_rate * step, self.max_step_gain) * error)
+        self.i_gain *= torch.exp(min(self.i_rate * step, MAX_STEP_GAIN) * error)
         self.p_gain.copy_((self.p_strength * error).exp())

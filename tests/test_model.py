@@ -520,7 +520,7 @@ def test_the_l0_of_a_crosscoder_that_answers_late_does_not_swing_in_a_short_run(
         log_l0 -= 0.4 * math.tanh(2 * asked[-1 - delay] + log_l0)
         control.update(torch.tensor(16 * math.exp(log_l0)), step / steps)
         seen.append(abs(log_l0))
-    assert max(seen[steps // 2 :]) < 0.3  # with the bound of other models .62, without one 1.4
+    assert max(seen[steps // 2 :]) < 0.3  # with the approach of the other models .62
 
 
 @pytest.mark.parametrize("name", ["Vanilla", "Gated", "Crosscoder"])
