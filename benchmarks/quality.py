@@ -36,7 +36,7 @@ from src.zoo import ZOO
 
 OURS = "ours"
 FACTORS = {"default": None, "x0.5": 0.5, "x2": 2.0}  # of our learning rate
-PEER_FACTORS = {"default": None, "x1": 1.0, "x3": 3.0, "x10": 10.0, "x30": 30.0}
+PEER_FACTORS = {"default": None, "x0.3": 0.3, "x1": 1.0, "x3": 3.0, "x10": 10.0, "x30": 30.0}
 # The architectures in the order of the table: (our model, {library: its model}).
 ARCHITECTURES = {
     "TopK": {"SAELens": "TopK", "dictionary_learning": "TopK", "sparsify": "TopK"},

@@ -21,13 +21,15 @@ if [ "${1:-}" = smollm2 ]; then
   # Every fourth site, because an MLSAE or a Crosscoder of all sixteen would cost as much as all
   # other SAEs together. One target, because a training takes many minutes and ends near it.
   sites="${SITES:-7 11 15 19}" layer="${LAYER:-15}" targets="${TARGETS:-$l0}"
+  # Without Recovered, which takes more than half of the passes of the language model.
+  metrics=(NormMSE FVU L0 Dead Density KLDiv DeltaCE Shrinkage Routing)
   # shellcheck disable=SC2086  # $sites is a list
   set -- --model_path "$DATA_DIR/model" --data_path "$DATA_DIR" --latent_size 4096 \
     --batch_size 16 --max_length 256 --sites $sites "$@"
 else
   tokens="${TOKENS:-1500000}" l0="${TARGET_L0:-16}" result=docs/evaluation_results
   # Three targets, because the sparsity frontier is read off between them.
-  sites="${SITES:-4 8 12}" layer="${LAYER:-12}"
+  sites="${SITES:-4 8 12}" layer="${LAYER:-12}" metrics=(all)
   targets="${TARGETS:-$((l0 * 3 / 4)) $l0 $((l0 * 3 / 2))}"
 fi
 common=(--max_tokens "$tokens" --k "$l0" --tag compare "$@")
@@ -39,7 +41,7 @@ python train.py --model BatchTopK Matryoshka RandomK Vanilla Gated JumpReLU Cros
   --layer "$layer" --target_l0 $targets "${common[@]}"
 python train.py --model RouteSAE --routing random "${common[@]}" --tag compare_random_routing
 python train.py --model TopK --layer "$layer" --freeze decoder soft_decoder encoder "${common[@]}"
-measure=(--metric all --max_tokens "${EVAL_TOKENS:-50000}")
+measure=(--metric "${metrics[@]}" --max_tokens "${EVAL_TOKENS:-50000}")
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/*_compare*.pt "${measure[@]}"
 python evaluate.py --SAE_path "$OUTPUT_DIR"/SAE_models/RouteSAE_*_compare.pt \
   --routing permuted "${measure[@]}"
