@@ -399,10 +399,7 @@ def _derive_recipe(
         keys = ", ".join(list(weights)[:6])
         raise ValueError(f"{path} holds no encoder (keys: {keys}); no model here has such weights")
     latent_size, hidden_size = encoders[0].shape
-    router = weights.get("router.weight", encoders)
-    n_sites = len(router) if router is encoders or router.dim() else 1
-    # n layers are routed at n / 2 + 1 sites: from n / 4 to 3 n / 4.
-    n_layers = hints.get("n_layers") or (2 * (n_sites - 1) if n_sites > 1 else 16)
+    n_layers = hints.get("n_layers") or _likely_depth(weights, encoders)
     likely, named_options = _read_file_name(path.stem)
     options = {"latent_size": latent_size, "k": min(64, latent_size), "norm_eps": PUBLISHED_EPS}
     options |= named_options
@@ -419,6 +416,13 @@ def _derive_recipe(
             return {"model": name, "config": candidate.config | sizes, "options": {}}
     listed = ", ".join(f"{key} {shape}" for key, shape in list(shapes(weights).items())[:8])
     raise ValueError(f"{path} fits no model known here: {listed}")
+
+
+def _likely_depth(weights: Mapping[str, Tensor], encoders: list[Tensor]) -> int:
+    """Return the number of blocks: n blocks are routed at n / 2 + 1 sites, n / 4 to 3 n / 4."""
+    router = weights.get("router.weight", encoders)
+    n_sites = len(router) if router is encoders or router.dim() else 1
+    return 2 * (n_sites - 1) if n_sites > 1 else 16
 
 
 def _report_derived(path: Path, name: str, values: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -312,14 +313,29 @@ class Evaluator:
         lm.compile_if_it_pays(cfg, model, cfg.batch_size, passes)
         expected = self._announce(model, rows, sites)
         started = time.perf_counter()
-        ablations = self._ablations(model, rows, sites) if self.with_ablations else {}
         self.sample = probing.Sample(rows, tokenizer) if self.with_probing else None
-        n_tokens = 0
-        checked = False
         # Processes share whole batches: each is coded as it would be by one process.
         batches = rows.batches(cfg.batch_size, start=distributed.rank(), every=distributed.world())
-        for batch in tqdm(batches, "evaluating", n_batches, unit=" batches", mininterval=1):
-            batch = batch.to(cfg.device)
+        ablations = self._ablations(model, rows, sites) if self.with_ablations else {}
+        shown = tqdm(batches, "evaluating", n_batches, unit=" batches", mininterval=1)
+        n_tokens = self._measure_all(model, shown, sites, ablations)
+        expected.compare(time.perf_counter() - started)
+        measures = [subject.measures() for subject in self.subjects]
+        parts = distributed.to_main((n_tokens, measures), cfg.device)
+        return distributed.from_main(lambda: self._conclude(parts, rows))
+
+    def _measure_all(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        sites: list[int],
+        ablations: dict[str, dict[int, Tensor]],
+    ) -> int:
+        """Measure every batch; return how many tokens were counted."""
+        n_tokens = 0
+        checked = False
+        for batch in batches:
+            batch = batch.to(self.cfg.device)
             if not batch.mask.any():
                 continue
             if self.with_patches and not checked:
@@ -327,10 +343,7 @@ class Evaluator:
             n_tokens += int(batch.mask.sum())
             self._measure_batch(model, batch, sites, ablations)
             device.limit_freed_memory()
-        expected.compare(time.perf_counter() - started)
-        measures = [subject.measures() for subject in self.subjects]
-        parts = distributed.to_main((n_tokens, measures), cfg.device)
-        return distributed.from_main(lambda: self._conclude(parts, rows))
+        return n_tokens
 
     def _announce(self, model: nn.Module, rows: Rows, sites: list[int]) -> Estimate:
         """Print what the evaluation will need, from trials on a few of its rows."""
