@@ -190,11 +190,17 @@ class Opened(NamedTuple):
     recipe: dict[str, Any]
 
     def key(self) -> str:
-        """Return what two seeds of one SAE have in common."""
-        options = self.recipe.get("options", {})
-        kept = {key: value for key, value in options.items() if key not in NOT_THE_SAME}
-        kept |= {key: value for key, value in self.recipe["config"].items() if key != "seed"}
-        return repr((self.recipe["model"], sorted(kept.items(), key=lambda item: item[0])))
+        """Return what two seeds of one SAE have in common.
+
+        An option without a value is left out: an older checkpoint may not know it.
+        """
+        values = self.recipe.get("options", {}) | self.recipe["config"]
+        kept = {
+            key: value
+            for key, value in values.items()
+            if key not in NOT_THE_SAME and value is not None
+        }
+        return repr((self.recipe["model"], sorted(kept.items())))
 
 
 def seed_pairs(opened: Sequence[Opened]) -> list[tuple[Opened, Opened]]:
