@@ -89,13 +89,14 @@ def test_participation_of_sites_follows_its_formula():
 
 
 def test_two_seeds_are_a_pair_across_versions_that_differ_by_an_option_without_a_value():
-    def opened(seed, **options):
+    def opened(**options):
+        seed = options["seed"]
         recipe = {"model": "TopK", "seed": seed, "options": options, "config": {"k": 4}}
         return features.Opened(str(seed), None, recipe)
 
-    old, new = opened(1, seed=1, tag="old"), opened(2, seed=2, tag="new", option_of_today=None)
+    old, new = opened(seed=1, tag="old"), opened(seed=2, tag="new", option_of_today=None)
     assert features.seed_pairs([old, new]) == [(old, new)]
-    assert features.seed_pairs([old, opened(2, seed=2, option_of_today=0.5)]) == []
+    assert features.seed_pairs([old, opened(seed=2, option_of_today=0.5)]) == []
 
 
 def test_one_command_measures_all_checkpoints(tmp_path, monkeypatch, capsys):
