@@ -340,13 +340,17 @@ def draw_sites(axis: Any, results: list[Result], key: str, label: str, height: f
     """Draw one metric over the sites: a curve for a model at several sites, a level line for a
     model that reads them all."""
     labels = []
+    titles = [result["title"] for result in results]
+    named = dict(zip(titles, names.of_results(results), strict=True))
     for curve in curves(results).values():
         sites = [result["sites"][0] for result in curve]
         values = [result[key] for result in curve]
         colour = _colour(curve[0])
         axis.plot(sites, values, "o-", color=colour)
-        what = "one a site" if len(curve) > 1 else names.sites(curve[0]["sites"])
-        labels.append(Label(sites[-1], values[-1], f"{names.model_of(curve[0])}, {what}", colour))
+        name = named[curve[0]["title"]]
+        if len(curve) > 1:
+            name = name.removesuffix(names.sites(curve[0]["sites"])) + "one a site"
+        labels.append(Label(sites[-1], values[-1], name, colour))
     several = _several_sites(results)
     styles = _line_styles([result for result, _ in several])
     for place, (result, name) in enumerate(several):

@@ -316,13 +316,15 @@ def test_a_model_at_many_sites_is_a_curve_and_a_routed_one_a_level_line(tmp_path
     results = [at("TopK", site, 32.0, site / 100) for site in (4, 6, 8, 10)]
     results += [at("RouteSAE", [4, 6, 8, 10], 32.0, 0.05)]
     results += [at("RouteSAE", [4, 6, 8, 10], 32.0, 0.09, "_random")]
+    results += [at("TopK", 8, 32.0, 0.13, "_frozen-decoder")]
     plots.picture(results, tmp_path / "sites.png")
     (figure,) = drawn
     error = figure.axes[0]
-    (curve,) = error.lines
+    curve, _ = error.lines
     assert list(curve.get_xdata()) == [4, 6, 8, 10]
     assert [text.get_text() for text in error.texts] == [
         "TopK, one a site",
+        "TopK, frozen-decoder, site 8",
         "RouteSAE",
         "RouteSAE, random",
     ]
