@@ -81,7 +81,7 @@ class Matrix(Trainer):
             options = config.model_options(self.cfg, member.model) | {"k": k} | member.options
             yield member.model, options, {"member": member.name}
 
-    def _title(self, name: str, swept: dict[str, Any]) -> str:
+    def _title(self, name: str, options: dict[str, Any], swept: dict[str, Any]) -> str:
         return f"{swept['member']}_seed{self.cfg.seed}"
 
 
