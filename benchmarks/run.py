@@ -366,14 +366,21 @@ def system_load():
 
 def training(bench):
     """Training rates against the methods as published and other libraries; tokens to quality."""
+    tokens, rounds = bench.cfg.tokens, bench.cfg.rounds
+    profiled = 3 * bench.batch * bench.length
+    if tokens * (rounds - 2) <= profiled * rounds:
+        raise SystemExit(
+            f"benchmarks.run: --tokens {tokens} --rounds {rounds}: no turn of the training counts; "
+            f"the first warms up, the last ends it, and {profiled} tokens are profiled; give more"
+        )
     done = bench.group(
         "training",
         training_contenders(bench),
-        bench.cfg.tokens,
-        bench.cfg.rounds,
+        tokens,
+        rounds,
         held_out=bench.held_out,
         curves=("ours TopK", "sparsify"),
-        profiled=3 * bench.batch * bench.length,
+        profiled=profiled,
     )
 
     def against(slow, fast):

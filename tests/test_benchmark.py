@@ -161,6 +161,15 @@ def test_ratios_pair_the_turns_of_a_round():
     assert measured == {"median": 3.0, "low": 3.0, "high": 4.0, "turns": 3}
 
 
+@pytest.mark.parametrize("tokens, rounds", [(20_500, 3), (36_864, 3), (10**9, 2)])
+def test_a_training_in_which_no_turn_would_count_is_refused_before_it_begins(tokens, rounds):
+    from benchmarks.run import training
+
+    cfg = SimpleNamespace(tokens=tokens, rounds=rounds)
+    with pytest.raises(SystemExit, match="no turn of the training counts"):
+        training(SimpleNamespace(cfg=cfg, batch=16, length=256))
+
+
 @pytest.mark.parametrize(
     "median, must, goal, more_is_better, met",
     [
