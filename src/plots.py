@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,17 @@ def curves(results: list[Result]) -> dict[str, list[Result]]:
     return result_curves
 
 
+def _named_curves(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:
+    """Yield each curve with its name: "TopK, one a site", or "TopK, site 8" of a single SAE."""
+    titles = [result["title"] for result in results]
+    named = dict(zip(titles, names.of_results(results), strict=True))
+    for curve in curves(results).values():
+        name = named[curve[0]["title"]]
+        if len(curve) > 1:
+            name = name.removesuffix(names.sites(curve[0]["sites"])) + "one a site"
+        yield name, curve
+
+
 def _several_sites(results: list[Result]) -> list[tuple[Result, str]]:
     """The results of models that read several sites, with their names, variants last."""
     named = zip(results, names.of_results(results), strict=True)
@@ -340,16 +351,11 @@ def draw_sites(axis: Any, results: list[Result], key: str, label: str, height: f
     """Draw one metric over the sites: a curve for a model at several sites, a level line for a
     model that reads them all."""
     labels = []
-    titles = [result["title"] for result in results]
-    named = dict(zip(titles, names.of_results(results), strict=True))
-    for curve in curves(results).values():
+    for name, curve in _named_curves(results):
         sites = [result["sites"][0] for result in curve]
         values = [result[key] for result in curve]
         colour = _colour(curve[0])
         axis.plot(sites, values, "o-", color=colour)
-        name = named[curve[0]["title"]]
-        if len(curve) > 1:
-            name = name.removesuffix(names.sites(curve[0]["sites"])) + "one a site"
         labels.append(Label(sites[-1], values[-1], name, colour))
     several = _several_sites(results)
     styles = _line_styles([result for result, _ in several])
