@@ -1,6 +1,9 @@
-"""Error and dead latents over the tokens of one training: RouteSAE beside TopK at some sites.
+"""Error, KL and dead latents of SAEs by the number of tokens on which each was trained.
 
-python -m experiments.smollm2_curves outputs/runs/sites/metrics.jsonl docs/smollm2_curves
+    python -m experiments.smollm2_curves outputs/smollm2_curves/eval docs/smollm2_curves
+
+reads the results of evaluate.py in the folder. Results of the same model and sites are one curve;
+each point is a finished training. `bash scripts/smollm2_curves.sh` makes everything.
 """
 
 from __future__ import annotations
@@ -10,51 +13,65 @@ from pathlib import Path
 from src import plot_style
 from src.config import small_parser
 from src.files import save_text
-from src.plots import Course, load_courses, pyplot
+from src.plots import Result, load, pyplot
 
-METRICS = {"NormMSE": "NormMSE on text not seen before", "dead": "share of dead latents"}
+METRICS = {
+    "NormMSE": "NormMSE, held-out text",
+    "KLDiv": "KL, nats a token, held-out text",
+    "Dead": "share of dead latents",
+}
 HEIGHT = 3.6  # inches
-TABLE_TOKENS = (100_000, 200_000, 500_000, 1_000_000)
 
 
-def chosen(courses: dict[str, Course], sites: list[int]) -> dict[str, Course]:
-    """Return the courses of the SAEs of several sites and of those at the given sites."""
-    result = {}
-    for title, course in courses.items():
-        model, own = title.split("_")[0], course[0]["sites"]
-        if len(own) > 1:
-            result[f"{model}, sites {own[0]} ... {own[-1]}"] = course
-        elif own[0] in sites:
-            result[f"{model}, site {own[0]}"] = course
-    return result
+def curves(results: list[Result]) -> dict[str, list[Result]]:
+    """Return {name: results by trained tokens}. Raises ValueError if a result lacks a number."""
+    named: dict[str, list[Result]] = {}
+    for result in results:
+        lacking = [key for key in (*METRICS, "trained_tokens") if result.get(key) is None]
+        if lacking:
+            raise ValueError(
+                f"the evaluation of {result['title']} has no {', '.join(lacking)}; "
+                f"measure it with evaluate.py --metric {' '.join(METRICS)}"
+            )
+        sites = result["sites"]
+        where = f"site {sites[0]}" if len(sites) == 1 else f"sites {sites[0]} ... {sites[-1]}"
+        named.setdefault(f"{result['title'].split('_')[0]}, {where}", []).append(result)
+    by_sites = sorted(
+        named.items(), key=lambda item: (-len(item[1][0]["sites"]), item[1][0]["sites"])
+    )
+    return {name: sorted(rows, key=lambda row: row["trained_tokens"]) for name, rows in by_sites}
 
 
-def table(courses: dict[str, Course]) -> str:
-    """Return the Markdown table: both metrics at the report next to some numbers of tokens."""
-    heads = [f"{name} at {n // 1000}k" for name in METRICS for n in TABLE_TOKENS]
-    lines = ["| SAE | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, course in courses.items():
-        near = [min(course, key=lambda line, n=n: abs(line["tokens"] - n)) for n in TABLE_TOKENS]
-        numbers = [f"{line[key]:.4f}" for key in METRICS for line in near]
-        lines.append("| " + " | ".join([name, *numbers]) + " |")
+def table(named: dict[str, list[Result]]) -> str:
+    """Return the Markdown table: one row for each SAE, with its metrics side by side."""
+    heads = ["SAE", "training tokens", *METRICS]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, rows in named.items():
+        for row in rows:
+            numbers = [f"{row[key]:.4f}" for key in METRICS]
+            lines.append("| " + " | ".join([name, f"{row['trained_tokens']:,}", *numbers]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def picture(courses: dict[str, Course], path: Path) -> None:
-    """Draw both metrics over the tokens of training, one curve for each SAE."""
-    figure, axes = pyplot().subplots(1, len(METRICS), figsize=(11, HEIGHT))
-    at_one_site = [name for name in courses if ", site " in name]
+def picture(named: dict[str, list[Result]], path: Path) -> None:
+    """Draw each metric over the training tokens, one line for each model and its sites."""
+    figure, axes = pyplot().subplots(1, len(METRICS), figsize=(15, HEIGHT))
+    at_one_site = [name for name in named if ", site " in name]
     shades = dict(zip(at_one_site, plot_style.site_colours(len(at_one_site)), strict=True))
     for axis, (key, title) in zip(axes, METRICS.items(), strict=True):
-        labels = []
-        for name, course in courses.items():
+        labels, drawn = [], []
+        for name, rows in named.items():
             colour = shades.get(name, plot_style.colour(name.split(",")[0]))
-            tokens = [line["tokens"] / 1000 for line in course]
-            values = [line[key] for line in course]
-            axis.plot(tokens, values, color=colour)
+            tokens = [row["trained_tokens"] / 1000 for row in rows]
+            values = [row[key] for row in rows]
+            axis.plot(tokens, values, color=colour, marker="o", markersize=4)
             labels.append(plot_style.Label(tokens[-1], values[-1], name, colour))
-        drawn = [line[key] for course in courses.values() for line in course]
+            drawn += values
+        axis.set_xscale("log")
         axis.set(xlabel="thousand training tokens", title=title)
+        ticks = sorted({round(row["trained_tokens"] / 1000, -1) for row in sum(named.values(), [])})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         plot_style.set_zero_axis(axis, "y", drawn)
         plot_style.label_lines(axis, labels, HEIGHT - 0.8)
     plot_style.save(figure, path.with_suffix(".png"))
@@ -62,13 +79,12 @@ def picture(courses: dict[str, Course], path: Path) -> None:
 
 def main() -> None:
     parser = small_parser("experiments.smollm2_curves", __doc__)
-    parser.add_argument("log", type=Path, help="metrics.jsonl of the training")
+    parser.add_argument("folder", type=Path, help="results of evaluate.py")
     parser.add_argument("out", type=Path, help="path of the picture and the table, without suffix")
-    parser.add_argument("--sites", type=int, nargs=3, default=[7, 14, 22], help="of the TopKs")
     args = parser.parse_args()
-    courses = chosen(load_courses(args.log), args.sites)
-    save_text(table(courses), args.out.with_suffix(".md"))
-    picture(courses, args.out)
+    named = curves(load(args.folder))
+    save_text(table(named), args.out.with_suffix(".md"))
+    picture(named, args.out)
     print(f"{args.out}.md and {args.out}.png")
 
 

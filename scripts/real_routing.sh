@@ -1,13 +1,10 @@
 #!/usr/bin/env bash
-# Does routing help on SmolLM2? Trains RouteSAE and its baselines, and writes one table with
-# docs/real_routing*, and the course of a training with docs/smollm2_curves*. Three seeds take hours
-# on 2 CPU cores; every part continues where it was stopped. Further arguments go to the experiment,
-# such as --seeds 42 or --only measure report.
+# Does routing help on SmolLM2? Trains RouteSAE and its baselines, and writes tables and pictures,
+# docs/real_routing*. Three seeds take hours on 2 CPU cores; every part continues where it was
+# stopped. Further arguments go to the experiment, such as --seeds 42 or --only measure report.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/env_setup.sh
 bash scripts/download_model.sh smollm2
 bash scripts/download_data.sh
 python -m experiments.real_routing --model_path "$DATA_DIR/model" --data_path "$DATA_DIR" \
   --batch_size 16 --max_length 256 --output_dir "$OUTPUT_DIR/real_routing" --docs docs "$@"
-course="$OUTPUT_DIR/real_routing/runs/s42/metrics.jsonl"
-if [ -f "$course" ]; then python -m experiments.smollm2_curves "$course" docs/smollm2_curves; fi

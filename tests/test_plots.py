@@ -331,6 +331,28 @@ def test_a_model_at_many_sites_is_a_curve_and_a_routed_one_a_level_line(tmp_path
     assert is_inside(figure)
 
 
+def trained_on(model, site, tokens, error):
+    return at(model, site, 32.0, error) | {"trained_tokens": tokens, "Dead": 0.0}
+
+
+def test_curves_over_tokens_join_the_trainings_of_one_model_and_its_sites():
+    from experiments import smollm2_curves
+
+    results = [
+        trained_on("TopK", 14, 200_000, 0.2),
+        trained_on("TopK", 14, 100_000, 0.3),
+        trained_on("TopK", 7, 100_000, 0.1),
+        trained_on("RouteSAE", [7, 14], 100_000, 0.4),
+    ]
+    named = smollm2_curves.curves(results)
+    assert list(named) == ["RouteSAE, sites 7 ... 14", "TopK, site 7", "TopK, site 14"]
+    assert [row["NormMSE"] for row in named["TopK, site 14"]] == [0.3, 0.2]
+    rows = smollm2_curves.table(named).splitlines()[2:]
+    assert rows[-1] == "| TopK, site 14 | 200,000 | 0.2000 | 0.4000 | 0.0000 |"
+    with pytest.raises(ValueError, match="TopK_d_layer7 has no KLDiv; measure it"):
+        smollm2_curves.curves([trained_on("TopK", 7, 100_000, 0.1) | {"KLDiv": None}])
+
+
 @pytest.mark.parametrize("worst, scale", [(0.09, "linear"), (0.5, "log")])
 def test_small_values_over_sites_are_not_pressed_together_by_a_large_one(drawn, worst, scale):
     results = [at("TopK", site, 32.0, site / 100) for site in (2, 4, 6)]
