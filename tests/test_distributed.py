@@ -653,3 +653,14 @@ def test_an_environment_of_a_job_that_is_none_is_one_line(name, tmp_path, monkey
     assert run_stage("train", lambda cfg: None, argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{name} is 'two'" in line and "torchrun" in line
+
+
+def test_latents_cut_by_dtensor_give_the_loss_of_one_process_and_are_gathered_for_it():
+    command = [sys.executable, "-m", "benchmarks.sharding", "--processes", "2"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    rows = {row[0]: row for row in cells}
+    assert float(rows["difference of the loss"][1]) < 1e-5
+    assert float(rows["difference of the gradients"][1]) < 1e-5
+    received, least = map(float, rows["top-k of the latents"][2:])
+    assert received > 10 * least  # why docs/scale.md does not build on it
