@@ -29,7 +29,11 @@ platforms=()
 for glibc in 39 35 34 31 28 27 24 17; do
   platforms+=(--platform "manylinux_2_${glibc}_x86_64")
 done
-pip download --quiet --no-deps --only-binary=:all: --python-version "$python" \
-  --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 \
-  -d "$kit/wheels" -r "$kit/wheels.txt"
+# Pure Python packages without a wheel are built here.
+while read -r package; do
+  pip download --quiet --no-deps --only-binary=:all: --python-version "$python" \
+    --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 \
+    -d "$kit/wheels" "$package" 2>/dev/null ||
+    pip wheel --quiet --no-deps -w "$kit/wheels" "$package"
+done <"$kit/wheels.txt"
 du -sh "$kit/wheels" "$kit/parts"
