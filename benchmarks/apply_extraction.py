@@ -15,7 +15,7 @@ import torch
 
 from src import hooks, lm
 from src.applier import EVENTS_PER_CONTEXT, Applier, split_batch, token_text
-from src.config import parse
+from src.config import parse, small_parser
 from src.data import open_rows
 from src.draws import random_integers
 from src.events import SAMPLE_SIZE, ContextCollector
@@ -125,7 +125,9 @@ def compare(argv=None):
     """({part: seconds}, {loop: times as fast}) for options of apply.py; prints both."""
     watch = Stopwatch()
     started = time.perf_counter()
-    applier = Applier(parse("apply", argv))
+    parser = small_parser("benchmarks.apply_extraction", __doc__)
+    parser.epilog = "All options are those of apply.py."
+    applier = Applier(parse("apply", parser.parse_known_args(argv)[1]))
     cfg, sae = applier.cfg, applier.sae
     applier.tokenizer, applier.language_model = hooks.open_language_model(cfg)
     rows, applier.text = open_rows(cfg, applier.tokenizer), token_text(applier.tokenizer)

@@ -8,7 +8,6 @@ then they are evaluated, applied and steered. A second run of the same code give
 What names a time, a commit or a package version is left out.
 """
 
-import argparse
 import filecmp
 import hashlib
 import json
@@ -20,6 +19,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+from src.config import small_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {
@@ -172,7 +173,7 @@ def collect(results: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = small_parser("benchmarks.same_bytes", __doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--against", type=Path, help="what an earlier call has written")
     given = parser.parse_args()

@@ -10,7 +10,6 @@ the table.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -25,6 +24,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import init_device_mesh as device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from src.config import small_parser
 
 WIDTH, LATENTS, TOKENS, K = 256, 6144, 1536, 32  # cut evenly by 2 and by 3 processes
 
@@ -125,7 +126,7 @@ def table(processes: int, rows: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.sharding", description=__doc__)
+    parser = small_parser("benchmarks.sharding", __doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 3])
     with tempfile.TemporaryDirectory() as folder:
         for processes in parser.parse_args().processes:

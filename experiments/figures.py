@@ -8,7 +8,6 @@ line.
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from experiments import claims
 from src import plot_style
+from src.config import small_parser
 from src.files import load_json
 from src.plot_style import DARK, GREY, L0_LABEL, pyplot
 
@@ -323,7 +323,9 @@ PAPER: dict[str, Draw] = {
 
 
 def main() -> None:
-    for folder in map(Path, sys.argv[1:]):
+    parser = small_parser("experiments.figures", __doc__)
+    parser.add_argument("folders", type=Path, nargs="+", help="with the JSON of the figures")
+    for folder in parser.parse_args().folders:
         for name, draw in PAPER.items():
             data = load_json(folder / f"{name}.json")
             draw(data, claims.figure_caption(data, data["about"]), folder / f"{name}.png")

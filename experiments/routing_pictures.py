@@ -5,13 +5,13 @@ python -m experiments.routing_pictures docs/routing_results.json docs
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from src import plot_style
+from src.config import small_parser
 from src.files import load_json
 
 NAMES = {
@@ -206,5 +206,13 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     costs(result, folder / "routing_costs.png")
 
 
+def main() -> None:
+    parser = small_parser("experiments.routing_pictures", __doc__)
+    parser.add_argument("results", type=Path, help="routing_results.json")
+    parser.add_argument("folder", type=Path, help="of the pictures")
+    args = parser.parse_args()
+    draw(load_json(args.results), args.folder)
+
+
 if __name__ == "__main__":
-    draw(load_json(Path(sys.argv[1])), Path(sys.argv[2]))
+    main()

@@ -1,11 +1,16 @@
 """What the command line says: help, examples, near misses, and the forms in which values come."""
 
 import re
+import runpy
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 
 from src import config, stage_help
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TRAINING = (
     "lr betas optimizer auxk_coeff b_pre_init router_objective latent_size dead_tokens".split()
@@ -80,3 +85,30 @@ def test_counts_may_be_short_and_names_in_any_case(tmp_path):
     options = tmp_path / "options.yaml"
     options.write_text("max_tokens: 100k\nmodel: [TOPK]\n")
     assert config.parse("train", ["--config", str(options)]).max_tokens == 100_000
+
+
+PROGRAMS = [
+    f"{path.parent.name}.{path.stem}"
+    for path in sorted(ROOT.glob("benchmarks/*.py")) + sorted(ROOT.glob("experiments/*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+]
+# Another program starts these, with a job as JSON, some in an environment of another library.
+CHILDREN = {f"benchmarks.{name}" for name in "contenders peer_saelens peer_sparsify".split()}
+CHILDREN.add("benchmarks.quality_peers")
+SCRIPTS = {"benchmarks.gpu": "gpu.sh", "experiments.paper_figures": "paper_figures.sh"}
+
+
+def test_the_programs_of_other_programs_exist():
+    assert CHILDREN | set(SCRIPTS) <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize("module", sorted(set(PROGRAMS) - CHILDREN))
+def test_each_program_beside_the_stages_has_a_help_of_its_own(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    shown_help = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert SCRIPTS.get(module, f"python -m {module}") in shown_help.splitlines()[0]
+    assert len(shown_help.splitlines()) > 3
