@@ -45,7 +45,6 @@ from src.trainer import Trainer
 TRAININGS = ("routed", "small", "random", "shares", "untrained", "several", "frozen")
 PARTS = (*TRAININGS, "choose", "measure", "report")
 UNIONS = {"small": "small", "full": "topk"}  # {name: the SAEs that it joins}
-ASSIGNMENTS = ("router", "best", "random")
 BATCHES_OF_A_PART = 8  # a file of measurements; about a quarter of an hour on a CPU
 
 
