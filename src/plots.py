@@ -320,10 +320,10 @@ def curves(results: list[Result]) -> dict[str, list[Result]]:
 
 def _named_curves(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:
     """Yield each curve with its name: "TopK, one a site", or "TopK, site 8" of a single SAE."""
-    titles = [result["title"] for result in results]
-    named = dict(zip(titles, names.of_results(results), strict=True))
+    # By the object, because results of one model at several sites may share a title.
+    named = dict(zip(map(id, results), names.of_results(results), strict=True))
     for curve in curves(results).values():
-        name = named[curve[0]["title"]]
+        name = named[id(curve[0])]
         if len(curve) > 1:
             name = name.removesuffix(names.sites(curve[0]["sites"])) + "one a site"
         yield name, curve

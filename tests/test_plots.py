@@ -331,6 +331,13 @@ def test_a_model_at_many_sites_is_a_curve_and_a_routed_one_a_level_line(tmp_path
     assert is_inside(figure)
 
 
+def test_results_with_one_title_are_one_curve_with_one_name(drawn):
+    results = [at("TopK", site, 32.0, site / 100) | {"title": "TopK"} for site in (2, 4, 6)]
+    axis = plots.pyplot().figure(figsize=(6, 4)).add_subplot()
+    plots.draw_sites(axis, results, "NormMSE", "NormMSE", 4)
+    assert [text.get_text() for text in axis.texts] == ["TopK, one a site"]
+
+
 def trained_on(model, site, tokens, error):
     return at(model, site, 32.0, error) | {"trained_tokens": tokens, "Dead": 0.0}
 
