@@ -308,6 +308,7 @@ class Bench:
             for contender in contenders:
                 contender.end()
         self.results["groups"][name] = results
+        self.save()  # what is made of the results may fail
         for result in results:
             print(f"  {describe(result)}", flush=True)
         return {contender.name: contender for contender in contenders}
@@ -334,8 +335,11 @@ class Bench:
 
 def describe(result):
     """One line about a contender's result."""
-    low, high = result["spread"]
-    line = f"{result['name']}: {result['tokens_per_s']:,.0f} tokens/s ({low:,.0f} to {high:,.0f})"
+    line = f"{result['name']}: no turn counted"
+    if result["spread"]:
+        low, high = result["spread"]
+        line = f"{result['name']}: {result['tokens_per_s']:,.0f} tokens/s"
+        line += f" ({low:,.0f} to {high:,.0f})"
     if result["NormMSE"] is not None:
         line += f"  NormMSE {result['NormMSE']:.4f}  dead {result['dead']:.3f}"
     return line
@@ -367,8 +371,11 @@ def system_load():
 def training(bench):
     """Training rates against the methods as published and other libraries; tokens to quality."""
     tokens, rounds = bench.cfg.tokens, bench.cfg.rounds
-    profiled = 3 * bench.batch * bench.length
-    if tokens * (rounds - 2) <= profiled * rounds:
+    step = bench.batch * bench.length
+    profiled = 3 * step
+    # Each turn ends with a whole step.
+    uncounted = tokens / rounds + step + profiled + step
+    if tokens * (rounds - 1) / rounds <= uncounted:
         raise SystemExit(
             f"benchmarks.run: --tokens {tokens} --rounds {rounds}: no turn of the training counts; "
             f"the first warms up, the last ends it, and {profiled} tokens are profiled; give more"

@@ -161,13 +161,20 @@ def test_ratios_pair_the_turns_of_a_round():
     assert measured == {"median": 3.0, "low": 3.0, "high": 4.0, "turns": 3}
 
 
-@pytest.mark.parametrize("tokens, rounds", [(20_500, 3), (36_864, 3), (10**9, 2)])
+@pytest.mark.parametrize("tokens, rounds", [(20_500, 3), (36_864, 3), (37_000, 4), (10**9, 2)])
 def test_a_training_in_which_no_turn_would_count_is_refused_before_it_begins(tokens, rounds):
     from benchmarks.run import training
 
     cfg = SimpleNamespace(tokens=tokens, rounds=rounds)
     with pytest.raises(SystemExit, match="no turn of the training counts"):
         training(SimpleNamespace(cfg=cfg, batch=16, length=256))
+
+
+def test_a_contender_without_a_turn_that_counts_is_said_to_have_none():
+    from benchmarks.run import describe
+
+    result = {"name": "x", "tokens_per_s": None, "spread": None, "NormMSE": 0.2, "dead": 0.0}
+    assert describe(result) == "x: no turn counted  NormMSE 0.2000  dead 0.000"
 
 
 @pytest.mark.parametrize(
