@@ -23,6 +23,7 @@ N tokens, L sites, D hidden, F latents.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,9 +268,10 @@ def main() -> None:
     parser = config.small_parser("experiments.features", __doc__)
     parser.epilog = "Further options are those of evaluate.py."
     parser.add_argument("SAE", nargs="*", help="checkpoints; default: the newest")
-    args, further = parser.parse_known_args()
-    named = ["--SAE_path", *args.SAE] if args.SAE else []
-    cfg = config.parse("evaluate", [*named, *further])
+    parser.parse_known_args()  # for its help; it cannot tell a path from an unknown option's value
+    paths = list(itertools.takewhile(lambda part: not part.startswith("-"), sys.argv[1:]))
+    named = ["--SAE_path", *paths] if paths else []
+    cfg = config.parse("evaluate", [*named, *sys.argv[1 + len(paths) :]])
     require_sklearn()
     results = measure(cfg)
     if not results:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments import exit_code
 from src import plot_style
 from src.config import small_parser
 from src.files import save_text
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code("smollm2_curves", main))

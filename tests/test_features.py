@@ -119,3 +119,12 @@ def test_one_command_measures_all_checkpoints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["features", paths[1], *common])
     with pytest.raises(ValueError, match="nothing to measure: name SAEs of one site"):
         features.main()
+
+
+def test_the_value_of_an_option_is_no_checkpoint(monkeypatch):
+    parsed = []
+    monkeypatch.setattr(features, "measure", lambda cfg: parsed.append(cfg) or {})
+    monkeypatch.setattr("sys.argv", ["features", "--max_tokens", "50k", "--seed", "3"])
+    with pytest.raises(ValueError, match="nothing to measure"):
+        features.main()
+    assert parsed[0].max_tokens == 50_000 and not parsed[0].SAE_path
