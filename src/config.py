@@ -603,7 +603,8 @@ OPTIONS: dict[str, Option] = {
         "training evaluation application",
         str,
         "auto",
-        "Compile the blocks of the language model. auto does so on CUDA, except in short runs.",
+        "Compile the blocks of the language model, and on CUDA the element-wise work of SAEs in "
+        "training. auto does so on CUDA, except in short runs.",
         choices="auto yes no",
     ),
     "max_memory_hint": Option(

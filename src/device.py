@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ MAX_GROWTH = 1.25
 _after_return = {"bytes": 0}  # held when freed memory last went back
 # Set by bf16_matmuls(). A plain global: on CUDA, gradients are computed in threads of their own.
 _bf16_allowed = False
+_joins_passes = False  # set by join_passes()
 _BIAS_COLUMNS = 3  # a float32 bias is three bfloat16 parts
 _PADDED_COLUMNS = 16  # rows stay aligned
 
@@ -140,6 +141,41 @@ def _working_kernels() -> Any:
 @functools.cache
 def _has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)  # older cards emulate it
+
+
+def join_passes(wanted: bool) -> None:
+    """Let functions marked with `joined` be compiled on CUDA, or let them run as they are."""
+    global _joins_passes
+    _joins_passes = wanted
+
+
+def joins_passes(x: Tensor) -> bool:
+    """Return whether functions marked with `joined` run compiled on this tensor.
+
+    On a CPU the compiled sums over tokens take up to five times as long (docs/LOG.md).
+    """
+    return _joins_passes and x.is_cuda
+
+
+def joined(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a function of element-wise work where joins_passes() says so.
+
+    Each operation of PyTorch reads and writes all latents of all tokens. torch.compile joins the
+    operations, and those of the gradient, into a few passes over memory.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[..., Tensor]:
+        import torch._dynamo
+
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def run(first: Tensor, *rest: Any) -> Tensor:
+        return (compiled() if joins_passes(first) else function)(first, *rest)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -239,8 +239,8 @@ def check_length(model: nn.Module, length: int) -> None:
     print(f"warning: a row has {length} tokens, and the language model was trained for {limit}")
 
 
-def compile_if_it_pays(cfg: Namespace, model: nn.Module, rows: int, passes: int) -> None:
-    """Compiles the blocks for batches of so many rows if --compile_lm says so.
+def compile_if_it_pays(cfg: Namespace, model: nn.Module, rows: int, passes: int) -> bool:
+    """Compiles the blocks for batches of so many rows if --compile_lm says so; returns whether.
 
     `auto`: on CUDA, for at least COMPILE_FROM passes.
     """
@@ -249,6 +249,7 @@ def compile_if_it_pays(cfg: Namespace, model: nn.Module, rows: int, passes: int)
         wanted = "cuda" in str(cfg.device) and passes >= COMPILE_FROM
     if wanted:
         compile_blocks(model, rows, cfg.max_length)
+    return wanted
 
 
 def compile_blocks(model: nn.Module, rows: int, length: int) -> None:

@@ -18,13 +18,18 @@ from src import router, sparse
 from src.auxk import DEFAULT_COEFFICIENT as DEFAULT_AUXK_COEFFICIENT
 from src.auxk import AuxK
 from src.draws import random_subset
+from src.ops import Jump_func as Jump_func  # a documented name of this module
+from src.ops import Step_func as Step_func
 from src.ops import (
-    Jump_func,
-    Step_func,
     apply_inference_cut,
+    count_above,
     flat_indices,
+    gated_magnitudes,
+    jump,
     kth_largest,
     linear,
+    saturated_sum,
+    shifted_relu,
     squared_errors,
     topk_flat_indices,
 )
@@ -376,7 +381,9 @@ class _PenaltySAE(_RevivedSAE):
         super().after_step(out, progress, batch)
         mean_l0 = None
         if self.sparsity.target_l0:
-            mean_l0 = batch.mean_over_processes((out.latents != 0).sum(-1))
+            firings = out.fired.sum()[None]
+            sums = batch.all_sum(torch.cat([firings, firings.new_full((1,), out.n_codes)]))
+            mean_l0 = sums[0] / sums[1]
         self.sparsity.update(mean_l0, progress)
 
 
@@ -456,7 +463,7 @@ class _L1SAE(_PenaltySAE):
             per_token = latents.mean(-1)
         elif self.l1_saturation:
             highest = self.l1_saturation * self.hidden_size**0.5
-            per_token = highest * torch.tanh(latents * (norms / highest)).sum(-1)
+            per_token = saturated_sum(latents, norms, highest)
         else:
             per_token = latents @ norms
         return self.sparsity.coefficient() * batch.share_of_mean(per_token)
@@ -512,16 +519,14 @@ class Gated(_L1Dictionary):
         return self.gate_bias
 
     def activate(self, pre_acts, batch=WHOLE_BATCH):
-        # One pass over the code for the product and the sum.
-        scaled = torch.addcmul(self.mag_bias, self.r_mag.exp(), pre_acts)
-        return torch.where(pre_acts > -self.gate_bias, F.relu(scaled), 0)
+        return gated_magnitudes(pre_acts, self.gate_bias, self.mag_bias, self.r_mag)
 
     def penalty(self, out, batch=WHOLE_BATCH):
         norms = self.decoder.weight.norm(dim=0)
         revival = self.revival(out, batch)
         if not self.gated_aux:
             return {"L1": self._l1(out.latents, norms, batch), **revival}
-        gate = F.relu(out.pre_acts + self.gate_bias)
+        gate = shifted_relu(out.pre_acts, self.gate_bias)
         x_hat = linear(gate, self.decoder.weight.detach(), self.pre_bias.detach())
         return {
             "L1": self._l1(gate, norms.detach(), batch),
@@ -596,12 +601,11 @@ class JumpReLU(_PenaltySAE, _RevivedDictionary):
         return {self.threshold: self.hidden_size / TUNED_WIDTH}
 
     def activate(self, pre_acts, batch=WHOLE_BATCH):
-        return Jump_func.apply(pre_acts, self.threshold, self.bandwidth)
+        return jump(pre_acts, self.threshold, self.bandwidth)
 
     def penalty(self, out, batch=WHOLE_BATCH):
         counted = out.latents if self.l0_post_jump else out.pre_acts
-        is_active = Step_func.apply(counted, self.threshold, self.bandwidth)
-        l0 = is_active.sum(-1)
+        l0 = count_above(counted, self.threshold, self.bandwidth)
         penalty = self.sparsity.coefficient() * batch.share_of_mean(l0)
         return {"L0_penalty": penalty, **self.revival(out, batch)}
 

@@ -294,6 +294,49 @@ class Step_func(Function):
         return None, -1 / ctx.bandwidth * near, None
 
 
+@device.joined
+def jump(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Return x 1[x > threshold], as Jump_func does. [...,F] -> [...,F]"""
+    return Jump_func.apply(x, threshold, bandwidth)
+
+
+@device.joined
+def count_above(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Return how many values are above their thresholds, as Step_func does. [...,F] -> [...]"""
+    return Step_func.apply(x, threshold, bandwidth).sum(-1)
+
+
+# -------------------------------------------------------------------------- gates and penalties
+
+
+@device.joined
+def gated_magnitudes(
+    pre_acts: Tensor, gate_bias: Tensor, mag_bias: Tensor, r_mag: Tensor
+) -> Tensor:
+    """Return 1[pi + b_gate > 0] ReLU(exp(r_mag) pi + b_mag). [...,F] -> [...,F]
+
+    Rajamanoharan et al. 2024a. The gate gets no gradient.
+    """
+    # One pass over the code for the product and the sum.
+    scaled = torch.addcmul(mag_bias, r_mag.exp(), pre_acts)
+    return torch.where(pre_acts > -gate_bias, nn.functional.relu(scaled), 0)
+
+
+@device.joined
+def shifted_relu(pre_acts: Tensor, bias: Tensor) -> Tensor:
+    """Return ReLU(pre_acts + bias). [...,F] -> [...,F]"""
+    return nn.functional.relu(pre_acts + bias)
+
+
+@device.joined
+def saturated_sum(latents: Tensor, norms: Tensor, highest: float) -> Tensor:
+    """Return the sum of a tanh(s / a) over strengths s = latents x norms, a = highest.
+
+    [...,F], [F] -> [...]
+    """
+    return highest * torch.tanh(latents * (norms / highest)).sum(-1)
+
+
 # ------------------------------------------------------------------------ products and weights
 
 

@@ -41,7 +41,7 @@ from src import (
     zoo,
 )
 from src.data import Batch, Rows
-from src.device import limit_freed_memory, pick_device
+from src.device import join_passes, limit_freed_memory, pick_device
 from src.estimate import Estimate, of_training
 from src.interrupt import Interrupted, Signals
 from src.sae import SAE, Patch
@@ -811,7 +811,8 @@ class Trainer:
                 "L0 may end far from it. Use more text, a smaller --batch_size or more --num_epochs"
             )
         local_rows = distributed.share(min(cfg.batch_size, len(rows)))
-        lm.compile_if_it_pays(cfg, language_model, local_rows.stop - local_rows.start, total)
+        n_rows = local_rows.stop - local_rows.start
+        join_passes(lm.compile_if_it_pays(cfg, language_model, n_rows, total))
         saes = [training.sae for training in trainings]
         estimate = of_training(cfg, saes, language_model, rows, total, self.run_folder)
         loop = TrainingLoop(cfg, trainings, rows, language_model, self.run_folder, requested)

@@ -141,6 +141,7 @@ def standardise(device):
 
 SEVERAL_SITES = {"start_layer": 4, "end_layer": 6}
 ONE_SITE = {"layer": 4}
+SATURATED = {"l1_saturation": 0.05}
 ADVANTAGE = {"router_objective": "advantage", "router_balance": "switch"}
 # (model, forms of its code, constructor options)
 STEPS = (
@@ -152,15 +153,64 @@ STEPS = (
     ("MLSAE", ("rows", "products"), SEVERAL_SITES | {"site_bias": True}),
     ("RouteSAE", ("rows", "sums"), SEVERAL_SITES),
     ("RouteSAE", ("rows",), SEVERAL_SITES | ADVANTAGE),
-    ("Vanilla", ("",), ONE_SITE),
-    ("Gated", ("",), ONE_SITE),
+    ("Vanilla", ("",), ONE_SITE | SATURATED),
+    ("Gated", ("",), ONE_SITE | SATURATED),
     ("JumpReLU", ("",), ONE_SITE),
-    ("Crosscoder", ("",), SEVERAL_SITES),
+    ("Crosscoder", ("",), SEVERAL_SITES | SATURATED),
 )
+
+
+def compile_or_fail(**options):
+    """Let torch.compile raise where it cannot compile a whole function."""
+    original = torch.compile
+
+    def strict(function):
+        fast = original(function, fullgraph=True, **options)
+
+        def run(*arguments):
+            torch._dynamo.config.suppress_errors = False
+            return fast(*arguments)
+
+        return run
+
+    torch.compile = strict
+
+
+def joined(on):
+    """Each function that is compiled on CUDA gives the values and gradients of its plain form."""
+    calls = []
+    # On a CPU the traced operations run one by one: no C++ compiler is asked for.
+    compile_or_fail(backend="aot_eager" if on == "cpu" else "inductor")
+    device.joins_passes = lambda x: calls.append(x) is None and x.dtype is torch.float32
+    x, threshold = torch.randn(70, 130, device=on), torch.rand(130, device=on)
+    cases = (
+        (ops.jump, (x, threshold, 0.3)),
+        (ops.count_above, (x, threshold, 0.3)),
+        (ops.gated_magnitudes, (x, -threshold, threshold - 0.5, threshold)),
+        (ops.shifted_relu, (x, -threshold)),
+        (ops.saturated_sum, (x.relu(), 1 + threshold, 0.6)),
+    )
+    for function, arguments in cases:
+        results = []
+        for dtype in (torch.float32, torch.float64):  # compiled, and as it is written
+            inputs = [a.to(dtype) if torch.is_tensor(a) else a for a in arguments]
+            leaves = [a.requires_grad_() for a in inputs if torch.is_tensor(a)]
+            y = function(*inputs)
+            weights = torch.linspace(-1, 2, y.numel(), device=on, dtype=dtype).view(y.shape)
+            grads = torch.autograd.grad((y * weights).sum(), leaves, allow_unused=True)
+            results.append([y, *grads])
+        for got, exact in zip(*results, strict=True):
+            assert (got is None) == (exact is None)
+            if exact is not None:
+                assert got.dtype is torch.float32
+                assert relative_error(got, exact) < 1e-5, function.__name__
+    assert len(calls) == 2 * len(cases)
 
 
 def use_cuda_paths(bf16):
     """Let float32 SAEs on a CPU take the paths of CUDA: kernels and, if asked, bfloat16 factors."""
+    compile_or_fail(backend="aot_eager")
+    device.joins_passes = lambda x: x.dtype is torch.float32
     product = device.matmul
 
     def product_with_bf16(a, b):
@@ -199,7 +249,7 @@ def backward(sae, hidden, with_auxk):
 
 
 def relative_error(grad, exact):
-    return float((grad - exact).norm() / exact.norm().clamp_min(1e-12))
+    return float((grad - exact).detach().norm() / exact.detach().norm().clamp_min(1e-12))
 
 
 def steps(bf16):
@@ -246,4 +296,5 @@ if __name__ == "__main__":
             "sign_step": sign_step,
             "compare": compare,
             "standardise": standardise,
+            "joined": joined,
         }[check](argument)

@@ -14,7 +14,7 @@ import torch
 from src import device, model, sparse
 from src.files import ROOT
 
-CHECKS = ("topk", "bags", "sign_step", "compare", "standardise")
+CHECKS = ("topk", "bags", "sign_step", "compare", "standardise", "joined")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
