@@ -222,7 +222,7 @@ def measured(device: str = "cpu", repeats: int = 5, side: int | None = None) -> 
 
     source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
     bandwidth = 8 * numbers / best(lambda: target.copy_(source))
-    fp32 = rate(torch.float32)
+    fp32 = rate(torch.float32, "highest" if cuda else "medium")  # as in device.bf16_matmuls()
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     # Emulated bfloat16 products take minutes, and no benchmark uses them.
     bf16 = rate(torch.bfloat16) if cuda or fast_bfloat16() else fp32

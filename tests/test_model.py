@@ -690,6 +690,17 @@ def test_training_rounds_pre_activations_to_bfloat16_and_gradients_are_those_of_
     assert torch.allclose(gradient, by_pre_acts.T @ (x - sae.pre_bias), atol=1e-4)
 
 
+def test_the_precision_of_products_is_put_back_after_a_step_also_after_one_that_fails():
+    before = torch.get_float32_matmul_precision()
+    within = before if torch.cuda.is_available() else "medium"
+    with pytest.raises(KeyError), device.bf16_matmuls():
+        with device.bf16_matmuls():
+            assert torch.get_float32_matmul_precision() == within
+        assert torch.get_float32_matmul_precision() == within
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_a_bias_in_bfloat16_factors_is_as_exact_as_float32():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(9, 16), torch.randn(7, 16), torch.randn(7)
