@@ -539,8 +539,8 @@ OPTIONS: dict[str, Option] = {
         "training",
         float,
         None,
-        "Learning rate. Default: for signum 5e-3 / sqrt(latent_size / 16384 * hidden_size / 128), "
-        "for some models 0.3 of it; for adam 5e-4.",
+        "Learning rate. Default: for signum 1e-2 / sqrt(F * hidden_size / 128), where F is "
+        "latent_size / 4096 and at most 1, for some models 0.3 of it; for adam 5e-4.",
         above=0,
     ),
     "betas": Option("training", float, [0.9, 0.999], "Betas of adam.", low=0, count=2),
@@ -1351,13 +1351,13 @@ def learning_rate(cfg: Namespace, name: str, width: int) -> float:
 
     A step of signum changes each weight by the learning rate, and the weights of a unit vector of
     this width (D) are about 1 / sqrt(D). So the rate falls with the width. It also falls with the
-    number of latents. Its unit depends on the model.
+    number of latents, up to 4,096 of them (docs/LOG.md). Its unit depends on the model.
     """
     if cfg.lr is not None:
         return cfg.lr
     if cfg.optimizer == "signum":
-        shape = cfg.latent_size / 16384 * width / zoo.TUNED_WIDTH
-        return zoo.ZOO[name].lr * 5e-3 / shape**0.5
+        shape = min(cfg.latent_size / 4096, 1) * width / zoo.TUNED_WIDTH
+        return zoo.ZOO[name].lr * 1e-2 / shape**0.5
     return 5e-4
 
 

@@ -174,13 +174,16 @@ def test_the_recipe_names_the_source_by_its_weights_and_a_killed_run_continues(
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_the_default_learning_rate_falls_with_width_and_latents():
+def test_the_default_learning_rate_falls_with_width_and_latents_up_to_4096():
     cfg = config.complete(config.parse("train", ["--latent_size", "2048"]))
     demo = config.learning_rate(cfg, "TopK", D)
     assert demo == 5e-3 / (2048 / 16384) ** 0.5  # the width of the demo LM changes nothing
-    cfg.latent_size = 4 * 2048
-    assert config.learning_rate(cfg, "TopK", D) == pytest.approx(demo / 2)
-    assert config.learning_rate(cfg, "TopK", 4 * D) == pytest.approx(demo / 4)
+    cfg.latent_size = 512
+    assert config.learning_rate(cfg, "TopK", D) == pytest.approx(2 * demo)
+    for latents in (4096, 16384):
+        cfg.latent_size = latents
+        assert config.learning_rate(cfg, "TopK", D) == pytest.approx(1e-2)
+        assert config.learning_rate(cfg, "TopK", 4 * D) == pytest.approx(5e-3)
     cfg.lr = 0.5
     assert config.learning_rate(cfg, "TopK", 4 * D) == 0.5
 
