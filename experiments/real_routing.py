@@ -262,7 +262,9 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     add("--tokens", type=config.whole_number, default=1_000_000, help="of each training")
     add("--eval_tokens", type=config.whole_number, default=100_000, help="held-out, measured")
     add("--choose_tokens", type=config.whole_number, default=8192, help="that choose the site")
-    add("--kl_every", type=int, default=4, help="batches, of which one measures KL")
+    # Each file of measurements begins with a batch that measures KL.
+    paces = [n for n in range(1, BATCHES_OF_A_PART + 1) if BATCHES_OF_A_PART % n == 0]
+    add("--kl_every", type=int, default=4, choices=paces, help="batches, of which one measures KL")
     add("--seeds", type=int, nargs="+", default=[42, 43, 44])
     add("--sites", type=int, nargs="+", help="default: those of a RouteSAE")
     add("--latent_size", type=int, default=4096, help="of a RouteSAE and of a TopK")

@@ -60,6 +60,12 @@ def check_against_evaluator(value, lines, out):
         assert lines[name]["values"]["KL"]["seeds"][0] == pytest.approx(measured["KLDiv"], rel=1e-3)
 
 
+def test_a_pace_that_the_batches_of_a_file_cannot_keep_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        real_routing.parse_args(["--kl_every", "12"])
+    assert "argument --kl_every: invalid choice: 12 (choose from" in capsys.readouterr().err
+
+
 def test_an_interval_over_seeds_needs_more_than_one():
     assert seed_interval([0.2]) is None
     low, high = seed_interval([0.1, 0.2, 0.3])
