@@ -665,13 +665,6 @@ class Crosscoder(_L1SAE, SAE):
                 encoder.weight.copy_(unit / self.n_processed_layers)
                 decoder.weight.copy_(norm * unit.T)
 
-    def lr_unit(self):
-        """Return .3 for the nine sites of the demo model, and more for fewer sites.
-
-        A latent's weights are a vector over all L sites, so each is as 1 / sqrt(L) (docs/LOG.md).
-        """
-        return 0.3 * (9 / len(self.routed)) ** 0.5
-
     def lr_factors(self):
         """Return that of the bias.
 

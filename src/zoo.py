@@ -21,6 +21,7 @@ class Entry(NamedTuple):
     fixed: tuple[str, ...]  # constructor values that only recipes and imports set
     standard: dict[str, Any] = {}
     published: dict[str, Any] = {}
+    lr: float = 1.0  # of the standard recipe, in units of its default (sweep in docs/LOG.md)
 
     @property
     def constructor(self) -> frozenset[str]:
@@ -101,6 +102,7 @@ ZOO: dict[str, Entry] = {
         ("l1_mean", "decoder_bias", "free_norms"),
         standard=_SATURATED | {"decoder_bias": True, "free_norms": True},
         published=_PUBLISHED | _PUBLISHED_L1,
+        lr=0.3,
     ),
     "MLSAE": Entry(
         "one TopK for the states of all routed sites",

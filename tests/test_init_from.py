@@ -88,7 +88,7 @@ def test_typed_options_win_over_those_of_the_source(tmp_path):
     trainer = trainer_of(tmp_path, path, "--k", "2", "3", "--norm_eps", "0.5")
     options = [options for _, options, _ in trainer.combinations]
     assert [(o["k"], o["layer"], o["norm_eps"]) for o in options] == [(2, 4, 0.5), (3, 4, 0.5)]
-    assert config.learning_rate(trainer.cfg, D) == pytest.approx(5e-3 * 16)  # of 64 latents
+    assert config.learning_rate(trainer.cfg, "TopK", D) == pytest.approx(5e-3 * 16)  # of 64 latents
 
 
 @pytest.mark.parametrize(
@@ -176,26 +176,16 @@ def test_the_recipe_names_the_source_by_its_weights_and_a_killed_run_continues(
 
 def test_the_default_learning_rate_falls_with_width_and_latents_up_to_4096():
     cfg = config.complete(config.parse("train", ["--latent_size", "2048"]))
-    demo = config.learning_rate(cfg, D)
+    demo = config.learning_rate(cfg, "TopK", D)
     assert demo == 5e-3 / (2048 / 16384) ** 0.5  # the width of the demo LM changes nothing
     cfg.latent_size = 512
-    assert config.learning_rate(cfg, D) == pytest.approx(2 * demo)
+    assert config.learning_rate(cfg, "TopK", D) == pytest.approx(2 * demo)
     for latents in (4096, 16384):
         cfg.latent_size = latents
-        assert config.learning_rate(cfg, D) == pytest.approx(1e-2)
-        assert config.learning_rate(cfg, 4 * D) == pytest.approx(5e-3)
+        assert config.learning_rate(cfg, "TopK", D) == pytest.approx(1e-2)
+        assert config.learning_rate(cfg, "TopK", 4 * D) == pytest.approx(5e-3)
     cfg.lr = 0.5
-    assert config.learning_rate(cfg, 4 * D) == 0.5
-
-
-def test_the_learning_rate_of_a_crosscoder_falls_with_the_root_of_its_sites():
-    cfg = config.complete(config.parse("train", ["--latent_size", "96"]))
-    rates = []
-    for sites in ([1], list(range(1, 5)), list(range(4, 13))):
-        options = config.model_options(cfg, "Crosscoder") | {"sites": sites}
-        sae = build("Crosscoder", D, 16, options)
-        rates.append(SAETraining(sae, "Crosscoder", {}, cfg, 100).lr / config.learning_rate(cfg, D))
-    assert rates == pytest.approx([0.9, 0.45, 0.3])
+    assert config.learning_rate(cfg, "TopK", 4 * D) == 0.5
 
 
 @pytest.mark.parametrize("width", [128, 64])
