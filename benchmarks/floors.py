@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from src.device import fast_bfloat16
+from src.device import fast_bfloat16, matmul_precision
 from src.zoo import ZOO
 
 
@@ -213,12 +213,9 @@ def measured(device: str = "cpu", repeats: int = 5, side: int | None = None) -> 
         return min(times[1:])
 
     def rate(dtype, precision="highest"):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        result = 2 * side**3 / best(lambda: a @ b)
-        torch.set_float32_matmul_precision(before)
-        return result
+        with matmul_precision(precision):
+            return 2 * side**3 / best(lambda: a @ b)
 
     source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
     bandwidth = 8 * numbers / best(lambda: target.copy_(source))

@@ -179,6 +179,17 @@ def joined(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Set PyTorch's precision of float32 products inside this block: highest, high or medium."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
 def bf16_matmuls() -> Iterator[None]:
     """Allow products in bfloat16 inside this block where they are faster. SAEs train in it.
 
@@ -186,16 +197,14 @@ def bf16_matmuls() -> Iterator[None]:
     AMX. With AVX512 alone it does not, and takes half the time of MKL on an AMD EPYC (docs/LOG.md).
     """
     global _bf16_allowed
-    before = _bf16_allowed, torch.get_float32_matmul_precision()
+    before = _bf16_allowed
     _bf16_allowed = True
-    if not torch.cuda.is_available():
-        torch.set_float32_matmul_precision("medium")
+    on_cuda = torch.cuda.is_available()
     try:
-        yield
+        with contextlib.nullcontext() if on_cuda else matmul_precision("medium"):
+            yield
     finally:
-        _bf16_allowed, precision = before
-        if not torch.cuda.is_available():
-            torch.set_float32_matmul_precision(precision)
+        _bf16_allowed = before
 
 
 def uses_bf16_matmul(x: Tensor) -> bool:
