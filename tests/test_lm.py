@@ -1,10 +1,12 @@
 """The language model is read and resumed at numbered sites; tested on the built-in demo LM."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
 
+from src import trainer
 from src.config import parse
 from src.data import Batch
 from src.files import DEMO_LM
@@ -259,6 +261,22 @@ def test_a_quantised_model_is_not_moved(monkeypatch, demo):
     )
     _, model = get_language_model(str(DEMO_LM), "cpu")
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("asked, compiled", [("auto", False), ("yes", True), ("no", False)])
+def test_a_training_compiles_the_work_of_its_saes_with_the_blocks(
+    asked, compiled, tmp_path, monkeypatch
+):
+    decisions = []
+    monkeypatch.setattr("src.lm.compile_blocks", lambda *_: None)
+    monkeypatch.setattr(trainer, "join_passes", decisions.append)
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"Return value {i}. " * 9}) for i in range(20)))
+    argv = ["--model", "Vanilla", "--latent_size", "48", "--device", "cpu", "--max_length", "32"]
+    argv += ["--model_path", str(DEMO_LM), "--data_path", str(text), "--batch_size", "4"]
+    argv += ["--output_dir", str(tmp_path / "out"), "--compile_lm", asked]
+    trainer.Trainer(parse("train", argv)).run()
+    assert decisions == [compiled]
 
 
 def test_compiled_blocks_serve_one_shape_and_leave_others_and_hooks_alone(monkeypatch):
