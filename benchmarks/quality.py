@@ -120,7 +120,7 @@ def train_ours(name: str, factor: float | None, states: States, args: argparse.N
     argv = ["--model", name, "--latent_size", str(args.latents), "--k", str(args.k)]
     cfg = config.complete(config.parse("train", [*argv, "--seed", str(args.seed)]))
     if factor is not None:
-        cfg.lr = factor * config.learning_rate(cfg, name, states.width)
+        cfg.lr = factor * config.learning_rate(cfg, states.width)
     options = config.model_options(cfg, name) | {"k": args.k, "layer": states.site}
     if "target_l0" in ZOO[name].options:
         options["target_l0"] = args.k

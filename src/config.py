@@ -540,7 +540,8 @@ OPTIONS: dict[str, Option] = {
         float,
         None,
         "Learning rate. Default: for signum 1e-2 / sqrt(F * hidden_size / 128), where F is "
-        "latent_size / 4096 and at most 1, for some models 0.3 of it; for adam 5e-4.",
+        "latent_size / 4096, at least 1/4 and at most 1, for a Crosscoder of n sites 0.9 / sqrt(n) "
+        "of it; for adam 5e-4.",
         above=0,
     ),
     "betas": Option("training", float, [0.9, 0.999], "Betas of adam.", low=0, count=2),
@@ -1346,18 +1347,20 @@ def short_number(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def learning_rate(cfg: Namespace, name: str, width: int) -> float:
-    """The typed learning rate, else the default of the optimiser.
+def learning_rate(cfg: Namespace, width: int, unit: float = 1.0) -> float:
+    """Return the typed learning rate, else the default of the optimiser.
 
     A step of signum changes each weight by the learning rate, and the weights of a unit vector of
     this width (D) are about 1 / sqrt(D). So the rate falls with the width. It also falls with the
-    number of latents, up to 4,096 of them (docs/LOG.md). Its unit depends on the model.
+    number of latents between 1,024 and 4,096 of them (docs/LOG.md): if it rose further for fewer
+    latents, a step would come near the size of the weights. `unit` is that of the model.
     """
     if cfg.lr is not None:
         return cfg.lr
     if cfg.optimizer == "signum":
-        shape = min(cfg.latent_size / 4096, 1) * width / zoo.TUNED_WIDTH
-        return zoo.ZOO[name].lr * 1e-2 / shape**0.5
+        latents = min(max(cfg.latent_size, zoo.FEW_LATENTS), zoo.MANY_LATENTS)
+        shape = latents / zoo.MANY_LATENTS * width / zoo.TUNED_WIDTH
+        return unit * 1e-2 / shape**0.5
     return 5e-4
 
 

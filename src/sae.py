@@ -339,6 +339,10 @@ class SAE(nn.Module):
         """Return the weights that are held within a bound, and what brings values back to it."""
         return {}
 
+    def lr_unit(self) -> float:
+        """Return the default learning rate of signum, in units of that of most models."""
+        return 1.0
+
     def lr_factors(self) -> dict[Tensor, float]:
         """Return what multiplies the learning rate of signum, of parameters that are no weights."""
         return {}

@@ -198,7 +198,7 @@ class SAETraining:
         self.title = title
         self.options = options
         self.total = total_steps
-        self.lr = config.learning_rate(cfg, sae.name, sae.hidden_size)
+        self.lr = config.learning_rate(cfg, sae.hidden_size, sae.lr_unit())
         self.clip = cfg.grad_clip
         self.normalise_every = cfg.steps
         self._make_optimizers(cfg)

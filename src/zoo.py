@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from src.stage_help import did_you_mean
 
 TUNED_WIDTH = 128  # hidden size of the demo model, on which the defaults were found
+FEW_LATENTS, MANY_LATENTS = 1024, 4096  # between them the learning rate falls with the latents
 
 
 class Entry(NamedTuple):
@@ -21,7 +22,6 @@ class Entry(NamedTuple):
     fixed: tuple[str, ...]  # constructor values that only recipes and imports set
     standard: dict[str, Any] = {}
     published: dict[str, Any] = {}
-    lr: float = 1.0  # of the standard recipe, in units of its default (sweep in docs/LOG.md)
 
     @property
     def constructor(self) -> frozenset[str]:
@@ -102,7 +102,6 @@ ZOO: dict[str, Entry] = {
         ("l1_mean", "decoder_bias", "free_norms"),
         standard=_SATURATED | {"decoder_bias": True, "free_norms": True},
         published=_PUBLISHED | _PUBLISHED_L1,
-        lr=0.3,
     ),
     "MLSAE": Entry(
         "one TopK for the states of all routed sites",

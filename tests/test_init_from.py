@@ -88,7 +88,7 @@ def test_typed_options_win_over_those_of_the_source(tmp_path):
     trainer = trainer_of(tmp_path, path, "--k", "2", "3", "--norm_eps", "0.5")
     options = [options for _, options, _ in trainer.combinations]
     assert [(o["k"], o["layer"], o["norm_eps"]) for o in options] == [(2, 4, 0.5), (3, 4, 0.5)]
-    assert config.learning_rate(trainer.cfg, "TopK", D) == pytest.approx(5e-3 * 16)  # of 64 latents
+    assert config.learning_rate(trainer.cfg, D) == pytest.approx(1e-2 * 2)  # as of 1,024 latents
 
 
 @pytest.mark.parametrize(
@@ -174,24 +174,36 @@ def test_the_recipe_names_the_source_by_its_weights_and_a_killed_run_continues(
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_the_default_learning_rate_falls_with_width_and_latents_up_to_4096():
+def test_the_default_learning_rate_falls_with_width_and_with_1024_to_4096_latents():
     cfg = config.complete(config.parse("train", ["--latent_size", "2048"]))
-    demo = config.learning_rate(cfg, "TopK", D)
+    demo = config.learning_rate(cfg, D)
     assert demo == 5e-3 / (2048 / 16384) ** 0.5  # the width of the demo LM changes nothing
-    cfg.latent_size = 512
-    assert config.learning_rate(cfg, "TopK", D) == pytest.approx(2 * demo)
+    for latents in (64, 1024):
+        cfg.latent_size = latents
+        assert config.learning_rate(cfg, D) == pytest.approx(2**0.5 * demo)
     for latents in (4096, 16384):
         cfg.latent_size = latents
-        assert config.learning_rate(cfg, "TopK", D) == pytest.approx(1e-2)
-        assert config.learning_rate(cfg, "TopK", 4 * D) == pytest.approx(5e-3)
+        assert config.learning_rate(cfg, D) == pytest.approx(1e-2)
+        assert config.learning_rate(cfg, 4 * D) == pytest.approx(5e-3)
     cfg.lr = 0.5
-    assert config.learning_rate(cfg, "TopK", 4 * D) == 0.5
+    assert config.learning_rate(cfg, 4 * D) == 0.5
 
 
-@pytest.mark.parametrize("width", [128, 64])
-def test_a_threshold_has_a_learning_rate_of_the_size_of_pre_activations(width):
-    argv = ["--model", "JumpReLU", "--latent_size", "96"]
-    for optimizer, factor in (("signum", width / 128), ("adam", 1.0)):
+def test_the_learning_rate_of_a_crosscoder_falls_with_the_root_of_its_sites():
+    cfg = config.complete(config.parse("train", ["--latent_size", "96"]))
+    rates = []
+    for sites in ([1], list(range(1, 5)), list(range(4, 13))):
+        options = config.model_options(cfg, "Crosscoder") | {"sites": sites}
+        sae = build("Crosscoder", D, 16, options)
+        rates.append(SAETraining(sae, "Crosscoder", {}, cfg, 100).lr / config.learning_rate(cfg, D))
+    assert rates == pytest.approx([0.9, 0.45, 0.3])
+
+
+@pytest.mark.parametrize("width, latents", [(128, 1024), (64, 2048), (64, 256)])
+def test_a_threshold_has_a_learning_rate_of_the_size_of_pre_activations(width, latents):
+    argv = ["--model", "JumpReLU", "--latent_size", str(latents)]
+    few = 2 if latents == 256 else 1
+    for optimizer, factor in (("signum", few * width / 128), ("adam", 1.0)):
         cfg = config.complete(config.parse("train", [*argv, "--optimizer", optimizer]))
         sae = build("JumpReLU", width, 4, config.model_options(cfg, "JumpReLU") | {"layer": 2})
         training = SAETraining(sae, "JumpReLU", {}, cfg, 100)
