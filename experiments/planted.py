@@ -60,10 +60,12 @@ TEST_SAMPLES = 16_384
 TEST_SEED = 10_000  # held-out samples are drawn with this seed plus the world's
 
 _ALONE = {"routing": "random", "router_objective": "published", "router_balance": "none"}
-# Every model by its standard recipe, and controls of the routing.
+# Every model by its standard recipe, controls of the routing, and penalties that do not saturate.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in ZOO} | {
     "RouteSAE, random": ("RouteSAE", _ALONE),
     "RouteSAE, truth": ("RouteSAE", _ALONE),
+    "Vanilla, plain L1": ("Vanilla", {"l1_saturation": 0.0}),
+    "Crosscoder, plain L1": ("Crosscoder", {"l1_saturation": 0.0}),
 }
 
 
