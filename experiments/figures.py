@@ -226,15 +226,16 @@ def features(data: Data, caption: str, path: Path) -> None:
     points = data["points"]
     figure, ((counted, labelled),) = _subplots(2, 11, 5)
     styles = _styles_of(points)
-    unit = "sqrt(hidden / 2048)"
-    enough = f"Latents with {data['lines']} or more contexts above {data['threshold']} {unit}"
+    enough = f"latents with {data['lines']} or more contexts\n"
+    enough += f"above {data['threshold']} sqrt(hidden / 2048)"
+    of_them = f"of them scored 3 or more, {data['scored_by']}"
     panels = (
-        (counted, "features", enough),
-        (labelled, "labelled", f"of them scored 3 or more, {data['scored_by']}"),
+        (counted, "features", "Features", enough),
+        (labelled, "labelled", "Features with a good label", of_them),
     )
-    for axis, measure, title in panels:
+    for axis, measure, title, label in panels:
         _plot_against_l0(axis, points, measure, styles, _distinct(points, "asked"))
-        axis.set(ylabel="latents", ylim=(0, None))
+        axis.set(ylabel=label, ylim=(0, None))
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_title(title, fontsize=10)
     _legend(figure, counted)

@@ -666,7 +666,7 @@ def _add_options(add: Callable[..., Any]) -> None:
         "--scale",
         choices=list(SCALES),
         default="demo",
-        help="smoke: a minute; demo: 24 minutes on 2 cores; paper: the full protocol, on a GPU",
+        help="smoke: a minute; demo: 14 minutes on 2 cores; paper: the full protocol, on a GPU",
     )
     model_help = "language model ($MODEL_PATH, else the demo LM)"
     add("--model_path", default=env("MODEL_PATH"), help=model_help)

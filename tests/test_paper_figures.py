@@ -1,5 +1,6 @@
 """The paper's figures: verdicts from values, steps made once, thresholds cut as apply cuts them."""
 
+import itertools
 import json
 import math
 
@@ -8,7 +9,8 @@ import torch
 
 from experiments import claims, cost
 from experiments.figures import PAPER
-from experiments.paper_figures import SCALES, Figures, above, count, main, parse
+from experiments.paper_figures import RECORDED, SCALES, Figures, above, count, main, parse
+from src import plot_style
 from src.config import parse as parse_stage
 from src.files import DEMO_LM, load_json
 from src.zoo import ZOO
@@ -198,6 +200,24 @@ def test_a_figure_with_little_in_it_is_drawn(tmp_path, name):
     }
     PAPER[name](data, "A caption", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_no_text_beside_the_axes_of_a_recorded_figure_covers_another(tmp_path, monkeypatch, name):
+    drawn = []
+    monkeypatch.setattr(plot_style, "save", lambda figure, path: drawn.append(figure))
+    PAPER[name](load_json(RECORDED / f"{name}.json"), "A caption", tmp_path / "figure.png")
+    figure = drawn[0]
+    figure.canvas.draw()
+    texts = [*figure.texts]
+    for axis in figure.axes:
+        texts += [text for text in axis.get_children() if hasattr(text, "get_text")]
+        texts += [axis.xaxis.label, axis.yaxis.label]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    plot_style.pyplot().close(figure)
+    assert len(boxes) >= 4
+    for (text, box), (other, other_box) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other_box), (text, other)
 
 
 def test_operations_are_counted_once_a_site():
